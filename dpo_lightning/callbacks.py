@@ -1,0 +1,212 @@
+"""Callbacks: throughput, progress on a terminal and in a log, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+
+from dpo_lightning.errors import CorruptArtifactError, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(Callback):
+    """Counts pairs and real tokens over the wall time of the training loop.
+
+    Data and logging are included; evaluation inside the loop is not.
+
+    Attributes:
+        pairs: Strictly ranked pairs trained on, over all ranks.
+        tokens: Tokens computed by the policy, over all ranks.
+        seconds: Wall time of the loop so far.
+    """
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.tokens = 0
+        self._begin: float | None = None
+        self._end: float | None = None
+        self._evaluating = 0.0
+        self._evaluation_begin = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training loop so far, without evaluation."""
+        if self._begin is None:
+            return 0.0
+        end = time.perf_counter() if self._end is None else self._end
+        return end - self._begin - self._evaluating
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Pairs trained on per second of the loop."""
+        return self.pairs / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second of the loop."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop begins."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A step was taken."""
+        self.pairs += batch.pairs
+        self.tokens += batch.tokens
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluation has its own time."""
+        self._evaluation_begin = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluation has its own time."""
+        if self._begin is not None and self._end is None:
+            self._evaluating += time.perf_counter() - self._evaluation_begin
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop ended."""
+        self._end = time.perf_counter()
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar; the run is one pass of steps, so it says so."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__(leave=True)
+        self._throughput = throughput
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Loss, accuracy and pairs per second."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        metrics["pairs/s"] = f"{self._throughput.pairs_per_second:.1f}"
+        return metrics
+
+
+class LogProgress(Callback):
+    """Twenty lines of progress for a run whose output goes to a file."""
+
+    def __init__(self, throughput: Throughput, *, total_steps: int) -> None:
+        self._throughput = throughput
+        self._total = total_steps
+        self._every = max(1, total_steps // 20)
+        self._first: int | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A line every so often."""
+        step = trainer.global_step
+        if self._first is None:
+            self._first = step - 1
+        if step != 1 and step % self._every and step != self._total:
+            return
+        done = step - self._first
+        left = self._throughput.seconds / done * (self._total - step)
+        metrics = trainer.callback_metrics
+        log.info(
+            "step %d/%d  loss %.4f  accuracy %.3f  %.1f pairs/s  %ds left",
+            step,
+            self._total,
+            metrics.get("loss", float("nan")),
+            metrics.get("accuracy", float("nan")),
+            self._throughput.pairs_per_second,
+            left,
+        )
+
+
+def checkpoint_callbacks(
+    folder: Path, *, every_n_steps: int | None, keep: int
+) -> list[ModelCheckpoint]:
+    """Checkpoints of the newest ``keep`` multiples of ``every_n_steps``.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        every_n_steps: Steps between two checkpoints; None writes none while training.
+        keep: How many stay.
+    """
+    if every_n_steps is None:
+        return []
+    return [
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="step-{step:06d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
+    ]
+
+
+class RunIdentity(Callback):
+    """Keeps in each checkpoint what a resumed run must share with it.
+
+    Args:
+        identity: Key of the settings and value.
+    """
+
+    def __init__(self, identity: Mapping[str, Any]) -> None:
+        self._identity = dict(identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the checkpoint."""
+        return self._identity
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another experiment.
+
+        Raises:
+            UserError: Naming the first thing that differs.
+        """
+        for key, value in self._identity.items():
+            if key in state_dict and state_dict[key] != value:
+                raise UserError(
+                    f"resume: the checkpoint was made with {key}={state_dict[key]} and this run has "
+                    f"{key}={value}; resume with the same, or start a new run"
+                )
+
+
+def check_checkpoint(path: Path) -> None:
+    """Reads a checkpoint's checksums before anything is loaded from it.
+
+    Raises:
+        CorruptArtifactError: If it is torn or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise CorruptArtifactError(
+            f"resume={path}: not a whole checkpoint ({error}); name an older one"
+        ) from error
+    if damaged is not None:
+        raise CorruptArtifactError(
+            f"resume={path}: {damaged} inside it is damaged; name an older checkpoint"
+        )

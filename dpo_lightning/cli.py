@@ -1,0 +1,339 @@
+"""The command line: Hydra composes, every setting is checked, and only then something starts.
+
+Hydra makes a run's folder before it calls anything of ours, and reports its own errors as several
+lines with exit code 1. So the config is composed once ahead of Hydra's own run and checked there: a
+wrong setting is one line, exit code 2, and leaves no folder. Of a sweep in this process every
+trial is checked before the first one starts.
+
+Hydra has no public way to parse its flags and compose with all of them; the few internals used here
+are those that ``hydra.main`` itself calls, and the version of Hydra is pinned to its minor release.
+"""
+
+import argparse
+import dataclasses
+import enum
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import _run_hydra, create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_lightning.config import Config, register
+from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.overrides import (
+    flag_parser,
+    hydra_error,
+    needs_multirun,
+    override_problems,
+    parse_overrides,
+    raise_all,
+)
+from dpo_lightning.validation import validate
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+# Exit codes of a run that a signal ended.
+_STOPPED = (130, 143)
+
+
+class _Sweep(enum.Enum):
+    """Whether there are several trials, and where they run."""
+
+    NO = enum.auto()
+    IN_PROCESS = enum.auto()
+    ELSEWHERE = enum.auto()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for.
+
+    Args:
+        argv: The arguments, without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 finished, 1 unexpected or a trial of a sweep failed, 2 config or data, and
+        what a run itself ended with.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    version.setbase("1.3")
+    register()
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except DpoLightningError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return _STOPPED[0]
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _main(argv: list[str]) -> int:
+    parser = flag_parser()
+    # Not parse_args: that refuses `beta=0.1 -m seed=1,2`, a flag among the settings.
+    args = parser.parse_intermixed_args(argv)
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun would execute a pickle; give the settings again")
+    if args.config_path is not None:
+        args.config_path = str((CONF.parent / args.config_path).absolute())
+    args.config_name = args.config_name or "config"
+    if args.shell_completion:
+        _through_hydra(args, parser, _never)
+        return 0
+    if args.help or args.hydra_help or args.cfg is not None or args.info is not None:
+        _check_shown(args)
+        _through_hydra(args, parser, _never)
+        return 0
+    sweep = _check(args)
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> int:
+        codes.append(_run_one(cfg, sweep=sweep))
+        if sweep is _Sweep.IN_PROCESS and codes[-1] in _STOPPED:
+            raise SystemExit(codes[-1])  # whoever stopped a trial meant the sweep
+        return codes[-1]
+
+    _through_hydra(args, parser, job)
+    if sweep is not _Sweep.NO:
+        return 1 if any(codes) else 0
+    return codes[0]
+
+
+def _never(cfg: DictConfig) -> NoReturn:
+    raise AssertionError("Hydra ran a job where only its own output was asked for")
+
+
+def _report(error: DpoLightningError, prefix: str = "") -> int:
+    print(f"error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None:
+        return 0
+    return stop.code if isinstance(stop.code, int) else 1
+
+
+def _hydra(args: argparse.Namespace) -> Hydra:
+    """Hydra with the search path of the command line."""
+    search_path = create_config_search_path(args.config_path or str(CONF))
+    if args.config_dir is not None:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise UserError(
+                f"--config-dir {args.config_dir}: no such folder, seen from {Path.cwd()}"
+            )
+        search_path.prepend(
+            provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery("schema", None)
+        )
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+
+
+def _overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
+    """The settings that were typed, their keys and choices known."""
+    overrides = parse_overrides(args.overrides)
+
+    def options_of(group: str) -> list[str]:
+        return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
+
+    raise_all(override_problems(overrides, options_of))
+    return overrides
+
+
+def _by_sweep(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
+    """Those with one value and those with several."""
+    swept = [override for override in overrides if override.is_sweep_override()]
+    return [override for override in overrides if not override.is_sweep_override()], swept
+
+
+def _lines(overrides: list[Override]) -> list[str]:
+    return [str(override.input_line) for override in overrides]
+
+
+def _compose(hydra: Hydra, args: argparse.Namespace, lines: list[str]) -> DictConfig:
+    try:
+        return hydra.compose_config(
+            config_name=args.config_name,
+            overrides=lines,
+            run_mode=RunMode.RUN,
+            with_log_configuration=False,
+        )
+    except Exception as error:  # of many kinds, a YAML parser's among them; all are the config's
+        raise UserError(hydra_error(error)) from error
+
+
+def _check_shown(args: argparse.Namespace) -> None:
+    """Check that what Hydra is asked to show can be composed; values are not judged."""
+    hydra = _hydra(args)
+    fixed, swept = _by_sweep(_overrides(args, hydra))
+    raise_all(f"{line} gives several values, and one config is shown" for line in _lines(swept))
+    _compose(hydra, args, _lines(fixed))
+
+
+def _check(args: argparse.Namespace) -> _Sweep:
+    """Check all that will run, and give it a folder of its own."""
+    hydra = _hydra(args)
+    overrides = _overrides(args, hydra)
+    fixed, swept = _by_sweep(overrides)
+    cfg = _compose(hydra, args, _lines(fixed))
+    if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
+        raise_all(needs_multirun(override) for override in swept)
+        named = _named_folder(cfg, "run.dir")
+        validate(cfg, explicit_run_dir=named)
+        if not named:
+            _claim(args, cfg, "run.dir")
+        return _Sweep.NO
+    args.multirun = True  # also where hydra.mode says it
+    named = _named_folder(cfg, "sweep.dir")
+    in_process = _is(cfg.hydra.launcher, "BasicLauncher")
+    if _is(cfg.hydra.sweeper, "BasicSweeper"):
+        # The grid may also stand in a file, as hydra.sweeper.params.
+        params = (cfg.hydra.sweeper.params or {}).items()
+        overrides = [*parse_overrides(f"{key}={value}" for key, value in params), *overrides]
+        fixed, swept = _by_sweep(overrides)
+        raise_all(
+            _trial_problems(hydra, args, overrides, in_process=in_process, explicit_run_dir=named)
+        )
+    if swept:
+        # A trial's folder is named by what differs between the trials.
+        keys = ",".join(f"'{key}'" for key in sorted({line.key_or_group for line in fixed}))
+        args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+    if not named:
+        _claim(args, cfg, "sweep.dir")
+    return _Sweep.IN_PROCESS if in_process else _Sweep.ELSEWHERE
+
+
+def _is(node: DictConfig, name: str) -> bool:
+    return str(node.get("_target_", "")).endswith(f".{name}")
+
+
+def _trial_problems(
+    hydra: Hydra,
+    args: argparse.Namespace,
+    grid: list[Override],
+    *,
+    in_process: bool,
+    explicit_run_dir: bool,
+) -> Iterator[str]:
+    """What is wrong with any trial of a grid."""
+    of_hydra = [override for override in grid if override.is_hydra_override()]
+    of_task = [override for override in grid if not override.is_hydra_override()]
+    for trial in BasicSweeper.split_arguments(of_task, max_batch_size=None)[0]:
+        try:
+            cfg = _compose(hydra, args, [*_lines(of_hydra), *trial])
+            validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir)
+        except UserError as error:
+            yield str(error)
+
+
+def _folder(cfg: DictConfig, key: str) -> Path:
+    try:
+        folder = OmegaConf.select(cfg.hydra, key)
+    except OmegaConfBaseException as error:
+        raise UserError(hydra_error(error)) from error
+    if not folder:
+        raise UserError(f"hydra.{key}= has no value: needs a folder")
+    return Path(str(folder))
+
+
+def _named_folder(cfg: DictConfig, key: str) -> bool:
+    """Whether ``hydra.<key>`` is the same at every start, and not one made from the time."""
+    folder = _folder(cfg, key)
+    if folder.is_file():
+        raise UserError(f"hydra.{key}={folder} is a file; needs a folder")
+    section, _, name = key.partition(".")
+    unresolved = OmegaConf.to_container(cfg.hydra[section], resolve=False)
+    assert isinstance(unresolved, dict)
+    return "${now" not in str(unresolved[name])
+
+
+def _claim(args: argparse.Namespace, cfg: DictConfig, key: str) -> None:
+    """Make the folder under a name that no other start of the same second has taken."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: processes that something else starts must "
+            f"agree on one folder; name it with hydra.{key}=<folder>"
+        )
+    folder = taken = _folder(cfg, key)
+    number = 1
+    while True:
+        try:
+            taken.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            taken = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise UserError(_cannot_write(error)) from error
+    escaped = str(taken).replace("\\", "\\\\").replace("'", "\\'")
+    args.overrides.append(f"hydra.{key}='{escaped}'")
+
+
+def _cannot_write(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}; name another folder, hydra.run.dir=<folder>"
+
+
+def _through_hydra(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, job: Callable[[DictConfig], object]
+) -> None:
+    GlobalHydra.instance().clear()
+    try:
+        _run_hydra(
+            args=args,
+            args_parser=parser,
+            task_function=job,
+            config_path=str(CONF),
+            config_name="config",
+        )
+    except OSError as error:
+        raise UserError(_cannot_write(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Not out of a job: that lets nothing but an exit and a keyboard interrupt through.
+        raise UserError(hydra_error(error)) from error
+
+
+def _run_one(cfg: DictConfig, *, sweep: _Sweep) -> int:
+    """Run one experiment in the folder that Hydra made; returns its exit code, never raises."""
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    prefix = "" if sweep is _Sweep.NO else f"{' '.join(overrides)}: "
+    try:
+        # By now the folder has a fixed name, whoever gave it: resume=auto was judged before.
+        config = validate(cfg, multirun=sweep is _Sweep.IN_PROCESS, explicit_run_dir=True)
+        return _start(config, run_dir=Path(hydra.runtime.output_dir), overrides=overrides)
+    except DpoLightningError as error:
+        if OmegaConf.select(cfg, "debug.traceback"):
+            traceback.print_exc()
+        return _report(error, prefix)
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _start(config: Config, *, run_dir: Path, overrides: list[str]) -> int:
+    # Here, because it imports torch: by now every setting is checked.
+    from dpo_lightning.run import run
+
+    resolved = dataclasses.asdict(config)
+    return run(config, run_dir=run_dir, resolved=resolved, overrides=overrides)

@@ -1,0 +1,212 @@
+"""What may not stand together in a config, and the files and folders that it names.
+
+Each check takes the typed settings, every one of them valid by itself, and yields one clause per
+problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_lightning.config import Config
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+# Endings of files that people have rows in and that are not read.
+_OTHER_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".arrow",
+    ".yaml",
+    ".pkl",
+    ".ndjson",
+)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_local_data(source: str) -> bool:
+    """Whether a data source names a file of this machine, and not a hub data set."""
+    suffix = Path(source).suffix.lower()
+    return (
+        source.startswith((".", "/", "~"))
+        or suffix in ROW_SUFFIXES
+        or suffix in _OTHER_SUFFIXES
+        or Path(source).exists()
+    )
+
+
+def _row_file(key: str, source: str | None) -> Iterator[str]:
+    if source is None:
+        return
+    path = Path(source)
+    if not is_local_data(source):
+        if not _HUB_ID.fullmatch(source):
+            yield f"{key}={source}: no such file, and a hub id has the form owner/name"
+    elif path.is_dir():
+        yield f"{key}={source} is a folder; name a file that ends in {', '.join(ROW_SUFFIXES)}"
+    elif path.suffix.lower() not in ROW_SUFFIXES:
+        yield f"{key}={source}: rows are read from files that end in {', '.join(ROW_SUFFIXES)}"
+    elif not path.exists():
+        yield f"{key}={source}: no such file, seen from {Path.cwd()}"
+
+
+def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Iterator[str]:
+    if source is None:
+        return
+    path = Path(source)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in needs):
+            yield f"{key}={source}: the folder has no {' or '.join(needs)}"
+    elif path.exists():
+        if not (key == "model.config" and path.suffix == ".json"):
+            yield f"{key}={source} is a file; name the folder that holds {' or '.join(needs)}"
+    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+        yield (
+            f"{key}={source}: no such folder, seen from {Path.cwd()}, "
+            "and a hub id has the form owner/name"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
+    yield from _model_folder("model.pretrained", model.pretrained, ("config.json",))
+    yield from _model_folder("model.config", model.config, ("config.json",))
+    yield from _model_folder(
+        "model.tokenizer", model.tokenizer, ("tokenizer.json", "tokenizer_config.json")
+    )
+    if model.config is not None and model.pretrained is not None:
+        yield (
+            f"model.config={model.config} makes a random model and "
+            f"model.pretrained={model.pretrained} loads one: give one of the two"
+        )
+    if model.config is None and model.config_overrides:
+        yield "model.config_overrides changes the model of model.config, which is null: set it too"
+    if model.revision is not None and model.pretrained is None:
+        yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
+    if model.pretrained is None and model.config is None:
+        if data.train is not None:
+            yield (
+                f"data.train={data.train}: the bundled model speaks only the controlled task; "
+                "name a model with model.pretrained=<folder or hub id>"
+            )
+        if model.tokenizer is not None:
+            yield (
+                f"model.tokenizer={model.tokenizer}: the bundled model speaks only through its "
+                "own; name a model with model.pretrained=<folder or hub id>"
+            )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    yield from _row_file("data.train", data.train)
+    yield from _row_file("data.eval", data.eval)
+    if data.train is None:
+        if data.name != "controlled":
+            yield f"data={data.name} needs rows: data.train=<file or hub id>"
+        elif config.model.pretrained is not None or config.model.config is not None:
+            key = "model.config" if config.model.pretrained is None else "model.pretrained"
+            value = config.model.pretrained or config.model.config
+            yield (
+                f"{key}={value}: the controlled task is spoken only by the bundled model; "
+                "name rows with data.train=<file or hub id>"
+            )
+        if data.eval is not None:
+            yield f"data.eval={data.eval} needs training rows too: data.train=<file or hub id>"
+    elif is_local_data(data.train):
+        of_hub = {"data.subset": data.subset, "data.revision": data.revision}
+        if data.eval is None:
+            of_hub["data.eval_split"] = data.eval_split
+        elif not is_local_data(data.eval):
+            of_hub = {}
+        for key, value in of_hub.items():
+            if value is not None:
+                yield f"{key}={value} is of a hub data set, data.train={data.train} is a file"
+    template = data.chat_template
+    # Template text has braces; whatever has none is meant as a file.
+    if template is not None and "{" not in template and not Path(template).is_file():
+        yield (
+            f"data.chat_template={template}: no such file, seen from {Path.cwd()}; "
+            "a template itself has {{ }} or {% %}"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    loss, reference = config.loss, config.reference
+    if loss.name == "sft":
+        if loss.label_smoothing != 0:
+            yield (
+                f"loss.label_smoothing={loss.label_smoothing:g}: loss=sft compares no pairs; "
+                "leave it at 0"
+            )
+        if reference.kind == "live":
+            yield "reference=live: loss=sft uses no reference; use reference=auto"
+        if reference.pretrained is not None:
+            yield (
+                f"reference.pretrained={reference.pretrained}: loss=sft uses no reference; "
+                "leave it out"
+            )
+    if reference.kind == "none" and reference.pretrained is not None:
+        yield (
+            f"reference.pretrained={reference.pretrained} with reference=none: "
+            "use reference=live, or leave it out"
+        )
+    if reference.pretrained is None and reference.revision is not None:
+        yield f"reference.revision={reference.revision}: set reference.pretrained= too"
+    yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
+
+
+def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
+    trainer = config.trainer
+    several = []
+    if isinstance(trainer.devices, list):
+        several = [f"trainer.devices={trainer.devices}"] if len(trainer.devices) > 1 else []
+        if trainer.accelerator == "cpu":
+            yield (
+                f"trainer.devices={trainer.devices}: processes on the CPU are only counted; "
+                f"use trainer.devices={len(trainer.devices)}"
+            )
+    elif isinstance(trainer.devices, int) and trainer.devices > 1:
+        several = [f"trainer.devices={trainer.devices}"]
+    if trainer.num_nodes > 1:
+        several.append(f"trainer.num_nodes={trainer.num_nodes}")
+    if multirun and several:
+        yield (
+            f"{' '.join(several)}: the trials of a sweep share one process, which has one device; "
+            "run the betas one after the other without -m"
+        )
+
+
+def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
+    if config.resume is None:
+        return
+    if config.resume == "auto":
+        if not explicit_run_dir:
+            yield "resume=auto looks in the run's folder: name that, hydra.run.dir=<folder>"
+    elif not Path(config.resume).exists():
+        yield (
+            f"resume={config.resume}: no such checkpoint or run folder, seen from {Path.cwd()}; "
+            "resume=auto takes the newest one of hydra.run.dir"
+        )
+
+
+def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:
+    """All that does not fit together, one clause each.
+
+    Args:
+        config: Settings of which each is valid by itself.
+        multirun: Whether it is one of several that run in this process.
+        explicit_run_dir: Whether the run's folder was named.
+
+    Yields:
+        The keys, their values and the remedy.
+    """
+    yield from _model(config)
+    yield from _data(config)
+    yield from _objective(config)
+    yield from _devices(config, multirun=multirun)
+    yield from _resume(config, explicit_run_dir=explicit_run_dir)

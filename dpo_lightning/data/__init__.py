@@ -1,0 +1,1 @@
+"""Preference data: from files of rows to the flat batches of one optimizer step."""

@@ -1,0 +1,320 @@
+"""Which groups go to which step, rank and micro-batch, and how a micro-batch is laid out flat.
+
+A group is laid out ``[P | y_1 | ... | y_K]``: the prompt once, then its responses, whose positions
+all restart at |P|. Groups follow each other in one row of T tokens, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_lightning.data.tokens import TokenGroup
+
+# A bucket of groups whose attention is computed together wastes at most this share on padding ...
+_BUCKET_WASTE = 1.25
+# ... and its mask of (groups, L, L) holds at most this many entries, unless it is a single group.
+_BUCKET_MASK = 1 << 25
+
+Self = TypeVar("Self", bound="_Movable")
+
+
+class _Movable:
+    """Moves every tensor (or movable) field of a dataclass to a device."""
+
+    __slots__ = ()
+
+    def to(self: Self, device: torch.device | str, **kwargs: Any) -> Self:
+        values = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor | _Movable):
+                value = value.to(device, **kwargs)
+            elif isinstance(value, tuple) and value and isinstance(value[0], _Movable):
+                value = tuple(item.to(device, **kwargs) for item in value)
+            values[field.name] = value
+        return type(self)(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket(_Movable):
+    """Groups of like lengths, whose attention is one call.
+
+    Attributes:
+        index: Flat position of each token, shape (G, L), int64; unused places hold 0.
+        segment: 0 for the prompt, k for response k, -1 for an unused place, shape (G, L), int64.
+        position: Position of the token in its own sequence, shape (G, L), int64.
+    """
+
+    index: Tensor
+    segment: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch(_Movable):
+    """A micro-batch of G groups with N responses in T tokens, of which S are scored.
+
+    Attributes:
+        input_ids: Token ids, shape (T,), int64.
+        position_ids: Position of each token in its own sequence, shape (T,), int64.
+        buckets: How attention gathers the tokens into calls.
+        inverse: Place of each flat token in the concatenated, flattened buckets, shape (T,), int64.
+        score_from: Token whose hidden state predicts each scored token, shape (S,), int64. The last
+            token of a prompt stands here once for every response.
+        targets: The scored token ids, shape (S,), int64.
+        response: Which response each scored token belongs to, shape (S,), int64.
+        lengths: Tokens of each response, shape (N,), int64.
+        group: Group of each response, numbered 0..G-1 in order, shape (N,), int64.
+        rank: Rank of each response in its group, 1 is best, shape (N,), int64.
+        weight: Weight of each group, shape (G,), float32.
+        chosen: Better response of each strictly ranked pair, shape (M,), int64.
+        rejected: Worse response of each strictly ranked pair, shape (M,), int64.
+        segments: (|P|, |y_1|, ..., |y_K|) of each group, on the host.
+        rows: Index of each group in its data set, on the host.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    buckets: tuple[Bucket, ...]
+    inverse: Tensor
+    score_from: Tensor
+    targets: Tensor
+    response: Tensor
+    lengths: Tensor
+    group: Tensor
+    rank: Tensor
+    weight: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    segments: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch(_Movable):
+    """What one rank does in one optimizer step; one Lightning batch.
+
+    Attributes:
+        micro_batches: At least one, unless the rank has no groups in this step.
+        total_weight: Sum of the weights of all the step's groups, over all ranks.
+        pairs: Strictly ranked pairs of the step, over all ranks.
+        tokens: Tokens that the step computes, over all ranks; none is padding.
+    """
+
+    micro_batches: tuple[GroupBatch, ...]
+    total_weight: float
+    pairs: int
+    tokens: int
+
+
+def plan_step(
+    costs: Sequence[int], *, world_size: int, micro_batch_tokens: int
+) -> list[list[list[int]]]:
+    """Shares the groups of one step out over ranks and micro-batches.
+
+    The longest group goes first, to the rank with the fewest tokens so far; within a rank, to the
+    first micro-batch that has room. A group over the budget gets a micro-batch of its own. The
+    result depends on the arguments alone.
+
+    Args:
+        costs: Tokens of each group of the step.
+        world_size: Number of ranks.
+        micro_batch_tokens: Most tokens of a micro-batch.
+
+    Returns:
+        For each rank a list of micro-batches, each a list of indices into ``costs`` in ascending
+        order. A rank without groups has no micro-batches.
+
+    Example:
+        >>> plan_step([5, 9, 4, 2], world_size=2, micro_batch_tokens=9)
+        [[[1]], [[0, 2], [3]]]
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    loads = [0] * world_size
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for i in order:
+        rank = min(range(world_size), key=lambda r: (loads[r], r))
+        loads[rank] += costs[i]
+        shares[rank].append(i)
+    plan = []
+    for share in shares:
+        bins: list[list[int]] = []
+        room: list[int] = []
+        for i in share:
+            for b, left in enumerate(room):
+                if costs[i] <= left:
+                    bins[b].append(i)
+                    room[b] -= costs[i]
+                    break
+            else:
+                bins.append([i])
+                room.append(micro_batch_tokens - costs[i])
+        plan.append([sorted(b) for b in bins])
+    return plan
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of ``n`` groups in an epoch: a function of the seed and the epoch alone."""
+    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(n)]
+
+
+def make_step_batch(
+    groups: Sequence[TokenGroup],
+    rows: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    shared: bool,
+) -> StepBatch:
+    """Builds one rank's part of the step over ``groups[i] for i in rows``.
+
+    Args:
+        groups: The data set.
+        rows: Indices of the step's groups.
+        rank: This rank.
+        world_size: Number of ranks.
+        micro_batch_tokens: Most tokens of a micro-batch.
+        shared: Whether a prompt is computed once for its responses; decides what a group costs.
+    """
+    step = [groups[i] for i in rows]
+    costs = [group.tokens if shared else group.padded_tokens for group in step]
+    plan = plan_step(costs, world_size=world_size, micro_batch_tokens=micro_batch_tokens)
+    return StepBatch(
+        micro_batches=tuple(
+            collate_groups([step[i] for i in micro], [rows[i] for i in micro])
+            for micro in plan[rank]
+        ),
+        total_weight=float(sum(group.weight for group in step)),
+        pairs=sum(group.pairs for group in step),
+        tokens=sum(costs),
+    )
+
+
+def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBatch:
+    """Lays groups out flat.
+
+    Args:
+        groups: At least one group.
+        rows: Index of each group in its data set.
+
+    Example:
+        One group with the prompt (7, 8) and the responses (3, 0) and (4, 5, 0) becomes
+
+        >>> from dpo_lightning.data.tokens import TokenGroup
+        >>> ids = lambda *x: np.array(x, dtype=np.int32)
+        >>> group = TokenGroup(ids(7, 8), (ids(3, 0), ids(4, 5, 0)), (1, 2), 1.0, "row", "key")
+        >>> batch = collate_groups([group], [0])
+        >>> batch.input_ids.tolist()
+        [7, 8, 3, 0, 4, 5, 0]
+        >>> batch.position_ids.tolist()
+        [0, 1, 2, 3, 2, 3, 4]
+        >>> batch.score_from.tolist()
+        [1, 2, 1, 4, 5]
+        >>> batch.targets.tolist()
+        [3, 0, 4, 5, 0]
+        >>> batch.response.tolist()
+        [0, 0, 1, 1, 1]
+    """
+    ids, positions, segments = [], [], []
+    score_from, responses = [], []
+    lengths: list[int] = []
+    owner: list[int] = []
+    ranks: list[int] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    shapes = []
+    start = n = 0
+    for g, group in enumerate(groups):
+        p = len(group.prompt)
+        ids.append(group.prompt)
+        positions.append(np.arange(p))
+        segments.append(np.zeros(p, dtype=np.int64))
+        cursor = start + p
+        for k, response in enumerate(group.responses):
+            r = len(response)
+            ids.append(response)
+            positions.append(np.arange(p, p + r))
+            segments.append(np.full(r, k + 1, dtype=np.int64))
+            source = np.arange(cursor - 1, cursor + r - 1)
+            source[0] = start + p - 1
+            score_from.append(source)
+            responses.append(np.full(r, n + k, dtype=np.int64))
+            lengths.append(r)
+            owner.append(g)
+            cursor += r
+        ranks.extend(group.ranks)
+        for i, better in enumerate(group.ranks):
+            for j, worse in enumerate(group.ranks):
+                if better < worse:
+                    chosen.append(n + i)
+                    rejected.append(n + j)
+        shapes.append((p, *map(len, group.responses)))
+        n += len(group.responses)
+        start = cursor
+    buckets, inverse = _buckets(
+        [sum(shape) for shape in shapes], np.concatenate(segments), np.concatenate(positions)
+    )
+    return GroupBatch(
+        input_ids=_tensor(np.concatenate(ids)),
+        position_ids=_tensor(np.concatenate(positions)),
+        buckets=buckets,
+        inverse=inverse,
+        score_from=_tensor(np.concatenate(score_from)),
+        targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
+        response=_tensor(np.concatenate(responses)),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        group=torch.tensor(owner, dtype=torch.int64),
+        rank=torch.tensor(ranks, dtype=torch.int64),
+        weight=torch.tensor([group.weight for group in groups], dtype=torch.float32),
+        chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64),
+        segments=tuple(shapes),
+        rows=tuple(rows),
+    )
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64, copy=False))
+
+
+def _buckets(
+    lengths: Sequence[int], segments: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]
+) -> tuple[tuple[Bucket, ...], Tensor]:
+    """Gathers groups of like lengths, longest first, into as few padded rectangles as pay."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    parts: list[list[int]] = []
+    for i in order:
+        if parts:
+            longest = lengths[parts[-1][0]]
+            tokens = sum(lengths[j] for j in parts[-1]) + lengths[i]
+            count = len(parts[-1]) + 1
+            fits = longest * count <= tokens * _BUCKET_WASTE
+            if fits and longest * longest * count <= _BUCKET_MASK:
+                parts[-1].append(i)
+                continue
+        parts.append([i])
+    inverse = np.empty(int(starts[-1]), dtype=np.int64)
+    buckets = []
+    offset = 0
+    for part in parts:
+        longest = lengths[part[0]]
+        index = np.zeros((len(part), longest), dtype=np.int64)
+        segment = np.full((len(part), longest), -1, dtype=np.int64)
+        position = np.zeros((len(part), longest), dtype=np.int64)
+        for row, i in enumerate(part):
+            flat = np.arange(starts[i], starts[i + 1])
+            index[row, : lengths[i]] = flat
+            segment[row, : lengths[i]] = segments[flat]
+            position[row, : lengths[i]] = positions[flat]
+            inverse[flat] = offset + row * longest + np.arange(lengths[i])
+        offset += len(part) * longest
+        buckets.append(Bucket(_tensor(index), _tensor(segment), _tensor(position)))
+    return tuple(buckets), _tensor(inverse)

@@ -1,0 +1,230 @@
+"""The texts of a row, strings or lists of messages: their checks and their common beginning."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+# Roles whose turns are given to the policy: a response never begins with one of them.
+GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
+
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Text: TypeAlias = str | tuple[Message, ...]
+
+
+class RowError(Exception):
+    """A row that is no preference group: the field at fault and what was found there."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+
+def show(value: object) -> str:
+    """A short form of any value, on one line that can be printed."""
+    # null, true and false are what the file says.
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return _SHORT.repr(value)
+
+
+def printable(text: str) -> str:
+    """The text with anything escaped that would break the line it is printed on."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def list_names(names: Iterable[object]) -> str:
+    """Names for a message, quoted; a long list is cut."""
+    names = list(names)
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (", ".join(map(show, names[:12])) or "nothing") + more
+
+
+def describe(value: object) -> str:
+    """What kind of value this is, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return show(value)
+    if isinstance(value, int | float):
+        return f"the number {show(value)}"
+    if isinstance(value, str):
+        return f"the text {show(value)}"
+    if isinstance(value, dict):
+        return f"an object of {list_names(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def read_text(value: object, label: str, *, sharegpt: bool = False) -> Text:
+    """Checks a text of any kind.
+
+    Args:
+        value: A string, or a list of ``{"role", "content"}`` messages.
+        label: Where the value stands in the row, for errors.
+        sharegpt: The messages are ``{"from", "value"}`` turns instead: a list, or one by itself.
+            A string is the assistant's then.
+
+    Raises:
+        RowError: If the value is anything else.
+    """
+    if isinstance(value, str):
+        text = _checked(value, label)
+        return (Message("assistant", text),) if sharegpt else text
+    if isinstance(value, list):
+        return _messages(value, label, _turn if sharegpt else _message)
+    if sharegpt:
+        return (_turn(value, label),)
+    raise RowError(
+        label, f"{describe(value)}, expected a text or a list of messages{_sharegpt_hint(value)}"
+    )
+
+
+def read_prompt(value: object, label: str, *, sharegpt: bool = False) -> Text:
+    """Checks a prompt; the same as :func:`read_text`, but a ShareGPT prompt is a list of turns."""
+    if sharegpt and not isinstance(value, list):
+        raise RowError(label, f"{describe(value)}, expected a list of turns")
+    return read_text(value, label, sharegpt=sharegpt)
+
+
+def split_strings(texts: Sequence[str]) -> tuple[str, list[str], bool]:
+    """Splits strings into their common beginning and the rest of each.
+
+    Dialogues of ``Human:`` and ``Assistant:`` are split where the last common answer begins.
+
+    Returns:
+        The common beginning, the rests, and whether the texts are such dialogues.
+    """
+    # The smallest and the largest have no longer a beginning in common than all of them.
+    low, high = min(texts), max(texts)
+    common = low[: _common_length(low, high)]
+    at = common.rfind(_ASSISTANT) if common.startswith(_HUMAN) else -1
+    # A space belongs to the word that follows it, for tokenizers as for readers.
+    prompt = common[: at + len(_ASSISTANT)] if at >= 0 else common.rstrip()
+    return prompt, [text[len(prompt) :] for text in texts], at >= 0
+
+
+def split_messages(
+    lists: Sequence[tuple[Message, ...]], labels: Sequence[str]
+) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    """Splits conversations into their common beginning and the rest of each.
+
+    A rest is never empty and begins with an answer, so that the prompt ends before the last common
+    answer when the conversations differ in a later question.
+
+    Args:
+        lists: The conversations.
+        labels: Where they stand in the row, for errors.
+
+    Raises:
+        RowError: If the conversations differ before the first answer.
+    """
+    first, *others = lists
+    size, limit = 0, min(map(len, lists)) - 1
+    while size < limit and all(other[size] == first[size] for other in others):
+        size += 1
+    while size and any(messages[size].role in GIVEN_ROLES for messages in lists):
+        size -= 1
+    if not size:
+        raise RowError(
+            labels[0], "no prompt: the responses are conversations without a common beginning"
+        )
+    return first[:size], [messages[size:] for messages in lists]
+
+
+def _common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix by bisection: slices compare at the speed of C."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _checked(text: str, label: str) -> str:
+    """The text itself, if it is Unicode: JSON can spell one half of a character."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise RowError(label, f"lone surrogate {half} at character {error.start + 1}") from None
+    return text
+
+
+def _messages(
+    value: list[object], label: str, read: Callable[[object, str], Message]
+) -> tuple[Message, ...]:
+    if not value:
+        raise RowError(label, "an empty list, expected at least one message")
+    return tuple([read(item, f"{label}[{index}]") for index, item in enumerate(value)])
+
+
+def _message(value: object, label: str) -> Message:
+    role, content = _two_texts(value, label, ("role", "content"))
+    if not role:
+        raise RowError(f"{label}.role", "an empty text, expected the name of a role")
+    return Message(role, content)
+
+
+def _turn(value: object, label: str) -> Message:
+    speaker, content = _two_texts(value, label, ("from", "value"))
+    role = _SHAREGPT_ROLES.get(speaker)
+    if role is None:
+        known = ", ".join(_SHAREGPT_ROLES)
+        raise RowError(f"{label}.from", f"{show(speaker)}, expected one of {known}")
+    return Message(role, content)
+
+
+def _two_texts(value: object, label: str, keys: tuple[str, str]) -> tuple[str, str]:
+    if not isinstance(value, dict):
+        raise RowError(label, f"{describe(value)}, expected an object of {list_names(keys)}")
+    texts = []
+    for key in keys:
+        if key not in value:
+            hint = _sharegpt_hint(value) if key == "role" else ""
+            raise RowError(f"{label}.{key}", f"missing; there is {describe(value)}{hint}")
+        text = value[key]
+        if not isinstance(text, str):
+            raise RowError(f"{label}.{key}", f"{describe(text)}, expected a text")
+        texts.append(_checked(text, f"{label}.{key}"))
+    return texts[0], texts[1]
+
+
+def _sharegpt_hint(value: object) -> str:
+    if isinstance(value, dict) and {"from", "value"} <= value.keys():
+        return " (data.format=sharegpt reads that)"
+    return ""

@@ -1,0 +1,28 @@
+"""Errors that a user can act on, each with the exit code of the command line.
+
+The message of each is one line: the key or ``file:line``, the value that was found, and the remedy.
+"""
+
+
+class DpoLightningError(Exception):
+    """Base of the errors below; the command line prints the message, exits with its code."""
+
+    exit_code = 1
+
+
+class UserError(DpoLightningError):
+    """The configuration, the data or a named model cannot be used as given."""
+
+    exit_code = 2
+
+
+class DivergedError(DpoLightningError):
+    """The loss or the gradient norm is not finite; the step was not taken."""
+
+    exit_code = 3
+
+
+class CorruptArtifactError(DpoLightningError):
+    """A checkpoint or another file that was written earlier is damaged."""
+
+    exit_code = 4

@@ -1,0 +1,228 @@
+"""Builds models, data and trainer from the settings, trains, evaluates and exports.
+
+The settings end here: every class below takes plain values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+
+from dpo_lightning.callbacks import check_checkpoint
+from dpo_lightning.config import Config
+from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.module import steps_per_epoch
+from dpo_lightning.data.prepare import PreparedData, data_hash, prepare_rows
+from dpo_lightning.models.loading import weights_hash
+from dpo_lightning.models.setup import (
+    Models,
+    ModelSource,
+    load_models,
+    resolve_model,
+    set_chat_template,
+)
+from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
+from dpo_lightning.run import SourceRows, find_checkpoint
+from dpo_lightning.session import Schedule, Session
+
+log = logging.getLogger(__name__)
+
+# Peak learning rates by what is trained: the bundled model, a model with all its weights.
+_LEARNING_RATE_BUNDLED = 1e-3
+_LEARNING_RATE_FULL = 5e-7
+
+# The config hash covers what decides a run's numbers, and not where it is written or watched.
+_NOT_IN_HASH = ("name", "logger", "hydra", "resume", "debug")
+
+
+def run_experiment(
+    config: Config,
+    rows: SourceRows | None,
+    *,
+    run_dir: Path,
+    resolved: dict[str, Any],
+    result: dict[str, Any],
+) -> None:
+    """Trains, evaluates and exports; fills ``result`` as facts become known.
+
+    Args:
+        config: The validated settings.
+        rows: The rows that were read, or None for the controlled task.
+        run_dir: The run's folder.
+        resolved: The settings as plain values.
+        result: The content of result.json.
+    """
+    _quiet_libraries()
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    checkpoint = find_checkpoint(config.resume, run_dir)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+
+    source = _resolve_source(config, rows)
+    task = ControlledTask() if rows is None else None
+    data = None if rows is None else _prepare_rows(config, rows, source)
+    models = _load_models(config, source)
+    reference_logps = None
+    if task is not None:
+        with models.scorer.plain(models.policy) as reference:
+            reference_logps = task.outcome_logps(reference)
+        data = _controlled_data(config, task, reference_logps)
+    assert data is not None
+
+    schedule = _schedule(config, len(data.train), bundled=source.bundled)
+    hashes = {"data": data_hash(data.train, data.eval), "weights": weights_hash(models.policy)}
+    result["config_hash"] = _config_hash(resolved, hashes)
+    result["data"] = data.counts()
+    result["model"] = {
+        "name": source.name,
+        "parameters": sum(p.numel() for p in models.policy.parameters()),
+        "trainable": sum(p.numel() for p in models.policy.parameters() if p.requires_grad),
+    }
+    Session(
+        config=config,
+        source=source,
+        models=models,
+        data=data,
+        schedule=schedule,
+        run_dir=run_dir,
+        resolved=resolved,
+        identity=_identity(config, hashes),
+        result=result,
+        task=task,
+        reference_outcome_logps=reference_logps,
+    ).run(checkpoint)
+
+
+# Building ---------------------------------------------------------------------------------------
+
+
+def _quiet_libraries() -> None:
+    """What third parties say on every run and nobody can act on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*you have resumed from a checkpoint.*",
+        ".*You're resuming from a checkpoint.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*is ill-defined.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
+    model = config.model
+    source = resolve_model(
+        pretrained=model.pretrained,
+        revision=model.revision,
+        tokenizer=model.tokenizer,
+        config=model.config,
+        config_overrides=model.config_overrides,
+        dtype=model.dtype,
+        max_length=config.data.max_length,
+    )
+    if rows is not None:
+        parts = [rows.train.groups, rows.eval.groups if rows.eval else []]
+        messages = any(not isinstance(g.prompt, str) for groups in parts for g in groups)
+        note = set_chat_template(source.tokenizer, config.data.chat_template, needed=messages)
+        if note:
+            log.info(note)
+    if source.tokenizer.pad_token_id is None:
+        log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")
+    return source
+
+
+def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> PreparedData:
+    data = prepare_rows(
+        rows.train,
+        rows.eval,
+        source.tokenizer,
+        max_length=source.max_length,
+        truncation=config.data.truncation,
+        eval_fraction=config.data.eval_fraction,
+        split_seed=config.data.split_seed,
+        max_dropped=config.data.max_dropped,
+    )
+    for note in data.notes:
+        log.info(note)
+    return data
+
+
+def _load_models(config: Config, source: ModelSource) -> Models:
+    return load_models(
+        source,
+        reference_kind=config.reference.kind,
+        reference_pretrained=config.reference.pretrained,
+        reference_revision=config.reference.revision,
+        needs_reference=PAIRWISE_LOSSES[config.loss.name].uses_reference,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        seed=config.seed,
+    )
+
+
+def _controlled_data(
+    config: Config, task: ControlledTask, reference_logps: torch.Tensor
+) -> PreparedData:
+    sizes = config.data.controlled
+    # The evaluation pairs are the same for every seed, so that seeds can be compared.
+    return PreparedData(
+        train=task.groups(
+            sizes.train_groups, seed=config.seed + 1, reference_logps=reference_logps
+        ),
+        eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
+    )
+
+
+def _schedule(config: Config, groups: int, *, bundled: bool) -> Schedule:
+    trainer = config.trainer
+    epoch = steps_per_epoch(groups, config.data.batch_size)
+    limits = []
+    if trainer.max_steps is not None:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None or not limits:
+        limits.append((trainer.max_epochs or 1) * epoch)
+    total = min(limits)
+    warmup = config.optimizer.warmup
+    learning_rate = config.optimizer.lr
+    if learning_rate is None:
+        learning_rate = _LEARNING_RATE_BUNDLED if bundled else _LEARNING_RATE_FULL
+    return Schedule(
+        total_steps=total,
+        warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
+        log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
+        eval_every_n_steps=config.evaluation.every_n_steps or epoch,
+        learning_rate=learning_rate,
+    )
+
+
+def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
+    kept = {key: value for key, value in resolved.items() if key not in _NOT_IN_HASH}
+    text = json.dumps([kept, hashes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
+    return {
+        "beta": config.beta,
+        "loss.name": config.loss.name,
+        "loss.label_smoothing": config.loss.label_smoothing,
+        "reference.kind": config.reference.kind,
+        "seed": config.seed,
+        "data.batch_size": config.data.batch_size,
+        "data": hashes["data"],
+        "model": hashes["weights"],
+    }

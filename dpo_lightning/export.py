@@ -1,0 +1,96 @@
+"""The trained policy as a Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import GenerationConfig
+
+
+def export_model(
+    policy: Any, tokenizer: Any, folder: Path, *, config: Any, facts: Mapping[str, Any]
+) -> None:
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    It is staged beside its place and renamed, so that a folder that is there is whole.
+
+    Args:
+        policy: The trained model.
+        tokenizer: Its tokenizer; a chat template that was added is exported with it.
+        folder: Where to.
+        config: The model's config as it was loaded; dropout was off for training only.
+        facts: ``base_model``, ``beta``, ``loss``, ``command``, ``metrics`` for the card.
+    """
+    staged = folder.with_name(f".{folder.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    trained_config = policy.config
+    _check_generation_config(policy)
+    try:
+        policy.config = config
+        policy.save_pretrained(staged)
+    finally:
+        policy.config = trained_config
+    tokenizer.save_pretrained(staged)
+    _portable_tokenizer_class(staged / "tokenizer_config.json")
+    _card(facts).save(staged / "README.md")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    staged.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_generation_config(policy: Any) -> None:
+    """Some hub models carry settings that transformers reads but refuses to write."""
+    own = policy.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        policy.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+        )
+
+
+def _portable_tokenizer_class(path: Path) -> None:
+    """Version 5 of transformers writes a class of its own that version 4 and servers do not know."""
+    values = json.loads(path.read_text())
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _card(facts: Mapping[str, Any]) -> ModelCard:
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "dpo-lightning", "preference-optimization"],
+    )
+    metrics = "\n".join(
+        f"| `{name}` | {value:.4g} |" for name, value in sorted(facts["metrics"].items())
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {facts["name"]}
+
+Trained from `{facts["base_model"]}` on preferences with the `{facts["loss"]}` loss at
+β = {facts["beta"]:g} by [Direct Preference Optimization](https://arxiv.org/abs/2305.18290).
+
+```
+{facts["command"]}
+```
+
+| metric | last value |
+|---|---|
+{metrics}
+"""
+    return ModelCard(text)

@@ -1,0 +1,216 @@
+"""Models and tokenizers from folders, the hub or a config; the only caller of from_pretrained."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dpo_lightning.errors import UserError
+
+_DROPOUT_NAMES = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "layerdrop")
+
+
+def load_tokenizer(source: str, *, key: str, revision: str | None = None) -> Any:
+    """Loads a tokenizer that can end a response.
+
+    Args:
+        source: A folder or a hub id.
+        key: The config key that named it, for errors.
+        revision: Revision on the hub.
+
+    Raises:
+        UserError: If there is none, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
+    except Exception as error:
+        raise _load_error(
+            f"{key}={source}: no tokenizer", error, remedy="model.tokenizer="
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}={source}: the tokenizer has no EOS token, so no response could end; name "
+            "another with model.tokenizer= or set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_config(
+    source: str,
+    *,
+    key: str,
+    revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """Loads a model's config from a folder, a config.json or the hub, with every dropout at 0.
+
+    Args:
+        source: A folder, a file or a hub id.
+        key: The config key that named it, for errors.
+        revision: Revision on the hub.
+        overrides: Values to change, such as ``{"hidden_size": 64}``.
+
+    Raises:
+        UserError: If it cannot be read or an override names nothing.
+    """
+    try:
+        if Path(source).is_file():
+            values = json.loads(Path(source).read_text())
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        else:
+            config = AutoConfig.from_pretrained(
+                source, revision=revision or "main", trust_remote_code=False
+            )
+    except Exception as error:
+        raise _load_error(f"{key}={source}: no model config", error, remedy=f"{key}=") from error
+    known = config.to_dict()
+    for name, value in (overrides or {}).items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise UserError(
+                f"model.config_overrides.{name}={value}: {config.model_type} has no such key{hint}"
+            )
+    if overrides:
+        # A new config, so that its own checks and derived values see the overrides.
+        config = type(config).from_dict(known | dict(overrides))
+    return config
+
+
+def without_dropout(config: Any) -> Any:
+    """A copy of a config with every dropout at 0, functional dropout included."""
+    config = copy.deepcopy(config)
+    for name, value in list(vars(config).items()):
+        is_dropout = "dropout" in name or name in _DROPOUT_NAMES
+        if is_dropout and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_model(
+    source: str, config: Any, *, key: str, dtype: torch.dtype, revision: str | None = None
+) -> Any:
+    """Loads a causal language model's weights from a folder or the hub, safetensors only.
+
+    Args:
+        source: A folder or a hub id.
+        config: Its config.
+        key: The config key that named it, for errors.
+        dtype: Type of the weights in memory.
+        revision: Revision on the hub.
+
+    Raises:
+        UserError: If the weights are absent, incomplete or of another architecture.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=without_dropout(config),
+            revision=revision or "main",
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{key}={source}: {len(missing)} weights are missing or of another shape, {missing[0]} "
+            f"first: this is not a whole {config.model_type} model; name another with {key}="
+        )
+    return model
+
+
+def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:
+    """A randomly initialised model, for tests and benchmarks at any size without a download."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(without_dropout(config), dtype=dtype)
+
+
+def adopt_special_tokens(config: Any, tokenizer: Any) -> None:
+    """Gives a random model's config the special tokens of the tokenizer that it is used with."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence a model was built for, in tokens; None when its config names none."""
+    text_config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_vocabulary(config: Any, tokenizer: Any, *, key: str) -> None:
+    """Refuses a tokenizer whose ids the model has no embeddings for."""
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"{key}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}; "
+            "name the tokenizer that belongs to it with model.tokenizer=, or a larger vocab_size "
+            "with model.config_overrides="
+        )
+
+
+def check_same_vocabulary(policy: Any, reference: Any, tokenizer: Any, *, source: str) -> None:
+    """Refuses a reference that reads the same ids as other words.
+
+    Args:
+        policy: The policy's config.
+        reference: The reference's config.
+        tokenizer: The policy's tokenizer.
+        source: The reference's folder or hub id.
+    """
+    sizes = [config.get_text_config().vocab_size for config in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"reference.pretrained={source}: its vocabulary has {sizes[1]} tokens, the policy's "
+            f"{sizes[0]}; name a reference of the same family"
+        )
+    own = load_tokenizer(source, key="reference.pretrained")
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reference.pretrained={source}: its tokenizer has another vocabulary than the "
+            "policy's; name a reference of the same family"
+        )
+
+
+def weights_hash(model: Any) -> str:
+    """A hash of all weights: names, shapes, dtypes and bytes; 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _load_error(what: str, error: Exception, *, remedy: str) -> UserError:
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    offline = ("couldn't connect", "can't load", "offline", "not find", "connection", "resolve")
+    if "gated" in lowered or "401" in lowered:
+        return UserError(f"{what}: the hub wants you to log in for it (hf auth login)")
+    if any(word in lowered for word in offline):
+        return UserError(
+            f"{what}: not a local folder with it, not in the local cache, and the hub did not "
+            f"serve it; name a local folder with {remedy}"
+        )
+    return UserError(f"{what}: {text[:300]}; name another with {remedy}")

@@ -1,0 +1,78 @@
+"""Chooses the scoring path of a model by trying it on a tiny group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_lightning.data.packing import collate_groups
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.models.scoring import Scorer
+
+# Largest difference of a token's log-probability that rounding can explain, by dtype.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def choose_path(model: Any, *, max_length: int) -> tuple[Scorer, str | None]:
+    """Chooses the flat path where the model gives the same numbers on it, else the padded one.
+
+    The model is left with the attention that the chosen path needs.
+
+    Args:
+        model: A transformers causal language model, on any device.
+        max_length: Longest prompt + response of the data, in tokens.
+
+    Returns:
+        The scorer, and why it is the padded one (None for the flat path).
+    """
+    own_attention = model.config._attn_implementation
+    flat = Scorer("flat")
+    reason = _why_not_flat(model, flat, max_length)
+    if reason is None:
+        return flat, None
+    if model.config._attn_implementation != own_attention:
+        model.set_attn_implementation(own_attention)
+    return Scorer("padded"), reason
+
+
+@torch.no_grad()
+def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
+    config = model.config.get_text_config()
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and max_length > chunk:
+        return f"it attends in chunks of {chunk} tokens"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    batch = collate_groups([_probe_group(config.vocab_size)], [0])
+    batch = batch.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        expected = Scorer("padded").token_logps(model, batch, None)
+        flat.prepare(model)
+        plan = flat.plan(batch)
+        assert plan is not None
+        actual = flat.token_logps(model, batch, plan)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"trying it failed ({' '.join(str(error).split())[:120]})"
+    finally:
+        model.train(training)
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    if window is not None and max_length > window and plan.windows == {None}:
+        return f"its layers do not pass on their window of {window} tokens"
+    difference = (actual - expected).abs().max().item()
+    dtype = next(model.parameters()).dtype
+    if not difference <= _TOLERANCE.get(dtype, 1e-3):
+        return f"its log-probabilities differ by {difference:.2g} from the plain forward pass"
+    return None
+
+
+def _probe_group(vocabulary: int) -> TokenGroup:
+    """Responses of different lengths behind a prompt, in ids spread over the vocabulary."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, 24).astype(np.int32)
+    responses = (ids[9:13], ids[13:20], ids[20:])
+    return TokenGroup(ids[:9], responses, (1, 2, 3), 1.0, "probe", "probe")

@@ -1,0 +1,164 @@
+"""Log-probabilities of the responses of a micro-batch under a causal language model.
+
+Two paths give the same numbers: *flat* computes a prompt once for all its responses and pads
+nothing; *padded* is the plain forward pass of any causal language model, one row per response.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo_lightning.data.packing import GroupBatch
+from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan
+
+ScoringPath = Literal["flat", "padded"]
+
+# Most vocabulary scores that one chunk of the head computes; more chunks are recomputed backward.
+_HEAD_CHUNK = 1 << 24
+
+
+class Scorer:
+    """Scores micro-batches on one path; policy and reference share a scorer, and so its kernels."""
+
+    def __init__(self, path: ScoringPath) -> None:
+        self.path: ScoringPath = path
+        self._own_attention: str | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt is computed once for all its responses."""
+        return self.path == "flat"
+
+    def prepare(self, model: Any) -> None:
+        """Switches a transformers model to the attention that this path needs."""
+        if self.path == "flat" and model.config._attn_implementation != GROUP_ATTENTION:
+            self._own_attention = model.config._attn_implementation
+            model.set_attn_implementation(GROUP_ATTENTION)
+
+    @contextlib.contextmanager
+    def plain(self, model: Any) -> Iterator[Any]:
+        """The model as transformers made it, in eval mode: for generation and plain forwards."""
+        training = model.training
+        model.eval()
+        if self._own_attention is not None:
+            model.set_attn_implementation(self._own_attention)
+        try:
+            yield model
+        finally:
+            if self._own_attention is not None:
+                model.set_attn_implementation(GROUP_ATTENTION)
+            model.train(training)
+
+    def plan(self, batch: GroupBatch) -> AttentionPlan | None:
+        """The attention plan of a micro-batch, to be shared by the models that score it."""
+        return AttentionPlan(batch) if self.path == "flat" else None
+
+    def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each scored token, shape (S,), float32."""
+        if plan is not None:
+            return _flat_token_logps(model, batch, plan)
+        return _padded_token_logps(model, batch)
+
+    def logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None = None) -> Tensor:
+        """Log-probability of each response: the sum over its tokens, EOS included.
+
+        Args:
+            model: A transformers causal language model, prepared by this scorer.
+            batch: The micro-batch.
+            plan: From :meth:`plan`; made here when not given.
+
+        Returns:
+            Shape (N,), float32.
+        """
+        plan = self.plan(batch) if plan is None else plan
+        tokens = self.token_logps(model, batch, plan)
+        total = torch.zeros(len(batch.lengths), dtype=torch.float32, device=tokens.device)
+        return total.index_add(0, batch.response, tokens)
+
+
+def logits_transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """What a model family does to its vocabulary scores behind the head, from its config."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = getattr(text_config, "logit_scale", None)
+    divisor = getattr(text_config, "logits_scaling", None)
+    cap = getattr(text_config, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        if scale is not None:
+            logits = logits * scale
+        if divisor is not None:
+            logits = logits / divisor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return transform
+
+
+def _flat_token_logps(model: Any, batch: GroupBatch, plan: AttentionPlan) -> Tensor:
+    hidden = model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        group_plan=plan,
+    ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    transform = logits_transform(model.config)
+    return _head_logps(hidden, batch, lambda states: transform(head(states)), head.weight.shape[0])
+
+
+def _head_logps(
+    hidden: Tensor, batch: GroupBatch, logits: Callable[[Tensor], Tensor], vocabulary: int
+) -> Tensor:
+    """Runs the head on the scored positions only, in chunks of tokens that backward recomputes."""
+
+    def chunk_logps(states: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(logits(states).float(), targets, reduction="none")
+
+    states = hidden.index_select(0, batch.score_from)
+    chunks = max(1, math.ceil(len(batch.targets) * vocabulary / _HEAD_CHUNK))
+    if chunks == 1:
+        return chunk_logps(states, batch.targets)
+    parts = zip(states.chunk(chunks), batch.targets.chunk(chunks), strict=True)
+    return torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in parts])
+
+
+def _padded_token_logps(model: Any, batch: GroupBatch) -> Tensor:
+    """One row ``[P | y_k]`` per response, padded on the right; the model's own forward pass."""
+    device = batch.input_ids.device
+    rows, starts = [], []
+    cursor = 0
+    for prompt, *responses in batch.segments:
+        start = cursor + prompt
+        for length in responses:
+            rows.append((cursor, prompt, start, length))
+            starts.append(prompt - 1)
+            start += length
+        cursor = start
+    width = max(prompt + length for _, prompt, _, length in rows)
+    index = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, (begin, prompt, start, length) in enumerate(rows):
+        index[i, :prompt] = torch.arange(begin, begin + prompt)
+        index[i, prompt : prompt + length] = torch.arange(start, start + length)
+        mask[i, : prompt + length] = 1
+    index, mask = index.to(device), mask.to(device)
+    # An unused place repeats a real token: any id will do behind the mask, and none is a pad token.
+    logits = model(
+        input_ids=batch.input_ids[index],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).logits
+    first = torch.tensor(starts, device=device)[batch.response]
+    counts = torch.cat([torch.arange(length) for _, _, _, length in rows]).to(device)
+    scored = logits[batch.response, first + counts]
+    return -F.cross_entropy(scored.float(), batch.targets, reduction="none")

@@ -1,0 +1,228 @@
+"""Which tokenizer, policy and reference an experiment uses, checked before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_lightning.assets import BUNDLED_MODEL
+from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.loading import (
+    adopt_special_tokens,
+    check_same_vocabulary,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    random_model,
+)
+from dpo_lightning.models.probe import choose_path
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.reference import LiveReference, NoReference, Reference
+
+log = logging.getLogger(__name__)
+
+# Longest prompt + response where nothing is said and the model would take more.
+_DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The ``model`` group, resolved.
+
+    Attributes:
+        name: What the model is called in headers and cards.
+        key: The config key that named it, for errors.
+        source: Folder or hub id of weights, or of a config when ``random``.
+        random: Whether the weights are random.
+        bundled: Whether this is the bundled tiny model.
+        revision: Revision on the hub.
+        dtype: Type of the weights.
+        tokenizer: The tokenizer.
+        config: The model's config as it was loaded.
+        max_length: Longest prompt + response, in tokens.
+    """
+
+    name: str
+    key: str
+    source: str
+    random: bool
+    bundled: bool
+    revision: str | None
+    dtype: torch.dtype
+    tokenizer: Any
+    config: Any
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What is trained, what it is compared with, and how both are scored."""
+
+    policy: Any
+    reference: Reference
+    scorer: Scorer
+    starts_from_reference: bool
+
+
+def resolve_model(
+    *,
+    pretrained: str | None,
+    revision: str | None,
+    tokenizer: str | None,
+    config: str | None,
+    config_overrides: Mapping[str, Any],
+    dtype: str,
+    max_length: int | None,
+) -> ModelSource:
+    """Loads tokenizer and config, which say early whether model and data can work together.
+
+    Args:
+        pretrained: Folder or hub id of weights; None is the bundled model, unless ``config``.
+        revision: Revision on the hub.
+        tokenizer: Folder or hub id of another tokenizer.
+        config: Folder or file of a config for a random model.
+        config_overrides: Changes to that config.
+        dtype: Name of the weights' type.
+        max_length: Longest prompt + response; None is the model's own limit.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    bundled = pretrained is None and config is None
+    key = "model.config" if config is not None else "model.pretrained"
+    source = config or pretrained or str(BUNDLED_MODEL)
+    loaded_config = load_config(source, key=key, revision=revision, overrides=config_overrides)
+    tokenizer_source = tokenizer or (str(Path(source).parent) if Path(source).is_file() else source)
+    loaded_tokenizer = load_tokenizer(
+        tokenizer_source,
+        key="model.tokenizer" if tokenizer else key,
+        revision=None if tokenizer else revision,
+    )
+    if config is not None:
+        adopt_special_tokens(loaded_config, loaded_tokenizer)
+    check_vocabulary(loaded_config, loaded_tokenizer, key=f"{key}={source}")
+    positions = max_positions(loaded_config)
+    if max_length is None:
+        max_length = min(positions or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
+    elif positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length={max_length}: the model has {positions} positions; set "
+            f"data.max_length={positions} or less"
+        )
+    return ModelSource(
+        name="bundled tiny Llama" if bundled else Path(source).name if config is None else source,
+        key=key,
+        source=source,
+        random=config is not None,
+        bundled=bundled,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        tokenizer=loaded_tokenizer,
+        config=loaded_config,
+        max_length=max_length,
+    )
+
+
+def set_chat_template(tokenizer: Any, template: str | None, *, needed: bool) -> str | None:
+    """Gives the tokenizer the template that was named, or a plain one when it has none.
+
+    Args:
+        tokenizer: The tokenizer; what it is given is exported with it.
+        template: A Jinja template, or a file that holds one.
+        needed: Whether the data has messages.
+
+    Returns:
+        A line to say when the plain template is used.
+    """
+    if template is not None:
+        path = Path(template)
+        looks_like_path = "{" not in template
+        if looks_like_path and not path.is_file():
+            raise UserError(f"data.chat_template={template}: no such file")
+        tokenizer.chat_template = path.read_text() if looks_like_path else template
+        return None
+    if not needed or tokenizer.chat_template:
+        return None
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return (
+        "the tokenizer has no chat template: messages are written as 'User: ...' and "
+        "'Assistant: ...' (plain template, exported with the model; data.chat_template= names "
+        "another)"
+    )
+
+
+def load_models(
+    model: ModelSource,
+    *,
+    reference_kind: str,
+    reference_pretrained: str | None,
+    reference_revision: str | None,
+    needs_reference: bool,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> Models:
+    """Loads the policy and its reference and chooses the path on which both are scored.
+
+    Args:
+        model: The policy's source.
+        reference_kind: ``auto`` (a frozen model where the loss uses one), ``live`` or ``none``.
+        reference_pretrained: Folder or hub id of another reference; None is the policy's start.
+        reference_revision: Its revision on the hub.
+        needs_reference: Whether the loss uses a reference.
+        gradient_checkpointing: Whether activations are recomputed in backward.
+        seed: Of a random model.
+    """
+    if model.random:
+        policy = random_model(model.config, dtype=model.dtype, seed=seed)
+    else:
+        policy = load_model(
+            model.source,
+            model.config,
+            key=model.key,
+            dtype=model.dtype,
+            revision=model.revision,
+        )
+    scorer, reason = choose_path(policy, max_length=model.max_length)
+    if reason is not None:
+        log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
+    reference: Reference = NoReference()
+    same = False
+    if reference_kind != "none" and needs_reference:
+        same = reference_pretrained is None
+        frozen = (
+            copy.deepcopy(policy)
+            if reference_pretrained is None
+            else _other_reference(model, reference_pretrained, reference_revision)
+        )
+        scorer.prepare(frozen)
+        reference = LiveReference(frozen, scorer)
+    if gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    return Models(policy, reference, scorer, starts_from_reference=same)
+
+
+def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:
+    config = load_config(source, key="reference.pretrained", revision=revision)
+    check_same_vocabulary(model.config, config, model.tokenizer, source=source)
+    positions = max_positions(config)
+    if positions is not None and positions < model.max_length:
+        raise UserError(
+            f"reference.pretrained={source}: it has {positions} positions, fewer than "
+            f"data.max_length={model.max_length}; lower data.max_length="
+        )
+    frozen = load_model(
+        source, config, key="reference.pretrained", dtype=model.dtype, revision=revision
+    )
+    _, reason = choose_path(frozen, max_length=model.max_length)
+    if reason is not None:
+        log.info("the reference cannot share prompts: %s", reason)
+    return frozen

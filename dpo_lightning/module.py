@@ -1,0 +1,267 @@
+"""The LightningModule: score, compare, step, log. The maths is in ``objectives``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from dpo_lightning.data.packing import GroupBatch, StepBatch
+from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.models.attention import AttentionPlan
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.objectives.comparison import (
+    SUMS,
+    Comparison,
+    compare_responses,
+    metrics_from_sums,
+)
+from dpo_lightning.reference import Reference
+
+# Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
+_SAME_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+class DPOModule(pl.LightningModule):
+    """Trains a policy on preferences; one Lightning batch is one optimizer step.
+
+    Optimization is manual: a backward pass per micro-batch, gradients synchronised on the last,
+    one clip, one step. The loss is the weighted mean over the groups of the step, whatever the
+    split over micro-batches and ranks.
+
+    Args:
+        policy: A transformers causal language model, prepared by ``scorer``.
+        reference: Where reference log-probabilities come from.
+        scorer: Scores micro-batches.
+        beta: Strength of the pull towards the reference.
+        loss: A key of ``PAIRWISE_LOSSES``.
+        loss_options: The loss's own options.
+        lr: Peak learning rate of AdamW.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay, on matrices only.
+        max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
+        schedule: Name of a transformers schedule.
+        warmup_steps: Steps of linear warm-up.
+        total_steps: Steps of the whole run.
+        log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
+        starts_from_reference: Whether the policy's first weights are the reference's; then the
+            first batch has to show it.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Any,
+        reference: Reference,
+        scorer: Scorer,
+        beta: float,
+        loss: str,
+        loss_options: Mapping[str, Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+        schedule: str,
+        warmup_steps: int,
+        total_steps: int,
+        log_every_n_steps: int,
+        starts_from_reference: bool,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = policy
+        self.reference = reference
+        self.scorer = scorer
+        self.beta = beta
+        self.loss = loss
+        self.loss_options = dict(loss_options)
+        self.total_steps = total_steps
+        self._adamw: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        self._weight_decay = weight_decay
+        self._max_grad_norm = max_grad_norm
+        self._schedule = schedule
+        self._warmup_steps = warmup_steps
+        self._log_every_n_steps = log_every_n_steps
+        self.starts_from_reference = starts_from_reference
+        # The step at which the evaluation groups were last seen.
+        self.last_evaluation = -1
+        self._train_sums: Tensor | None = None
+        self._eval_sums: Tensor | None = None
+
+    # Lightning's hooks ------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up; vectors (norms, biases) are not decayed."""
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self._weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], **self._adamw)
+        scheduler = get_scheduler(
+            self._schedule,
+            optimizer,
+            num_warmup_steps=self._warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        """The reference is no submodule, so nobody else moves it."""
+        self.reference.to(self.device)
+        # transformers loads models in eval mode, where gradient checkpointing is silently off.
+        self.policy.train()
+
+    def on_validation_start(self) -> None:
+        """Evaluation may run without a fit."""
+        self.reference.to(self.device)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over the groups of a step.
+
+        Raises:
+            DivergedError: If the gradient norm is not finite; the step is not taken.
+        """
+        optimizer: Any = self.optimizers()
+        if self.global_step == 0 and self.starts_from_reference:
+            self._check_same_model(batch)
+        # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
+        scale = self.trainer.world_size / batch.total_weight
+        sums = self._no_sums()
+        for number, micro_batch in enumerate(batch.micro_batches, start=1):
+            with self._gradient_sync(last=number == len(batch.micro_batches)):
+                comparison = self._compare(micro_batch)
+                self.manual_backward(comparison.loss * scale)
+            sums = sums + comparison.sums
+        if not batch.micro_batches:
+            self.manual_backward(self._zero_loss())
+        grad_norm = self._clip()
+        if not torch.isfinite(grad_norm):
+            raise DivergedError(
+                f"step {self.global_step + 1}: the gradient norm is {grad_norm.item()}; the step "
+                "was not taken: lower optimizer.lr or optimizer.max_grad_norm"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+        step = self.global_step
+        if step == 1 or step % self._log_every_n_steps == 0 or step == self.total_steps:
+            metrics = self._reduced_metrics(self._train_sums)
+            metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            self._log_metrics("train", metrics)
+            self._train_sums = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts from nothing."""
+        self._eval_sums = self._no_sums()
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Adds the sums of a batch; ranks meet once, at the end."""
+        assert self._eval_sums is not None
+        for micro_batch in batch.micro_batches:
+            self._eval_sums = self._eval_sums + self._compare(micro_batch).sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics over every group once, exact over ranks and ragged batches."""
+        assert self._eval_sums is not None
+        self._log_metrics("eval", self._reduced_metrics(self._eval_sums))
+        self._eval_sums = None
+        self.last_evaluation = self.global_step
+
+    # Parts of a step --------------------------------------------------------------------------
+
+    def _compare(self, batch: GroupBatch) -> Comparison:
+        plan = self.scorer.plan(batch)
+        return compare_responses(
+            self.loss,
+            policy_logps=self.scorer.logps(self.policy, batch, plan),
+            reference_logps=self.reference.logps(batch, plan),
+            lengths=batch.lengths,
+            group=batch.group,
+            rank=batch.rank,
+            weight=batch.weight,
+            chosen=batch.chosen,
+            rejected=batch.rejected,
+            beta=self.beta,
+            options=self.loss_options,
+        )
+
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Only a step's last backward pass synchronises gradients over ranks."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return contextlib.nullcontext() if last or block is None else block()
+
+    def _zero_loss(self) -> Tensor:
+        """Touches every trainable parameter: a rank without groups must not keep others waiting."""
+        trainable = (p for p in self.policy.parameters() if p.requires_grad)
+        return torch.stack([p.flatten()[:1].sum() * 0.0 for p in trainable]).sum()
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    @torch.no_grad()
+    def _check_same_model(self, batch: StepBatch) -> None:
+        """Refuses a reference that is not the policy's start: the loss would mean nothing."""
+        sums = torch.zeros(2, device=self.device)
+        for micro_batch in batch.micro_batches[:1]:
+            plan: AttentionPlan | None = self.scorer.plan(micro_batch)
+            policy = self.scorer.token_logps(self.policy, micro_batch, plan)
+            reference = self.reference.token_logps(micro_batch, plan)
+            assert reference is not None
+            difference = (policy - reference).abs().sum()
+            sums += torch.stack([difference, difference.new_tensor(len(policy))])
+        total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        dtype = self._compute_dtype()
+        if not total / tokens <= _SAME_MODEL_TOLERANCE[dtype]:
+            raise UserError(
+                "reference: before the first step the policy and its own starting point differ by "
+                f"{total / tokens:.2g} nats per token (rounding in {dtype} explains "
+                f"{_SAME_MODEL_TOLERANCE[dtype]:g}): the two run with different kernels, dtypes, "
+                "with dropout, or are different models; name the intended one with "
+                "reference.pretrained="
+            )
+
+    def _compute_dtype(self) -> torch.dtype:
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16"):
+            return torch.bfloat16
+        if precision.startswith("16"):
+            return torch.float16
+        dtype: torch.dtype = next(self.policy.parameters()).dtype
+        return dtype
+
+    # Metrics ----------------------------------------------------------------------------------
+
+    def _no_sums(self) -> Tensor:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(len(SUMS), dtype=dtype, device=self.device)
+
+    def _reduced_metrics(self, sums: Tensor) -> dict[str, float]:
+        reduced: Any = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return metrics_from_sums(reduced.tolist(), beta=self.beta)
+
+    def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
+        values = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Loggers take "step" as the step of the row: optimizer steps completed, from 1.
+        values |= {
+            "step": float(self.global_step),
+            "epoch": self.global_step / datamodule.steps_per_epoch,
+        }
+        self.log_dict(values, batch_size=1)
+        if prefix == "train":
+            shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
+            self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)

@@ -1,0 +1,166 @@
+"""One experiment from its settings to result.json, whatever the outcome.
+
+Rows are read and judged here, before torch is imported; the rest is in ``experiment``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shlex
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dpo_lightning
+from dpo_lightning.config import Config
+from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
+from dpo_lightning.errors import CorruptArtifactError, DpoLightningError
+from dpo_lightning.results import RESULT_FILE, write_json
+
+log = logging.getLogger(__name__)
+
+QUARANTINE_FILE = "quarantine.jsonl"
+_PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "wandb", "numpy")
+_STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRows:
+    """The rows of ``data.train`` and of ``data.eval``, if that is named."""
+
+    train: Rows
+    eval: Rows | None
+
+
+def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: list[str]) -> int:
+    """Runs one experiment and leaves ``result.json`` in its folder.
+
+    Args:
+        config: The validated settings.
+        run_dir: The run's folder; it exists.
+        resolved: The same settings as plain values.
+        overrides: What was typed.
+
+    Returns:
+        The exit code.
+    """
+    is_rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    result: dict[str, Any] = {
+        "status": "running",
+        "error": None,
+        "beta": config.beta,
+        "loss": config.loss.name,
+        "seed": config.seed,
+        "step": 0,
+        "epoch": 0.0,
+        "config_hash": None,
+        "metrics": {},
+        "reference": {"rows": 0, "computed": 0, "cached": 0},
+        "throughput": {},
+        "model": {},
+        "data": {},
+        "versions": _versions(),
+        "command": shlex.join(["python", "train.py", *overrides]),
+    }
+    code, error = 1, None
+    try:
+        rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
+        from dpo_lightning.experiment import run_experiment
+
+        run_experiment(config, rows, run_dir=run_dir, resolved=resolved, result=result)
+        code = 0
+    except DpoLightningError as caught:
+        code, error = caught.exit_code, str(caught)
+        if config.debug.traceback:
+            traceback.print_exc()
+    except KeyboardInterrupt:
+        code, error = 130, "interrupted"
+    except SystemExit as caught:
+        # Lightning and signal handlers end the process this way.
+        code = caught.code if isinstance(caught.code, int) and caught.code else 1
+        error = f"ended with exit code {code}"
+    except Exception as caught:
+        code, error = 1, f"{type(caught).__name__}: {caught}"
+        log.exception("unexpected error")
+    finally:
+        result["status"] = _STATUS.get(code, "failed")
+        result["error"] = None if error is None else " ".join(error.split())
+        result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
+        if is_rank_zero:
+            write_json(run_dir / RESULT_FILE, result)
+    if error is not None and is_rank_zero:
+        log.error("error: %s", result["error"])
+    return code
+
+
+def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:
+    """Reads the rows that the settings name; None for the controlled task.
+
+    Raises:
+        UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
+    """
+    data = config.data
+    if data.train is None:
+        return None
+
+    def read(source: str, split: str, key: str) -> Rows:
+        return read_rows(
+            source,
+            key=key,
+            format=data.format,
+            columns=data.columns,
+            split=split,
+            subset=data.subset,
+            revision=data.revision,
+        )
+
+    train = read(data.train, data.train_split, "data.train")
+    evaluation = None
+    if data.eval is not None or data.eval_split is not None:
+        evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")
+    sources = [train] if evaluation is None else [train, evaluation]
+    bad = [row for rows in sources for row in rows.bad]
+    total = sum(rows.total for rows in sources)
+    check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
+    if bad and is_rank_zero:
+        write_quarantine(run_dir / QUARANTINE_FILE, bad)
+        log.info("%d bad rows went to %s", len(bad), run_dir / QUARANTINE_FILE)
+    return SourceRows(train=train, eval=evaluation)
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint that ``resume`` names: a file, the newest of a run's folder, or ``auto``.
+
+    Raises:
+        CorruptArtifactError: If a folder that is named holds no checkpoint.
+    """
+    if resume is None:
+        return None
+    path = run_dir if resume == "auto" else Path(resume)
+    if path.is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = sorted(folder.glob("step-*.ckpt"), key=lambda p: int(p.stem.partition("-")[2]))
+    if found:
+        return found[-1]
+    if resume == "auto":
+        log.info("resume=auto: no checkpoint in %s yet, so the run starts at step 0", folder)
+        return None
+    raise CorruptArtifactError(
+        f"resume={resume}: no checkpoint (step-*.ckpt) in {folder}; name a checkpoint or a run's "
+        "folder that has one"
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "dpo-lightning": dpo_lightning.__version__}
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,16 @@
+"""The log as a terminal shows it."""
+
+import logging
+import sys
+
+
+class TerminalHandler(logging.Handler):
+    """Errors go to standard error, everything else to standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; the streams are looked up late because progress bars replace them."""
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        try:
+            print(self.format(record), file=stream, flush=True)
+        except Exception:
+            self.handleError(record)
