@@ -22,7 +22,7 @@ train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 	@$(BIN)/python train.py $(ARGS)
 
 test: $(READY) ## run the tests: make test ARGS="-k attention"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

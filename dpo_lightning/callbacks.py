@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
 from dpo_lightning.errors import CorruptArtifactError, UserError
+from dpo_lightning.loggers import JsonlLogger
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,17 @@ class Throughput(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The loop ended."""
         self._end = time.perf_counter()
+
+
+class MetricRows(Callback):
+    """Tells metrics.jsonl at which step the training begins; only then is that known."""
+
+    def __init__(self, metrics: JsonlLogger) -> None:
+        self._metrics = metrics
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The checkpoint, if any, is loaded."""
+        self._metrics.start(trainer.global_step)
 
 
 class Progress(RichProgressBar):
@@ -188,7 +200,7 @@ class RunIdentity(Callback):
         for key, value in self._identity.items():
             if key in state_dict and state_dict[key] != value:
                 raise UserError(
-                    f"resume: the checkpoint was made with {key}={state_dict[key]} and this run has "
+                    f"resume: the checkpoint was made with {key}={state_dict[key]}, this run has "
                     f"{key}={value}; resume with the same, or start a new run"
                 )
 

@@ -12,6 +12,7 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 import argparse
 import dataclasses
 import enum
+import itertools
 import os
 import sys
 import traceback
@@ -197,13 +198,11 @@ def _check(args: argparse.Namespace) -> _Sweep:
     cfg = _compose(hydra, args, _lines(fixed))
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
-        named = _named_folder(cfg, "run.dir")
-        validate(cfg, explicit_run_dir=named)
-        if not named:
-            _claim(args, cfg, "run.dir")
+        validate(cfg, explicit_run_dir=_is_fixed(cfg, "run.dir"))
+        _prepare_folder(args, cfg, "run.dir")
         return _Sweep.NO
     args.multirun = True  # also where hydra.mode says it
-    named = _named_folder(cfg, "sweep.dir")
+    is_fixed = _is_fixed(cfg, "sweep.dir")
     in_process = _is(cfg.hydra.launcher, "BasicLauncher")
     if _is(cfg.hydra.sweeper, "BasicSweeper"):
         # The grid may also stand in a file, as hydra.sweeper.params.
@@ -211,14 +210,15 @@ def _check(args: argparse.Namespace) -> _Sweep:
         overrides = [*parse_overrides(f"{key}={value}" for key, value in params), *overrides]
         fixed, swept = _by_sweep(overrides)
         raise_all(
-            _trial_problems(hydra, args, overrides, in_process=in_process, explicit_run_dir=named)
+            _trial_problems(
+                hydra, args, overrides, in_process=in_process, explicit_run_dir=is_fixed
+            )
         )
     if swept:
         # A trial's folder is named by what differs between the trials.
         keys = ",".join(f"'{key}'" for key in sorted({line.key_or_group for line in fixed}))
         args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
-    if not named:
-        _claim(args, cfg, "sweep.dir")
+    _prepare_folder(args, cfg, "sweep.dir")
     return _Sweep.IN_PROCESS if in_process else _Sweep.ELSEWHERE
 
 
@@ -245,43 +245,39 @@ def _trial_problems(
             yield str(error)
 
 
-def _folder(cfg: DictConfig, key: str) -> Path:
-    try:
-        folder = OmegaConf.select(cfg.hydra, key)
-    except OmegaConfBaseException as error:
-        raise UserError(hydra_error(error)) from error
-    if not folder:
-        raise UserError(f"hydra.{key}= has no value: needs a folder")
-    return Path(str(folder))
-
-
-def _named_folder(cfg: DictConfig, key: str) -> bool:
+def _is_fixed(cfg: DictConfig, key: str) -> bool:
     """Whether ``hydra.<key>`` is the same at every start, and not one made from the time."""
-    folder = _folder(cfg, key)
-    if folder.is_file():
-        raise UserError(f"hydra.{key}={folder} is a file; needs a folder")
     section, _, name = key.partition(".")
     unresolved = OmegaConf.to_container(cfg.hydra[section], resolve=False)
     assert isinstance(unresolved, dict)
     return "${now" not in str(unresolved[name])
 
 
-def _claim(args: argparse.Namespace, cfg: DictConfig, key: str) -> None:
-    """Make the folder under a name that no other start of the same second has taken."""
+def _prepare_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> None:
+    """Check ``hydra.<key>``; make it, under a name that nothing else has, where time names it."""
+    try:
+        folder = str(OmegaConf.select(cfg.hydra, key) or "")
+    except OmegaConfBaseException as error:
+        raise UserError(hydra_error(error)) from error
+    if not folder:
+        raise UserError(f"hydra.{key}= has no value: needs a folder")
+    if Path(folder).is_file():
+        raise UserError(f"hydra.{key}={folder} is a file; needs a folder")
+    if _is_fixed(cfg, key):
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: processes that something else starts must "
             f"agree on one folder; name it with hydra.{key}=<folder>"
         )
-    folder = taken = _folder(cfg, key)
-    number = 1
-    while True:
+    # Another start of the same second may have taken it.
+    for number in itertools.count(1):
+        taken = Path(folder if number == 1 else f"{folder}-{number}")
         try:
             taken.mkdir(parents=True)
             break
         except FileExistsError:
-            number += 1
-            taken = folder.with_name(f"{folder.name}-{number}")
+            continue
         except OSError as error:
             raise UserError(_cannot_write(error)) from error
     escaped = str(taken).replace("\\", "\\\\").replace("'", "\\'")

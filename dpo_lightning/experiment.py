@@ -5,6 +5,7 @@ The settings end here: every class below takes plain values.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -96,7 +97,7 @@ def run_experiment(
         data=data,
         schedule=schedule,
         run_dir=run_dir,
-        resolved=resolved,
+        resolved=_filled_in(resolved, source, schedule),
         identity=_identity(config, hashes),
         result=result,
         task=task,
@@ -119,7 +120,8 @@ def _quiet_libraries() -> None:
         ".*You're resuming from a checkpoint.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*is ill-defined.*",
+        ".*ModelCheckpoint with manual optimization.*",
+        ".*The dirpath has changed.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -207,6 +209,20 @@ def _schedule(config: Config, groups: int, *, bundled: bool) -> Schedule:
         eval_every_n_steps=config.evaluation.every_n_steps or epoch,
         learning_rate=learning_rate,
     )
+
+
+def _filled_in(
+    resolved: dict[str, Any], source: ModelSource, schedule: Schedule
+) -> dict[str, Any]:
+    """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
+    filled = copy.deepcopy(resolved)
+    filled["optimizer"]["lr"] = schedule.learning_rate
+    filled["trainer"]["max_steps"] = schedule.total_steps
+    filled["trainer"]["log_every_n_steps"] = schedule.log_every_n_steps
+    filled["data"]["max_length"] = source.max_length
+    if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
+        filled["data"]["name"] = "rows"
+    return filled
 
 
 def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:

@@ -60,7 +60,7 @@ def _check_generation_config(policy: Any) -> None:
 
 
 def _portable_tokenizer_class(path: Path) -> None:
-    """Version 5 of transformers writes a class of its own that version 4 and servers do not know."""
+    """Version 5 of transformers writes a class of its own that others do not know."""
     values = json.loads(path.read_text())
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"

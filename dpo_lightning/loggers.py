@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dpo_lightning.errors import UserError
 from dpo_lightning.results import finite
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,10 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Writes one row."""
-        values = {name: float(value) for name, value in metrics.items()}
-        epoch = round(values.pop("epoch", 0.0), 6)
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
         self.last |= values
-        row = {"step": int(step or 0), "epoch": epoch, "time": round(time.time(), 3), **values}
+        row = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
@@ -101,61 +101,58 @@ class LoggerSettings:
 def make_logger(
     settings: LoggerSettings, *, run_name: str, folder: Path, config: Mapping[str, Any]
 ) -> Logger | None:
-    """Makes the chosen logger; wandb's run is started by its first use, on rank 0.
+    """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
 
     Args:
         settings: The ``logger`` group.
         run_name: Name of the run.
         folder: The run's folder.
         config: The resolved configuration.
+
+    Raises:
+        UserError: If wandb cannot start even offline.
     """
-    if settings.name == "none" or settings.mode == "disabled":
+    if settings.name == "none" or settings.mode == "disabled" or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return None
     if settings.name == "csv":
         return CSVLogger(save_dir=folder, name="", version="csv")
-    # Lightning passes wandb an argument that wandb has retired, once per run.
-    warnings.filterwarnings("ignore", message=".*anonymous.*")
-    return _WandbRun(settings, run_name=run_name, folder=folder, config=config)
+    import wandb
 
-
-class _WandbRun(WandbLogger):
-    """Lightning's logger with the mode decided beforehand and the axes defined before a log."""
-
-    def __init__(
-        self,
-        settings: LoggerSettings,
-        *,
-        run_name: str,
-        folder: Path,
-        config: Mapping[str, Any],
-    ) -> None:
-        import wandb
-
-        mode = wandb_mode(settings.mode)
-        super().__init__(
-            name=run_name,
-            save_dir=folder,
+    def start(mode: Any) -> Any:
+        return wandb.init(
+            mode=mode,
             project=settings.project,
             entity=settings.entity,
+            name=run_name,
             group=settings.group,
             tags=list(settings.tags),
-            offline=mode == "offline",
+            dir=folder,
             config=dict(config),
-            log_model=False,
+            resume="allow",
             settings=wandb.Settings(silent=True, init_timeout=60),
         )
-        self.mode = mode
-        self._axes_defined = False
 
-    @property
-    def experiment(self) -> Any:
-        run = super().experiment
-        if not self._axes_defined and hasattr(run, "define_metric"):
-            self._axes_defined = True
-            run.define_metric(_STEP)
-            for prefix in ("train", "eval", "controlled"):
-                run.define_metric(f"{prefix}/*", step_metric=_STEP)
-        return run
+    try:
+        mode = wandb_mode(settings.mode)
+        if mode == "disabled":
+            return None
+        try:
+            run = start(mode)
+        except wandb.Error:
+            if mode != "online" or settings.mode == "online":
+                raise
+            log.info("wandb: the server refused this run, so it is recorded offline")
+            run = start("offline")
+    except Exception as error:  # whatever its environment, files and settings hold
+        raise UserError(
+            f"logger=wandb: {' '.join(str(error).split())}; logger.mode=offline records it here, "
+            "logger=csv or logger=none goes without"
+        ) from error
+    # Axes are defined before anything is logged: later, it has no effect on what is there.
+    run.define_metric(_STEP)
+    for prefix in ("train", "eval", "controlled"):
+        run.define_metric(f"{prefix}/*", step_metric=_STEP)
+    return WandbLogger(experiment=run)
 
 
 def wandb_mode(mode: str) -> str:
@@ -203,9 +200,7 @@ def finish_logger(
     if not isinstance(logger, WandbLogger):
         return None
     run = logger.experiment
-    if not hasattr(run, "finish"):
-        return None
     run.summary.update(dict(summary))
-    where = run.url or f"wandb sync {run.settings.sync_dir}"
+    where = f"wandb sync {run.settings.sync_dir}" if run.offline else run.url
     run.finish(exit_code=exit_code)
     return str(where)

@@ -254,14 +254,17 @@ class DPOModule(pl.LightningModule):
         return metrics_from_sums(reduced.tolist(), beta=self.beta)
 
     def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
+        """Sends a row to the loggers, and the values to callbacks that watch them.
+
+        Lightning's own route rounds to float32, and repeats a row after an evaluation in between.
+        """
         values = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        # Loggers take "step" as the step of the row: optimizer steps completed, from 1.
-        values |= {
-            "step": float(self.global_step),
-            "epoch": self.global_step / datamodule.steps_per_epoch,
-        }
-        self.log_dict(values, batch_size=1)
+        self.log_dict(values, logger=False, batch_size=1)
         if prefix == "train":
             shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
             self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        epoch = round(self.global_step / datamodule.steps_per_epoch, 6)
+        for logger in self.loggers:
+            logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
+            logger.save()

@@ -49,7 +49,12 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     Returns:
         The exit code.
     """
-    is_rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_rank_zero = _is_rank_zero()
+    if is_rank_zero:
+        # What an earlier run left must not pass for this one's, however this one ends.
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    else:
+        logging.getLogger().setLevel(logging.ERROR)
     # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result: dict[str, Any] = {
@@ -95,9 +100,16 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
             write_json(run_dir / RESULT_FILE, result)
-    if error is not None and is_rank_zero:
+    if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
     return code
+
+
+def _is_rank_zero() -> bool:
+    """Whether this process writes the files; Lightning and torchrun start ranks with these."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    return {os.environ.get(name, "0") for name in ("LOCAL_RANK", "NODE_RANK")} == {"0"}
 
 
 def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from dpo_lightning import display
 from dpo_lightning.callbacks import (
     LogProgress,
+    MetricRows,
     Progress,
     RunIdentity,
     Throughput,
@@ -75,7 +76,7 @@ class Session:
         data: The groups.
         schedule: The steps.
         run_dir: The run's folder.
-        resolved: The settings as plain values, every open one filled in.
+        resolved: The settings as plain values, with what was open filled in.
         identity: What a checkpoint of this run must agree with.
         result: The content of result.json, filled as facts become known.
     """
@@ -117,7 +118,7 @@ class Session:
         exit_code, where = 1, None
         trainer = None
         try:
-            trainer = self._trainer([metrics, logger], throughput, samples)
+            trainer = self._trainer(metrics, logger, throughput, samples)
             data = self._data_module(trainer)
             if trainer.is_global_zero:
                 (self.run_dir / "config.yaml").write_text(yaml.safe_dump(self.resolved))
@@ -217,7 +218,11 @@ class Session:
         )
 
     def _trainer(
-        self, loggers: list[Logger | None], throughput: Throughput, samples: SampleAnswers
+        self,
+        metrics: JsonlLogger,
+        logger: Logger | None,
+        throughput: Throughput,
+        samples: SampleAnswers,
     ) -> pl.Trainer:
         config = self.config
         checkpoints = checkpoint_callbacks(
@@ -227,7 +232,13 @@ class Session:
         )
         # Rich draws a bar on a terminal; in a file its control characters would be noise.
         show_bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
-        callbacks: list[Callback] = [throughput, samples, RunIdentity(self.identity), *checkpoints]
+        callbacks: list[Callback] = [
+            MetricRows(metrics),
+            throughput,
+            samples,
+            RunIdentity(self.identity),
+            *checkpoints,
+        ]
         if show_bar:
             callbacks.append(Progress(throughput))
         elif config.trainer.enable_progress_bar:
@@ -248,7 +259,7 @@ class Session:
                 max_steps=self.schedule.total_steps,
                 max_epochs=-1,
                 max_time=config.trainer.max_time,
-                logger=[logger for logger in loggers if logger is not None],
+                logger=[metrics] if logger is None else [metrics, logger],
                 callbacks=callbacks,
                 # The module decides when to log, so that an interval's mean is logged.
                 log_every_n_steps=1,
@@ -342,7 +353,7 @@ class Session:
             policy_logps = self.task.outcome_logps(policy)
         return self.task.report(
             policy_logps, self.reference_outcome_logps, beta=self.config.beta
-        ) | {"bayes_accuracy": self.task.bayes_accuracy_of(self.data.eval)}
+        ) | {"bayes_accuracy": self.task.bayes_accuracy(self.data.eval)}
 
     # Words ------------------------------------------------------------------------------------
 

@@ -217,34 +217,34 @@ def config_error(error: OmegaConfBaseException) -> str:
     """The one-line form of what OmegaConf raised about a key or its value."""
     key = re.sub(r"\[\d+\].*$", "", str(error.full_key or ""))
     text = str(error).partition("\n")[0]
-    if "Key '" in text and key and not is_known(key):
+    if key and "Key '" in text and not is_known(key):
         return unknown_key(key)
-    found = re.search(
-        r"^Value '(.*)' (?:of type|is not a valid)|: '(.*)'$|value: (.*)$", text, re.DOTALL
-    )
-    if key in settings():
-        if found:
-            return wrong_value(key, next(g for g in found.groups() if g is not None))
-        if "not Optional" in text:
-            return wrong_value(key, None)
-        if "Interpolation" not in text and "assign" in text:
-            return f"{key}: needs {expected(settings()[key])}"
-    return f"{key}: {text}" if key else text
+    if key not in settings() or "nterpolation" in text:
+        return f"{key}: {text}" if key else text
+    if "not Optional" in text or "value 'None'" in text:
+        return wrong_value(key, None)
+    found = re.search(r"^Value '(.*)' (?:of type|is not)|: '(.*)'$|value: (.*)$", text)
+    if found is None:
+        return f"{key}: needs {expected(settings()[key])}"
+    return wrong_value(key, next(group for group in found.groups() if group is not None))
 
 
-def _unknown_keys(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys that the schema lacks; they are taken out of ``raw``."""
+def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """What the schema has no place for; it is taken out of ``raw``, so that the rest is judged."""
     for key in list(raw):
-        dotted = f"{prefix}{key}"
+        dotted, value = f"{prefix}{key}", raw[key]
         setting = settings().get(dotted)
         if setting is None:
             del raw[key]
-            yield dotted
-        elif setting.is_section and isinstance(raw[key], dict):
-            yield from _unknown_keys(raw[key], f"{dotted}.")
-        elif dotted in FREE_FORM and isinstance(raw[key], dict):
-            secrets = [name for name in raw[key] if is_secret(str(name))]
-            yield from (f"{dotted}.{name}" for name in secrets)
+            yield unknown_key(dotted)
+        elif setting.is_section and isinstance(value, dict):
+            yield from _misplaced(value, f"{dotted}.")
+        elif setting.is_section:
+            del raw[key]
+            yield wrong_value(dotted, value)
+        elif dotted in FREE_FORM and isinstance(value, dict):
+            names = [f"{dotted}.{name}" for name in value]
+            yield from (unknown_key(name) for name in names if is_secret(name))
 
 
 def _valid_devices(value: object) -> bool:
@@ -354,7 +354,7 @@ def validate(cfg: DictConfig, *, multirun: bool = False, explicit_run_dir: bool 
     except OmegaConfBaseException as error:
         raise UserError(config_error(error)) from error
     assert isinstance(raw, dict)
-    problems = [unknown_key(key) for key in _unknown_keys(raw)]
+    problems = list(_misplaced(raw))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         config = OmegaConf.to_object(merged)

@@ -61,3 +61,64 @@ TINY = (
     "data.batch_size=16",
     "evaluation.samples=0",
 )
+
+
+def byte_tokenizer(*, eos: bool = True, pad: bool = True) -> Any:
+    """A tokenizer of single bytes: every text is tokens, none is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<s>", "</s>", "<pad>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    named = {"bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **named, **({"pad_token": "<pad>"} if pad else {})
+    )
+
+
+def tiny_llama_config(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    values = {
+        "vocab_size": 259,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random one-layer Llama that reads bytes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_llama_config()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pairs on thirty prompts."""
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Add {i // 2} and {i % 7}.", "chosen": f" It is {i // 2 + i % 7}.",
+         "rejected": f" No idea{'!' * (i % 4)}"}
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

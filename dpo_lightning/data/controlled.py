@@ -7,11 +7,11 @@ vocabulary has nine tokens: `</s>` (id 0: begin, end and padding) and the eight 
     response  up to 3 words, then </s>     1 + 8 + 64 + 512 = 585 of them (one is `</s>` alone)
               or 4 words, cut off          4096 of them, with no `</s>`
 
-These 4681 outcomes are all that sampling up to four tokens can yield, and no two of them begin
-alike to their ends. So for *any* causal model with this vocabulary the softmax probabilities of its
-tokens, multiplied along each outcome, sum to exactly 1 per prompt, with no mask and nothing
-renormalised: log pi(y|x) is the plain sum of the log-softmax over the outcome's tokens, given
-`[0, a, b]`. Whoever holds an exported model can check every number reported about it.
+These 4681 outcomes are all that sampling up to four tokens can yield, and none begins another. So
+for *any* causal model with this vocabulary the softmax probabilities of its tokens, multiplied
+along each outcome, sum to exactly 1 per prompt, with no mask and nothing renormalised: log pi(y|x)
+is the plain sum of the log-softmax over the outcome's tokens, given `[0, a, b]`. Whoever holds an
+exported model can check every number reported about it.
 
 The true reward of a response is the sum of its words' values, which differ by prompt
 (`word_values`); the empty response and the end token are worth 0. Labels are Bradley-Terry on that
@@ -21,15 +21,19 @@ divergences, Z(x) and the optimum pi* are sums over 4681 terms.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.objectives.partition import exact_log_partition, optimal_logps
 
 END = 0
@@ -41,41 +45,44 @@ WORDS = ("sun", "rain", "wind", "fog", "snow", "hail", "mist", "calm")
 MAX_TOKENS = 4
 """Tokens in the longest response."""
 
-PROMPTS = (
-    "sun calm",
-    "sun rain",
-    "rain wind",
-    "rain hail",
-    "wind fog",
-    "fog mist",
-    "snow wind",
-    "snow calm",
-)
+PROMPTS = tuple(f"{first} {second}" for first in WORDS[:4] for second in ("snow", "calm"))
 
-REWARD_SEED = 20
-REWARD_SPACING = 0.5
-
-
-class LabelledPairs(NamedTuple):
-    """Compared pairs: prompt, preferred and other outcome, by index. Each is (n,), int64, CPU."""
-
-    prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
+_REWARD_SEED = 20
+# What a word is worth: in general, after the first word of the prompt, and after the second.
+_REWARD_PARTS = (1.0, 0.4, 0.8)
+_REWARD_SPREAD = 1.15
 
 
 def word_values() -> list[list[float]]:
-    """The value of word i after prompt p, as `[p][i]`.
+    """The value of word i after prompt p, as `[p][i]`; rounded to one decimal.
 
-    Every prompt has its own order of the words; in that order they are worth evenly spaced values
-    around 0. Drawn with Python's generator, whose `random()` is the same in every version.
+    Each part ranks the words anew and is worth evenly spaced values around 0. Drawn with Python's
+    generator, whose `random()` is the same in every version.
     """
-    draw = random.Random(REWARD_SEED)
-    values = []
-    for _ in PROMPTS:
+    draw = random.Random(_REWARD_SEED)
+
+    def ranking() -> list[float]:
         keys = [draw.random() for _ in WORDS]
         ranks = [sorted(keys).index(key) for key in keys]
-        values.append([REWARD_SPACING * (rank - (len(WORDS) - 1) / 2) for rank in ranks])
+        middle = (len(WORDS) - 1) / 2
+        deviation = math.sqrt(sum((rank - middle) ** 2 for rank in ranks) / len(WORDS))
+        return [(rank - middle) / deviation for rank in ranks]
+
+    general = ranking()
+    by_first = {word: ranking() for word in WORDS}
+    by_second = {word: ranking() for word in WORDS}
+    scale = _REWARD_SPREAD / math.hypot(*_REWARD_PARTS)
+    values = []
+    for prompt in PROMPTS:
+        first, second = prompt.split()
+        parts = (general, by_first[first], by_second[second])
+        columns = zip(*parts, strict=True)
+        values.append(
+            [
+                round(scale * sum(w * v for w, v in zip(_REWARD_PARTS, column, strict=True)), 1)
+                for column in columns
+            ]
+        )
     return values
 
 
@@ -92,16 +99,157 @@ class ControlledTask:
     def outcomes(self) -> tuple[tuple[int, ...], ...]:
         """The 4681 outcomes' token ids: by number of words, then in the order of the ids."""
         ids = range(1, len(WORDS) + 1)
-        ended = [
-            (*words, END) for n in range(MAX_TOKENS) for words in product(ids, repeat=n)
-        ]
+        ended = [(*words, END) for n in range(MAX_TOKENS) for words in product(ids, repeat=n)]
         return (*ended, *product(ids, repeat=MAX_TOKENS))
 
     @cached_property
     def rewards(self) -> Tensor:
         """(8, 4681), float64: the true reward of each outcome after each prompt."""
-        values = [[0.0, *row] for row in word_values()]
-        return torch.tensor(
-            [[sum(row[token] for token in y) for y in self.outcomes] for row in values],
-            dtype=torch.float64,
+        values = torch.tensor([[0.0, *row] for row in word_values()], dtype=torch.float64)
+        # END is worth nothing, so it serves as padding of the shorter outcomes.
+        padded = [(*y, *(END,) * (MAX_TOKENS - len(y))) for y in self.outcomes]
+        return values[:, torch.tensor(padded)].sum(-1)
+
+    @torch.no_grad()
+    def outcome_logps(self, model: Any) -> Tensor:
+        """The exact log-probability of every outcome under a model.
+
+        Every outcome but its last token is the beginning of one of the 512 sequences of three
+        words, so one batch of those per prompt has all the predictions there are.
+
+        Args:
+            model: A transformers causal language model with the task's vocabulary, in eval mode.
+
+        Returns:
+            (8, 4681), float64, on the CPU; `exp` of a row sums to 1 up to the rounding of the
+            model's own dtype.
+        """
+        device = next(model.parameters()).device
+        rows, steps, tokens, mask = self._lookup
+        beginnings = torch.tensor(list(product(range(1, len(WORDS) + 1), repeat=MAX_TOKENS - 1)))
+        logps = []
+        for prompt in self.prompt_ids:
+            ids = torch.cat([prompt.expand(len(beginnings), -1), beginnings], dim=1)
+            with torch.autocast(device.type, enabled=False):
+                logits = model(input_ids=ids.to(device)).logits[:, len(prompt) - 1 :]
+            predictions = logits.cpu().double().log_softmax(-1)
+            logps.append((predictions[rows, steps, tokens] * mask).sum(1))
+        return torch.stack(logps)
+
+    @cached_property
+    def _lookup(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row, step and token of each prediction that makes up an outcome, and which are used.
+
+        Each but the steps (4,) has shape (4681, 4).
+        """
+        base = len(WORDS)
+        rows, tokens, mask = [], [], []
+        for outcome in self.outcomes:
+            # The row whose first words are the outcome's; the words behind do not matter.
+            words = [*(t - 1 for t in outcome[: MAX_TOKENS - 1] if t != END), 0, 0, 0]
+            rows.append([(words[0] * base + words[1]) * base + words[2]] * MAX_TOKENS)
+            unused = MAX_TOKENS - len(outcome)
+            tokens.append([*outcome, *(END,) * unused])
+            mask.append([1.0] * len(outcome) + [0.0] * unused)
+        return (
+            torch.tensor(rows),
+            torch.arange(MAX_TOKENS),
+            torch.tensor(tokens),
+            torch.tensor(mask, dtype=torch.float64),
         )
+
+    def groups(self, n: int, *, seed: int, reference_logps: Tensor) -> list[TokenGroup]:
+        """Draws labelled pairs as groups of token ids.
+
+        The prompt is uniform; two outcomes are drawn from the reference, again while they are the
+        same or one is empty; the better one is chosen with probability sigma(r_1 - r_2).
+
+        Args:
+            n: Number of pairs.
+            seed: Of all draws.
+            reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+        """
+        draw = np.random.default_rng(seed)
+        cumulative = np.exp(reference_logps.double().numpy()).cumsum(axis=1)
+        cumulative /= cumulative[:, -1:]
+        prompts = draw.integers(len(PROMPTS), size=n)
+        outcomes = np.zeros((n, 2), dtype=np.int64)
+        open_pairs = np.arange(n)
+        while len(open_pairs):
+            points = draw.random((len(open_pairs), 2))
+            for prompt in range(len(PROMPTS)):
+                here = prompts[open_pairs] == prompt
+                drawn = np.searchsorted(cumulative[prompt], points[here], side="right")
+                outcomes[open_pairs[here]] = np.minimum(drawn, cumulative.shape[1] - 1)
+            first, second = outcomes[open_pairs].T
+            open_pairs = open_pairs[(first == second) | (first == 0) | (second == 0)]
+        rewards = self.rewards.numpy()[prompts[:, None], outcomes]
+        first_wins = draw.random(n) < 1 / (1 + np.exp(rewards[:, 1] - rewards[:, 0]))
+        outcomes[~first_wins] = outcomes[~first_wins][:, ::-1]
+        prompt_ids = self.prompt_ids.numpy().astype(np.int32)
+        ids = [np.array(outcome, dtype=np.int32) for outcome in self.outcomes]
+        return [
+            TokenGroup(
+                prompt=prompt_ids[prompt],
+                responses=(ids[chosen], ids[rejected]),
+                ranks=(1, 2),
+                weight=1.0,
+                source=f"controlled[seed={seed}]:{number}",
+                prompt_key=PROMPTS[prompt],
+            )
+            for number, (prompt, (chosen, rejected)) in enumerate(
+                zip(prompts.tolist(), outcomes.tolist(), strict=True), start=1
+            )
+        ]
+
+    def bayes_accuracy(self, groups: Sequence[TokenGroup]) -> float:
+        """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|)."""
+        values = dict(zip(PROMPTS, ([0.0, *row] for row in word_values()), strict=True))
+        total = 0.0
+        for group in groups:
+            worth = values[group.prompt_key]
+            first, second = (sum(worth[t] for t in y.tolist()) for y in group.responses)
+            total += 1 / (1 + math.exp(-abs(first - second)))
+        return total / len(groups)
+
+    def report(
+        self, policy_logps: Tensor, reference_logps: Tensor, *, beta: float
+    ) -> dict[str, float]:
+        """What is exactly true of a policy, averaged over the eight prompts.
+
+        Args:
+            policy_logps: Log-probabilities of the outcomes under the policy, (8, 4681), float64.
+            reference_logps: The same under the reference.
+            beta: The optimum is pi_ref exp(r / beta) / Z.
+
+        Returns:
+            Expected rewards of policy, reference and optimum, `kl_P_Q` = KL(P||Q) in nats, `log_z`
+            and `probability_sum`, which is 1 up to rounding.
+        """
+        policy, reference = policy_logps.double(), reference_logps.double()
+        optimum = optimal_logps(reference, self.rewards, beta)
+
+        def expectation(logps: Tensor, values: Tensor) -> float:
+            # Where a probability is 0 its term is 0, whatever the value.
+            terms = torch.where(logps == -math.inf, 0.0, logps.exp() * values)
+            return terms.sum(-1).mean().item()
+
+        def divergence(p: Tensor, q: Tensor) -> float:
+            return expectation(p, p - q)
+
+        return {
+            "expected_reward": expectation(policy, self.rewards),
+            "reference_reward": expectation(reference, self.rewards),
+            "optimal_reward": expectation(optimum, self.rewards),
+            "kl_policy_reference": divergence(policy, reference),
+            "kl_reference_policy": divergence(reference, policy),
+            "kl_optimum_policy": divergence(optimum, policy),
+            "kl_policy_optimum": divergence(policy, optimum),
+            "kl_optimum_reference": divergence(optimum, reference),
+            "log_z": exact_log_partition(reference, self.rewards, beta).mean().item(),
+            "probability_sum": policy.exp().sum(-1).mean().item(),
+        }
+
+    def text(self, outcome: Sequence[int]) -> str:
+        """The words of an outcome."""
+        return " ".join(WORDS[token - 1] for token in outcome if token != END)

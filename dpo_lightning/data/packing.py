@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dpo_lightning.data.tokens import TokenGroup
 
-# A bucket of groups whose attention is computed together wastes at most this share on padding ...
-_BUCKET_WASTE = 1.25
-# ... and its mask of (groups, L, L) holds at most this many entries, unless it is a single group.
-_BUCKET_MASK = 1 << 25
+# Scores of one attention call that take about as long as starting another call.
+_CALL_COST = 1 << 14
+# Most scores of one attention call, and so of its mask, unless it is a single sequence.
+_CALL_SCORES = 1 << 24
 
 Self = TypeVar("Self", bound="_Movable")
 
@@ -43,17 +43,23 @@ class _Movable:
 
 @dataclass(frozen=True, slots=True)
 class Bucket(_Movable):
-    """Groups of like lengths, whose attention is one call.
+    """Sequences of like lengths, whose attention is one call.
+
+    The queries of a sequence are a prompt, or one response; its keys are that prompt, or the prompt
+    followed by that response. A query sees the keys whose position is not behind its own.
 
     Attributes:
-        index: Flat position of each token, shape (G, L), int64; unused places hold 0.
-        segment: 0 for the prompt, k for response k, -1 for an unused place, shape (G, L), int64.
-        position: Position of the token in its own sequence, shape (G, L), int64.
+        queries: Flat place of each query, shape (B, Q), int64; an unused one holds 0.
+        keys: Flat place of each key, shape (B, K), int64; an unused one holds 0.
+        query_positions: Position of each query in its sequence, shape (B, Q), int64; 0 where
+            unused, so that it sees one key and its softmax is finite.
+        key_positions: Position of each key, shape (B, K), int64; beyond all queries where unused.
     """
 
-    index: Tensor
-    segment: Tensor
-    position: Tensor
+    queries: Tensor
+    keys: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,8 @@ class GroupBatch(_Movable):
         input_ids: Token ids, shape (T,), int64.
         position_ids: Position of each token in its own sequence, shape (T,), int64.
         buckets: How attention gathers the tokens into calls.
-        inverse: Place of each flat token in the concatenated, flattened buckets, shape (T,), int64.
+        inverse: Place of each flat token among the buckets' queries, laid end to end, shape (T,),
+            int64.
         score_from: Token whose hidden state predicts each scored token, shape (S,), int64. The last
             token of a prompt stands here once for every response.
         targets: The scored token ids, shape (S,), int64.
@@ -133,7 +140,7 @@ def plan_step(
 
     Example:
         >>> plan_step([5, 9, 4, 2], world_size=2, micro_batch_tokens=9)
-        [[[1]], [[0, 2], [3]]]
+        [[[1], [3]], [[0, 2]]]
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     loads = [0] * world_size
@@ -222,7 +229,8 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         >>> batch.response.tolist()
         [0, 0, 1, 1, 1]
     """
-    ids, positions, segments = [], [], []
+    ids, positions = [], []
+    sequences: list[tuple[int, int, int, int]] = []
     score_from, responses = [], []
     lengths: list[int] = []
     owner: list[int] = []
@@ -235,13 +243,13 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         p = len(group.prompt)
         ids.append(group.prompt)
         positions.append(np.arange(p))
-        segments.append(np.zeros(p, dtype=np.int64))
+        sequences.append((start, p, start, 0))
         cursor = start + p
         for k, response in enumerate(group.responses):
             r = len(response)
             ids.append(response)
             positions.append(np.arange(p, p + r))
-            segments.append(np.full(r, k + 1, dtype=np.int64))
+            sequences.append((cursor, r, start, p))
             source = np.arange(cursor - 1, cursor + r - 1)
             source[0] = start + p - 1
             score_from.append(source)
@@ -258,9 +266,7 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         shapes.append((p, *map(len, group.responses)))
         n += len(group.responses)
         start = cursor
-    buckets, inverse = _buckets(
-        [sum(shape) for shape in shapes], np.concatenate(segments), np.concatenate(positions)
-    )
+    buckets, inverse = _buckets(sequences, tokens=start)
     return GroupBatch(
         input_ids=_tensor(np.concatenate(ids)),
         position_ids=_tensor(np.concatenate(positions)),
@@ -285,36 +291,51 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _buckets(
-    lengths: Sequence[int], segments: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]
+    sequences: list[tuple[int, int, int, int]], *, tokens: int
 ) -> tuple[tuple[Bucket, ...], Tensor]:
-    """Gathers groups of like lengths, longest first, into as few padded rectangles as pay."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    """Gathers sequences of like lengths into padded rectangles, as few as pay.
+
+    Args:
+        sequences: Place and number of the queries, and of the keys that come before them.
+        tokens: Number of all queries.
+    """
+
+    def size(i: int) -> tuple[int, int]:
+        _, queries, _, before = sequences[i]
+        return queries, before + queries
+
     parts: list[list[int]] = []
-    for i in order:
+    widths: list[tuple[int, int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: (*(-n for n in size(i)[::-1]), i)):
+        queries, keys = size(i)
         if parts:
-            longest = lengths[parts[-1][0]]
-            tokens = sum(lengths[j] for j in parts[-1]) + lengths[i]
-            count = len(parts[-1]) + 1
-            fits = longest * count <= tokens * _BUCKET_WASTE
-            if fits and longest * longest * count <= _BUCKET_MASK:
+            wide = max(widths[-1][0], queries), max(widths[-1][1], keys)
+            scores = (len(parts[-1]) + 1) * wide[0] * wide[1]
+            apart = len(parts[-1]) * widths[-1][0] * widths[-1][1] + queries * keys + _CALL_COST
+            if scores <= min(apart, _CALL_SCORES):
                 parts[-1].append(i)
+                widths[-1] = wide
                 continue
         parts.append([i])
-    inverse = np.empty(int(starts[-1]), dtype=np.int64)
+        widths.append((queries, keys))
+    inverse = np.empty(tokens, dtype=np.int64)
     buckets = []
     offset = 0
-    for part in parts:
-        longest = lengths[part[0]]
-        index = np.zeros((len(part), longest), dtype=np.int64)
-        segment = np.full((len(part), longest), -1, dtype=np.int64)
-        position = np.zeros((len(part), longest), dtype=np.int64)
+    for part, (most_queries, most_keys) in zip(parts, widths, strict=True):
+        query_index = np.zeros((len(part), most_queries), dtype=np.int64)
+        key_index = np.zeros((len(part), most_keys), dtype=np.int64)
+        query_positions = np.zeros_like(query_index)
+        key_positions = np.full_like(key_index, tokens)
         for row, i in enumerate(part):
-            flat = np.arange(starts[i], starts[i + 1])
-            index[row, : lengths[i]] = flat
-            segment[row, : lengths[i]] = segments[flat]
-            position[row, : lengths[i]] = positions[flat]
-            inverse[flat] = offset + row * longest + np.arange(lengths[i])
-        offset += len(part) * longest
-        buckets.append(Bucket(_tensor(index), _tensor(segment), _tensor(position)))
+            place, n, before, n_before = sequences[i]
+            own = np.arange(place, place + n)
+            query_index[row, :n] = own
+            query_positions[row, :n] = np.arange(n_before, n_before + n)
+            key_index[row, :n_before] = np.arange(before, before + n_before)
+            key_index[row, n_before : n_before + n] = own
+            key_positions[row, : n_before + n] = np.arange(n_before + n)
+            inverse[own] = offset + row * most_queries + np.arange(n)
+        offset += query_index.size
+        tensors = (query_index, key_index, query_positions, key_positions)
+        buckets.append(Bucket(*(_tensor(array) for array in tensors)))
     return tuple(buckets), _tensor(inverse)

@@ -68,27 +68,34 @@ def prepare_rows(
         max_dropped: Largest share of the rows that may be dropped.
 
     Raises:
-        UserError: If more was dropped, or nothing is left.
+        UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
     """
     limits: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
     tokenized = tokenize_groups(train.groups, tokenizer, **limits)
     prepared = PreparedData(train=tokenized.groups, eval=[], notes=[*train.notes])
     _account(prepared, train, tokenized)
-    rows = train.total
+    parts = [("data.train", train, tokenized)]
     if evaluation is None:
         prepared.train, prepared.eval = split_by_prompt(
             tokenized.groups, fraction=eval_fraction, seed=split_seed
         )
+        if eval_fraction and prepared.train and not prepared.eval:
+            prepared.notes.append("all rows have one prompt, so none are held out to evaluate on")
     else:
         held_out = tokenize_groups(evaluation.groups, tokenizer, **limits)
         prepared.eval = held_out.groups
         prepared.notes += evaluation.notes
+        # The same may have been said of the training rows, with other numbers.
+        held_out.notes = [f"data.eval: {note}" for note in held_out.notes]
         _account(prepared, evaluation, held_out)
-        rows += evaluation.total
+        parts.append(("data.eval", evaluation, held_out))
         common = {g.prompt_key for g in prepared.train} & {g.prompt_key for g in prepared.eval}
         if common:
             prepared.notes.append(f"{len(common)} prompts of data.eval are in data.train too")
-    _check_dropped(prepared, rows, max_dropped=max_dropped, **limits)
+    total = sum(rows.total for _, rows, _ in parts)
+    _check_dropped(prepared, total, max_dropped=max_dropped, **limits)
+    for key, rows, left in parts:
+        _check_left(key, rows, left, max_length=max_length)
     return prepared
 
 
@@ -112,16 +119,19 @@ def split_by_prompt(
         text = f"{seed}:{key}".encode("utf-8", "surrogatepass")
         return hashlib.blake2b(text, digest_size=8).digest()
 
+    keys = sorted(sizes, key=lambda key: (position(key), key))
     held_out: set[str] = set()
     taken = 0
-    for key in sorted(sizes, key=lambda key: (position(key), key)):
-        # One prompt with very many groups must not swallow the training set.
+    for key in keys:
         if taken >= target or len(held_out) == len(sizes) - 1:
             break
-        if taken + sizes[key] > max(2 * target, 1) and len(sizes) > 1:
-            continue
-        held_out.add(key)
-        taken += sizes[key]
+        # One prompt with very many groups must not swallow the training set.
+        if taken + sizes[key] <= 2 * target:
+            held_out.add(key)
+            taken += sizes[key]
+    if not held_out and len(sizes) > 1:
+        # Every prompt has that many: a larger share is held out than none.
+        held_out.add(min(keys, key=sizes.__getitem__))
     train = [group for group in groups if group.prompt_key not in held_out]
     return train, [group for group in groups if group.prompt_key in held_out]
 
@@ -140,11 +150,14 @@ def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> 
 
 
 def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> None:
-    prepared.dropped.update(tokenized.dropped)
-    if rows.bad:
-        prepared.dropped["bad_row"] += len(rows.bad)
+    prepared.dropped.update(_dropped(rows, tokenized))
     prepared.changed.update(tokenized.changed)
     prepared.notes += tokenized.notes
+
+
+def _dropped(rows: Rows, tokenized: TokenizedGroups) -> Counter[str]:
+    """Rows that went by reason, those among them that could not be read."""
+    return tokenized.dropped + Counter({"bad_row": len(rows.bad)})
 
 
 def _check_dropped(
@@ -152,17 +165,23 @@ def _check_dropped(
 ) -> None:
     dropped = prepared.dropped.total()
     reasons = _reasons(prepared.dropped)
-    if dropped > max_dropped * rows:
+    # A quotient, as it is rounded like the literal: 0.29 * 100 is less than 29.
+    if rows and dropped / rows > max_dropped:
+        remedy = "allow more with data.max_dropped="
+        if prepared.dropped["too_long"] and truncation != "response":
+            remedy += ", or keep long rows with data.truncation=response"
         raise UserError(
             f"data.max_dropped={max_dropped:g}: {dropped} of {rows} rows were dropped ({reasons}) "
-            f"with data.max_length={max_length} and data.truncation={truncation}; allow more with "
-            "data.max_dropped=, or keep long rows with data.truncation=response"
+            f"with data.max_length={max_length} and data.truncation={truncation}; {remedy}"
         )
-    if not prepared.train:
-        detail = f" ({reasons})" if reasons else ""
+
+
+def _check_left(key: str, rows: Rows, tokenized: TokenizedGroups, *, max_length: int) -> None:
+    if not tokenized.groups:
+        reasons = _reasons(_dropped(rows, tokenized))
         raise UserError(
-            f"data.train: no group is left to train on out of {rows} rows{detail}; lower "
-            "data.eval_fraction= or look at data.max_length="
+            f"{key}: no group is left out of {rows.total} rows ({reasons}) with "
+            f"data.max_length={max_length}; name other rows with {key}= or raise data.max_length="
         )
 
 

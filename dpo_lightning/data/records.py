@@ -167,11 +167,8 @@ def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:
 
 def write_quarantine(path: Path, bad: Iterable[BadRow]) -> None:
     """Writes bad rows as JSON, one object of ``source``, ``field``, ``problem``, ``row`` a line."""
-    with path.open("wb") as file:
-        for row in bad:
-            line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
-            # A half of a surrogate pair has no UTF-8; its backslash form is JSON's own.
-            file.write(line.encode(errors="backslashreplace"))
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
 
 
 class _Shapes:
@@ -275,10 +272,8 @@ def _raw(record: Record) -> str:
     """The record as it was read, or as JSON where it came without a line."""
     if record.raw is not None:
         return record.raw
-    try:
-        text = json.dumps(record.value, ensure_ascii=False, default=str)
-    except (RecursionError, TypeError, ValueError):
-        text = show(record.value)
+    text = json.dumps(record.value, ensure_ascii=False, default=str)
+    # One half of a surrogate pair has no UTF-8; its backslash form is JSON's own.
     return text.encode(errors="backslashreplace").decode()
 
 

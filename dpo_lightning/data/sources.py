@@ -171,8 +171,7 @@ def _parquet(source: str, path: Path, where: str, notes: Sequence[str]) -> Sourc
     def read(wanted: Collection[str]) -> Iterator[Record]:
         number = 1
         try:
-            # One column says at least how many rows there are.
-            columns = [name for name in names if name in wanted] or names[:1]
+            columns = [name for name in names if name in wanted]
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 yield from _table_rows(batch, number)
                 number += batch.num_rows
@@ -231,7 +230,7 @@ def _hub(
                     yield from _table_rows(batch, number)
                     number += batch.num_rows
         except (pyarrow.ArrowException, ValueError) as error:
-            raise UserError(f"{where}: the data set is not readable: {_first_line(error)}") from error
+            raise UserError(f"{where}: not readable as a table: {_first_line(error)}") from error
 
     return Source(f"{name}[{split}]", list(dataset.column_names), read)
 
@@ -259,7 +258,7 @@ def _hint(path: Path, key: str) -> str:
     here = "" if path.is_absolute() else f" (here is {Path.cwd()})"
     if not path.parent.is_dir():
         return f"; there is no directory {printable(str(path.parent))} either{here}"
-    near = get_close_matches(path.name, _data_files(path.parent), n=1)
+    near = get_close_matches(path.name, _data_files(path.parent), n=1, cutoff=0.8)
     if near:
         return f"; did you mean {printable(str(path.with_name(near[0])))}?"
     return f"{here}; name a file ({_any_of(SUFFIXES)}) in {key}="
@@ -282,4 +281,4 @@ def _or_null(value: str | None) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__

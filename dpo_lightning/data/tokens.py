@@ -48,7 +48,7 @@ class TokenGroup:
     Attributes:
         prompt: Ids of the shared prompt, shape (P,), int32, P >= 1.
         responses: Ids of each response, shapes (R_k,), int32, EOS included unless it was cut off.
-        ranks: Rank of each response; 1 is best, ties share a rank.
+        ranks: Rank of each response, without gaps; 1 is best, ties share a rank.
         weight: Weight of the group in the loss.
         source: Where the row came from, ``file:line``.
         prompt_key: Identifies the prompt's text; groups with one key stay on one side of a split.
@@ -117,12 +117,19 @@ def tokenize_groups(
         The token groups that are left, with counts of what was dropped and changed.
     """
     result = TokenizedGroups()
+    special = frozenset(tokenizer.all_special_ids)
     shrunk = 0
     for start in range(0, len(groups), chunk):
         part = groups[start : start + chunk]
         for group, (ids, n_prompt) in zip(part, _encode(part, tokenizer), strict=True):
             token_group, shrank, reason, changes = _assemble(
-                group, ids, n_prompt, tokenizer, max_length=max_length, truncation=truncation
+                group,
+                ids,
+                n_prompt,
+                tokenizer,
+                special=special,
+                max_length=max_length,
+                truncation=truncation,
             )
             shrunk += shrank
             if token_group is None:
@@ -152,6 +159,7 @@ def _encode(
         texts.extend(rendered)
         special.extend([not is_messages] * len(rendered))
     encoded: list[list[int]] = [[]] * len(texts)
+    bos = tokenizer.bos_token_id
     for add_special_tokens in (True, False):
         where = [i for i, flag in enumerate(special) if flag is add_special_tokens]
         if where:
@@ -162,7 +170,9 @@ def _encode(
                 verbose=False,
             )["input_ids"]
             for i, row in zip(where, ids, strict=True):
-                encoded[i] = row
+                # A text that was rendered elsewhere may bring the BOS that the tokenizer writes.
+                doubled = bos is not None and row[:2] == [bos, bos]
+                encoded[i] = row[1:] if doubled else row
     cursor = 0
     for group in groups:
         n = len(group.responses)
@@ -176,17 +186,16 @@ def _render(group: PreferenceGroup, tokenizer: Any) -> tuple[list[str], bool]:
     prompt = group.prompt
     if isinstance(prompt, str):
         return [prompt, *(prompt + _as_string(response) for response in group.responses)], False
-    render = _renderer(tokenizer)
-    # A prompt that ends in the assistant's own words is continued, not answered.
-    open_turn = not (prompt and prompt[-1].role == "assistant")
-    texts = [render(prompt, open_turn)]
+    render = _renderer(tokenizer, group.source)
+    # What a template writes before an answer belongs to the prompt, so it is not scored.
+    texts = [render(prompt, True)]
     for response in group.responses:
         messages = response if not isinstance(response, str) else (Message("assistant", response),)
         texts.append(render((*prompt, *messages), False))
     return texts, True
 
 
-def _renderer(tokenizer: Any) -> Callable[[tuple[Message, ...], bool], str]:
+def _renderer(tokenizer: Any, source: str) -> Callable[[tuple[Message, ...], bool], str]:
     def render(messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
         if not messages:
             return ""
@@ -198,8 +207,8 @@ def _renderer(tokenizer: Any) -> Callable[[tuple[Message, ...], bool], str]:
             )
         except Exception as error:  # jinja2 raises whatever a template chooses to raise
             raise UserError(
-                f"data.chat_template: the chat template refuses a conversation with the roles "
-                f"{[m.role for m in messages]}: {' '.join(str(error).split())}; "
+                f"{source}: the chat template refuses a conversation with the roles "
+                f"{', '.join(m.role for m in messages)}: {' '.join(str(error).split())}; "
                 "name another template with data.chat_template="
             ) from error
         return text
@@ -226,12 +235,15 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _response_ids(ids: list[int], eos: int, special: frozenset[int], tokenizer: Any) -> list[int]:
-    """Ends a response with EOS: appends one, or drops what a template writes after the last one."""
-    if eos in ids:
-        last = len(ids) - 1 - ids[::-1].index(eos)
-        tail = ids[last + 1 :]
-        if not tail or not tokenizer.decode([t for t in tail if t not in special]).strip():
-            return ids[: last + 1]
+    """Ends a response with its first EOS that no text follows; appends one where there is none.
+
+    A template may write a line break behind EOS, and a text may bring the EOS that the tokenizer
+    writes once more.
+    """
+    for end in [place for place, token in enumerate(ids, start=1) if token == eos]:
+        rest = [token for token in ids[end:] if token not in special]
+        if not rest or not tokenizer.decode(rest).strip():
+            return ids[:end]
     return [*ids, eos]
 
 
@@ -241,69 +253,74 @@ def _assemble(
     n_prompt: int,
     tokenizer: Any,
     *,
+    special: frozenset[int],
     max_length: int,
     truncation: str,
 ) -> tuple[TokenGroup | None, bool, str, list[str]]:
     """One token group, whether its prompt shrank, why it was dropped, and what was changed."""
     eos: int = tokenizer.eos_token_id
-    special = frozenset(tokenizer.all_special_ids)
+    bos: int | None = tokenizer.bos_token_id
     prompt, full = encoded[0], encoded[1:]
     # An EOS that the tokenizer itself puts behind the prompt is no token of the prompt.
-    own_length = len(prompt) - (1 if len(prompt) > 1 and prompt[-1] == eos else 0)
-    shrank = n_prompt < own_length
-    prompt_ids = full[0][:n_prompt]
-    if not prompt_ids:
-        # Some state has to predict the first token: the text begins where the model begins.
-        prompt_ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos]
-    changes: list[str] = []
+    shrank = n_prompt < len(prompt) - (prompt[-1:] == [eos])
+    # Some state has to predict the first token: the text begins where the model begins.
+    prompt_ids = prompt[:n_prompt] or [eos if bos is None else bos]
 
     kept: list[tuple[list[int], int]] = []
     reason = "nothing_to_compare"
     for response, ids, rank in zip(group.responses, full, group.ranks, strict=True):
-        if _is_empty(response):
-            reason = "empty_response"
-            continue
         response_ids = _response_ids(ids[n_prompt:], eos, special, tokenizer)
-        if any(response_ids == other for other, _ in kept):
+        if _is_empty(response) or response_ids == [eos]:
+            reason = "empty_response"
+        elif any(response_ids == other for other, _ in kept):
             reason = "identical_responses"
-            continue
-        kept.append((response_ids, rank))
+        else:
+            kept.append((response_ids, rank))
     if not _comparable(kept):
-        return None, shrank, reason, changes
-    if len(kept) < len(group.responses):
-        changes.append("removed_response")
+        tied = len(set(group.ranks)) == 1
+        return None, shrank, "nothing_to_compare" if tied else reason, []
 
-    longest = max(len(ids) for ids, _ in kept)
-    excess = len(prompt_ids) + longest - max_length
+    changes: list[str] = []
+    excess = len(prompt_ids) + max(len(ids) for ids, _ in kept) - max_length
     if excess > 0:
         if truncation == "drop":
-            return None, shrank, "too_long", changes
+            return None, shrank, "too_long", []
         if truncation == "prompt":
-            bos = 1 if prompt_ids[0] == tokenizer.bos_token_id and len(prompt_ids) > 1 else 0
-            if len(prompt_ids) - excess < bos + 1:
-                return None, shrank, "too_long", changes
-            prompt_ids = prompt_ids[:bos] + prompt_ids[bos + excess :]
+            first = 1 if prompt_ids[0] == bos and len(prompt_ids) > 1 else 0
+            if len(prompt_ids) - excess <= first:
+                return None, shrank, "too_long", []
+            prompt_ids = prompt_ids[:first] + prompt_ids[first + excess :]
             changes.append("truncated_prompt")
         else:
-            room = max_length - len(prompt_ids)
-            cut: list[tuple[list[int], int]] = []
-            for ids, rank in kept:
-                ids = ids[: max(room, 0)]
-                if ids and not any(ids == other for other, _ in cut):
-                    cut.append((ids, rank))
+            cut = _cut(kept, max(0, max_length - len(prompt_ids)))
             if not _comparable(cut):
-                return None, shrank, "nothing_to_compare", changes
+                return None, shrank, "nothing_to_compare", []
+            if any(response not in kept for response in cut):
+                changes.append("truncated_response")
             kept = cut
-            changes.append("truncated_response")
+    if len(kept) < len(group.responses):
+        changes.append("removed_response")
+    # The ranks that are left may have a gap, or begin with 2.
+    places = {rank: place for place, rank in enumerate(sorted({r for _, r in kept}), start=1)}
     token_group = TokenGroup(
         prompt=np.asarray(prompt_ids, dtype=np.int32),
         responses=tuple(np.asarray(ids, dtype=np.int32) for ids, _ in kept),
-        ranks=tuple(rank for _, rank in kept),
+        ranks=tuple(places[rank] for _, rank in kept),
         weight=group.weight,
         source=group.source,
         prompt_key=group.prompt_key,
     )
     return token_group, shrank, "", changes
+
+
+def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[list[int], int]]:
+    """The responses without what is beyond ``length``, the best of those that became the same."""
+    cut: list[tuple[list[int], int]] = []
+    for ids, rank in responses:
+        short = ids[:length]
+        if short and not any(short == other for other, _ in cut):
+            cut.append((short, rank))
+    return cut
 
 
 def _comparable(responses: Sequence[tuple[list[int], int]]) -> bool:

@@ -1,8 +1,9 @@
 """Attention over prompt-sharing groups, registered with transformers.
 
 A query sees the prompt of its group and the tokens of its own response before it; never a sibling
-response, never another group. Each group is a small dense problem, so groups of like lengths are
-gathered into one call with a mask; grouped-query heads and sliding windows are honoured.
+response, never another group. The queries of a prompt, or of one response, are a small dense
+problem; those of like lengths are gathered into one call with a mask. Grouped-query heads and
+sliding windows are honoured.
 """
 
 from __future__ import annotations
@@ -33,21 +34,17 @@ class AttentionPlan:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def mask(self, number: int, window: int | None) -> Tensor:
-        """Which keys each query of a bucket sees, shape (G, 1, L, L), bool."""
+        """Which keys each query of a bucket sees, shape (B, 1, Q, K), bool."""
         if (number, window) not in self._masks:
             self._masks[number, window] = _bucket_mask(self.buckets[number], window)
         return self._masks[number, window]
 
 
 def _bucket_mask(bucket: Bucket, window: int | None) -> Tensor:
-    query_segment, key_segment = bucket.segment[:, :, None], bucket.segment[:, None, :]
-    distance = bucket.position[:, :, None] - bucket.position[:, None, :]
-    allowed = ((key_segment == 0) | (key_segment == query_segment)) & (distance >= 0)
+    distance = bucket.query_positions[:, :, None] - bucket.key_positions[:, None, :]
+    allowed = distance >= 0
     if window is not None:
         allowed &= distance < window
-    # An unused place sees all unused ones: a softmax over nothing would be NaN, in backward too.
-    allowed &= (key_segment == -1) == (query_segment == -1)
-    allowed |= (key_segment == -1) & (query_segment == -1)
     return allowed[:, None]
 
 
@@ -99,11 +96,10 @@ def group_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     outputs = []
     for number, bucket in enumerate(group_plan.buckets):
-        q, k, v = (_gather(x, bucket.index).transpose(1, 2) for x in (query, key, value))
         output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            _gather(query, bucket.queries),
+            _gather(key, bucket.keys),
+            _gather(value, bucket.keys),
             attn_mask=group_plan.mask(number, sliding_window),
             scale=scaling,
             enable_gqa=shared_heads,
@@ -114,8 +110,9 @@ def group_attention(
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows (T, ...) at index (G, L) -> (G, L, ...); index_select has the cheaper backward."""
-    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
+    """Rows (T, heads, d) at index (B, L) -> (B, heads, L, d)."""
+    # index_select has a cheaper backward pass than indexing with a tensor.
+    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(GROUP_ATTENTION, group_attention)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lightning.data.controlled import PROMPTS, REWARD_SEED, WORDS, word_values
+from dpo_lightning.data.controlled import PROMPTS, word_values
 from tests.conftest import ROOT, TINY, Run, run_train
 
 
@@ -84,9 +84,7 @@ def test_exact_quantities_equal_a_brute_force_over_the_exported_model(default_ru
     tokenizer = AutoTokenizer.from_pretrained(default_run.folder / "model")
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     values = np.array(word_values())
-    rewards = np.array(
-        [[sum(row[t - 1] for t in y if t) for y in outcomes()] for row in values]
-    )
+    rewards = np.array([[sum(row[t - 1] for t in y if t) for y in outcomes()] for row in values])
     policy = brute_force(default_run.folder / "model", prompts)
     reference = brute_force(BUNDLED_MODEL, prompts)
     beta = default_run.result["beta"]
@@ -114,8 +112,6 @@ def test_exact_quantities_equal_a_brute_force_over_the_exported_model(default_ru
     for name, value in expected.items():
         assert metrics[f"controlled/{name}"] == pytest.approx(value, rel=1e-5), name
     assert expected["probability_sum"] == pytest.approx(1, abs=1e-6)
-    assert WORDS
-    assert REWARD_SEED is not None
 
 
 def test_a_user_sees_header_result_answers_and_folders(default_run: Run):
@@ -175,7 +171,9 @@ def response_logps(model, group) -> list[float]:
 def test_without_a_reference_the_first_loss_is_the_founding_formula(tmp_path):
     """Z = exp(beta log pi(y+)) + exp(beta log pi(y-)); loss = -log(exp(beta log pi(y+)) / Z)."""
     beta = 0.7
-    run = run_train(tmp_path / "run", *TINY, "reference=none", f"beta={beta}", "trainer.max_steps=1")
+    run = run_train(
+        tmp_path / "run", *TINY, "reference=none", f"beta={beta}", "trainer.max_steps=1"
+    )
     model, groups = first_step_groups(beta, TINY)
     losses, log_zs = [], []
     for group in groups:
@@ -267,7 +265,10 @@ def test_a_diverged_run_stops_before_the_step(tmp_path):
 
 def test_evaluation_in_between_and_limits(tmp_path):
     run = run_train(
-        tmp_path / "run", *TINY, "evaluation.every_n_steps=2", "trainer.max_steps=5",
+        tmp_path / "run",
+        *TINY,
+        "evaluation.every_n_steps=2",
+        "trainer.max_steps=5",
         "trainer.log_every_n_steps=2",
     )
     assert [row["step"] for row in run.rows if "eval/loss" in row] == [2, 4, 5]

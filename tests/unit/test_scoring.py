@@ -58,7 +58,10 @@ FAMILIES = {
     "granite": ("GraniteConfig", _LLAMA_LIKE | {"logits_scaling": 3.0}),
 }
 PADDED_ONLY = {
-    "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    ),
     "falcon": ("FalconConfig", _SMALL | {"num_attention_heads": 4}),
     "gpt-oss": (
         "GptOssConfig",
@@ -132,7 +135,8 @@ def plain_dpo_loss(policy, reference, groups: list[TokenGroup], beta: float) -> 
 
 def gradients(model) -> torch.Tensor:
     grads = [
-        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()
+        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+        for p in model.parameters()
     ]
     return torch.cat(grads)
 

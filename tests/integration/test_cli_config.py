@@ -1,0 +1,598 @@
+"""The command line up to the moment a run starts: what is composed, refused, named and logged."""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dpo_lightning import cli
+from dpo_lightning.config import Config, register
+from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.validation import validate
+from tests.conftest import ROOT
+
+
+@dataclass
+class Recorder:
+    """Stands for a run: keeps what it was started with and ends as it is told."""
+
+    starts: list[tuple[Config, Path, dict[str, Any], list[str]]] = field(default_factory=list)
+    act: Callable[[Config], int] = lambda config: 0
+
+    def run(
+        self, config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: list[str]
+    ) -> int:
+        assert run_dir.is_dir()
+        self.starts.append((config, run_dir, resolved, overrides))
+        return self.act(config)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An own working folder with rows and models, and the root logger as it was, afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    Path("rows.jsonl").touch()
+    for folder in ("model", "empty"):
+        Path(folder).mkdir()
+    Path("model/config.json").touch()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield tmp_path
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    module = types.ModuleType("dpo_lightning.run")
+    monkeypatch.setattr(module, "run", recorder.run, raising=False)
+    monkeypatch.setitem(sys.modules, "dpo_lightning.run", module)
+    return recorder
+
+
+def experiment(name: str, text: str) -> list[str]:
+    """Writes an experiment of one's own; returns the arguments that choose it."""
+    folder = Path("own/experiment")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    return ["--config-dir", "own", f"experiment={name}"]
+
+
+OWN = "data.train=rows.jsonl model.pretrained=model"
+
+# What is typed; what the one line must name: the key with its value, and the remedy.
+WRONG: list[tuple[str, list[str]]] = [
+    # keys
+    ("bta=0.1", ["bta", "did you mean `beta`?"]),
+    ("+bta=1", ["bta", "did you mean `beta`?"]),
+    ("++bta=1", ["bta", "did you mean `beta`?"]),
+    ("modle=llama", ["modle", "`model`"]),
+    ("trainer.max_stepz=3", ["trainer.max_stepz", "`trainer.max_steps`"]),
+    ("+trainer.max_stepz=3", ["trainer.max_stepz", "`trainer.max_steps`"]),
+    ("trainer={max_stepz:3}", ["trainer.max_stepz", "`trainer.max_steps`"]),
+    ("loss.beta=0.3", ["loss.beta", "beta has one place: beta="]),
+    ("+loss.beta=0.3", ["loss.beta", "beta has one place: beta="]),
+    ("trainer.accumulate_grad_batches=4", ["data.batch_size", "data.micro_batch_tokens"]),
+    ("trainer.gradient_clip_val=1", ["optimizer.max_grad_norm="]),
+    ("lr=1e-3", ["lr", "`optimizer.lr`"]),
+    ("hydra.run.dri=x", ["hydra.run.dri", "`hydra.run.dir`"]),
+    ("+beta=0.2", ["+beta", "leave out the +"]),
+    ("~beta", ["~beta", "beta=<value>"]),
+    # choices of groups
+    ("model=lama", ["model=lama", "qwen3-0.6b", "did you mean model=llama?"]),
+    ("model=org/name", ["model=org/name", "model.pretrained="]),
+    ("data=mine.jsonl", ["data=mine.jsonl", "data.train="]),
+    ("experiment=nope", ["experiment=nope", "preferences"]),
+    ("debug=true", ["debug=true", "limit, off, on"]),
+    ("optimizer=adam", ["did you mean optimizer=adamw?"]),
+    ("logger=null", ["logger=null", "logger=none"]),
+    ("~reference", ["~reference", "reference=none"]),
+    ("+loss=sft", ["+loss=sft", "leave out the +"]),
+    ("hydra/launcher=joblib", ["hydra/launcher=joblib", "basic"]),
+    # Hydra's grammar and flags
+    ("beta", ["beta", "key=value"]),
+    ("=3", ["=3", "key=value"]),
+    ("beta=0.1,0.5", ["beta=0.1,0.5", "-m"]),
+    ("logger.tags=a,b", ["-m", "logger.tags=[a,b]"]),
+    ("data.train=~/rows.jsonl", ["""'data.train="~/rows.jsonl"'"""]),
+    ("--beta=0.1", ["--beta", "write beta=0.1"]),
+    ("--fast", ["--fast", "key=value"]),
+    ("--cfg jobs", ["jobs", "job", "--help"]),
+    ("--cfg job bta=1", ["bta", "`beta`"]),
+    ("--cfg job beta=1,2", ["beta=1,2", "one config"]),
+    ("--config-dir nowhere", ["--config-dir nowhere", "no such folder"]),
+    ("--config-name nope", ["'nope'"]),
+    ("--experimental-rerun x", ["--experimental-rerun", "give the settings again"]),
+    # values
+    ("beta=-1", ["beta=-1", "above 0"]),
+    ("beta=abc", ["beta=abc", "a finite number"]),
+    ("beta=", ["beta=", "no value"]),
+    ("beta=null", ["beta=null", "above 0"]),
+    ("beta=[1]", ["beta=[1]", "a finite number"]),
+    ("seed=1.5", ["seed=1.5", "whole number"]),
+    ("loss.label_smoothing=0.5", ["loss.label_smoothing=0.5", "below 0.5"]),
+    ("optimizer.schedule=cosin", ["optimizer.schedule=cosin", "optimizer.schedule=cosine?"]),
+    ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "model.dtype=bfloat16"]),
+    ("trainer.devices=0", ["trainer.devices=0", "at least 1"]),
+    ("trainer.max_time=10m", ["trainer.max_time=10m", "DD:HH:MM:SS"]),
+    ("name=${nope}", ["name", "nope"]),
+    ("hydra.run.dir=", ["hydra.run.dir=", "folder"]),
+    ("hydra.run.dir=rows.jsonl", ["hydra.run.dir=rows.jsonl", "folder"]),
+    ("hydra.run.dir=rows.jsonl/run", ["rows.jsonl/run", "hydra.run.dir="]),
+    ("hydra.run.dir=${nope}", ["hydra.run.dir", "nope"]),
+    # what does not fit together, and files
+    ("loss=sft loss.label_smoothing=0.1", ["loss.label_smoothing=0.1", "loss=sft"]),
+    ("loss=sft reference=live", ["reference=live", "reference=auto"]),
+    ("reference=none reference.pretrained=model", ["reference.pretrained=model", "reference=live"]),
+    (f"{OWN} model.config=model", ["model.config=model", "one of the two"]),
+    ("model.config_overrides.hidden_size=8", ["model.config_overrides", "model.config"]),
+    ("data.train=rows.jsonl", ["data.train=rows.jsonl", "model.pretrained="]),
+    ("model.pretrained=model", ["model.pretrained=model", "data.train="]),
+    ("model=qwen3-0.6b", ["Qwen/Qwen3-0.6B", "data.train="]),
+    ("data=hh", ["Anthropic/hh-rlhf", "model.pretrained="]),
+    ("data=rows model.pretrained=model", ["data=rows", "data.train="]),
+    ("experiment=preferences", ["data.train="]),
+    ("data.eval=rows.jsonl", ["data.eval=rows.jsonl", "data.train="]),
+    ("model.tokenizer=org/name", ["model.tokenizer=org/name", "model.pretrained="]),
+    ("data.train=no.jsonl model.pretrained=model", ["data.train=no.jsonl", "no such file"]),
+    ("data.train=rows.csv model.pretrained=model", ["data.train=rows.csv", ".jsonl"]),
+    ("data.train=rows.jsonl model.pretrained=empty", ["model.pretrained=empty", "config.json"]),
+    ("data.train=rows.jsonl model.pretrained=./no", ["model.pretrained=./no", "no such folder"]),
+    (f"{OWN} data.chat_template=no.jinja", ["data.chat_template=no.jinja", "no such file"]),
+    ("resume=no.ckpt", ["resume=no.ckpt", "resume=auto"]),
+    ("resume=auto", ["resume=auto", "hydra.run.dir="]),
+    # sweeps
+    ("-m beta=0.1,-1", ["beta=-1", "above 0"]),
+    ("-m model=llama,lama", ["model=lama", "model=llama?"]),
+    ("-m beta=0.1,0.5 trainer.devices=2", ["trainer.devices=2", "without -m"]),
+    ("-m beta=0.1,0.5 trainer.devices=[0,1]", ["trainer.devices=[0, 1]", "without -m"]),
+    ("-m beta=0.1,0.5 resume=auto", ["resume=auto"]),
+    ("-m hydra.job.name=a,b", ["hydra.job.name"]),
+    # several at once
+    ("beta=-1 seed=-1", ["beta=-1", "seed=-1"]),
+    ("bta=1 model=lama", ["`beta`", "model=llama?"]),
+]
+
+
+def one_error(stderr: str) -> str:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("typed", "fragments"), WRONG, ids=[typed for typed, _ in WRONG])
+def test_a_wrong_input_is_one_line_and_leaves_nothing(
+    typed: str,
+    fragments: list[str],
+    place: Path,
+    recorder: Recorder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(place.rglob("*"))
+    assert cli.main(typed.split(" ")) == 2
+    line = one_error(capsys.readouterr().err)
+    for fragment in fragments:
+        assert fragment in line
+    assert recorder.starts == []
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "logger.api_key=hunter2",
+        "+logger.api_key=hunter2",
+        "+trainer.hf_token=hunter2",
+        "logger.api_key=hunter2{",
+        "--api-key=hunter2",
+        "--api-key hunter2",
+        "model.config=model +model.config_overrides.password=hunter2 data.train=rows.jsonl",
+    ],
+)
+def test_a_secret_is_refused_without_being_shown(
+    typed: str, place: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(typed.split(" ")) == 2
+    captured = capsys.readouterr()
+    assert "wandb login" in one_error(captured.err)
+    assert "hunter2" not in captured.err + captured.out
+    assert not (place / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("beta: abc\n", ["experiment/mine.yaml", "beta=abc", "a finite number"]),
+        ("bta: 1\n", ["experiment/mine.yaml", "bta", "`beta`"]),
+        ("trainer: {max_stepz: 1}\n", ["trainer.max_stepz", "`trainer.max_steps`"]),
+        ("logger: {api_key: hunter2}\n", ["logger.api_key", "wandb login"]),
+        ("defaults: [{override /model: lama}]\n", ["model/lama", "llama"]),
+        ("beta: [1\n", ["mine.yaml", "line 2"]),
+        ("name: ${nope}\n", ["name", "nope"]),
+        ("beta: -1\n", ["beta=-1"]),
+    ],
+)
+def test_a_wrong_experiment_file_is_one_line(
+    text: str, fragments: list[str], recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(experiment("mine", text)) == 2
+    line = one_error(capsys.readouterr().err)
+    assert all(fragment in line for fragment in fragments), line
+    assert "hunter2" not in line
+    assert recorder.starts == []
+
+
+def test_a_wrong_input_leaves_an_earlier_run_as_it_was(
+    place: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["hydra.run.dir=run", "beta=0.2"]) == 0
+    files = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    assert place / "run/.hydra/config.yaml" in files
+    capsys.readouterr()
+    assert cli.main(["hydra.run.dir=run", "beta=-1"]) == 2
+    one_error(capsys.readouterr().err)
+    assert files == {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()}
+
+
+def test_a_run_gets_its_settings_and_its_folder(place: Path, recorder: Recorder) -> None:
+    assert cli.main(["model=llama", "beta=0.2", "trainer.max_steps=3", "hydra.run.dir=run"]) == 0
+    ((config, run_dir, resolved, overrides),) = recorder.starts
+    assert isinstance(config, Config)
+    assert (config.beta, config.trainer.max_steps) == (0.2, 3)
+    assert run_dir == place / "run"
+    assert resolved["trainer"]["max_steps"] == 3
+    assert overrides == ["model=llama", "beta=0.2", "trainer.max_steps=3"]
+    assert Path.cwd() == place
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("beta=0.2", "llama-sigmoid-beta-0.2"),
+        ("name=../../x", "x"),
+        ("name=..", "run"),
+    ],
+)
+def test_a_run_stays_in_the_root_of_runs(
+    typed: str, name: str, place: Path, recorder: Recorder
+) -> None:
+    assert cli.main([typed]) == 0
+    run_dir = recorder.starts[0][1]
+    assert run_dir.parent == place / "outputs/runs"
+    date, time, rest = run_dir.name.split("_", 2)
+    assert (len(date), len(time), rest) == (10, 8, name)
+
+
+def test_two_starts_of_one_moment_have_two_folders(place: Path, recorder: Recorder) -> None:
+    for _ in range(3):
+        assert cli.main(["hydra.run.dir=runs/${now:%Y}"]) == 0
+    folders = [start[1] for start in recorder.starts]
+    assert len(set(folders)) == 3
+    assert [folder.name[4:] for folder in folders] == ["", "-2", "-3"]
+
+
+def test_a_folder_with_odd_characters(place: Path, recorder: Recorder) -> None:
+    assert cli.main(["""hydra.run.dir='it\\'s a \\'run\\' ${now:%Y}'"""]) == 0
+    assert recorder.starts[0][1].name.startswith("it's a 'run' 20")
+
+
+def test_an_experiment_wins_over_the_root_and_the_command_line_over_both(
+    recorder: Recorder,
+) -> None:
+    chosen = experiment("mine", "beta: 0.7\nlogger: {name: csv}\ntrainer: {max_steps: 5}\n")
+    assert cli.main([*chosen, "hydra.run.dir=a"]) == 0
+    assert cli.main([*chosen, "beta=0.9", "hydra.run.dir=b"]) == 0
+    first, second = (start[0] for start in recorder.starts)
+    assert (first.beta, first.logger.name, first.trainer.max_steps) == (0.7, "csv", 5)
+    assert (second.beta, second.logger.name) == (0.9, "csv")
+
+
+def test_the_root_comes_straight_after_the_schema() -> None:
+    # Put last, whatever conf/config.yaml states would win over an experiment without a word.
+    defaults = OmegaConf.load(ROOT / "conf/config.yaml").defaults
+    assert list(defaults[:2]) == ["schema", "_self_"]
+
+
+def test_the_shipped_experiment(recorder: Recorder) -> None:
+    typed = ["experiment=preferences", "data.train=rows.jsonl", "hydra.run.dir=a"]
+    assert cli.main(typed) == 0
+    config = recorder.starts[0][0]
+    assert (config.beta, config.model.pretrained) == (0.05, "Qwen/Qwen3-0.6B")
+    assert config.data.train == "rows.jsonl"
+
+
+def test_limit_wins_over_an_experiment(recorder: Recorder) -> None:
+    chosen = experiment("mine", "logger: {name: csv}\ntrainer: {max_steps: 500}\n")
+    assert cli.main([*chosen, "debug=limit", "hydra.run.dir=a"]) == 0
+    config = recorder.starts[0][0]
+    assert (config.trainer.max_steps, config.logger.name) == (3, "none")
+    assert config.debug.traceback
+
+
+def test_keys_that_are_the_users_need_no_plus(recorder: Recorder) -> None:
+    assert cli.main(["data.columns.prompt=question", *OWN.split(), "hydra.run.dir=a"]) == 0
+    assert recorder.starts[0][0].data.columns == {"prompt": "question"}
+    random = "data.train=rows.jsonl model.config=model model.config_overrides.hidden_size=8"
+    assert cli.main([*random.split(), "hydra.run.dir=b"]) == 0
+    assert recorder.starts[1][0].model.config_overrides == {"hidden_size": 8}
+
+
+# What the choice of a file needs beside it.
+WITH_ROWS = ["data.train=rows.jsonl"]
+NEEDS: dict[str, list[str]] = {
+    "model=llama": [],
+    "data=controlled": [],
+    "data=rows": OWN.split(),
+    "experiment=preferences": WITH_ROWS,
+}
+FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("choice", FILES)
+def test_every_file_composes_and_is_valid(choice: str) -> None:
+    group, option = choice.split("=")
+    fallback = {"model": WITH_ROWS, "data": ["model=qwen3-0.6b"]}.get(group, [])
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = validate(compose("config", [choice, *NEEDS.get(choice, fallback)]))
+    section = getattr(config, group, None)
+    named = getattr(section, "name", None) or getattr(section, "kind", None)
+    assert named in (None, option)
+
+
+def test_every_group_has_its_default_in_the_list() -> None:
+    groups = {path.parent.name for path in (ROOT / "conf").glob("*/*.yaml")}
+    lines = (ROOT / "conf/config.yaml").read_text().splitlines()
+    listed = {line.split(":")[0].removeprefix("  - ") for line in lines if line.startswith("  - ")}
+    assert groups <= listed
+
+
+def test_a_sweep_runs_each_trial_in_a_folder_named_by_what_differs(
+    place: Path, recorder: Recorder
+) -> None:
+    assert cli.main(["-m", "beta=0.1,0.5", "logger=none", "seed=1,2", "hydra.sweep.dir=s"]) == 0
+    assert [(config.beta, config.seed) for config, *_ in recorder.starts] == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.5, 1),
+        (0.5, 2),
+    ]
+    assert [start[1] for start in recorder.starts] == [
+        place / "s" / f"beta-{beta}_seed-{seed}"
+        for beta, seed in itertools.product((0.1, 0.5), (1, 2))
+    ]
+    assert all(config.trainer.devices == 1 for config, *_ in recorder.starts)
+
+
+def test_a_sweep_may_stand_in_a_file(place: Path, recorder: Recorder) -> None:
+    grid = 'hydra: {mode: MULTIRUN, sweeper: {params: {beta: "0.3,0.4"}}}\n'
+    assert cli.main([*experiment("mine", grid), "hydra.sweep.dir=s"]) == 0
+    assert [start[1].name for start in recorder.starts] == ["beta-0.3", "beta-0.4"]
+
+
+def test_a_wrong_grid_in_a_file_is_refused_before_it_starts(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = 'hydra: {mode: MULTIRUN, sweeper: {params: {beta: "0.3,-4"}}}\n'
+    assert cli.main(experiment("mine", grid)) == 2
+    assert "beta=-4" in one_error(capsys.readouterr().err)
+    assert recorder.starts == []
+
+
+def test_flags_may_stand_among_the_settings(recorder: Recorder) -> None:
+    assert cli.main(["beta=0.2", "-m", "seed=1,2", "hydra.sweep.dir=s"]) == 0
+    assert [config.seed for config, *_ in recorder.starts] == [1, 2]
+
+
+def test_a_failing_trial_does_not_stop_the_others(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(config: Config) -> int:
+        if config.beta == 0.1:
+            raise UserError("data.train: nothing left")
+        if config.beta == 0.2:
+            raise RuntimeError("boom")
+        if config.beta == 0.3:
+            sys.exit(5)
+        return 3 if config.beta == 0.4 else 0
+
+    recorder.act = act
+    assert cli.main(["-m", "beta=0.1,0.2,0.3,0.4,0.5", "hydra.sweep.dir=s"]) == 1
+    assert len(recorder.starts) == 5
+    stderr = capsys.readouterr().err
+    assert "error: beta=0.1: data.train: nothing left" in stderr
+    assert "RuntimeError: boom" in stderr
+    assert "Error executing job" not in stderr
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stopped_trial_stops_the_sweep(code: int, recorder: Recorder) -> None:
+    recorder.act = lambda config: code
+    assert cli.main(["-m", "beta=0.1,0.2", "hydra.sweep.dir=s"]) == code
+    assert len(recorder.starts) == 1
+
+
+@pytest.mark.parametrize("code", [0, 3, 143])
+def test_the_exit_code_is_the_runs(code: int, recorder: Recorder) -> None:
+    recorder.act = lambda config: code
+    assert cli.main(["hydra.run.dir=run"]) == code
+
+
+def raising(error: BaseException) -> Callable[[Config], int]:
+    def act(config: Config) -> int:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("k=v: wrong\nand more"), 2),
+        (DivergedError("k=v: wrong\nand more"), 3),
+    ],
+)
+def test_an_expected_error_is_one_line(
+    error: Exception, code: int, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder.act = raising(error)
+    assert cli.main(["hydra.run.dir=run"]) == code
+    assert one_error(capsys.readouterr().err) == "error: k=v: wrong and more"
+    assert cli.main(["hydra.run.dir=run", "debug=on"]) == code
+    stderr = capsys.readouterr().err
+    assert "Traceback" in stderr
+    assert "error: k=v: wrong and more" in stderr
+
+
+def test_an_unexpected_error_has_a_traceback(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder.act = raising(RuntimeError("boom"))
+    assert cli.main(["hydra.run.dir=run"]) == 1
+    stderr = capsys.readouterr().err
+    assert "RuntimeError: boom" in stderr
+    assert "Error executing job" not in stderr
+
+
+def test_an_interrupt_is_130(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder.act = raising(KeyboardInterrupt())
+    assert cli.main(["hydra.run.dir=run"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_log_has_times_and_the_terminal_has_not(
+    place: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(config: Config) -> int:
+        logging.getLogger("dpo_lightning.x").info("said once")
+        logging.getLogger("dpo_lightning.x").error("went wrong")
+        return 0
+
+    recorder.act = act
+    assert cli.main(["hydra.run.dir=run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["said once"]
+    assert captured.err.splitlines() == ["went wrong"]
+    first, second = (place / "run/train.log").read_text().splitlines()
+    assert first.startswith("[20")
+    assert first.endswith("[dpo_lightning.x][INFO] said once")
+    assert second.endswith("[ERROR] went wrong")
+
+
+def test_a_child_process_of_ddp_joins_the_run(place: Path, recorder: Recorder) -> None:
+    # As Lightning starts it: the same arguments, then these three; the folder has quotes.
+    typed = ["beta=0.2", "--config-dir", "own", *experiment("mine", "seed: 3\n")[2:]]
+    assert cli.main(typed) == 0
+    run_dir = recorder.starts[0][1]
+    written = (run_dir / ".hydra/overrides.yaml").read_bytes()
+    more = [
+        f'hydra.run.dir="{run_dir.relative_to(place)}"',
+        "hydra.job.name=train_ddp_process_1",
+        "hydra.output_subdir=null",
+    ]
+    assert cli.main([*typed, *more]) == 0
+    assert recorder.starts[1][:3] == recorder.starts[0][:3]
+    assert (run_dir / "train_ddp_process_1.log").exists()
+    assert (run_dir / ".hydra/overrides.yaml").read_bytes() == written
+    assert len(list((place / "outputs/runs").iterdir())) == 1
+
+
+def test_processes_that_another_launcher_starts_must_share_a_folder(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main([]) == 2
+    assert "hydra.run.dir=<folder>" in one_error(capsys.readouterr().err)
+    assert cli.main(["hydra.run.dir=run"]) == 0
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def train(*typed: str) -> subprocess.CompletedProcess[str]:
+    return python(str(ROOT / "train.py"), *typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "fragment"),
+    [
+        ("beta=-1", "beta=-1: needs a finite number, above 0"),
+        ("+bta=1", "did you mean `beta`?"),
+        ("model=lama", "did you mean model=llama?"),
+        ("beta=0.1,0.5", "add -m"),
+        ("--beta=0.1", "write beta=0.1"),
+    ],
+)
+def test_the_program_answers_in_one_line(typed: str, fragment: str, place: Path) -> None:
+    ended = train(typed)
+    assert ended.returncode == 2
+    assert fragment in one_error(ended.stderr)
+    assert ended.stdout == ""
+    assert not (place / "outputs").exists()
+
+
+HEAVY = ("torch", "lightning", "transformers", "datasets", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [
+        ("--cfg job", 0),
+        ("--help", 0),
+        ("--info defaults", 0),
+        ("beta=-1", 2),
+        ("+bta=1", 2),
+        ("beta=abc", 2),
+        ("-m beta=0.1,-1", 2),
+    ],
+)
+def test_an_answer_does_not_load_torch(typed: str, code: int, place: Path) -> None:
+    program = (
+        "import sys; from dpo_lightning.cli import main; code = main(sys.argv[1:]);"
+        f"print('loaded', sorted(set({HEAVY}) & set(sys.modules))); sys.exit(code)"
+    )
+    ended = python("-c", program, *typed.split(" "))
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "loaded []"
+    assert not (place / "outputs").exists()
+
+
+def test_what_is_shown_is_what_would_run() -> None:
+    shown = train("--cfg", "job", "beta=0.3", "loss=sft")
+    assert shown.returncode == 0
+    assert "beta: 0.3\n" in shown.stdout
+    assert "name: sft" in shown.stdout
+    helped = train("--help")
+    assert "python train.py -m beta=0.05,0.1,0.5" in helped.stdout
+    assert "reference: auto, live, none" in helped.stdout
+
+
+def test_shell_completion_is_offered() -> None:
+    ended = train("-sc", "install=bash")
+    assert ended.returncode == 0
+    assert "complete" in ended.stdout

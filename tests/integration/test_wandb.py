@@ -1,0 +1,94 @@
+"""An offline wandb run, read back with wandb's own inspector."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, Run, run_train
+
+
+def inspect(run: Run, *flags: str) -> str:
+    [path] = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", *flags]
+    return subprocess.run(
+        [*command, "--json", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("wandb") / "run"
+    arguments = [*TINY[:3], "evaluation.samples=2", "logger.tags=[one,two]", "logger.project=p"]
+    return run_train(folder, *arguments, "beta=0.2", "name=my run", logger="wandb")
+
+
+def test_the_summary_has_the_config_every_metric_the_state_and_the_exit_code(run: Run):
+    assert run.code == 0
+    summary = json.loads(inspect(run, "--summary"))
+    assert summary["exit_code"] == 0
+    assert summary["state"] == "finished"
+    assert summary["project"] == "p"
+    assert summary["config"]["beta"] == 0.2
+    assert summary["config"]["optimizer"]["lr"] == 0.001
+    values = summary["summary"]
+    assert values["beta"] == 0.2
+    for name, value in run.result["metrics"].items():
+        assert values[name] == pytest.approx(value, rel=1e-6), name
+    assert {"train/loss", "eval/rewards/accuracies", "controlled/log_z"} <= set(values)
+
+
+def test_every_row_of_metrics_is_in_the_history_over_optimizer_steps(run: Run):
+    records = [json.loads(line) for line in inspect(run).splitlines()]
+    history = [r["history"]["item"] for r in records if r["type"] == "history"]
+    for row in run.rows:
+        names = [name for name in row if "/" in name]
+        [logged] = [
+            item
+            for item in history
+            if item.get("trainer/global_step") == row["step"] and names[0] in item
+        ]
+        assert {n: logged[n] for n in names} == pytest.approx({n: row[n] for n in names})
+    first = next(i for i, r in enumerate(records) if r["type"] == "history")
+    defined = [i for i, r in enumerate(records) if r["type"] == "metric"]
+    assert defined
+    assert max(defined) < first
+    assert any("samples" in json.dumps(item) for item in history)
+    [start] = [r["run"] for r in records if r["type"] == "run"]
+    assert sorted(start["tags"]) == ["one", "two"]
+    assert start["display_name"] == "my-run"
+
+
+def test_a_failed_run_is_finished_as_failed(tmp_path):
+    run = run_train(
+        tmp_path / "run",
+        *TINY,
+        "optimizer.lr=1e30",
+        "optimizer.max_grad_norm=null",
+        logger="wandb",
+    )
+    assert run.code == 3
+    summary = json.loads(inspect(run, "--summary"))
+    assert summary["exit_code"] == 3
+    assert summary["config"]["beta"] == 0.1
+
+
+def test_online_without_a_login_is_one_line(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = run_train(tmp_path / "run", *TINY, "logger.mode=online", logger="wandb")
+    assert run.code == 2
+    assert "logger.mode=offline" in run.result["error"]
+
+
+def test_csv_and_none(tmp_path):
+    csv = run_train(tmp_path / "csv", *TINY, "trainer.max_steps=2", logger="csv")
+    text = (csv.folder / "csv" / "metrics.csv").read_text()
+    assert "train/loss" in text
+    assert "0.693147" in text
+    none = run_train(tmp_path / "none", *TINY, "trainer.max_steps=2", logger="none")
+    assert not (none.folder / "wandb").exists()
+    assert none.code == csv.code == 0

@@ -1,0 +1,150 @@
+"""The form of the project: pins, import directions, what starts without torch, the README."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "dpo_lightning"
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_constraints_are_exact_unhashed_and_for_every_machine():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
+    names = {canonical(name) for name in pins()}
+    assert not [name for name in names if re.match(r"(nvidia|cuda|triton)", name)]
+    assert "dpo-lightning" not in names
+    assert pins()["torch"] == "2.13.0"
+
+
+def test_every_direct_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {canonical(re.match(r"[A-Za-z0-9._-]+", line).group()) for line in wanted}
+    assert names <= {canonical(name) for name in pins()}
+
+
+def imports(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def modules(pattern: str):
+    return sorted(PACKAGE.glob(pattern))
+
+
+def test_imports_point_one_way():
+    allowed = {
+        "objectives/*.py": {"objectives"},
+        "data/*.py": {"objectives", "data", "errors", "assets", "consistency"},
+        "models/*.py": {"objectives", "data", "models", "errors", "assets", "reference"},
+        "reference.py": {"objectives", "data", "models", "errors"},
+        "module.py": {"objectives", "data", "models", "errors", "reference"},
+    }
+    for pattern, parts in allowed.items():
+        for path in modules(pattern):
+            own = {n.split(".")[1] for n in imports(path) if n.startswith("dpo_lightning.")}
+            assert own <= parts, path
+
+
+def test_objectives_import_torch_alone():
+    standard = set(sys.stdlib_module_names)
+    for path in modules("objectives/*.py"):
+        assert top(imports(path)) - standard <= {"torch", "dpo_lightning"}, path
+
+
+@pytest.mark.parametrize(
+    ("package", "places"),
+    [
+        ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py",
+                       "loggers.py", "session.py", "experiment.py"}),
+        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py"}),
+        ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py"}),
+        ("wandb", {"loggers.py"}),
+    ],
+)  # fmt: skip
+def test_libraries_stay_in_their_places(package: str, places: set[str]):
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in modules("**/*.py")
+        if package in top(imports(path))
+    }
+    assert users <= places
+
+
+def test_only_loading_calls_from_pretrained():
+    callers = {
+        str(path.relative_to(PACKAGE))
+        for path in modules("**/*.py")
+        if ".from_pretrained(" in path.read_text()
+    }
+    assert callers <= {"models/loading.py", "assets/make_tiny_llama.py"}
+
+
+def test_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, dpo_lightning.cli, dpo_lightning.run;"
+        "print([m for m in ('torch', 'lightning', 'transformers', 'wandb', 'datasets') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def readme_commands() -> list[str]:
+    """The lines of the README's shell blocks that start our program."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(("python train.py", "make train"))]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_path, monkeypatch):
+    """Runs each as far as the front door: its files exist, its keys and values are right."""
+    from dpo_lightning import cli
+
+    words = shlex.split(command.partition("#")[0])
+    if words[0] == "make":
+        [arguments] = [w.removeprefix("ARGS=") for w in words if w.startswith("ARGS=")] or [""]
+        words = shlex.split(arguments)
+    else:
+        words = words[2:]
+    started = []
+    monkeypatch.setattr(cli, "_start", lambda config, **_: started.append(config) or 0)
+    monkeypatch.chdir(tmp_path)
+    # What a user would bring.
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    run = tmp_path / "outputs" / "runs" / "mine" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "step-000010.ckpt").write_bytes(b"")
+    assert cli.main(words) == 0
+    assert started or {"--cfg", "--help"} & set(words)
+
+
+def test_the_readme_names_commands():
+    assert len(readme_commands()) >= 8
