@@ -88,7 +88,8 @@ class DataConfig:
     chat_template: str | None = None
     # Groups (pairs) of one optimizer step, over all devices.
     batch_size: int = _setting(32, least=1)
-    # Tokens that one device holds at once; null bounds nothing. The step does not depend on it.
+    # Tokens that one device holds at once; null: 16384 on CUDA, else 8192. The step does not depend
+    # on it.
     micro_batch_tokens: int | None = _setting(None, least=1)
     # Tokens of the prompt and one response; null is the model's own limit.
     max_length: int | None = _setting(None, least=2)
@@ -174,7 +175,7 @@ class TrainerConfig:
     detect_anomaly: bool = False
     enable_progress_bar: bool = True
     profiler: str | None = _setting(None, choices=("simple", "advanced", "pytorch"))
-    # CPU threads of torch; null leaves torch's own choice.
+    # CPU threads of torch; null leaves torch's own choice (one for the bundled model).
     threads: int | None = _setting(None, least=1)
 
 

@@ -38,7 +38,7 @@ def show_metrics(console: Console, metrics: Mapping[str, float]) -> None:
 
 def show_controlled(console: Console, report: Mapping[str, float]) -> None:
     """The exact quantities of the controlled task."""
-    table = Table(title="exact, over every response there is", title_justify="left")
+    table = Table(title="exact, over all responses", title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")
     for name, value in report.items():

@@ -63,14 +63,16 @@ def run_experiment(
         result: The content of result.json.
     """
     _quiet_libraries()
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(config.resume, run_dir)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
 
     source = _resolve_source(config, rows)
+    # The bundled model is too small to share out: threads would only wait for each other.
+    threads = config.trainer.threads or (1 if source.bundled else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     task = ControlledTask() if rows is None else None
     data = None if rows is None else _prepare_rows(config, rows, source)
     models = _load_models(config, source)
@@ -159,6 +161,9 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
         split_seed=config.data.split_seed,
         max_dropped=config.data.max_dropped,
     )
+    margins = sum(group.target_margin is not None for group in rows.train.groups)
+    if margins:
+        data.notes.append(f"loss={config.loss.name} does not use the target_margin of {margins} rows")
     for note in data.notes:
         log.info(note)
     return data
