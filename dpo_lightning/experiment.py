@@ -163,7 +163,7 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
     )
     margins = sum(group.target_margin is not None for group in rows.train.groups)
     if margins:
-        data.notes.append(f"loss={config.loss.name} does not use the target_margin of {margins} rows")
+        data.notes.append(f"{margins} rows have a target_margin, which this loss does not use")
     for note in data.notes:
         log.info(note)
     return data
@@ -216,9 +216,7 @@ def _schedule(config: Config, groups: int, *, bundled: bool) -> Schedule:
     )
 
 
-def _filled_in(
-    resolved: dict[str, Any], source: ModelSource, schedule: Schedule
-) -> dict[str, Any]:
+def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule) -> dict[str, Any]:
     """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
     filled = copy.deepcopy(resolved)
     filled["optimizer"]["lr"] = schedule.learning_rate

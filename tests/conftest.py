@@ -116,8 +116,11 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty pairs on thirty prompts."""
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
     rows = [
-        {"prompt": f"Add {i // 2} and {i % 7}.", "chosen": f" It is {i // 2 + i % 7}.",
-         "rejected": f" No idea{'!' * (i % 4)}"}
+        {
+            "prompt": f"Add {i // 2} and {i % 7}.",
+            "chosen": f" It is {i // 2 + i % 7}.",
+            "rejected": f" No idea{'!' * (i % 4)}",
+        }
         for i in range(60)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
