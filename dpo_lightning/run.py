@@ -10,14 +10,17 @@ import logging
 import os
 import platform
 import shlex
+import socket
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import dpo_lightning
 from dpo_lightning.config import Config
+from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.errors import CorruptArtifactError, DpoLightningError
 from dpo_lightning.results import RESULT_FILE, write_json
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "wandb", "numpy")
+_HUB = "https://huggingface.co"
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 
 
@@ -76,6 +80,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     }
     code, error = 1, None
     try:
+        prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
         from dpo_lightning.experiment import run_experiment
 
@@ -90,7 +95,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     except SystemExit as caught:
         # Lightning and signal handlers end the process this way.
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
-        error = f"ended with exit code {code}"
+        error = "stopped by SIGTERM" if code == 143 else f"ended with exit code {code}"
     except Exception as caught:
         code, error = 1, f"{type(caught).__name__}: {caught}"
         log.exception("unexpected error")
@@ -110,6 +115,32 @@ def _is_rank_zero() -> bool:
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
     return {os.environ.get(name, "0") for name in ("LOCAL_RANK", "NODE_RANK")} == {"0"}
+
+
+def prefer_cache_without_network(config: Config) -> None:
+    """Where the hub is named but does not answer, uses its local cache at once.
+
+    Left to themselves the hub's libraries try again for half a minute.
+    """
+    models = (
+        config.model.pretrained,
+        config.model.tokenizer,
+        config.model.config,
+        config.reference.pretrained,
+    )
+    data = (config.data.train, config.data.eval)
+    on_hub = [s for s in models if s is not None and not Path(s).exists()]
+    on_hub += [s for s in data if s is not None and not is_local_data(s)]
+    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if not on_hub or through_proxy or "HF_HUB_OFFLINE" in os.environ:
+        return
+    hub = urlparse(os.environ.get("HF_ENDPOINT", _HUB))
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname or "", port), timeout=5).close()
+    except OSError:
+        log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(on_hub))
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:

@@ -142,8 +142,6 @@ class Session:
                 epoch = -(-len(self.data.train) // config.data.batch_size)
                 self.result["epoch"] = trainer.global_step / epoch
             self.result["metrics"] |= metrics.last
-            self.result["reference"]["rows"] = self.models.reference.rows
-            self.result["reference"]["computed"] = self.models.reference.rows
             self.result["throughput"] |= {
                 "pairs_per_second": throughput.pairs_per_second,
                 "tokens_per_second": throughput.tokens_per_second,
@@ -300,6 +298,8 @@ class Session:
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:
+            if trainer.received_sigterm:
+                raise SystemExit(143) from None
             if trainer.interrupted:
                 raise KeyboardInterrupt from None
             raise
@@ -313,6 +313,10 @@ class Session:
                 trainer.save_checkpoint(path)
         if self.data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
+        # Every rank has asked for its own groups.
+        rows = torch.tensor(float(self.models.reference.rows), device=module.device)
+        total = int(trainer.strategy.reduce(rows, reduce_op="sum"))
+        self.result["reference"] = {"rows": total, "computed": total, "cached": 0}
 
     def _finish(
         self,

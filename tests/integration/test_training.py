@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 
@@ -275,6 +276,61 @@ def test_evaluation_in_between_and_limits(tmp_path):
     assert [row["step"] for row in run.rows if "train/loss" in row] == [1, 2, 4, 5]
     assert run.result["step"] == 5
     assert run.result["epoch"] == pytest.approx(5 / 6)
+
+
+def test_gradient_checkpointing_is_on_while_training(tmp_path, monkeypatch):
+    """One step of one micro-batch: each of the two layers computes its attention once more."""
+    from transformers import AttentionInterface
+
+    from dpo_lightning.models.attention import GROUP_ATTENTION, group_attention
+
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return group_attention(*args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, GROUP_ATTENTION, counted)
+    counts = []
+    for value in ("false", "true"):
+        calls.clear()
+        run = run_train(
+            tmp_path / value,
+            *TINY,
+            "trainer.max_steps=1",
+            f"model.gradient_checkpointing={value}",
+        )
+        assert run.code == 0
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 2
+
+
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_stops_with_its_code(tmp_path, signal_name: str, code: int):
+    command = [sys.executable, "-u", "train.py", "logger=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 25/"):
+                process.send_signal(getattr(signal, signal_name))
+                break
+        process.stdout.read()
+    assert process.returncode == code
+    result = Run(code, tmp_path / "run").result
+    assert result["status"] == "stopped"
+    assert 25 <= result["step"] < 512
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_grid_in_one_process_keeps_its_trials_apart(tmp_path):
+    from dpo_lightning.cli import main
+
+    arguments = [*TINY, "logger=none", "trainer.max_steps=2", f"hydra.sweep.dir={tmp_path}"]
+    assert main(["-m", "beta=0.05,0.5", *arguments]) == 0
+    runs = [Run(0, tmp_path / f"beta-{beta}") for beta in ("0.05", "0.5")]
+    assert [run.result["beta"] for run in runs] == [0.05, 0.5]
+    assert len({run.result["config_hash"] for run in runs}) == 2
+    rewards = [run.values("eval/rewards/margins")[0] for run in runs]
+    assert rewards[1] > rewards[0]
 
 
 def test_the_resolved_config_is_on_disk(tmp_path):
