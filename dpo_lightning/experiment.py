@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import transformers
 from dpo_lightning.callbacks import check_checkpoint
 from dpo_lightning.config import Config
 from dpo_lightning.data.controlled import ControlledTask
-from dpo_lightning.data.module import steps_per_epoch
 from dpo_lightning.data.prepare import PreparedData, data_hash, prepare_rows
 from dpo_lightning.models.loading import weights_hash
 from dpo_lightning.models.setup import (
@@ -33,13 +31,10 @@ from dpo_lightning.models.setup import (
 )
 from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
 from dpo_lightning.run import SourceRows, find_checkpoint
-from dpo_lightning.session import Schedule, Session
+from dpo_lightning.schedule import Schedule, make_schedule
+from dpo_lightning.session import Prepared, run_session
 
 log = logging.getLogger(__name__)
-
-# Peak learning rates by what is trained: the bundled model, a model with all its weights.
-_LEARNING_RATE_BUNDLED = 1e-3
-_LEARNING_RATE_FULL = 5e-7
 
 # The config hash covers what decides a run's numbers, and not where it is written or watched.
 _NOT_IN_HASH = ("name", "logger", "hydra", "resume", "debug")
@@ -83,7 +78,7 @@ def run_experiment(
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
 
-    schedule = _schedule(config, len(data.train), bundled=source.bundled)
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
     hashes = {"data": data_hash(data.train, data.eval), "weights": weights_hash(models.policy)}
     result["config_hash"] = _config_hash(resolved, hashes)
     result["data"] = data.counts()
@@ -92,19 +87,22 @@ def run_experiment(
         "parameters": sum(p.numel() for p in models.policy.parameters()),
         "trainable": sum(p.numel() for p in models.policy.parameters() if p.requires_grad),
     }
-    Session(
-        config=config,
-        source=source,
-        models=models,
-        data=data,
-        schedule=schedule,
+    run_session(
+        config,
+        Prepared(
+            source=source,
+            models=models,
+            data=data,
+            schedule=schedule,
+            identity=_identity(config, hashes),
+            task=task,
+            reference_outcome_logps=reference_logps,
+        ),
         run_dir=run_dir,
         resolved=_filled_in(resolved, source, schedule),
-        identity=_identity(config, hashes),
         result=result,
-        task=task,
-        reference_outcome_logps=reference_logps,
-    ).run(checkpoint)
+        checkpoint=checkpoint,
+    )
 
 
 # Building ---------------------------------------------------------------------------------------
@@ -191,28 +189,6 @@ def _controlled_data(
             sizes.train_groups, seed=config.seed + 1, reference_logps=reference_logps
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
-    )
-
-
-def _schedule(config: Config, groups: int, *, bundled: bool) -> Schedule:
-    trainer = config.trainer
-    epoch = steps_per_epoch(groups, config.data.batch_size)
-    limits = []
-    if trainer.max_steps is not None:
-        limits.append(trainer.max_steps)
-    if trainer.max_epochs is not None or not limits:
-        limits.append((trainer.max_epochs or 1) * epoch)
-    total = min(limits)
-    warmup = config.optimizer.warmup
-    learning_rate = config.optimizer.lr
-    if learning_rate is None:
-        learning_rate = _LEARNING_RATE_BUNDLED if bundled else _LEARNING_RATE_FULL
-    return Schedule(
-        total_steps=total,
-        warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
-        log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
-        eval_every_n_steps=config.evaluation.every_n_steps or epoch,
-        learning_rate=learning_rate,
     )
 
 

@@ -81,7 +81,7 @@ def test_objectives_import_torch_alone():
     ("package", "places"),
     [
         ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py",
-                       "loggers.py", "session.py", "experiment.py"}),
+                       "loggers.py", "session.py", "experiment.py", "header.py"}),
         ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py"}),
         ("wandb", {"loggers.py"}),

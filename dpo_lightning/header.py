@@ -1,0 +1,64 @@
+"""What the header of a run says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from dpo_lightning.config import Config
+from dpo_lightning.data.prepare import PreparedData
+from dpo_lightning.models.setup import Models, ModelSource
+from dpo_lightning.reference import NoReference
+from dpo_lightning.schedule import Schedule
+
+
+def header_facts(
+    config: Config,
+    source: ModelSource,
+    models: Models,
+    data: PreparedData,
+    schedule: Schedule,
+    *,
+    trainer: pl.Trainer,
+    folder: Path,
+) -> dict[str, str]:
+    """A line per fact: model, data and what was dropped, loss, steps, device, folder."""
+    device = trainer.strategy.root_device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
+    counts = f"{len(data.train):,} training and {len(data.eval):,} evaluation groups"
+    for what in ("dropped", "changed"):
+        reasons = getattr(data, what)
+        if reasons:
+            listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            counts += f"; {what}: {listed}"
+    weights = list(models.policy.parameters())
+    total = sum(p.numel() for p in weights)
+    trainable = sum(p.numel() for p in weights if p.requires_grad)
+    parameters = f"{total:,} parameters"
+    if trainable != total:
+        parameters += f", {trainable:,} of them trained"
+    reference = config.reference.pretrained or "the policy's start, frozen"
+    if isinstance(models.reference, NoReference):
+        reference = "none"
+    devices = f"{trainer.world_size} x {device}"
+    facts = {
+        "model": f"{source.name}: {parameters}",
+        "data": f"{config.data.train or 'controlled task'}: {counts}",
+        "loss": f"{config.loss.name}, beta {config.beta:g}, reference {reference}",
+        "steps": f"{schedule.total_steps:,} of {config.data.batch_size} groups, learning rate "
+        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
+        "device": f"{devices}, {trainer.precision}, torch {torch.__version__}",
+        "folder": str(folder),
+    }
+    if device == "cpu" and _has_nvidia_gpu():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
+        facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
+    return facts
+
+
+def _has_nvidia_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
