@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ ScoringPath = Literal["flat", "padded"]
 
 # Most vocabulary scores that one chunk of the head computes; more chunks are recomputed backward.
 _HEAD_CHUNK = 1 << 24
+
+# Rows of the padded path share a forward pass while it holds at most this many places a token.
+_PADDING = 1.25
 
 
 class Scorer:
@@ -131,34 +135,75 @@ def _head_logps(
     return torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in parts])
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One response behind its prompt, as a row of the padded path."""
+
+    prompt: int  # place of the prompt in the flat batch
+    prompt_length: int
+    response: int  # place of the response
+    length: int
+    scored: int  # place of its first token among the scored ones
+
+    @property
+    def width(self) -> int:
+        return self.prompt_length + self.length
+
+
 def _padded_token_logps(model: Any, batch: GroupBatch) -> Tensor:
-    """One row ``[P | y_k]`` per response, padded on the right; the model's own forward pass."""
+    """One row ``[P | y_k]`` per response; rows of like widths share a plain forward pass."""
+    rows = []
+    cursor = scored = 0
+    for prompt_length, *lengths in batch.segments:
+        place = cursor + prompt_length
+        for length in lengths:
+            rows.append(_Row(cursor, prompt_length, place, length, scored))
+            place += length
+            scored += length
+        cursor = place
+    logps, places = [], []
+    for part in _like_widths(rows):
+        logps.append(_rows_token_logps(model, batch, part))
+        places += [row.scored + t for row in part for t in range(row.length)]
+    order = torch.tensor(places, device=batch.targets.device).argsort()
+    return torch.cat(logps).index_select(0, order)
+
+
+def _like_widths(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows in parts of which padding is a small share, widest first."""
+    parts: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: -row.width):
+        if parts:
+            tokens = sum(other.width for other in parts[-1]) + row.width
+            if parts[-1][0].width * (len(parts[-1]) + 1) <= _PADDING * tokens:
+                parts[-1].append(row)
+                continue
+        parts.append([row])
+    return parts
+
+
+def _rows_token_logps(model: Any, batch: GroupBatch, rows: list[_Row]) -> Tensor:
+    """Log-probability of the response tokens of rows, row after row, float32."""
     device = batch.input_ids.device
-    rows, starts = [], []
-    cursor = 0
-    for prompt, *responses in batch.segments:
-        start = cursor + prompt
-        for length in responses:
-            rows.append((cursor, prompt, start, length))
-            starts.append(prompt - 1)
-            start += length
-        cursor = start
-    width = max(prompt + length for _, prompt, _, length in rows)
-    index = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, (begin, prompt, start, length) in enumerate(rows):
-        index[i, :prompt] = torch.arange(begin, begin + prompt)
-        index[i, prompt : prompt + length] = torch.arange(start, start + length)
-        mask[i, : prompt + length] = 1
-    index, mask = index.to(device), mask.to(device)
     # An unused place repeats a real token: any id will do behind the mask, and none is a pad token.
+    index = torch.zeros(len(rows), max(row.width for row in rows), dtype=torch.int64)
+    mask = torch.zeros_like(index)
+    for i, row in enumerate(rows):
+        index[i, : row.prompt_length] = torch.arange(row.prompt, row.prompt + row.prompt_length)
+        index[i, row.prompt_length : row.width] = torch.arange(
+            row.response, row.response + row.length
+        )
+        mask[i, : row.width] = 1
+    mask = mask.to(device)
     logits = model(
-        input_ids=batch.input_ids[index],
+        input_ids=batch.input_ids[index.to(device)],
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     ).logits
-    first = torch.tensor(starts, device=device)[batch.response]
-    counts = torch.cat([torch.arange(length) for _, _, _, length in rows]).to(device)
-    scored = logits[batch.response, first + counts]
-    return -F.cross_entropy(scored.float(), batch.targets, reduction="none")
+    owner = [i for i, row in enumerate(rows) for _ in range(row.length)]
+    source = [row.prompt_length - 1 + t for row in rows for t in range(row.length)]
+    target = [row.scored + t for row in rows for t in range(row.length)]
+    states = logits[torch.tensor(owner, device=device), torch.tensor(source, device=device)]
+    targets = batch.targets[torch.tensor(target, device=device)]
+    return -F.cross_entropy(states.float(), targets, reduction="none")
