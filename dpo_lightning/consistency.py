@@ -6,9 +6,10 @@ problem. Paths are looked at, nothing is opened; a hub id is only judged by its 
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from dpo_lightning.config import Config
+from dpo_lightning.config import Config, StrategyConfig
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -172,6 +173,14 @@ def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
             )
     elif isinstance(trainer.devices, int) and trainer.devices > 1:
         several = [f"trainer.devices={trainer.devices}"]
+    if config.strategy.name == "auto":
+        chosen, default = asdict(config.strategy), asdict(StrategyConfig())
+        for name in chosen:
+            if chosen[name] != default[name]:
+                yield (
+                    f"strategy.{name}={chosen[name]}: strategy=auto leaves this to Lightning; "
+                    "add strategy=ddp"
+                )
     if trainer.num_nodes > 1:
         several.append(f"trainer.num_nodes={trainer.num_nodes}")
     if multirun and several:

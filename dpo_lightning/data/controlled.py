@@ -249,7 +249,3 @@ class ControlledTask:
             "log_z": exact_log_partition(reference, self.rewards, beta).mean().item(),
             "probability_sum": policy.exp().sum(-1).mean().item(),
         }
-
-    def text(self, outcome: Sequence[int]) -> str:
-        """The words of an outcome."""
-        return " ".join(WORDS[token - 1] for token in outcome if token != END)

@@ -397,6 +397,13 @@ def test_auto_devices_are_one_in_a_sweep() -> None:
     assert validate(composed()).trainer.devices == "auto"
 
 
+def test_options_of_ddp_are_not_lost_on_auto() -> None:
+    text = problem(composed(strategy__find_unused_parameters=True))
+    assert "strategy.find_unused_parameters=True" in text
+    assert "strategy=ddp" in text
+    validate(composed(strategy__name="ddp", strategy__find_unused_parameters=True))
+
+
 def test_several_problems_are_one_line() -> None:
     text = problem(composed(beta=-1, seed=-1, trainer__max_steps=0))
     assert text.count("; ") == 2

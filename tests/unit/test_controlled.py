@@ -88,12 +88,6 @@ def test_the_reward_is_the_sum_of_the_words_values(task):
     assert len({tuple(row) for row in values}) == 8, "every prompt has values of its own"
 
 
-def test_text(task):
-    assert task.text((1, 8, 2, END)) == "sun calm rain"
-    assert task.text((7, 7, 7, 7)) == "mist mist mist mist"
-    assert task.text((END,)) == ""
-
-
 # Probabilities -----------------------------------------------------------------------------------
 
 
