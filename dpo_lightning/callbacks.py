@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
-from dpo_lightning.errors import CorruptArtifactError, UserError
+from dpo_lightning.errors import UserError
 from dpo_lightning.loggers import JsonlLogger
 
 log = logging.getLogger(__name__)
@@ -177,6 +177,35 @@ def checkpoint_callbacks(
     ]
 
 
+class SameConfig(Callback):
+    """Refuses to train when the ranks of a run were started with different settings.
+
+    Args:
+        config_hash: Hash of this rank's settings, data and weights, hexadecimal.
+    """
+
+    def __init__(self, config_hash: str) -> None:
+        self._config_hash = config_hash
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compares the hashes of all ranks.
+
+        Raises:
+            UserError: On every rank, if two differ.
+        """
+        if trainer.world_size == 1:
+            return
+        # 31 bits at a time: exact in whatever type a device gathers.
+        parts = [int(self._config_hash[i : i + 7], 16) for i in range(0, 28, 7)]
+        own = torch.tensor(parts, dtype=torch.int64, device=pl_module.device)
+        everyone: Any = trainer.strategy.all_gather(own)
+        if not torch.equal(everyone, own.expand_as(everyone)):
+            raise UserError(
+                "the processes of this run have different settings, data or weights: start each "
+                "with the same command, and a sweep with hydra/launcher=devices"
+            )
+
+
 class RunIdentity(Callback):
     """Keeps in each checkpoint what a resumed run must share with it.
 
@@ -203,22 +232,3 @@ class RunIdentity(Callback):
                     f"resume: the checkpoint was made with {key}={state_dict[key]}, this run has "
                     f"{key}={value}; resume with the same, or start a new run"
                 )
-
-
-def check_checkpoint(path: Path) -> None:
-    """Reads a checkpoint's checksums before anything is loaded from it.
-
-    Raises:
-        CorruptArtifactError: If it is torn or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise CorruptArtifactError(
-            f"resume={path}: not a whole checkpoint ({error}); name an older one"
-        ) from error
-    if damaged is not None:
-        raise CorruptArtifactError(
-            f"resume={path}: {damaged} inside it is damaged; name an older checkpoint"
-        )

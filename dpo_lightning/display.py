@@ -36,9 +36,9 @@ def show_metrics(console: Console, metrics: Mapping[str, float]) -> None:
     console.print(table)
 
 
-def show_controlled(console: Console, report: Mapping[str, float]) -> None:
-    """The exact quantities of the controlled task."""
-    table = Table(title="exact, over all responses", title_justify="left")
+def show_measured(console: Console, report: Mapping[str, float]) -> None:
+    """What was measured of the trained policy at the end."""
+    table = Table(title="the trained policy", title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")
     for name, value in report.items():

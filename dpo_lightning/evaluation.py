@@ -1,69 +1,66 @@
-"""Sample answers of the policy and the reference, before and after training."""
+"""What the policy answers: a few answers to read, many to measure KL divergence and score by."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from transformers import GenerationConfig
 
+from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
-from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.reference import LiveReference
+from dpo_lightning.models.setup import Models
+from dpo_lightning.plugins import Prompt
+from dpo_lightning.sampling import Precision, answer_prompts, sampled_divergences
 
 COLUMNS = ("prompt", "preferred", "reference", "before", "after")
 
+# Prompts whose greedy answers are shown.
+SHOWN = 4
 
-@torch.no_grad()
-def generate_answers(
-    model: Any,
-    scorer: Scorer,
-    tokenizer: Any,
-    prompts: Sequence[Ids],
-    *,
-    max_new_tokens: int,
-) -> list[str]:
-    """Answers prompts by greedy decoding, in one batch.
+Score = Callable[[list[Prompt], list[str]], list[float]]
 
-    Args:
-        model: A transformers causal language model.
-        scorer: The scorer that prepared it.
-        tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt, shapes (P,).
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How prompts are answered.
+
+    Attributes:
+        tokenizer: The policy's tokenizer.
         max_new_tokens: Longest answer, in tokens.
-
-    Returns:
-        The text of each answer.
+        batch_size: Answers that are drawn at once.
+        precision: The context to compute in.
     """
-    width = max(map(len, prompts))
-    eos = tokenizer.eos_token_id
-    # Behind the attention mask any id will do; a model without a pad token has this one.
-    ids = torch.full((len(prompts), width), eos, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt) :] = 1
-    own_eos = model.generation_config.eos_token_id
-    ends = {eos, *(own_eos if isinstance(own_eos, list) else [own_eos])} - {None}
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=eos,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    with scorer.plain(model):
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
+
+    tokenizer: Any
+    max_new_tokens: int
+    batch_size: int
+    precision: Precision
+
+    def text(self, ids: Ids) -> str:
+        """Token ids as text, without special tokens."""
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def answers(
+        self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
+    ) -> list[Ids]:
+        """Answers of one of the models; drawn with a seed, greedy without."""
+        return answer_prompts(
+            model,
+            models.scorer,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=seed,
+            precision=self.precision,
         )
-    answers: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
 
 
 def choose_prompts(
@@ -80,31 +77,20 @@ def choose_prompts(
 
 
 class SampleAnswers(Callback):
-    """Collects answers at both ends of the training, on rank 0.
+    """Collects greedy answers at both ends of the training, on rank 0.
 
     Args:
         groups: Whose prompts are answered.
-        tokenizer: The policy's tokenizer.
-        max_new_tokens: Longest answer, in tokens.
-        max_positions: Longest sequence of the model, or None.
-
-    Attributes:
-        rows: One row per prompt, in the order of ``COLUMNS``.
+        models: Policy and reference.
+        answering: How.
     """
 
     def __init__(
-        self,
-        groups: Sequence[TokenGroup],
-        tokenizer: Any,
-        *,
-        max_new_tokens: int,
-        max_positions: int | None,
+        self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering
     ) -> None:
         self._groups = groups
-        self._tokenizer = tokenizer
-        longest = max((len(group.prompt) for group in groups), default=0)
-        room = math.inf if max_positions is None else max_positions - longest
-        self._max_new_tokens = int(min(max_new_tokens, room))
+        self._models = models
+        self._answering = answering
         self._before: list[str] = []
         self._reference: list[str] = []
         self.rows: list[tuple[str, ...]] = []
@@ -113,33 +99,106 @@ class SampleAnswers(Callback):
         """The first answers, of the reference and of the policy as it starts."""
         if not trainer.is_global_zero or not self._groups:
             return
-        self._before = self._answers(pl_module, pl_module.policy)
-        if isinstance(pl_module.reference, LiveReference):
-            same = pl_module.starts_from_reference and trainer.global_step == 0
-            self._reference = (
-                self._before if same else self._answers(pl_module, pl_module.reference.model)
-            )
+        models = self._models
+        self._before = self._answers(models.policy)
+        if models.starts_from_reference and trainer.global_step == 0:
+            self._reference = self._before
         else:
-            self._reference = [""] * len(self._groups)
+            with models.reference_model(pl_module.device) as reference:
+                self._reference = self._answers(reference)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The same prompts again, and the table of all."""
         if not trainer.is_global_zero or not self._groups:
             return
-        after = self._answers(pl_module, pl_module.policy)
-        prompts = [self._text(group.prompt) for group in self._groups]
-        preferred = [self._text(group.responses[0]) for group in self._groups]
+        after = self._answers(self._models.policy)
+        text = self._answering.text
+        prompts = [text(group.prompt).strip() for group in self._groups]
+        preferred = [text(group.responses[0]).strip() for group in self._groups]
         self.rows = list(zip(prompts, preferred, self._reference, self._before, after, strict=True))
 
-    def _answers(self, module: Any, model: Any) -> list[str]:
-        return generate_answers(
-            model,
-            module.scorer,
-            self._tokenizer,
-            [group.prompt for group in self._groups],
-            max_new_tokens=self._max_new_tokens,
-        )
+    def _answers(self, model: Any) -> list[str]:
+        prompts = [group.prompt for group in self._groups]
+        answers = self._answering.answers(self._models, model, prompts, seed=None)
+        return [self._answering.text(ids).strip() for ids in answers]
 
-    def _text(self, ids: Ids) -> str:
-        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        return text.strip()
+
+def evaluate_samples(
+    models: Models,
+    groups: Sequence[TokenGroup],
+    *,
+    count: int,
+    seed: int,
+    answering: Answering,
+    score: Score | None,
+    device: torch.device,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Draws answers from the policy and says how far they are from the reference, and how good.
+
+    Args:
+        models: Policy and reference; the policy is on the device.
+        groups: Their prompts are answered, in turn; each at most once more than another.
+        count: Answers to draw.
+        seed: Of all draws.
+        answering: How they are drawn.
+        score: Judges answers of policy and reference; None judges nothing.
+        device: Where to compute.
+
+    Returns:
+        A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
+        ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
+        answer with its standard error; empty where there is nothing to answer.
+    """
+    if not groups or not count:
+        return [], {}
+    asked = [groups[i % len(groups)] for i in range(count)]
+    prompts = [group.prompt for group in asked]
+    policy_ids = answering.answers(models, models.policy, prompts, seed=seed)
+    with models.reference_model(device) as reference:
+        divergences = sampled_divergences(
+            models.policy,
+            reference,
+            models.scorer,
+            prompts,
+            policy_ids,
+            pad=answering.tokenizer.eos_token_id,
+            precision=answering.precision,
+        )
+        reference_ids: list[Ids] = []
+        if score is not None:
+            reference_ids = answering.answers(models, reference, prompts, seed=seed)
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": answering.text(group.prompt).strip(),
+            "preferred": answering.text(group.responses[0]).strip(),
+            "reference": "",
+            "policy": answering.text(ids).strip(),
+            "kl": kl,
+            "score": None,
+            "reference_score": None,
+        }
+        for group, ids, kl in zip(asked, policy_ids, divergences, strict=True)
+    ]
+    lengths = [float(len(ids)) for ids in policy_ids]
+    metrics = _mean("kl", divergences) | {"samples/length": statistics.fmean(lengths)}
+    if score is not None:
+        questions = [prompt_of_key(group.prompt_key) for group in asked]
+        policy_scores = score(questions, [answering.text(ids) for ids in policy_ids])
+        reference_scores = score(questions, [answering.text(ids) for ids in reference_ids])
+        pairs = list(zip(policy_scores, reference_scores, strict=True))
+        for row, ids, (own, other) in zip(rows, reference_ids, pairs, strict=True):
+            row |= {
+                "reference": answering.text(ids).strip(),
+                "score": own,
+                "reference_score": other,
+            }
+        wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
+        metrics |= _mean("score", policy_scores) | _mean("reference_score", reference_scores)
+        metrics |= _mean("win_rate", wins)
+    return rows, metrics
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of a sample and its standard error, which one value does not have."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {f"samples/{name}": statistics.fmean(values), f"samples/{name}_stderr": error}

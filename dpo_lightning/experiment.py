@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import lightning.pytorch as pl
 import torch
 import transformers
 
-from dpo_lightning.callbacks import check_checkpoint
+from dpo_lightning.checkpoints import find_checkpoint
 from dpo_lightning.config import Config
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.prepare import PreparedData, data_hash, prepare_rows
-from dpo_lightning.models.loading import weights_hash
+from dpo_lightning.evaluation import Score
+from dpo_lightning.fingerprint import hashed_settings
 from dpo_lightning.models.setup import (
     Models,
     ModelSource,
@@ -30,14 +32,16 @@ from dpo_lightning.models.setup import (
     set_chat_template,
 )
 from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
-from dpo_lightning.run import SourceRows, find_checkpoint
+from dpo_lightning.prepared import Prepared
+from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
-from dpo_lightning.session import Prepared, run_session
+from dpo_lightning.scorers import make_scorer
+from dpo_lightning.session import run_session
 
 log = logging.getLogger(__name__)
 
-# The config hash covers what decides a run's numbers, and not where it is written or watched.
-_NOT_IN_HASH = ("name", "logger", "hydra", "resume", "debug")
+CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
+_CACHE_DIR = "outputs/cache"
 
 
 def run_experiment(
@@ -60,9 +64,6 @@ def run_experiment(
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(config.resume, run_dir)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-
     source = _resolve_source(config, rows)
     # The bundled model is too small to share out: threads would only wait for each other.
     threads = config.trainer.threads or (1 if source.bundled else None)
@@ -79,7 +80,11 @@ def run_experiment(
     assert data is not None
 
     schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
-    hashes = {"data": data_hash(data.train, data.eval), "weights": weights_hash(models.policy)}
+    hashes = {
+        "data": data_hash(data.train, data.eval),
+        "weights": models.weights,
+        "reference": models.reference_weights,
+    }
     result["config_hash"] = _config_hash(resolved, hashes)
     result["data"] = data.counts()
     result["model"] = {
@@ -97,6 +102,8 @@ def run_experiment(
             identity=_identity(config, hashes),
             task=task,
             reference_outcome_logps=reference_logps,
+            score=_make_score(config),
+            cache_dir=_cache_dir(config),
         ),
         run_dir=run_dir,
         resolved=_filled_in(resolved, source, schedule),
@@ -179,6 +186,25 @@ def _load_models(config: Config, source: ModelSource) -> Models:
     )
 
 
+def _make_score(config: Config) -> Score | None:
+    """The scorer, before the training: what is wrong with it need not cost one."""
+    evaluation = config.evaluation
+    if evaluation.scorer is None:
+        return None
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return make_scorer(
+        evaluation.scorer,
+        config.plugins,
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        batch_size=evaluation.batch_size,
+    )
+
+
+def _cache_dir(config: Config) -> Path:
+    named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
+    return Path(named).expanduser() / "reference"
+
+
 def _controlled_data(
     config: Config, task: ControlledTask, reference_logps: torch.Tensor
 ) -> PreparedData:
@@ -205,8 +231,7 @@ def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule
 
 
 def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
-    kept = {key: value for key, value in resolved.items() if key not in _NOT_IN_HASH}
-    text = json.dumps([kept, hashes], sort_keys=True, default=str)
+    text = json.dumps([hashed_settings(resolved), hashes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -44,6 +44,8 @@ def header_facts(
     reference = config.reference.pretrained or "the policy's start, frozen"
     if isinstance(models.reference, NoReference):
         reference = "none"
+    elif models.reference is None:
+        reference += ", cached"
     devices = f"{trainer.world_size} x {device}"
     facts = {
         "model": f"{source.name}: {parameters}",

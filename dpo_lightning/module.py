@@ -13,7 +13,6 @@ from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
-from dpo_lightning.models.attention import AttentionPlan
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.comparison import (
     SUMS,
@@ -94,6 +93,8 @@ class DPOModule(pl.LightningModule):
         self.last_evaluation = -1
         self._train_sums: Tensor | None = None
         self._eval_sums: Tensor | None = None
+        # Share of each evaluation group's pairs ranked right, when they were last seen.
+        self.eval_accuracies: Tensor | None = None
 
     # Lightning's hooks ------------------------------------------------------------------------
 
@@ -164,18 +165,26 @@ class DPOModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts from nothing."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._eval_sums = self._no_sums()
+        self.eval_accuracies = torch.zeros(len(datamodule.eval_groups), device=self.device)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Adds the sums of a batch; ranks meet once, at the end."""
         assert self._eval_sums is not None
+        assert self.eval_accuracies is not None
         for micro_batch in batch.micro_batches:
-            self._eval_sums = self._eval_sums + self._compare(micro_batch).sums
+            comparison = self._compare(micro_batch)
+            self._eval_sums = self._eval_sums + comparison.sums
+            rows = torch.tensor(micro_batch.rows, device=self.device)
+            self.eval_accuracies[rows] = comparison.accuracies
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over every group once, exact over ranks and ragged batches."""
         assert self._eval_sums is not None
         self._log_metrics("eval", self._reduced_metrics(self._eval_sums))
+        # Each group is one rank's; the others have a zero there.
+        self.eval_accuracies = self.trainer.strategy.reduce(self.eval_accuracies, reduce_op="sum")
         self._eval_sums = None
         self.last_evaluation = self.global_step
 
@@ -217,12 +226,11 @@ class DPOModule(pl.LightningModule):
         """Refuses a reference that is not the policy's start: the loss would mean nothing."""
         sums = torch.zeros(2, device=self.device)
         for micro_batch in batch.micro_batches[:1]:
-            plan: AttentionPlan | None = self.scorer.plan(micro_batch)
-            policy = self.scorer.token_logps(self.policy, micro_batch, plan)
-            reference = self.reference.token_logps(micro_batch, plan)
+            plan = self.scorer.plan(micro_batch)
+            policy = self.scorer.logps(self.policy, micro_batch, plan)
+            reference = self.reference.logps(micro_batch, plan)
             assert reference is not None
-            difference = (policy - reference).abs().sum()
-            sums += torch.stack([difference, difference.new_tensor(len(policy))])
+            sums += torch.stack([(policy - reference).abs().sum(), micro_batch.lengths.sum()])
         total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         dtype = self._compute_dtype()
         if not total / tokens <= _SAME_MODEL_TOLERANCE[dtype]:

@@ -1,29 +1,49 @@
-"""Where the log-probabilities of the reference come from."""
+"""Where the log-probabilities of the reference come from: a model in memory, or the cache."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.packing import GroupBatch
+from dpo_lightning.data.packing import GroupBatch, collate_groups
+from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.models.attention import AttentionPlan
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.reference_cache import ReferenceCache, response_key
+
+log = logging.getLogger(__name__)
+
+# Responses that share one prompt in a pass; more of them are another group.
+_PASS_RESPONSES = 16
+# Without gradients much more fits on a device at once.
+_PASS_BUDGET = 4
+# What a killed pass loses at most.
+_PUBLISH_SECONDS = 60.0
 
 
 class Reference(Protocol):
-    """What the module asks of a reference."""
+    """What the module asks of a reference.
 
-    @property
-    def rows(self) -> int:
-        """Groups that were asked for so far."""
+    Attributes:
+        rows: Groups whose log-probabilities were asked for.
+        computed: Those of them that were computed, and not read.
+    """
+
+    rows: int
+    computed: int
 
     def to(self, device: torch.device) -> None:
         """Moves whatever the reference holds to a device."""
-
-    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
-        """Log-probability of each scored token, shape (S,), or None without a reference."""
 
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
         """Log-probability of each response, shape (N,), float32, or None without a reference."""
@@ -39,33 +59,278 @@ class LiveReference:
         self.model = model.requires_grad_(False).eval()
         self._scorer = scorer
         self.rows = 0
+        self.computed = 0
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""
         self.model.to(device)
 
     @torch.no_grad()
-    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
-        """Log-probability of each scored token, shape (S,), float32, without a graph."""
-        return self._scorer.token_logps(self.model, batch, plan)
-
-    @torch.no_grad()
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each response, shape (N,), float32, without a graph."""
         self.rows += len(batch.rows)
+        self.computed += len(batch.rows)
         return self._scorer.logps(self.model, batch, plan)
+
+
+class CachedReference:
+    """Log-probabilities that the groups bring along; see :func:`with_reference_logps`.
+
+    Args:
+        rows: Groups of the run.
+        computed: Those of them that this process computed.
+    """
+
+    def __init__(self, *, rows: int, computed: int) -> None:
+        self.rows = rows
+        self.computed = computed
+
+    def to(self, device: torch.device) -> None:
+        """Holds nothing to move."""
+
+    def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each response, shape (N,), float32."""
+        assert batch.reference_logps is not None
+        return batch.reference_logps
 
 
 class NoReference:
     """For losses that compare the policy with nothing."""
 
     rows = 0
+    computed = 0
 
     def to(self, device: torch.device) -> None:
         """Holds nothing to move."""
 
-    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
-        """There is none."""
-
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
         """There is none."""
+
+
+def with_reference_logps(
+    parts: Sequence[Sequence[TokenGroup]],
+    cache: ReferenceCache,
+    *,
+    load: Callable[[], Any],
+    scorer: Scorer,
+    device: torch.device,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    micro_batch_tokens: int,
+) -> tuple[list[list[TokenGroup]], CachedReference]:
+    """Gives every group its reference log-probabilities, from the cache as far as it has them.
+
+    What is missing is computed under the cache's lock, so that of many processes that want the same
+    rows one computes them and the others wait and read. A cache that cannot be written to is said
+    once; the rows are then computed for this run alone.
+
+    Args:
+        parts: Lists of groups, such as the training and the evaluation groups.
+        cache: The namespace of this reference.
+        load: Makes the frozen model, prepared by ``scorer``; called when rows are missing.
+        scorer: Scores micro-batches.
+        device: Where to compute.
+        precision: The context to compute in.
+        micro_batch_tokens: What the device holds at once in training.
+
+    Returns:
+        The lists again, and the reference that reads what the groups now hold.
+
+    Raises:
+        UserError: If the reference gives a response no finite log-probability.
+    """
+    groups = [group for part in parts for group in part]
+    keys, lengths = _keys(groups)
+    values = cache.read(keys, lengths)
+    computed = 0
+
+    def fill(publish: Callable[..., None]) -> int:
+        missing = np.isnan(values)
+        owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
+        wanted = sorted(set(owner[missing].tolist()))
+        found = _compute(
+            [(groups[g], index) for g, index in _responses(groups, missing)],
+            keys[missing],
+            model=load().to(device),
+            scorer=scorer,
+            device=device,
+            precision=precision,
+            budget=_PASS_BUDGET * micro_batch_tokens,
+            publish=publish,
+        )
+        values[missing] = found
+        return len(wanted)
+
+    if np.isnan(values).any():
+        try:
+            with cache.lock(on_wait=_say_waiting):
+                values = cache.read(keys, lengths)
+                if np.isnan(values).any():
+                    log.info("the reference's log-probabilities are computed once and kept")
+                    computed = fill(_Publisher(cache))
+        except OSError as error:
+            log.warning(
+                "the reference cache %s cannot be used (%s): its rows are computed for this run "
+                "alone; reference.cache_dir= names another folder",
+                cache.path,
+                error.strerror or error,
+            )
+            computed = fill(_keep_nothing)
+    offsets = np.cumsum([0, *(len(group.responses) for group in groups)])
+    filled = iter(
+        replace(group, reference_logps=values[start:end])
+        for group, start, end in zip(groups, offsets[:-1], offsets[1:], strict=True)
+    )
+    reference = CachedReference(rows=len(groups), computed=computed)
+    return [[next(filled) for _ in part] for part in parts], reference
+
+
+def _say_waiting() -> None:
+    log.info("another process computes reference log-probabilities: waiting for it")
+
+
+def _keep_nothing(keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
+    """Publishes nowhere."""
+
+
+class _Publisher:
+    """Writes to the cache; when its disk is full, says so and goes on without."""
+
+    def __init__(self, cache: ReferenceCache) -> None:
+        self._cache = cache
+        self._broken = False
+
+    def __call__(self, keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
+        if self._broken:
+            return
+        try:
+            self._cache.publish(keys, logps, lengths)
+        except OSError as error:
+            self._broken = True
+            log.warning(
+                "the reference cache %s cannot be written (%s): what is missing in it is computed "
+                "for this run alone",
+                self._cache.path,
+                error.strerror or error,
+            )
+
+
+def _keys(
+    groups: Sequence[TokenGroup],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Key (n, 16) and length (n,) of every response, group after group."""
+    keys = b"".join(response_key(g.prompt, response) for g in groups for response in g.responses)
+    lengths = [len(response) for group in groups for response in group.responses]
+    return (
+        np.frombuffer(keys, dtype=np.uint8).reshape(-1, 16),
+        np.asarray(lengths, dtype=np.int32),
+    )
+
+
+def _responses(
+    groups: Sequence[TokenGroup], missing: npt.NDArray[np.bool_]
+) -> list[tuple[int, int]]:
+    """Group and number in it of each missing response, in the order of the keys."""
+    places = ((g, k) for g, group in enumerate(groups) for k in range(len(group.responses)))
+    return [place for place, absent in zip(places, missing.tolist(), strict=True) if absent]
+
+
+@torch.no_grad()
+def _compute(
+    responses: Sequence[tuple[TokenGroup, int]],
+    keys: npt.NDArray[np.uint8],
+    *,
+    model: Any,
+    scorer: Scorer,
+    device: torch.device,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    budget: int,
+    publish: Callable[..., None],
+) -> npt.NDArray[np.float32]:
+    """Log-probabilities of responses, each different one computed once.
+
+    Args:
+        responses: A group and the number of one of its responses.
+        keys: Their keys, (n, 16).
+        model: The frozen model, on the device.
+        scorer: Scores micro-batches.
+        device: Where to compute.
+        precision: The context to compute in.
+        budget: Most tokens of a micro-batch.
+        publish: Takes keys, values and lengths as they become known.
+    """
+    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    unique = [responses[i] for i in first.tolist()]
+    prompts: dict[bytes, list[int]] = {}
+    for number, (group, _) in enumerate(unique):
+        prompts.setdefault(group.prompt.tobytes(), []).append(number)
+    # Responses of one prompt are computed together, whichever groups they came from.
+    members: list[list[int]] = []
+    for numbers in prompts.values():
+        members += [
+            numbers[i : i + _PASS_RESPONSES] for i in range(0, len(numbers), _PASS_RESPONSES)
+        ]
+    passes = [_pass_group(unique, numbers) for numbers in members]
+    costs = [group.tokens if scorer.shared else group.padded_tokens for group in passes]
+    micro_batches = _in_budget(costs, budget)
+    values = np.full(len(unique), np.nan, dtype=np.float32)
+    unpublished: list[int] = []
+    last = began = time.monotonic()
+    for done, micro in enumerate(micro_batches, start=1):
+        batch = collate_groups([passes[i] for i in micro], micro).to(device)
+        with precision():
+            logps = scorer.logps(model, batch)
+        numbers = [number for i in micro for number in members[i]]
+        values[numbers] = logps.float().cpu().numpy()
+        _check_finite(values, numbers, unique)
+        unpublished += numbers
+        now = time.monotonic()
+        if now - last > _PUBLISH_SECONDS or done == len(micro_batches):
+            last = now
+            lengths = [len(unique[n][0].responses[unique[n][1]]) for n in unpublished]
+            publish(
+                keys[first[unpublished]], values[unpublished], np.asarray(lengths, dtype=np.int32)
+            )
+            unpublished = []
+            if done < len(micro_batches):
+                left = (now - began) / done * (len(micro_batches) - done)
+                log.info("reference: %d of %d, %ds left", done, len(micro_batches), left)
+    return values[which.reshape(-1)]
+
+
+def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in length together, the longest first; of many rows a step's plan would be slow.
+
+    Args:
+        costs: Tokens of each group.
+        budget: Most tokens of a micro-batch, unless it is a single group.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if not parts or costs[i] > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(i)
+        room -= costs[i]
+    return parts
+
+
+def _check_finite(
+    values: npt.NDArray[np.float32],
+    numbers: Sequence[int],
+    responses: Sequence[tuple[TokenGroup, int]],
+) -> None:
+    for number in numbers:
+        if not np.isfinite(values[number]):
+            raise UserError(
+                f"reference: its log-probability of a response of {responses[number][0].source} is "
+                f"{values[number]}; name a sound model with reference.pretrained=, or compute in "
+                "float32 (trainer.precision=32-true model.dtype=float32)"
+            )
+
+
+def _pass_group(unique: Sequence[tuple[TokenGroup, int]], numbers: Sequence[int]) -> TokenGroup:
+    """Responses of one prompt as a group of which nothing is compared."""
+    first, _ = unique[numbers[0]]
+    chosen: list[Ids] = [unique[n][0].responses[unique[n][1]] for n in numbers]
+    return replace(first, responses=tuple(chosen), ranks=(1,) * len(chosen), reference_logps=None)

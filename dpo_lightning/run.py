@@ -22,7 +22,9 @@ import dpo_lightning
 from dpo_lightning.config import Config
 from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import CorruptArtifactError, DpoLightningError
+from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.fingerprint import settings_hash
+from dpo_lightning.plugins import find_scorer, load_plugins
 from dpo_lightning.results import RESULT_FILE, write_json
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "step": 0,
         "epoch": 0.0,
         "config_hash": None,
+        "settings_hash": settings_hash(config),
         "metrics": {},
         "reference": {"rows": 0, "computed": 0, "cached": 0},
         "throughput": {},
@@ -80,6 +83,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     }
     code, error = 1, None
     try:
+        load_plugins(config.plugins)
         prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
         from dpo_lightning.experiment import run_experiment
@@ -127,6 +131,7 @@ def prefer_cache_without_network(config: Config) -> None:
         config.model.tokenizer,
         config.model.config,
         config.reference.pretrained,
+        None if _is_function(config) else config.evaluation.scorer,
     )
     data = (config.data.train, config.data.eval)
     on_hub = [s for s in models if s is not None and not Path(s).exists()]
@@ -141,6 +146,11 @@ def prefer_cache_without_network(config: Config) -> None:
     except OSError:
         log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(on_hub))
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _is_function(config: Config) -> bool:
+    scorer = config.evaluation.scorer
+    return scorer is not None and find_scorer(scorer, config.plugins) is not None
 
 
 def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:
@@ -176,30 +186,6 @@ def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> Source
         write_quarantine(run_dir / QUARANTINE_FILE, bad)
         log.info("%d bad rows went to %s", len(bad), run_dir / QUARANTINE_FILE)
     return SourceRows(train=train, eval=evaluation)
-
-
-def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint that ``resume`` names: a file, the newest of a run's folder, or ``auto``.
-
-    Raises:
-        CorruptArtifactError: If a folder that is named holds no checkpoint.
-    """
-    if resume is None:
-        return None
-    path = run_dir if resume == "auto" else Path(resume)
-    if path.is_file():
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = sorted(folder.glob("step-*.ckpt"), key=lambda p: int(p.stem.partition("-")[2]))
-    if found:
-        return found[-1]
-    if resume == "auto":
-        log.info("resume=auto: no checkpoint in %s yet, so the run starts at step 0", folder)
-        return None
-    raise CorruptArtifactError(
-        f"resume={resume}: no checkpoint (step-*.ckpt) in {folder}; name a checkpoint or a run's "
-        "folder that has one"
-    )
 
 
 def _versions() -> dict[str, str]:

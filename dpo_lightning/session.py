@@ -2,80 +2,53 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
-import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from torch import Tensor
 
 from dpo_lightning import display
-from dpo_lightning.callbacks import (
-    LogProgress,
-    MetricRows,
-    Progress,
-    RunIdentity,
-    Throughput,
-    checkpoint_callbacks,
+from dpo_lightning.assembly import (
+    compute_context,
+    make_data_module,
+    make_module,
+    make_trainer,
+    micro_batch_tokens,
 )
+from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
+from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.conclusion import conclude
 from dpo_lightning.config import Config, run_name
-from dpo_lightning.data.controlled import MAX_TOKENS, ControlledTask
+from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
 from dpo_lightning.data.prepare import PreparedData
+from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.evaluation import COLUMNS, SampleAnswers, choose_prompts
-from dpo_lightning.export import export_model
-from dpo_lightning.header import header_facts
-from dpo_lightning.loggers import (
-    JsonlLogger,
-    LoggerSettings,
-    finish_logger,
-    log_table,
-    make_logger,
+from dpo_lightning.evaluation import (
+    COLUMNS,
+    SHOWN,
+    Answering,
+    SampleAnswers,
+    choose_prompts,
 )
+from dpo_lightning.header import header_facts
+from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
 from dpo_lightning.models.loading import max_positions
-from dpo_lightning.models.setup import Models, ModelSource
+from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
-from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
-from dpo_lightning.schedule import Schedule
+from dpo_lightning.prepared import Prepared
+from dpo_lightning.reference import CachedReference, with_reference_logps
+from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.wandb_runs import logger_settings
 
 log = logging.getLogger(__name__)
-
-# Tokens of a micro-batch, by device, where the settings leave it open.
-_MICRO_BATCH_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 16384}
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a session works on.
-
-    Attributes:
-        source: The model, its tokenizer and limits.
-        models: Policy, reference and scorer.
-        data: The groups.
-        schedule: The steps.
-        identity: What a checkpoint to resume from must agree with.
-        task: The controlled task, if that is trained on.
-        reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
-    """
-
-    source: ModelSource
-    models: Models
-    data: PreparedData
-    schedule: Schedule
-    identity: dict[str, Any]
-    task: ControlledTask | None
-    reference_outcome_logps: Tensor | None
 
 
 def run_session(
@@ -100,34 +73,28 @@ def run_session(
     throughput = Throughput()
     metrics = JsonlLogger(run_dir)
     logger = make_logger(
-        LoggerSettings(
-            name=config.logger.name,
-            project=config.logger.project,
-            entity=config.logger.entity,
-            mode=config.logger.mode,
-            tags=tuple(config.logger.tags),
-            group=config.logger.group,
-        ),
+        logger_settings(config.logger),
         run_name=run_name(config.name, config.model.name, config.loss.name, config.beta),
         folder=run_dir,
         config=resolved,
+        continued=checkpoint is not None,
     )
     console = Console()
     exit_code, where = 1, None
     trainer = None
     try:
-        samples = _make_samples(config, prepared)
-        module = _make_module(config, prepared)
-        callbacks = [MetricRows(metrics), throughput, samples, RunIdentity(prepared.identity)]
-        trainer = _make_trainer(
+        groups, answering = _answering(config, prepared)
+        samples = SampleAnswers(groups[:SHOWN], models=prepared.models, answering=answering)
+        same = SameConfig(result["config_hash"])
+        identity = RunIdentity(prepared.identity)
+        trainer = make_trainer(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
-            callbacks=callbacks,
+            callbacks=[same, MetricRows(metrics), throughput, samples, identity],
             throughput=throughput,
             run_dir=run_dir,
         )
-        data = _make_data_module(config, prepared, device=trainer.strategy.root_device.type)
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -140,20 +107,40 @@ def run_session(
                 folder=run_dir,
             )
             display.show_header(console, facts)
-        _fit(trainer, module, data, checkpoint)
+        device = trainer.strategy.root_device
+        models, data = _with_reference(config, prepared, trainer)
+        assert models.reference is not None
+        result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
+        module = make_module(config, models, models.reference, prepared.schedule)
+        datamodule = make_data_module(
+            config,
+            data,
+            total_steps=prepared.schedule.total_steps,
+            shared=models.scorer.shared,
+            device=device,
+        )
+        _fit(trainer, module, datamodule, checkpoint)
         if config.checkpoint.last:
-            _save_last(trainer, run_dir / "checkpoints")
-        if data.eval_groups and module.last_evaluation != trainer.global_step:
-            trainer.validate(module, datamodule=data, verbose=False)
+            _save_last(trainer, run_dir / CHECKPOINTS)
+        if data.eval and module.last_evaluation != trainer.global_step:
+            trainer.validate(module, datamodule=datamodule, verbose=False)
         result["reference"] = _count_reference_rows(trainer, module)
         if trainer.is_global_zero:
-            report = _controlled_report(prepared, beta=config.beta)
-            result["metrics"] |= {f"controlled/{name}": v for name, v in report.items()}
-            # What takes long comes before what can fail, such as a terminal that went away.
-            _export(config, prepared, run_dir=run_dir, result=result, metrics=metrics.last)
+            report = conclude(
+                config,
+                prepared,
+                module,
+                groups=groups,
+                answering=answering,
+                answers=[dict(zip(COLUMNS, row, strict=True)) for row in samples.rows],
+                device=device,
+                run_dir=run_dir,
+                result=result,
+                metrics=metrics.last,
+            )
             display.show_metrics(console, metrics.last)
             if report:
-                display.show_controlled(console, report)
+                display.show_measured(console, report)
             if samples.rows:
                 display.show_samples(console, COLUMNS, samples.rows)
                 log_table(logger, "samples", COLUMNS, samples.rows)
@@ -192,8 +179,9 @@ def run_session(
 # Building ---------------------------------------------------------------------------------------
 
 
-def _make_samples(config: Config, prepared: Prepared) -> SampleAnswers:
-    source, data = prepared.source, prepared.data
+def _answering(config: Config, prepared: Prepared) -> tuple[list[TokenGroup], Answering]:
+    """Whose prompts are answered, and how."""
+    source, data, policy = prepared.source, prepared.data, prepared.models.policy
     positions = max_positions(source.config)
     groups = choose_prompts(
         data.eval or data.train,
@@ -201,122 +189,50 @@ def _make_samples(config: Config, prepared: Prepared) -> SampleAnswers:
         max_tokens=min(source.max_length, positions or source.max_length),
     )
     longest = config.evaluation.max_new_tokens
-    return SampleAnswers(
-        groups,
-        source.tokenizer,
-        max_new_tokens=longest if prepared.task is None else min(longest, MAX_TOKENS),
-        max_positions=positions,
+    if prepared.task is not None:
+        longest = min(longest, MAX_TOKENS)
+    if positions is not None:
+        longest = min(longest, positions - max((len(g.prompt) for g in groups), default=0))
+    answering = Answering(
+        tokenizer=source.tokenizer,
+        max_new_tokens=longest,
+        batch_size=config.evaluation.batch_size,
+        precision=lambda: compute_context(config, policy.device),
     )
+    return groups, answering
 
 
-def _make_module(config: Config, prepared: Prepared) -> DPOModule:
-    models, schedule = prepared.models, prepared.schedule
-    # The schema has the options of all losses; each takes those that are its own.
-    own_options = PAIRWISE_LOSSES[config.loss.name].options
-    loss_options = {name: getattr(config.loss, name) for name in own_options}
-    first, second = config.optimizer.betas
-    return DPOModule(
-        policy=models.policy,
-        reference=models.reference,
+def _with_reference(
+    config: Config, prepared: Prepared, trainer: pl.Trainer
+) -> tuple[Models, PreparedData]:
+    """Models and data with the reference's log-probabilities where those are cached."""
+    models, data, source = prepared.models, prepared.data, prepared.source
+    if models.reference is not None:
+        return models, data
+    device = trainer.strategy.root_device
+    cache = ReferenceCache(
+        prepared.cache_dir,
+        {
+            "weights": models.reference_weights,
+            "dtype": str(source.dtype),
+            "precision": str(trainer.precision),
+            "device": device.type,
+            "path": models.scorer.path,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    parts, reference = with_reference_logps(
+        [data.train, data.eval],
+        cache,
+        load=models.make_reference,
         scorer=models.scorer,
-        beta=config.beta,
-        loss=config.loss.name,
-        loss_options=loss_options,
-        lr=schedule.learning_rate,
-        betas=(first, second),
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        schedule=config.optimizer.schedule,
-        warmup_steps=schedule.warmup_steps,
-        total_steps=schedule.total_steps,
-        log_every_n_steps=schedule.log_every_n_steps,
-        starts_from_reference=models.starts_from_reference,
+        device=device,
+        precision=lambda: compute_context(config, device),
+        micro_batch_tokens=micro_batch_tokens(config, device),
     )
-
-
-def _make_data_module(config: Config, prepared: Prepared, *, device: str) -> PreferenceDataModule:
-    budget = config.data.micro_batch_tokens
-    if budget is None:
-        budget = _MICRO_BATCH_TOKENS[device]
-    return PreferenceDataModule(
-        train_groups=prepared.data.train,
-        eval_groups=prepared.data.eval,
-        batch_size=config.data.batch_size,
-        micro_batch_tokens=budget,
-        total_steps=prepared.schedule.total_steps,
-        seed=config.seed,
-        shared=prepared.models.scorer.shared,
-        num_workers=config.data.num_workers,
-    )
-
-
-def _make_trainer(
-    config: Config,
-    schedule: Schedule,
-    *,
-    loggers: list[Logger],
-    callbacks: list[Callback],
-    throughput: Throughput,
-    run_dir: Path,
-) -> pl.Trainer:
-    checkpoints = checkpoint_callbacks(
-        run_dir / "checkpoints",
-        every_n_steps=config.checkpoint.every_n_steps,
-        keep=config.checkpoint.keep,
-    )
-    callbacks = [*callbacks, *checkpoints]
-    # Rich draws a bar on a terminal; in a file its control characters would be noise.
-    show_bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
-    if show_bar:
-        callbacks.append(Progress(throughput))
-    elif config.trainer.enable_progress_bar:
-        callbacks.append(LogProgress(throughput, total_steps=schedule.total_steps))
-    strategy: Any = config.strategy.name
-    if strategy == "ddp":
-        strategy = DDPStrategy(
-            find_unused_parameters=config.strategy.find_unused_parameters,
-            timeout=datetime.timedelta(minutes=config.strategy.timeout_minutes),
-        )
-    try:
-        return pl.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=config.trainer.devices,
-            num_nodes=config.trainer.num_nodes,
-            strategy=strategy,
-            precision=_precision(config),
-            max_steps=schedule.total_steps,
-            max_epochs=-1,
-            max_time=config.trainer.max_time,
-            logger=loggers,
-            callbacks=callbacks,
-            # The module decides when to log, so that an interval's mean is logged.
-            log_every_n_steps=1,
-            val_check_interval=schedule.eval_every_n_steps,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            enable_checkpointing=bool(checkpoints),
-            enable_progress_bar=show_bar,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            inference_mode=False,
-            deterministic=config.trainer.deterministic,
-            detect_anomaly=config.trainer.detect_anomaly,
-            profiler=config.trainer.profiler,
-            default_root_dir=run_dir,
-        )
-    except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def _precision(config: Config) -> Any:
-    wanted = config.trainer.precision
-    if wanted is not None:
-        return wanted
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16-mixed"
-    return "32-true"
+    train, evaluation = parts
+    return replace(models, reference=reference), replace(data, train=train, eval=evaluation)
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -328,10 +244,11 @@ def _fit(
     """Trains; what ended the training early comes out as what it was."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:
+    except SystemExit as error:
         if trainer.received_sigterm:
             raise SystemExit(143) from None
-        if trainer.interrupted:
+        # Lightning exits so after Ctrl-C; any other exit is somebody else's.
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except MisconfigurationException as error:
@@ -351,43 +268,15 @@ def _save_last(trainer: pl.Trainer, folder: Path) -> None:
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:
-    """Every rank has asked for its own groups."""
-    rows = torch.tensor(float(module.reference.rows), device=module.device)
-    total = int(trainer.strategy.reduce(rows, reduce_op="sum"))
-    return {"rows": total, "computed": total, "cached": 0}
+    """What all ranks asked for and computed; of cached rows each rank has asked for all."""
+    reference = module.reference
+    counts = torch.tensor([reference.rows, reference.computed], device=module.device)
+    rows, computed = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    if isinstance(reference, CachedReference):
+        rows = reference.rows
+    return _reference_counts(rows, min(rows, computed))
 
 
-def _export(
-    config: Config,
-    prepared: Prepared,
-    *,
-    run_dir: Path,
-    result: dict[str, Any],
-    metrics: dict[str, float],
-) -> None:
-    source = prepared.source
-    export_model(
-        prepared.models.policy,
-        source.tokenizer,
-        run_dir / "model",
-        config=source.config,
-        facts={
-            "name": run_dir.name,
-            "base_model": source.name,
-            "beta": config.beta,
-            "loss": config.loss.name,
-            "command": result["command"],
-            "metrics": metrics | result["metrics"],
-        },
-    )
-
-
-def _controlled_report(prepared: Prepared, *, beta: float) -> dict[str, float]:
-    """What is exactly true of the policy on the controlled task; nothing on other data."""
-    task, models = prepared.task, prepared.models
-    if task is None or prepared.reference_outcome_logps is None:
-        return {}
-    with models.scorer.plain(models.policy) as policy:
-        policy_logps = task.outcome_logps(policy)
-    report = task.report(policy_logps, prepared.reference_outcome_logps, beta=beta)
-    return report | {"bayes_accuracy": task.bayes_accuracy(prepared.data.eval)}
+def _reference_counts(rows: int, computed: int) -> dict[str, int]:
+    """The ``reference`` entry of ``result.json``."""
+    return {"rows": rows, "computed": computed, "cached": rows - computed}

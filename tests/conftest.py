@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reference log-probabilities of the tests, apart from those of whoever runs them."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DPO_LIGHTNING_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real preference data and a real tiny model; absent on most machines."""

@@ -212,6 +212,41 @@ class ControlledTask:
             total += 1 / (1 + math.exp(-abs(first - second)))
         return total / len(groups)
 
+    def optimum(self, reference_logps: Tensor, *, beta: float) -> dict[str, float]:
+        """A point of the frontier: no policy has more reward at the same KL divergence.
+
+        Args:
+            reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+            beta: The optimum is pi_ref exp(r / beta) / Z.
+
+        Returns:
+            ``beta``, and ``reward`` and ``kl`` (from the reference, in nats) of the optimum,
+            averaged over the prompts.
+        """
+        reference = reference_logps.double()
+        optimum = optimal_logps(reference, self.rewards, beta)
+        return {
+            "beta": beta,
+            "reward": _expectation(optimum, self.rewards),
+            "kl": _expectation(optimum, optimum - reference),
+        }
+
+    def frontier(self, reference_logps: Tensor, *, points: int = 60) -> list[dict[str, float]]:
+        """Points of the frontier from next to no reward gained to next to all there is."""
+        betas = np.geomspace(30.0, 0.03, points).tolist()
+        return [self.optimum(reference_logps, beta=beta) for beta in betas]
+
+    def optimum_at(self, kl: float, reference_logps: Tensor) -> dict[str, float]:
+        """The point of the frontier with a given KL divergence, found by bisection."""
+        low, high = math.log(1e-4), math.log(1e4)
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self.optimum(reference_logps, beta=math.exp(middle))["kl"] > kl:
+                low = middle
+            else:
+                high = middle
+        return self.optimum(reference_logps, beta=math.exp(high))
+
     def report(
         self, policy_logps: Tensor, reference_logps: Tensor, *, beta: float
     ) -> dict[str, float]:
@@ -223,25 +258,29 @@ class ControlledTask:
             beta: The optimum is pi_ref exp(r / beta) / Z.
 
         Returns:
-            Expected rewards of policy, reference and optimum, `kl_P_Q` = KL(P||Q) in nats, `log_z`
-            and `probability_sum`, which is 1 up to rounding.
+            Expected rewards of policy, reference and optimum; `optimal_reward_at_kl`, the most that
+            is possible at the policy's KL divergence from the reference, and `gain_ratio`, the
+            share of that gain over the reference which the policy has; `kl_P_Q` = KL(P||Q) in nats,
+            `log_z` and `probability_sum`, which is 1 up to rounding.
         """
         policy, reference = policy_logps.double(), reference_logps.double()
         optimum = optimal_logps(reference, self.rewards, beta)
 
-        def expectation(logps: Tensor, values: Tensor) -> float:
-            # Where a probability is 0 its term is 0, whatever the value.
-            terms = torch.where(logps == -math.inf, 0.0, logps.exp() * values)
-            return terms.sum(-1).mean().item()
-
         def divergence(p: Tensor, q: Tensor) -> float:
-            return expectation(p, p - q)
+            return _expectation(p, p - q)
 
+        reward = _expectation(policy, self.rewards)
+        start = _expectation(reference, self.rewards)
+        kl = divergence(policy, reference)
+        best = self.optimum_at(kl, reference)["reward"]
         return {
-            "expected_reward": expectation(policy, self.rewards),
-            "reference_reward": expectation(reference, self.rewards),
-            "optimal_reward": expectation(optimum, self.rewards),
-            "kl_policy_reference": divergence(policy, reference),
+            "expected_reward": reward,
+            "reference_reward": start,
+            "optimal_reward": _expectation(optimum, self.rewards),
+            "optimal_reward_at_kl": best,
+            # Of a policy that has not moved there is no gain to compare.
+            "gain_ratio": (reward - start) / (best - start) if best - start > 1e-6 else math.nan,
+            "kl_policy_reference": kl,
             "kl_reference_policy": divergence(reference, policy),
             "kl_optimum_policy": divergence(optimum, policy),
             "kl_policy_optimum": divergence(policy, optimum),
@@ -249,3 +288,10 @@ class ControlledTask:
             "log_z": exact_log_partition(reference, self.rewards, beta).mean().item(),
             "probability_sum": policy.exp().sum(-1).mean().item(),
         }
+
+
+def _expectation(logps: Tensor, values: Tensor) -> float:
+    """The mean of values over outcomes, averaged over prompts."""
+    # Where a probability is 0 its term is 0, whatever the value.
+    terms = torch.where(logps == -math.inf, 0.0, logps.exp() * values)
+    return terms.sum(-1).mean().item()

@@ -82,6 +82,8 @@ class GroupBatch(_Movable):
         weight: Weight of each group, shape (G,), float32.
         chosen: Better response of each strictly ranked pair, shape (M,), int64.
         rejected: Worse response of each strictly ranked pair, shape (M,), int64.
+        reference_logps: Log-probability of each response under the reference, shape (N,), float32,
+            where all groups bring theirs along, else None.
         segments: (|P|, |y_1|, ..., |y_K|) of each group, on the host.
         rows: Index of each group in its data set, on the host.
     """
@@ -99,6 +101,7 @@ class GroupBatch(_Movable):
     weight: Tensor
     chosen: Tensor
     rejected: Tensor
+    reference_logps: Tensor | None
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
 
@@ -281,9 +284,17 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         weight=torch.tensor([group.weight for group in groups], dtype=torch.float32),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
+        reference_logps=_reference_logps(groups),
         segments=tuple(shapes),
         rows=tuple(rows),
     )
+
+
+def _reference_logps(groups: Sequence[TokenGroup]) -> Tensor | None:
+    known = [group.reference_logps for group in groups if group.reference_logps is not None]
+    if len(known) < len(groups):
+        return None
+    return torch.from_numpy(np.concatenate(known))
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:

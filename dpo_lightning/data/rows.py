@@ -72,6 +72,18 @@ class PreferenceGroup:
         return json.dumps([(m.role, m.content) for m in self.prompt], ensure_ascii=False)
 
 
+def prompt_of_key(key: str) -> str | list[dict[str, str]]:
+    """The prompt that a ``prompt_key`` was made of, in the form that rows have.
+
+    Example:
+        >>> prompt_of_key("s:Hello"), prompt_of_key('[["user", "Hello"]]')
+        ('Hello', [{'role': 'user', 'content': 'Hello'}])
+    """
+    if key.startswith("["):
+        return [{"role": role, "content": content} for role, content in json.loads(key)]
+    return key.removeprefix("s:")
+
+
 class ShapeError(RowError):
     """The columns of a row are not those of a preference row.
 

@@ -52,6 +52,8 @@ class TokenGroup:
         weight: Weight of the group in the loss.
         source: Where the row came from, ``file:line``.
         prompt_key: Identifies the prompt's text; groups with one key stay on one side of a split.
+        reference_logps: Log-probability of each response under the reference, (K,), float32, or
+            None where that is not known beforehand.
     """
 
     prompt: Ids
@@ -60,6 +62,7 @@ class TokenGroup:
     weight: float
     source: str
     prompt_key: str
+    reference_logps: npt.NDArray[np.float32] | None = None
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_lightning.errors import UserError
@@ -19,13 +24,16 @@ from dpo_lightning.errors import UserError
 _DROPOUT_NAMES = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "layerdrop")
 
 
-def load_tokenizer(source: str, *, key: str, revision: str | None = None) -> Any:
+def load_tokenizer(
+    source: str, *, key: str, revision: str | None = None, needs_eos: bool = True
+) -> Any:
     """Loads a tokenizer that can end a response.
 
     Args:
         source: A folder or a hub id.
         key: The config key that named it, for errors.
         revision: Revision on the hub.
+        needs_eos: Whether one that cannot is refused.
 
     Raises:
         UserError: If there is none, or it has no EOS token.
@@ -38,7 +46,7 @@ def load_tokenizer(source: str, *, key: str, revision: str | None = None) -> Any
         raise _load_error(
             f"{key}={source}: no tokenizer", error, remedy="model.tokenizer="
         ) from error
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}={source}: the tokenizer has no EOS token, so no response could end; name "
             "another with model.tokenizer= or set eos_token in its tokenizer_config.json"
@@ -113,19 +121,59 @@ def load_model(
     Raises:
         UserError: If the weights are absent, incomplete or of another architecture.
     """
+    return _load_weights(
+        AutoModelForCausalLM,
+        source,
+        without_dropout(config),
+        key=key,
+        revision=revision or "main",
+        dtype=dtype,
+    )
+
+
+def check_reward_model(source: str, *, key: str) -> Any:
+    """The config of a sequence-classification model with one output.
+
+    Args:
+        source: A folder or a hub id.
+        key: The config key that named it, for errors.
+
+    Raises:
+        UserError: If it is none.
+    """
+    config = load_config(source, key=key)
+    kinds = config.architectures or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(
+            f"{key}={source}: its config.json names {', '.join(kinds) or 'no architecture'}; a "
+            "reward model is one for sequence classification"
+        )
+    if config.num_labels != 1:
+        raise UserError(
+            f"{key}={source}: it has {config.num_labels} outputs; a reward model has one"
+        )
+    return config
+
+
+def load_reward_model(source: str, config: Any, *, key: str) -> Any:
+    """Loads the weights of a reward model, in the type they are stored in; safetensors only."""
+    return _load_weights(
+        AutoModelForSequenceClassification, source, config, key=key, revision="main", dtype="auto"
+    )
+
+
+def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: Any) -> Any:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             source,
-            config=without_dropout(config),
-            revision=revision or "main",
-            dtype=dtype,
+            config=config,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
         raise _load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
-    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise UserError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dpo_lightning.models.loading import (
     load_tokenizer,
     max_positions,
     random_model,
+    weights_hash,
 )
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.scoring import Scorer
@@ -65,12 +66,35 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is trained, what it is compared with, and how both are scored."""
+    """What is trained, what it is compared with, and how both are scored.
+
+    Attributes:
+        policy: The model to train.
+        reference: Where the loss gets the reference from; None: from the cache, which the caller
+            has to ask.
+        scorer: Scores both.
+        starts_from_reference: Whether the policy's first weights are the reference's.
+        weights: Hash of the policy's first weights.
+        reference_weights: Hash of the reference's.
+        make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
+            the policy as it starts.
+    """
 
     policy: Any
-    reference: Reference
+    reference: Reference | None
     scorer: Scorer
     starts_from_reference: bool
+    weights: str
+    reference_weights: str
+    make_reference: Callable[[], Any]
+
+    @contextlib.contextmanager
+    def reference_model(self, device: torch.device) -> Iterator[Any]:
+        """The reference's weights on a device, for as long as they are needed."""
+        if isinstance(self.reference, LiveReference):
+            yield self.reference.model
+        else:
+            yield self.make_reference().to(device)
 
 
 def resolve_model(
@@ -174,40 +198,58 @@ def load_models(
 
     Args:
         model: The policy's source.
-        reference_kind: ``auto`` (a frozen model where the loss uses one), ``live`` or ``none``.
+        reference_kind: ``auto`` (``cached`` where the loss uses one), ``cached``, ``live`` or
+            ``none``.
         reference_pretrained: Folder or hub id of another reference; None is the policy's start.
         reference_revision: Its revision on the hub.
         needs_reference: Whether the loss uses a reference.
         gradient_checkpointing: Whether activations are recomputed in backward.
         seed: Of a random model.
     """
-    if model.random:
-        policy = random_model(model.config, dtype=model.dtype, seed=seed)
-    else:
-        policy = load_model(
-            model.source,
-            model.config,
-            key=model.key,
-            dtype=model.dtype,
-            revision=model.revision,
-        )
+    policy = _load_policy(model, seed)
     scorer, reason = choose_path(policy, max_length=model.max_length)
     if reason is not None:
         log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
-    reference: Reference = NoReference()
-    same = False
-    if reference_kind != "none" and needs_reference:
-        same = reference_pretrained is None
-        frozen = (
-            copy.deepcopy(policy)
-            if reference_pretrained is None
-            else _other_reference(model, reference_pretrained, reference_revision)
+    weights = reference_weights = weights_hash(policy)
+    is_used = reference_kind != "none" and needs_reference
+    if reference_pretrained is not None:
+        # Loaded once more when it is used; in between it takes no memory.
+        reference_weights = weights_hash(
+            _other_reference(model, reference_pretrained, reference_revision)
         )
+
+    def make_reference() -> Any:
+        if reference_pretrained is None:
+            frozen = _load_policy(model, seed)
+        else:
+            frozen = _other_reference(model, reference_pretrained, reference_revision)
         scorer.prepare(frozen)
-        reference = LiveReference(frozen, scorer)
+        return frozen.requires_grad_(False).eval()
+
+    reference: Reference | None = NoReference()
+    if is_used:
+        reference = None
+        if reference_kind == "live":
+            reference = LiveReference(make_reference(), scorer)
     if gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    return Models(policy, reference, scorer, starts_from_reference=same)
+    return Models(
+        policy=policy,
+        reference=reference,
+        scorer=scorer,
+        starts_from_reference=is_used and reference_pretrained is None,
+        weights=weights,
+        reference_weights=reference_weights,
+        make_reference=make_reference,
+    )
+
+
+def _load_policy(model: ModelSource, seed: int) -> Any:
+    if model.random:
+        return random_model(model.config, dtype=model.dtype, seed=seed)
+    return load_model(
+        model.source, model.config, key=model.key, dtype=model.dtype, revision=model.revision
+    )
 
 
 def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:

@@ -17,6 +17,10 @@ from torch import Tensor
 from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES, pairwise_loss
 from dpo_lightning.objectives.partition import log_partition
 
+# Margins below this share of the log-probabilities that they are made of are rounding: a tie. Only
+# so are policy and reference the same at the start when the two were computed in other batches.
+_TIE = 1e-6
+
 # The entries of a vector of metric sums, in order.
 SUMS = (
     "loss",
@@ -40,10 +44,13 @@ class Comparison:
     Attributes:
         loss: Sum over its groups of weight times loss, a scalar with a graph, float32.
         sums: The entries of ``SUMS``, shape (11,), float64 (float32 on MPS), no graph.
+        accuracies: Share of each group's pairs that the policy ranks right, a tie counting one
+            half, shape (G,), float32, no graph.
     """
 
     loss: Tensor
     sums: Tensor
+    accuracies: Tensor
 
 
 def compare_responses(
@@ -100,8 +107,11 @@ def compare_responses(
         logratios = policy if reference_logps is None else policy - reference_logps
         margins = logratios[chosen] - logratios[rejected]
         # A tie counts one half: at the start, policy = reference, every pair is one.
-        right = (margins > 0).float() + 0.5 * (margins == 0).float()
-        accuracy = (right * _share_of_group(group[chosen], groups)).sum()
+        tied = margins.abs() <= _TIE * (policy[chosen].abs() + policy[rejected].abs())
+        right = torch.where(tied, 0.5, (margins > 0).float())
+        accuracies = torch.zeros(groups, device=policy.device).index_add(
+            0, group[chosen], right * _share_of_group(group[chosen], groups)
+        )
         log_z = log_partition(beta * logratios, group).sum()
         best = is_best.float()
         rest = 1.0 - best
@@ -113,7 +123,7 @@ def compare_responses(
                     loss.detach(),
                     weight.sum(),
                     weight.new_tensor(groups),
-                    accuracy,
+                    accuracies.sum(),
                     log_z,
                     best.sum(),
                     (best * policy).sum(),
@@ -124,7 +134,7 @@ def compare_responses(
                 )
             ]
         )
-    return Comparison(loss=loss, sums=sums)
+    return Comparison(loss=loss, sums=sums, accuracies=accuracies)
 
 
 def _share_of_group(owner: Tensor, groups: int) -> Tensor:

@@ -282,6 +282,7 @@ def test_a_policy_that_is_not_its_reference_is_noticed(
         f"model.pretrained={tiny_model}",
         f"data.train={pairs_file}",
         "evaluation.samples=0",
+        "reference=live",
     )
     assert "nats per token" in said
     assert "reference.pretrained=" in said

@@ -173,9 +173,32 @@ def test_the_report_equals_a_loop_over_outcomes(task, reference_logps, beta):
         for name, value in here.items():
             found.setdefault(name, []).append(value)
     report = task.report(policy_logps, reference_logps, beta=beta)
-    assert set(report) == set(found)
+    assert set(report) == {*found, "optimal_reward_at_kl", "gain_ratio"}
     for name, values in found.items():
         assert report[name] == pytest.approx(np.mean(values), rel=1e-9), name
+
+
+def test_the_gain_is_compared_with_the_best_at_the_same_kl(task, reference_logps):
+    """The optimum at any beta is itself on the frontier; halfway in probability is below it."""
+    from dpo_lightning.objectives.partition import optimal_logps
+
+    optimum = optimal_logps(reference_logps, task.rewards, 0.7)
+    report = task.report(optimum, reference_logps, beta=0.1)
+    assert report["optimal_reward_at_kl"] == pytest.approx(report["expected_reward"], rel=1e-6)
+    assert report["gain_ratio"] == pytest.approx(1, abs=1e-6)
+    mixture = ((optimum.exp() + reference_logps.exp()) / 2).log()
+    mixed = task.report(mixture, reference_logps, beta=0.1)
+    # The gain in reward is halved by mixing; the curve says what its KL could have bought.
+    gain = (report["expected_reward"] - report["reference_reward"]) / 2
+    assert mixed["expected_reward"] - mixed["reference_reward"] == pytest.approx(gain, rel=1e-6)
+    best = mixed["optimal_reward_at_kl"] - mixed["reference_reward"]
+    assert mixed["gain_ratio"] == pytest.approx(gain / best, rel=1e-9)
+    assert 0.5 < mixed["gain_ratio"] < 0.95
+    # Sorted points of the frontier: no KL buys less reward than a smaller one.
+    points = task.frontier(reference_logps, points=12)
+    assert [p["kl"] for p in points] == sorted(p["kl"] for p in points)
+    assert [p["reward"] for p in points] == sorted(p["reward"] for p in points)
+    assert math.isnan(task.report(reference_logps, reference_logps, beta=1.0)["gain_ratio"])
 
 
 def test_the_report_of_the_reference_and_of_the_optimum(task, reference_logps):

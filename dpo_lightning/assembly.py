@@ -1,0 +1,166 @@
+"""Makes the module, the data module and the trainer of a session out of its settings."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+
+from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
+from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.config import Config
+from dpo_lightning.data.module import PreferenceDataModule
+from dpo_lightning.data.prepare import PreparedData
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.setup import Models
+from dpo_lightning.module import DPOModule
+from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
+from dpo_lightning.reference import Reference
+from dpo_lightning.schedule import Schedule
+
+# Tokens of a micro-batch, by device, where the settings leave it open.
+_MICRO_BATCH_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 16384}
+
+
+def make_module(
+    config: Config, models: Models, reference: Reference, schedule: Schedule
+) -> DPOModule:
+    """The module; its reference is ready."""
+    # The schema has the options of all losses; each takes those that are its own.
+    own_options = PAIRWISE_LOSSES[config.loss.name].options
+    loss_options = {name: getattr(config.loss, name) for name in own_options}
+    first, second = config.optimizer.betas
+    return DPOModule(
+        policy=models.policy,
+        reference=reference,
+        scorer=models.scorer,
+        beta=config.beta,
+        loss=config.loss.name,
+        loss_options=loss_options,
+        lr=schedule.learning_rate,
+        betas=(first, second),
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        schedule=config.optimizer.schedule,
+        warmup_steps=schedule.warmup_steps,
+        total_steps=schedule.total_steps,
+        log_every_n_steps=schedule.log_every_n_steps,
+        starts_from_reference=models.starts_from_reference,
+    )
+
+
+def micro_batch_tokens(config: Config, device: torch.device) -> int:
+    """Tokens that a device holds at once, chosen by its kind where the settings leave it open."""
+    return config.data.micro_batch_tokens or _MICRO_BATCH_TOKENS[device.type]
+
+
+def make_data_module(
+    config: Config,
+    data: PreparedData,
+    *,
+    total_steps: int,
+    shared: bool,
+    device: torch.device,
+) -> PreferenceDataModule:
+    """The data module of prepared groups."""
+    return PreferenceDataModule(
+        train_groups=data.train,
+        eval_groups=data.eval,
+        batch_size=config.data.batch_size,
+        micro_batch_tokens=micro_batch_tokens(config, device),
+        total_steps=total_steps,
+        seed=config.seed,
+        shared=shared,
+        num_workers=config.data.num_workers,
+    )
+
+
+def make_trainer(
+    config: Config,
+    schedule: Schedule,
+    *,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    throughput: Throughput,
+    run_dir: Path,
+) -> pl.Trainer:
+    """The trainer.
+
+    Raises:
+        UserError: If Lightning refuses the settings.
+    """
+    checkpoints = checkpoint_callbacks(
+        run_dir / CHECKPOINTS,
+        every_n_steps=config.checkpoint.every_n_steps,
+        keep=config.checkpoint.keep,
+    )
+    callbacks = [*callbacks, *checkpoints]
+    # Rich draws a bar on a terminal; in a file its control characters would be noise.
+    show_bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
+    if show_bar:
+        callbacks.append(Progress(throughput))
+    elif config.trainer.enable_progress_bar:
+        callbacks.append(LogProgress(throughput, total_steps=schedule.total_steps))
+    strategy: Any = config.strategy.name
+    if strategy == "ddp":
+        strategy = DDPStrategy(
+            find_unused_parameters=config.strategy.find_unused_parameters,
+            timeout=datetime.timedelta(minutes=config.strategy.timeout_minutes),
+        )
+    try:
+        return pl.Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.num_nodes,
+            strategy=strategy,
+            precision=precision_of(config),
+            max_steps=schedule.total_steps,
+            max_epochs=-1,
+            max_time=config.trainer.max_time,
+            logger=loggers,
+            callbacks=callbacks,
+            # The module decides when to log, so that an interval's mean is logged.
+            log_every_n_steps=1,
+            val_check_interval=schedule.eval_every_n_steps,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_checkpointing=bool(checkpoints),
+            enable_progress_bar=show_bar,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            deterministic=config.trainer.deterministic,
+            detect_anomaly=config.trainer.detect_anomaly,
+            profiler=config.trainer.profiler,
+            default_root_dir=run_dir,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def compute_context(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What Lightning computes a training step in, for what is computed outside of one."""
+    if precision_of(config) == "bf16-mixed":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def precision_of(config: Config) -> Any:
+    """``trainer.precision``, decided."""
+    wanted = config.trainer.precision
+    if wanted is not None:
+        return wanted
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16-mixed"
+    return "32-true"

@@ -1,0 +1,97 @@
+"""The end of a run: what is exactly true, what answers say, the export, and the files of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_lightning.config import Config
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.evaluation import Answering, evaluate_samples
+from dpo_lightning.export import export_model
+from dpo_lightning.module import DPOModule
+from dpo_lightning.prepared import Prepared
+from dpo_lightning.results import write_json
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def conclude(
+    config: Config,
+    prepared: Prepared,
+    module: DPOModule,
+    *,
+    groups: Sequence[TokenGroup],
+    answering: Answering,
+    answers: Sequence[dict[str, str]],
+    device: torch.device,
+    run_dir: Path,
+    result: dict[str, Any],
+    metrics: dict[str, float],
+) -> dict[str, float]:
+    """Measures the trained policy, exports it and writes ``evaluation.json``; on rank 0 alone.
+
+    What takes long comes before what can fail, such as a terminal that went away.
+
+    Args:
+        config: The settings.
+        prepared: What the session worked on.
+        module: The trained module.
+        groups: Whose prompts are answered.
+        answering: How.
+        answers: Greedy answers that were collected on the way.
+        device: Where to compute.
+        run_dir: The run's folder.
+        result: The content of result.json; its metrics are added to.
+        metrics: The last metrics of the training and of its evaluation.
+
+    Returns:
+        The metrics that were measured here.
+    """
+    policy = prepared.models.policy
+    # Lightning takes a model off its device when it is done with it.
+    policy.to(device)
+    evaluation: dict[str, Any] = {"answers": list(answers), "scorer": config.evaluation.scorer}
+    if module.eval_accuracies is not None:
+        evaluation["accuracies"] = module.eval_accuracies.tolist()
+    measured: dict[str, float] = {}
+    if prepared.task is not None and prepared.reference_outcome_logps is not None:
+        reference_logps = prepared.reference_outcome_logps
+        with prepared.models.scorer.plain(policy) as plain:
+            policy_logps = prepared.task.outcome_logps(plain)
+        exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
+        exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
+        measured |= {f"controlled/{name}": value for name, value in exact.items()}
+        evaluation["optimum"] = prepared.task.frontier(reference_logps)
+    rows, sampled = evaluate_samples(
+        prepared.models,
+        groups,
+        count=config.evaluation.samples,
+        seed=config.seed,
+        answering=answering,
+        score=prepared.score,
+        device=device,
+    )
+    measured |= sampled
+    evaluation["samples"] = rows
+    result["metrics"] |= measured
+    source = prepared.source
+    export_model(
+        policy,
+        source.tokenizer,
+        run_dir / "model",
+        config=source.config,
+        facts={
+            "name": run_dir.name,
+            "base_model": source.name,
+            "beta": config.beta,
+            "loss": config.loss.name,
+            "command": result["command"],
+            "metrics": metrics | result["metrics"],
+        },
+    )
+    write_json(run_dir / EVALUATION_FILE, evaluation)
+    return measured

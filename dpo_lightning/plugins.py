@@ -1,0 +1,105 @@
+"""A user's own modules: imported because the settings name them, and what they register.
+
+Only what a named plugin registers, or defines and the settings name in full, can be chosen by a
+setting; nothing else is ever imported or called for one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from dpo_lightning.errors import UserError
+
+Prompt: TypeAlias = str | list[dict[str, str]]
+"""A prompt as its row has it: a string, or messages of ``role`` and ``content``."""
+
+ScoreFunction: TypeAlias = Callable[[list[Prompt], list[str]], Sequence[float]]
+"""From prompts and as many answers to as many numbers; more is better."""
+
+_Function = TypeVar("_Function", bound=ScoreFunction)
+
+SCORERS: dict[str, ScoreFunction] = {}
+"""Scorers that plugins registered, by name."""
+
+
+def register_scorer(name: str) -> Callable[[_Function], _Function]:
+    """Makes a function known as ``evaluation.scorer=<name>``.
+
+    Args:
+        name: What the setting will say.
+
+    Example:
+        >>> @register_scorer("brevity")
+        ... def brevity(prompts, responses):
+        ...     return [-len(response) for response in responses]
+    """
+
+    def register(function: _Function) -> _Function:
+        SCORERS[name] = function
+        return function
+
+    return register
+
+
+def load_plugins(names: Sequence[str]) -> None:
+    """Imports modules, from wherever Python finds them or from the folder of the command.
+
+    Raises:
+        UserError: If there is no such module, or it fails.
+    """
+    here = str(Path.cwd())
+    if names and here not in sys.path:
+        sys.path.append(here)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+                raise UserError(
+                    f"plugins={name}: no such module; it is looked for in {here} and among the "
+                    "installed packages"
+                ) from error
+            raise UserError(f"plugins={name}: {error} ({_place(error)})") from error
+        except Exception as error:
+            raise UserError(
+                f"plugins={name}: {type(error).__name__}: {error} ({_place(error)})"
+            ) from error
+
+
+def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
+    """The function that ``evaluation.scorer`` names; None where it is something else's name.
+
+    Args:
+        name: A registered name, or ``module.function`` or ``module:function`` of a plugin.
+        plugins: The modules that were loaded.
+
+    Raises:
+        UserError: If a plugin is named and has no such function.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    for plugin in plugins:
+        for separator in (":", "."):
+            if name.startswith(f"{plugin}{separator}"):
+                attribute = name[len(plugin) + 1 :]
+                found: Any = getattr(sys.modules[plugin], attribute, None)
+                if not callable(found):
+                    raise UserError(
+                        f"evaluation.scorer={name}: {plugin} has no function {attribute}"
+                    )
+                function: ScoreFunction = found
+                return function
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception came from, ``file:line``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"

@@ -1,0 +1,188 @@
+"""Answers drawn from a model, and how far the policy is from the reference on its own answers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dpo_lightning.data.tokens import Ids
+from dpo_lightning.models.scoring import Scorer
+
+Precision = Callable[[], contextlib.AbstractContextManager[Any]]
+
+# Most vocabulary scores of one forward pass.
+_PASS_SCORES = 1 << 27
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those the model was made with."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends)
+
+
+@torch.no_grad()
+def answer_prompts(
+    model: Any,
+    scorer: Scorer,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int | None,
+    precision: Precision = contextlib.nullcontext,
+) -> list[Ids]:
+    """Answers prompts, many at once.
+
+    Args:
+        model: A transformers causal language model.
+        scorer: The scorer that prepared it.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt, shapes (P,).
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts that are answered at once.
+        seed: Of answers drawn from the model's own distribution, at temperature 1 and with nothing
+            cut off; None decodes greedily.
+        precision: The context to compute in.
+
+    Returns:
+        Token ids of each answer, shapes (R,), with the token that ended it, if one did.
+    """
+    ends = end_ids(model, tokenizer)
+    # Behind the attention mask any id will do; a model without a pad token has this one.
+    pad = tokenizer.eos_token_id
+    # Everything is said: a hub model's own settings would sharpen or cut its distribution.
+    settings = GenerationConfig(
+        do_sample=seed is not None,
+        **({} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    answers: list[Ids] = [np.zeros(0, dtype=np.int32)] * len(prompts)
+    # Prompts of like lengths together: little padding.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    devices = [model.device] if model.device.type == "cuda" else []
+    with scorer.plain(model), torch.random.fork_rng(devices=devices), precision():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in part], pad)
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+            )
+            for i, row in zip(part, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
+                ended = np.isin(row, ends).nonzero()[0]
+                length = ended[0] + 1 if len(ended) else len(row)
+                answers[i] = row[:length].astype(np.int32)
+    return answers
+
+
+def _left_padded(sequences: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
+    """Sequences that end together, and which of their places are used; (B, P) int64 each."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.as_tensor(sequence, dtype=torch.int64)
+        mask[row, width - len(sequence) :] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def sampled_divergences(
+    policy: Any,
+    reference: Any,
+    scorer: Scorer,
+    prompts: Sequence[Ids],
+    answers: Sequence[Ids],
+    *,
+    pad: int,
+    precision: Precision = contextlib.nullcontext,
+) -> list[float]:
+    """An unbiased estimate of KL(policy || reference) from each answer that the policy drew.
+
+    At every token of the answer the divergence of the two next-token distributions is taken
+    exactly, over the whole vocabulary, and summed up. Its expectation over the policy's answers is
+    the divergence of the distributions of answers (of at most so many tokens), and it varies less
+    than log pi(y) - log pi_ref(y) (the Rao-Blackwellised estimator of Amini et al., 2504.10637).
+
+    Args:
+        policy: The model that drew the answers.
+        reference: The model to compare with; same vocabulary.
+        scorer: The scorer that prepared both.
+        prompts: Token ids of each prompt, shapes (P,).
+        answers: Token ids of each answer, shapes (R,), R >= 1.
+        pad: Any token id, to stand where nothing is.
+        precision: The context to compute in.
+
+    Returns:
+        Nats, one number for each answer, none below 0 but by rounding.
+    """
+    values = [0.0] * len(answers)
+    vocabulary = policy.get_output_embeddings().weight.shape[0]
+    order = sorted(range(len(answers)), key=lambda i: -(len(prompts[i]) + len(answers[i])))
+    with scorer.plain(policy), scorer.plain(reference), precision():
+        for part in _parts(order, prompts, answers, vocabulary):
+            ids, mask = _left_padded([prompts[i] for i in part], pad)
+            longest = max(len(answers[i]) for i in part)
+            tail = torch.full((len(part), longest), pad, dtype=torch.int64)
+            used = torch.zeros_like(tail)
+            for row, i in enumerate(part):
+                tail[row, : len(answers[i])] = torch.as_tensor(answers[i], dtype=torch.int64)
+                used[row, : len(answers[i])] = 1
+            inputs = torch.cat([ids, tail], dim=1).to(policy.device)
+            seen = torch.cat([mask, used], dim=1).to(policy.device)
+            p = _next_token_logps(policy, inputs, seen, longest)
+            q = _next_token_logps(reference, inputs, seen, longest)
+            # A token that cannot come adds nothing, also where it cannot in the reference either.
+            terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+            divergence = terms.sum(-1) * used.to(p.device)
+            for i, value in zip(part, divergence.sum(1).tolist(), strict=True):
+                values[i] = value
+    return values
+
+
+def _parts(
+    order: Sequence[int], prompts: Sequence[Ids], answers: Sequence[Ids], vocabulary: int
+) -> list[list[int]]:
+    """Batches of the longest first, as large as the memory for vocabulary scores allows."""
+    parts: list[list[int]] = []
+    widths: list[int] = []
+    for i in order:
+        width = len(prompts[i]) + len(answers[i])
+        if parts and (len(parts[-1]) + 1) * max(widths[-1], width) * vocabulary <= _PASS_SCORES:
+            parts[-1].append(i)
+            widths[-1] = max(widths[-1], width)
+        else:
+            parts.append([i])
+            widths.append(width)
+    return parts
+
+
+def _next_token_logps(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Log-probabilities of every token at the last ``count`` places, (B, count, V), float32."""
+    arguments: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments["logits_to_keep"] = count + 1
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        **arguments,
+    ).logits
+    logps: Tensor = logits[:, -count - 1 : -1].float().log_softmax(-1)
+    return logps

@@ -1,0 +1,133 @@
+"""Judges of answers: a reward model, or a function of one of the user's own modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.loading import (
+    check_reward_model,
+    load_reward_model,
+    load_tokenizer,
+    max_positions,
+)
+from dpo_lightning.plugins import SCORERS, Prompt, ScoreFunction, find_scorer
+
+
+def make_scorer(
+    name: str, plugins: Sequence[str], *, device: torch.device, batch_size: int
+) -> Callable[[list[Prompt], list[str]], list[float]]:
+    """The scorer that ``evaluation.scorer`` names, checked as far as it can be beforehand.
+
+    Args:
+        name: A function of a plugin, or a folder or hub id of a reward model.
+        plugins: The modules that were loaded.
+        device: Where a reward model runs.
+        batch_size: How many answers it reads at once.
+
+    Returns:
+        A function from prompts and answers to a finite number for each.
+
+    Raises:
+        UserError: If there is no such function or model.
+    """
+    function = find_scorer(name, plugins)
+    if function is None:
+        _check_is_model(name, plugins)
+        function = _RewardModel(name, device=device, batch_size=batch_size)
+    chosen: ScoreFunction = function
+
+    def score(prompts: list[Prompt], answers: list[str]) -> list[float]:
+        try:
+            scores = [float(value) for value in chosen(prompts, answers)]
+        except UserError:
+            raise
+        except Exception as error:  # the user's own code
+            raise UserError(f"evaluation.scorer={name}: {type(error).__name__}: {error}") from error
+        if len(scores) != len(answers):
+            raise UserError(
+                f"evaluation.scorer={name}: {len(scores)} scores for {len(answers)} answers; it "
+                "takes a list of prompts and a list of answers and returns a number for each"
+            )
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"evaluation.scorer={name}: a score is not finite")
+        return scores
+
+    return score
+
+
+def _check_is_model(name: str, plugins: Sequence[str]) -> None:
+    if plugins and "/" not in name and not Path(name).exists():
+        known = ", ".join(sorted(SCORERS)) or "none"
+        raise UserError(
+            f"evaluation.scorer={name}: no plugin registers it (registered: {known}); it may be "
+            f"{plugins[0]}.<function>, or a folder or hub id of a reward model"
+        )
+
+
+class _RewardModel:
+    """A sequence-classification model with one output, which is the score.
+
+    Args:
+        source: A folder or a hub id.
+        device: Where it runs.
+        batch_size: How many answers it reads at once.
+    """
+
+    def __init__(self, source: str, *, device: torch.device, batch_size: int) -> None:
+        self._source = source
+        self._device = device
+        self._batch_size = batch_size
+        # What is wrong with it is better known before the training than behind it.
+        self._config = check_reward_model(source, key="evaluation.scorer")
+        self._tokenizer = load_tokenizer(source, key="evaluation.scorer", needs_eos=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Prompt], answers: list[str]) -> list[float]:
+        """The score of each answer; the model is in memory only for as long."""
+        model = load_reward_model(self._source, self._config, key="evaluation.scorer")
+        model.to(self._device).eval()
+        texts = [self._text(p, a) for p, a in zip(prompts, answers, strict=True)]
+        ids = [self._tokenizer(t, add_special_tokens=special)["input_ids"] for t, special in texts]
+        limit = max_positions(self._config) or max(map(len, ids))
+        # Of what is too long the end, which holds the answer, counts.
+        ids = [i[-limit:] for i in ids]
+        if model.config.pad_token_id is None:
+            # The model looks for the last token that is none of these: any unused one will do.
+            used = {token for i in ids for token in i}
+            model.config.pad_token_id = next(n for n in range(len(used) + 1) if n not in used)
+        scores = [0.0] * len(ids)
+        # Answers of like lengths together: little padding.
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), self._batch_size):
+            part = order[start : start + self._batch_size]
+            width = max(len(ids[i]) for i in part)
+            batch = torch.full((len(part), width), model.config.pad_token_id, dtype=torch.int64)
+            mask = torch.zeros_like(batch)
+            for row, i in enumerate(part):
+                batch[row, : len(ids[i])] = torch.tensor(ids[i])
+                mask[row, : len(ids[i])] = 1
+            logits = model(
+                input_ids=batch.to(self._device), attention_mask=mask.to(self._device)
+            ).logits
+            for i, value in zip(part, logits[:, 0].float().tolist(), strict=True):
+                scores[i] = value
+        return scores
+
+    def _text(self, prompt: Prompt, answer: str) -> tuple[str, bool]:
+        """Prompt and answer as the model was taught to read them, and whether to add BOS."""
+        if self._tokenizer.chat_template:
+            messages: list[Any] = (
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            )
+            messages.append({"role": "assistant", "content": answer.strip()})
+            return self._tokenizer.apply_chat_template(messages, tokenize=False), False
+        if isinstance(prompt, str):
+            return prompt + answer, True
+        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt]
+        return "\n\n".join([*turns, f"Assistant: {answer.strip()}"]), True

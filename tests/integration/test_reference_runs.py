@@ -1,0 +1,170 @@
+"""What a run computes of its reference, and what it finds: counts of `result.json.reference`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import TINY, Run, run_train
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Messages, so that the chat template matters, some of them too long for 60 tokens."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "prompt": [{"role": "user", "content": f"Add {i}."}],
+                "chosen": [{"role": "assistant", "content": f"{i + 1} " * (1 + i % 9)}],
+                "rejected": [{"role": "assistant", "content": "no" + "!" * (i % 5)}],
+            }
+        )
+        for i in range(24)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+BASE = (
+    *("data.truncation=response", "data.max_length=100", "data.batch_size=8"),
+    *("evaluation.samples=0", "data.eval_fraction=0.2", "trainer.accelerator=cpu"),
+)
+
+
+@pytest.fixture
+def train(tmp_path, tiny_model, rows):
+    """Runs on the rows with a cache of the test's own."""
+    runs = iter(range(100))
+
+    def run(*overrides: str) -> Run:
+        own = [f"reference.cache_dir={tmp_path / 'cache'}", f"model.pretrained={tiny_model}"]
+        named = {line.partition("=")[0] for line in overrides}
+        base = [
+            line
+            for line in (*own, f"data.train={rows}", *BASE)
+            if line.partition("=")[0] not in named
+        ]
+        done = run_train(tmp_path / f"run-{next(runs)}", *base, *overrides)
+        assert done.code == 0
+        return done
+
+    return run
+
+
+def counts(run: Run) -> tuple[int, int]:
+    reference = run.result["reference"]
+    assert reference["rows"] == reference["computed"] + reference["cached"]
+    return reference["rows"], reference["computed"]
+
+
+def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, rows, tmp_path):
+    first = train()
+    assert counts(first) == (24, 24)
+    moved = tmp_path / "moved.jsonl"
+    lines = rows.read_text().splitlines()
+    moved.write_text("".join(f"{line}\n" for line in lines[::-1]))
+    for overrides in (
+        [],
+        ["beta=0.7"],
+        ["optimizer.lr=1e-3"],
+        ["seed=5"],
+        ["data.batch_size=4"],
+        ["data.micro_batch_tokens=128"],
+        ["loss.label_smoothing=0.2"],
+        [f"data.train={moved}"],
+        ["data.split_seed=3"],
+        ["trainer.max_epochs=2"],
+    ):
+        assert counts(train(*overrides)) == (24, 0), overrides
+    assert counts(train("reference=none")) == (0, 0)
+    assert counts(train("loss=sft")) == (0, 0)
+
+
+def test_one_more_row_computes_that_row(train, rows, tmp_path):
+    train()
+    more = tmp_path / "more.jsonl"
+    added = {"prompt": "Say", "chosen": " yes", "rejected": " never"}
+    more.write_text(rows.read_text() + json.dumps(added) + "\n")
+    # A string prompt needs no template; mixed files have both.
+    assert counts(train(f"data.train={more}")) == (25, 1)
+
+
+def test_a_changed_weight_template_type_or_length_computes_anew(train, tiny_model, tmp_path):
+    train()
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_model, changed)
+    model = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] += 1e-3
+    model.save_pretrained(changed)
+    assert counts(train(f"model.pretrained={changed}")) == (24, 24)
+    # The other model as a reference of the first one: the same numbers.
+    assert counts(train(f"reference.pretrained={changed}")) == (24, 0)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert counts(train(f"data.chat_template='{template}'")) == (24, 24)
+    assert counts(train("model.dtype=bfloat16"))[1] == 24
+    assert counts(train("trainer.precision=bf16-mixed"))[1] == 24
+    # Twelve of the rows have a response that 30 tokens cut shorter than 100 do, or more of them.
+    computed = counts(train("data.max_length=30"))[1]
+    assert 0 < computed < 24
+    assert counts(train("data.max_length=30", "beta=2")) == (24, 0)
+
+
+def test_cached_and_live_references_are_the_same_run(train):
+    """Both equal a plain loop: the first loss is ln 2 and the curves agree to rounding."""
+    live = train("reference=live", "trainer.max_epochs=2")
+    cached = train("reference=cached", "trainer.max_epochs=2")
+    again = train("reference=auto", "trainer.max_epochs=2")
+    for name in ("train/loss", "eval/loss", "train/logratios/margins", "eval/logps/chosen"):
+        assert cached.values(name) == pytest.approx(live.values(name), rel=1e-4, abs=1e-6), name
+        assert again.values(name) == cached.values(name), name
+    assert cached.values("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert counts(live)[1] == counts(live)[0] > 24
+    assert counts(cached) == (24, 24)
+    assert counts(again) == (24, 0)
+
+
+def test_the_cached_numbers_are_the_models(train, tiny_model, tmp_path):
+    """Every stored value is a sum over the response's tokens of a plain forward pass."""
+    from safetensors.numpy import load_file
+
+    from dpo_lightning.reference_cache import response_key
+
+    source = tmp_path / "plain.jsonl"
+    source.write_text('{"prompt": "A b", "chosen": " c d", "rejected": " e!"}\n' * 2)
+    train(f"data.train={source}", "data.eval_fraction=0", "data.max_dropped=1")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompt = tokenizer("A b")["input_ids"]
+    [path] = (tmp_path / "cache").glob("reference/*/*.safetensors")
+    part = load_file(path)
+    stored = {k.tobytes(): v for k, v in zip(part["keys"], part["logps"], strict=True)}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    for text in (" c d", " e!"):
+        response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+        start = len(prompt) - 1
+        plain = sum(logps[start + i, t].item() for i, t in enumerate(response))
+        assert stored[response_key(prompt, response)] == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_cache_that_is_no_folder_costs_a_warning(train, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    run = train(f"reference.cache_dir={tmp_path / 'file'}")
+    assert counts(run) == (24, 24)
+    log = (run.folder / "train.log").read_text()
+    assert "cannot be used" in log
+    assert "reference.cache_dir=" in log
+
+
+def test_the_embedded_task_is_cached_too(tmp_path):
+    cache = f"reference.cache_dir={tmp_path / 'cache'}"
+    first = run_train(tmp_path / "a", *TINY, cache)
+    second = run_train(tmp_path / "b", *TINY, cache, "beta=3")
+    assert counts(first)[1] == 136
+    assert counts(second) == (136, 0)
