@@ -11,12 +11,10 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 
 import argparse
 import dataclasses
-import enum
-import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,8 +31,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.config import Config, register
+from dpo_lightning.config import CONF, Config, LoggerConfig, register
 from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.folders import (
+    cannot_write,
+    hydra_override,
+    is_fixed,
+    prepare_folder,
+    resumed_sweep,
+)
+from dpo_lightning.lifeline import watch_lifeline
 from dpo_lightning.overrides import (
     flag_parser,
     hydra_error,
@@ -43,20 +49,37 @@ from dpo_lightning.overrides import (
     parse_overrides,
     raise_all,
 )
+from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.validation import validate
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 # Exit codes of a run that a signal ended.
 _STOPPED = (130, 143)
 
 
-class _Sweep(enum.Enum):
-    """Whether there are several trials, and where they run."""
+class _Job:
+    """What Hydra runs: a run, or each trial of a sweep in this process.
 
-    NO = enum.auto()
-    IN_PROCESS = enum.auto()
-    ELSEWHERE = enum.auto()
+    Args:
+        sweep: What is known of the sweep; None for one run.
+        in_process: Whether the trials of a sweep share this process.
+
+    Attributes:
+        codes: Exit codes of what ran in this process.
+        trials: The trials that the launcher ran elsewhere; it adds them.
+    """
+
+    def __init__(self, sweep: SweepFacts | None, *, in_process: bool = True) -> None:
+        self.sweep = sweep
+        self.in_process = in_process
+        self.codes: list[int] = []
+        self.trials: list[Trial] = []
+
+    def __call__(self, cfg: DictConfig) -> int:
+        """Run one experiment in this process."""
+        self.codes.append(_run_one(cfg, is_trial=self.sweep is not None))
+        if self.sweep is not None and self.codes[-1] in _STOPPED:
+            raise SystemExit(self.codes[-1])  # whoever stopped a trial meant the sweep
+        return self.codes[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what a run itself ended with.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    watch_lifeline()
     version.setbase("1.3")
     register()
     try:
@@ -103,19 +127,19 @@ def _main(argv: list[str]) -> int:
         _check_shown(args)
         _through_hydra(args, parser, _never)
         return 0
-    sweep = _check(args)
-    codes: list[int] = []
+    job = _check(args)
+    if job.sweep is None:
+        _through_hydra(args, parser, job)
+        return job.codes[0]
+    from dpo_lightning.sweeps.finish import finish_sweep, show_stopped
 
-    def job(cfg: DictConfig) -> int:
-        codes.append(_run_one(cfg, sweep=sweep))
-        if sweep is _Sweep.IN_PROCESS and codes[-1] in _STOPPED:
-            raise SystemExit(codes[-1])  # whoever stopped a trial meant the sweep
-        return codes[-1]
-
-    _through_hydra(args, parser, job)
-    if sweep is not _Sweep.NO:
-        return 1 if any(codes) else 0
-    return codes[0]
+    try:
+        _through_hydra(args, parser, job)
+    except (KeyboardInterrupt, SystemExit):
+        show_stopped(job.sweep, job.trials)
+        raise
+    finished = finish_sweep(job.sweep, job.trials)
+    return 0 if finished and not any(job.codes) else 1
 
 
 def _never(cfg: DictConfig) -> NoReturn:
@@ -190,7 +214,7 @@ def _check_shown(args: argparse.Namespace) -> None:
     _compose(hydra, args, _lines(fixed))
 
 
-def _check(args: argparse.Namespace) -> _Sweep:
+def _check(args: argparse.Namespace) -> _Job:
     """Check all that will run, and give it a folder of its own."""
     hydra = _hydra(args)
     overrides = _overrides(args, hydra)
@@ -198,94 +222,85 @@ def _check(args: argparse.Namespace) -> _Sweep:
     cfg = _compose(hydra, args, _lines(fixed))
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
-        validate(cfg, explicit_run_dir=_is_fixed(cfg, "run.dir"))
-        _prepare_folder(args, cfg, "run.dir")
-        return _Sweep.NO
+        config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
+        if config.sweep.resume is not None:
+            raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
+        _with_folder(args, cfg, "run.dir")
+        return _Job(None)
     args.multirun = True  # also where hydra.mode says it
-    is_fixed = _is_fixed(cfg, "sweep.dir")
     in_process = _is(cfg.hydra.launcher, "BasicLauncher")
+    cfg = _with_resumed_folder(hydra, args, cfg, _lines(fixed))
+    explicit = is_fixed(cfg, "sweep.dir")
+    if OmegaConf.select(cfg, "resume") is not None and not in_process:
+        raise UserError(
+            f"resume={cfg.resume} continues one run; a sweep goes on with sweep.resume=last or "
+            "hydra.sweep.dir=<its folder>"
+        )
     if _is(cfg.hydra.sweeper, "BasicSweeper"):
         # The grid may also stand in a file, as hydra.sweeper.params.
         params = (cfg.hydra.sweeper.params or {}).items()
         overrides = [*parse_overrides(f"{key}={value}" for key, value in params), *overrides]
         fixed, swept = _by_sweep(overrides)
-        raise_all(
-            _trial_problems(
-                hydra, args, overrides, in_process=in_process, explicit_run_dir=is_fixed
-            )
+        configs = _check_trials(
+            hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
         )
+        if _is(cfg.hydra.launcher, "DevicesLauncher"):
+            from dpo_lightning.sweeps.launch import check_trials
+
+            check_trials(cfg.hydra.launcher, configs)
     if swept:
         # A trial's folder is named by what differs between the trials.
-        keys = ",".join(f"'{key}'" for key in sorted({line.key_or_group for line in fixed}))
+        by_key = {line.key_or_group for line in swept}
+        keys = ",".join(f"'{key}'" for key in sorted({o.key_or_group for o in fixed} - by_key))
         args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
-    _prepare_folder(args, cfg, "sweep.dir")
-    return _Sweep.IN_PROCESS if in_process else _Sweep.ELSEWHERE
+    folder = _with_folder(args, cfg, "sweep.dir")
+    logger = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LoggerConfig), cfg.logger))
+    assert isinstance(logger, LoggerConfig)
+    facts = SweepFacts(folder, named=explicit, metric=cfg.sweep.metric, logger=logger)
+    return _Job(facts, in_process=in_process)
+
+
+def _with_resumed_folder(
+    hydra: Hydra, args: argparse.Namespace, cfg: DictConfig, lines: list[str]
+) -> DictConfig:
+    """The config with the folder that ``sweep.resume`` names as its ``hydra.sweep.dir``."""
+    wanted = OmegaConf.select(cfg, "sweep.resume")
+    if wanted is None:
+        return cfg
+    args.overrides.append(hydra_override("sweep.dir", resumed_sweep(wanted, cfg)))
+    return _compose(hydra, args, [*lines, args.overrides[-1]])
+
+
+def _with_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> Path:
+    folder, overrides = prepare_folder(cfg, key)
+    args.overrides += overrides
+    return folder
 
 
 def _is(node: DictConfig, name: str) -> bool:
     return str(node.get("_target_", "")).endswith(f".{name}")
 
 
-def _trial_problems(
+def _check_trials(
     hydra: Hydra,
     args: argparse.Namespace,
     grid: list[Override],
     *,
     in_process: bool,
     explicit_run_dir: bool,
-) -> Iterator[str]:
-    """What is wrong with any trial of a grid."""
+) -> list[Config]:
+    """The settings of every trial of a grid; what is wrong with any of them is raised at once."""
     of_hydra = [override for override in grid if override.is_hydra_override()]
     of_task = [override for override in grid if not override.is_hydra_override()]
+    configs, problems = [], []
     for trial in BasicSweeper.split_arguments(of_task, max_batch_size=None)[0]:
         try:
             cfg = _compose(hydra, args, [*_lines(of_hydra), *trial])
-            validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir)
+            configs.append(validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir))
         except UserError as error:
-            yield str(error)
-
-
-def _is_fixed(cfg: DictConfig, key: str) -> bool:
-    """Whether ``hydra.<key>`` is the same at every start, and not one made from the time."""
-    section, _, name = key.partition(".")
-    unresolved = OmegaConf.to_container(cfg.hydra[section], resolve=False)
-    assert isinstance(unresolved, dict)
-    return "${now" not in str(unresolved[name])
-
-
-def _prepare_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> None:
-    """Check ``hydra.<key>``; make it, under a name that nothing else has, where time names it."""
-    try:
-        folder = str(OmegaConf.select(cfg.hydra, key) or "")
-    except OmegaConfBaseException as error:
-        raise UserError(hydra_error(error)) from error
-    if not folder:
-        raise UserError(f"hydra.{key}= has no value: needs a folder")
-    if Path(folder).is_file():
-        raise UserError(f"hydra.{key}={folder} is a file; needs a folder")
-    if _is_fixed(cfg, key):
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: processes that something else starts must "
-            f"agree on one folder; name it with hydra.{key}=<folder>"
-        )
-    # Another start of the same second may have taken it.
-    for number in itertools.count(1):
-        taken = Path(folder if number == 1 else f"{folder}-{number}")
-        try:
-            taken.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(_cannot_write(error)) from error
-    escaped = str(taken).replace("\\", "\\\\").replace("'", "\\'")
-    args.overrides.append(f"hydra.{key}='{escaped}'")
-
-
-def _cannot_write(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}; name another folder, hydra.run.dir=<folder>"
+            problems.append(str(error))
+    raise_all(problems)
+    return configs
 
 
 def _through_hydra(
@@ -301,20 +316,20 @@ def _through_hydra(
             config_name="config",
         )
     except OSError as error:
-        raise UserError(_cannot_write(error)) from error
+        raise UserError(cannot_write(error, "sweep.dir" if args.multirun else "run.dir")) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # Not out of a job: that lets nothing but an exit and a keyboard interrupt through.
         raise UserError(hydra_error(error)) from error
 
 
-def _run_one(cfg: DictConfig, *, sweep: _Sweep) -> int:
+def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
     """Run one experiment in the folder that Hydra made; returns its exit code, never raises."""
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
-    prefix = "" if sweep is _Sweep.NO else f"{' '.join(overrides)}: "
+    prefix = f"{' '.join(overrides)}: " if is_trial else ""
     try:
         # By now the folder has a fixed name, whoever gave it: resume=auto was judged before.
-        config = validate(cfg, multirun=sweep is _Sweep.IN_PROCESS, explicit_run_dir=True)
+        config = validate(cfg, multirun=is_trial, explicit_run_dir=True)
         return _start(config, run_dir=Path(hydra.runtime.output_dir), overrides=overrides)
     except DpoLightningError as error:
         if OmegaConf.select(cfg, "debug.traceback"):

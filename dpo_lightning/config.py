@@ -8,6 +8,7 @@ in :mod:`dpo_lightning.validation`. Nothing here imports torch: a wrong key is a
 import hashlib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +19,17 @@ SCHEMA = "schema"
 
 FREE_FORM = ("model.config_overrides", "data.columns")
 """Mappings whose keys belong to the user: any key may be set in them."""
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+"""The config files; ``train.py`` stands beside this folder."""
+
+RANKING_METRICS = (
+    "controlled/expected_reward",
+    "samples/score",
+    "samples/win_rate",
+    "eval/rewards/accuracies",
+)
+"""By what trials may be ranked: none of them scales with beta, and more is better in all."""
 
 LARGEST_SEED = 2**32 - 1
 LONGEST_NAME = 80
@@ -120,11 +132,14 @@ class LossConfig:
 class ReferenceConfig:
     """Where the reference log-probabilities come from."""
 
-    # live is a frozen copy in memory; none trains without one; auto is live where a loss needs it.
-    kind: str = _setting("auto", choices=("auto", "live", "none"))
+    # cached computes each row once ever; live is a frozen copy in memory; none trains without one;
+    # auto is cached where the loss needs a reference.
+    kind: str = _setting("auto", choices=("auto", "cached", "live", "none"))
     # A local folder or a hub id; null is the policy as it starts.
     pretrained: str | None = None
     revision: str | None = None
+    # Where cached log-probabilities are kept; null: $DPO_LIGHTNING_CACHE, or outputs/cache.
+    cache_dir: str | None = None
 
 
 @dataclass
@@ -223,9 +238,26 @@ class EvaluationConfig:
 
     # null: at the end of each pass over the data.
     every_n_steps: int | None = _setting(None, least=1)
-    # Prompts that policy and reference answer before and after; 0 for none.
-    samples: int = _setting(4, least=0)
+    # Answers that the trained policy draws to prompts of the evaluation set, by which its KL
+    # divergence from the reference is estimated and which the scorer judges; 0 for none.
+    samples: int = _setting(128, least=0)
+    # Longest answer; beyond it neither KL nor score see anything.
     max_new_tokens: int = _setting(64, least=1)
+    # Answers that are drawn or scored at once.
+    batch_size: int = _setting(64, least=1)
+    # Judges the answers of policy and reference: a folder or hub id of a reward model (sequence
+    # classification), or the name of a function of one of the plugins.
+    scorer: str | None = None
+
+
+@dataclass
+class SweepConfig:
+    """What concerns a sweep as a whole; hydra.launcher says where and how its trials run."""
+
+    # last, or a sweep's folder: does there what is missing.
+    resume: str | None = None
+    # What its report ranks by; null: the first of these that the trials have.
+    metric: str | None = _setting(None, choices=RANKING_METRICS)
 
 
 @dataclass
@@ -247,6 +279,10 @@ class Config:
     name: str | None = None
     # A checkpoint, a run's folder, or auto: the newest one in an explicit hydra.run.dir.
     resume: str | None = None
+    # Modules of your own, by their import names; they may register what the settings then name.
+    plugins: list[str] = field(
+        default_factory=list, metadata={"expected": "a list of import names, such as [my_scorers]"}
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -257,6 +293,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 

@@ -144,8 +144,8 @@ def _objective(config: Config) -> Iterator[str]:
                 f"loss.label_smoothing={loss.label_smoothing:g}: loss=sft compares no pairs; "
                 "leave it at 0"
             )
-        if reference.kind == "live":
-            yield "reference=live: loss=sft uses no reference; use reference=auto"
+        if reference.kind in ("cached", "live"):
+            yield f"reference={reference.kind}: loss=sft uses no reference; use reference=auto"
         if reference.pretrained is not None:
             yield (
                 f"reference.pretrained={reference.pretrained}: loss=sft uses no reference; "
@@ -185,8 +185,8 @@ def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
         several.append(f"trainer.num_nodes={trainer.num_nodes}")
     if multirun and several:
         yield (
-            f"{' '.join(several)}: the trials of a sweep share one process, which has one device; "
-            "run the betas one after the other without -m"
+            f"{' '.join(several)}: the trials of hydra/launcher=basic share one process, which has "
+            "one device; use hydra/launcher=devices"
         )
 
 
@@ -201,6 +201,19 @@ def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
             f"resume={config.resume}: no such checkpoint or run folder, seen from {Path.cwd()}; "
             "resume=auto takes the newest one of hydra.run.dir"
         )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.scorer is None:
+        return
+    if evaluation.samples == 0:
+        yield (
+            f"evaluation.scorer={evaluation.scorer} has nothing to score with "
+            "evaluation.samples=0; raise that"
+        )
+    if not config.plugins:  # else it may be the name of a function
+        yield from _model_folder("evaluation.scorer", evaluation.scorer, ("config.json",))
 
 
 def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:
@@ -219,3 +232,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _objective(config)
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
+    yield from _evaluation(config)

@@ -1,31 +1,18 @@
-"""Where metrics go: metrics.jsonl always, and wandb or csv files where the user wants them.
-
-wandb is reached through here alone.
-"""
+"""Where metrics go: metrics.jsonl always, and wandb or csv files where the user wants them."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.errors import UserError
 from dpo_lightning.results import finite
-
-log = logging.getLogger(__name__)
-
-# Everything is drawn over optimizer steps.
-_STEP = "trainer/global_step"
+from dpo_lightning.wandb_runs import STEP, LoggerSettings, finish_run, start_run
 
 
 class JsonlLogger(Logger):
@@ -86,20 +73,13 @@ class JsonlLogger(Logger):
         """The configuration has files of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoggerSettings:
-    """The ``logger`` group."""
-
-    name: str
-    project: str
-    entity: str | None
-    mode: str
-    tags: tuple[str, ...]
-    group: str | None
-
-
 def make_logger(
-    settings: LoggerSettings, *, run_name: str, folder: Path, config: Mapping[str, Any]
+    settings: LoggerSettings,
+    *,
+    run_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    continued: bool,
 ) -> Logger | None:
     """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
 
@@ -108,6 +88,7 @@ def make_logger(
         run_name: Name of the run.
         folder: The run's folder.
         config: The resolved configuration.
+        continued: Whether the run goes on from where the folder's last one was.
 
     Raises:
         UserError: If wandb cannot start even offline.
@@ -116,67 +97,14 @@ def make_logger(
         return None
     if settings.name == "csv":
         return CSVLogger(save_dir=folder, name="", version="csv")
-    import wandb
-
-    def start(mode: Any) -> Any:
-        return wandb.init(
-            mode=mode,
-            project=settings.project,
-            entity=settings.entity,
-            name=run_name,
-            group=settings.group,
-            tags=list(settings.tags),
-            dir=folder,
-            config=dict(config),
-            resume="allow",
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )
-
-    try:
-        mode = wandb_mode(settings.mode)
-        if mode == "disabled":
-            return None
-        try:
-            run = start(mode)
-        except wandb.Error:
-            if mode != "online" or settings.mode == "online":
-                raise
-            log.info("wandb: the server refused this run, so it is recorded offline")
-            run = start("offline")
-    except Exception as error:  # whatever its environment, files and settings hold
-        raise UserError(
-            f"logger=wandb: {' '.join(str(error).split())}; logger.mode=offline records it here, "
-            "logger=csv or logger=none goes without"
-        ) from error
+    run = start_run(settings, run_name=run_name, folder=folder, config=config, continued=continued)
+    if run is None:
+        return None
     # Axes are defined before anything is logged: later, it has no effect on what is there.
-    run.define_metric(_STEP)
-    for prefix in ("train", "eval", "controlled"):
-        run.define_metric(f"{prefix}/*", step_metric=_STEP)
+    run.define_metric(STEP)
+    for prefix in ("train", "eval", "controlled", "samples"):
+        run.define_metric(f"{prefix}/*", step_metric=STEP)
     return WandbLogger(experiment=run)
-
-
-def wandb_mode(mode: str) -> str:
-    """Resolves ``logger.mode=auto``: online when logged in and the server answers, else offline.
-
-    ``WANDB_MODE`` in the environment decides first, as users of wandb expect.
-    """
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    if not wandb.login(prompt=False, verify=False):
-        log.info("wandb: not logged in, so this run is recorded offline (wandb login changes that)")
-        return "offline"
-    server = urlparse(wandb.setup().settings.base_url)
-    port = server.port or (443 if server.scheme == "https" else 80)
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=3).close()
-    except OSError:
-        log.info("wandb: %s does not answer, so this run is recorded offline", server.hostname)
-        return "offline"
-    return "online"
 
 
 def log_table(
@@ -199,8 +127,4 @@ def finish_logger(
     """
     if not isinstance(logger, WandbLogger):
         return None
-    run = logger.experiment
-    run.summary.update(dict(summary))
-    where = f"wandb sync {run.settings.sync_dir}" if run.offline else run.url
-    run.finish(exit_code=exit_code)
-    return str(where)
+    return finish_run(logger.experiment, summary=summary, exit_code=exit_code)

@@ -23,7 +23,10 @@ from dpo_lightning.consistency import inconsistencies
 from dpo_lightning.errors import UserError
 
 # Groups and Hydra's own keys that a typo may have meant, beside the keys of the schema.
-_OTHER_KEYS = ("experiment", "hydra.run.dir", "hydra.sweep.dir")
+_OTHER_KEYS = (
+    *("experiment", "hydra.run.dir", "hydra.sweep.dir", "hydra.launcher.devices"),
+    *("hydra.launcher.max_failures", "hydra.launcher.retries"),
+)
 
 _BATCH = (
     "data.batch_size counts the groups of an optimizer step and data.micro_batch_tokens bounds "
@@ -270,6 +273,9 @@ def _valid_max_time(value: str) -> bool:
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,
+    "plugins": lambda value: all(
+        re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in value
+    ),
     "trainer.devices": _valid_devices,
     "trainer.max_time": _valid_max_time,
 }
@@ -316,6 +322,8 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         (config.model, "tokenizer"),
         (config.model, "config"),
         (config.reference, "pretrained"),
+        (config.reference, "cache_dir"),
+        (config.evaluation, "scorer"),
         (config.data, "train"),
         (config.data, "eval"),
         (config.data, "chat_template"),

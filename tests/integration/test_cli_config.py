@@ -75,6 +75,7 @@ def experiment(name: str, text: str) -> list[str]:
 
 
 OWN = "data.train=rows.jsonl model.pretrained=model"
+BASIC = "hydra/launcher=basic"
 
 # What is typed; what the one line must name: the key with its value, and the remedy.
 WRONG: list[tuple[str, list[str]]] = [
@@ -160,9 +161,23 @@ WRONG: list[tuple[str, list[str]]] = [
     # sweeps
     ("-m beta=0.1,-1", ["beta=-1", "above 0"]),
     ("-m model=llama,lama", ["model=lama", "model=llama?"]),
-    ("-m beta=0.1,0.5 trainer.devices=2", ["trainer.devices=2", "without -m"]),
-    ("-m beta=0.1,0.5 trainer.devices=[0,1]", ["trainer.devices=[0, 1]", "without -m"]),
-    ("-m beta=0.1,0.5 resume=auto", ["resume=auto"]),
+    (f"-m {BASIC} beta=0.1,0.5 trainer.devices=2", ["trainer.devices=2", "launcher=devices"]),
+    (f"-m {BASIC} beta=1,2 trainer.devices=[0,1]", ["trainer.devices=[0, 1]", "launcher=devices"]),
+    (f"-m {BASIC} beta=0.1,0.5 resume=auto", ["resume=auto"]),
+    ("-m beta=0.1,0.5 resume=auto", ["resume=auto", "sweep.resume=last"]),
+    ("-m bta=0.1,0.2", ["bta", "did you mean `beta`?"]),
+    ("-m beta=0.1,0.5 trainer.accelerator=cpu trainer.devices=65", ["=65", "launcher.devices=65"]),
+    ("-m beta=0.1,0.5 trainer.num_nodes=2", ["trainer.num_nodes=2", "trainer.num_nodes=1"]),
+    ("-m beta=1 hydra.launcher.devices=0", ["hydra.launcher.devices=0", "at least 1"]),
+    ("-m beta=1 hydra.launcher.devices=[]", ["hydra.launcher.devices=[]", "auto"]),
+    ("-m beta=1 hydra.launcher.retries=-1", ["hydra.launcher.retries=-1", "at least 0"]),
+    ("-m beta=1 hydra.launcher.max_failures=-1", ["hydra.launcher.max_failures=-1"]),
+    ("-m beta=1 hydra.launcher.retry=1", ["hydra.launcher.retry", "hydra.launcher.retries"]),
+    ("-m beta=1,2 sweep.resume=nowhere", ["sweep.resume=nowhere", "sweep.resume=last"]),
+    ("-m beta=1,2 sweep.resume=last", ["sweep.resume=last", "leave it out"]),
+    ("-m beta=1 sweep.resume=last hydra.sweep.dir=s", ["sweep.resume=last", "hydra.sweep.dir=s"]),
+    ("sweep.resume=last", ["sweep.resume=last", "add -m"]),
+    ("-m beta=1 sweep.metric=rewards/margins", ["sweep.metric", "controlled/expected_reward"]),
     ("-m hydra.job.name=a,b", ["hydra.job.name"]),
     # several at once
     ("beta=-1 seed=-1", ["beta=-1", "seed=-1"]),
@@ -367,7 +382,9 @@ def test_every_group_has_its_default_in_the_list() -> None:
 def test_a_sweep_runs_each_trial_in_a_folder_named_by_what_differs(
     place: Path, recorder: Recorder
 ) -> None:
-    assert cli.main(["-m", "beta=0.1,0.5", "logger=none", "seed=1,2", "hydra.sweep.dir=s"]) == 0
+    assert (
+        cli.main(["-m", "beta=0.1,0.5", "logger=none", "seed=1,2", "hydra.sweep.dir=s", BASIC]) == 0
+    )
     assert [(config.beta, config.seed) for config, *_ in recorder.starts] == [
         (0.1, 1),
         (0.1, 2),
@@ -383,7 +400,7 @@ def test_a_sweep_runs_each_trial_in_a_folder_named_by_what_differs(
 
 def test_a_sweep_may_stand_in_a_file(place: Path, recorder: Recorder) -> None:
     grid = 'hydra: {mode: MULTIRUN, sweeper: {params: {beta: "0.3,0.4"}}}\n'
-    assert cli.main([*experiment("mine", grid), "hydra.sweep.dir=s"]) == 0
+    assert cli.main([*experiment("mine", grid), "hydra.sweep.dir=s", BASIC]) == 0
     assert [start[1].name for start in recorder.starts] == ["beta-0.3", "beta-0.4"]
 
 
@@ -397,7 +414,7 @@ def test_a_wrong_grid_in_a_file_is_refused_before_it_starts(
 
 
 def test_flags_may_stand_among_the_settings(recorder: Recorder) -> None:
-    assert cli.main(["beta=0.2", "-m", "seed=1,2", "hydra.sweep.dir=s"]) == 0
+    assert cli.main(["beta=0.2", "-m", "seed=1,2", "hydra.sweep.dir=s", BASIC]) == 0
     assert [config.seed for config, *_ in recorder.starts] == [1, 2]
 
 
@@ -414,7 +431,7 @@ def test_a_failing_trial_does_not_stop_the_others(
         return 3 if config.beta == 0.4 else 0
 
     recorder.act = act
-    assert cli.main(["-m", "beta=0.1,0.2,0.3,0.4,0.5", "hydra.sweep.dir=s"]) == 1
+    assert cli.main(["-m", "beta=0.1,0.2,0.3,0.4,0.5", "hydra.sweep.dir=s", BASIC]) == 1
     assert len(recorder.starts) == 5
     stderr = capsys.readouterr().err
     assert "error: beta=0.1: data.train: nothing left" in stderr
@@ -425,7 +442,7 @@ def test_a_failing_trial_does_not_stop_the_others(
 @pytest.mark.parametrize("code", [130, 143])
 def test_a_stopped_trial_stops_the_sweep(code: int, recorder: Recorder) -> None:
     recorder.act = lambda config: code
-    assert cli.main(["-m", "beta=0.1,0.2", "hydra.sweep.dir=s"]) == code
+    assert cli.main(["-m", "beta=0.1,0.2", "hydra.sweep.dir=s", BASIC]) == code
     assert len(recorder.starts) == 1
 
 
@@ -589,7 +606,7 @@ def test_what_is_shown_is_what_would_run() -> None:
     assert "name: sft" in shown.stdout
     helped = train("--help")
     assert "python train.py -m beta=0.05,0.1,0.5" in helped.stdout
-    assert "reference: auto, live, none" in helped.stdout
+    assert "reference: auto, cached, live, none" in helped.stdout
 
 
 def test_shell_completion_is_offered() -> None:

@@ -325,7 +325,7 @@ def test_a_grid_in_one_process_keeps_its_trials_apart(tmp_path):
     from dpo_lightning.cli import main
 
     arguments = [*TINY, "logger=none", "trainer.max_steps=2", f"hydra.sweep.dir={tmp_path}"]
-    assert main(["-m", "beta=0.05,0.5", *arguments]) == 0
+    assert main(["-m", "hydra/launcher=basic", "beta=0.05,0.5", *arguments]) == 0
     runs = [Run(0, tmp_path / f"beta-{beta}") for beta in ("0.05", "0.5")]
     assert [run.result["beta"] for run in runs] == [0.05, 0.5]
     assert len({run.result["config_hash"] for run in runs}) == 2

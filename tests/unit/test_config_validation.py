@@ -188,7 +188,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("data.format", "alpaca"),
     ("data.on_bad_row", "ignore"),
     ("model.dtype", "float16"),
-    ("reference.kind", "cached"),
+    ("reference.kind", "cache"),
     ("trainer.max_steps", 0),
     ("trainer.max_epochs", 0),
     ("trainer.max_time", "10m"),
@@ -388,7 +388,7 @@ def test_resume_auto_wants_a_folder_that_stays() -> None:
 def test_trials_in_one_process_have_one_device(values: dict[str, Any]) -> None:
     text = problem(composed(**values), multirun=True)
     assert next(iter(values)).replace("__", ".") in text
-    assert "without -m" in text
+    assert "hydra/launcher=devices" in text
     validate(composed(**values))
 
 

@@ -1,0 +1,97 @@
+"""The end of a sweep: the table, the report, and the report's own run in wandb."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.sweeps.trials import SweepFacts, Trial
+from dpo_lightning.sweeps.view import show_end
+from dpo_lightning.wandb_runs import logger_settings, report_sweep
+
+log = logging.getLogger(__name__)
+
+# What a trial's row in wandb's table holds: facts, then metrics.
+_FACTS = ("name", "status", "beta", "loss", "seed", "step")
+_METRICS = (
+    *("controlled/expected_reward", "controlled/kl_policy_reference"),
+    *("samples/score", "samples/win_rate", "samples/kl"),
+    *("eval/rewards/accuracies", "eval/logratios/chosen", "eval/logratios/rejected"),
+)
+
+
+def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
+    """Says what became of each trial and writes the report.
+
+    Args:
+        sweep: The sweep.
+        trials: The trials of this command; empty where they ran in this process.
+
+    Returns:
+        Whether all of the trials finished and the report was written.
+    """
+    if trials:
+        show_end(Console(), trials)
+    finished = all(trial.status == "finished" for trial in trials)
+    return _report(sweep) and finished
+
+
+def show_stopped(sweep: SweepFacts, trials: Sequence[Trial]) -> None:
+    """Says what became of each trial of a sweep that was stopped, and how it goes on."""
+    if trials:
+        show_end(Console(), trials)
+        how = "the same command" if sweep.named else f"the same command with {_resume(sweep)}"
+        print(f"stopped; {how} goes on from here", flush=True)
+
+
+def _resume(sweep: SweepFacts) -> str:
+    return f"sweep.resume={sweep.folder}"
+
+
+def _report(sweep: SweepFacts) -> bool:
+    # Here, because drawing takes a second to import.
+    from dpo_lightning.sweeps.report import write_report
+
+    again = f"python -m dpo_lightning.sweeps.report {sweep.folder}"
+    try:
+        report = write_report(sweep.folder, metric=sweep.metric)
+    except UserError as error:
+        print(f"no report: {error}; `{again}` makes it anew", flush=True)
+        return True  # the trials are what they are
+    except Exception:  # a sweep of days must not end in a traceback alone
+        traceback.print_exc()
+        print(f"no report; `{again}` makes it anew", flush=True)
+        return False
+    print(f"report    {sweep.folder / 'report.html'}", flush=True)
+    if report["pick"] is not None:
+        print(f"pick      {report['pick']['reason']}", flush=True)
+    where = _to_wandb(sweep, report)
+    if where is not None:
+        print(f"wandb     {where}", flush=True)
+    return True
+
+
+def _to_wandb(sweep: SweepFacts, report: Mapping[str, Any]) -> str | None:
+    if sweep.logger.name != "wandb":
+        return None
+    try:
+        return report_sweep(
+            logger_settings(sweep.logger),
+            sweep.folder,
+            columns=(*_FACTS, *_METRICS),
+            rows=[_row(trial) for trial in report["trials"]],
+            picture=sweep.folder / "frontier.png",
+            summary={} if report["pick"] is None else {"pick": report["pick"]["label"]},
+        )
+    except UserError as error:
+        log.warning("the report is not in wandb: %s", error)
+        return None
+
+
+def _row(trial: Mapping[str, Any]) -> list[Any]:
+    return [*(trial[name] for name in _FACTS), *(trial["metrics"].get(name) for name in _METRICS)]

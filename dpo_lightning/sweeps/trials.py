@@ -1,0 +1,214 @@
+"""The trials of a sweep: what each runs, which folder is its own, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_lightning.config import LoggerConfig
+from dpo_lightning.results import RESULT_FILE, write_json
+from dpo_lightning.sweeps.leases import Kind
+
+TRIAL_FILE = "trial.json"
+LOG_FILE = "trial.log"
+
+Status = Literal["waiting", "running", "finished", "failed", "diverged", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFacts:
+    """A sweep as a whole.
+
+    Attributes:
+        folder: Its folder.
+        named: Whether the command itself names the folder, so that the same command finds it.
+        metric: What its report ranks by; None leaves it to the report.
+        logger: The loggers of its trials.
+    """
+
+    folder: Path
+    named: bool
+    metric: str | None
+    logger: LoggerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One trial as it was composed and validated.
+
+    Attributes:
+        name: Its folder's name, made of the swept settings.
+        overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
+        arguments: What follows ``python train.py`` to run it, without its folder.
+        settings_hash: Of all settings and input files; a finished trial with it is not run again.
+        kind: The device it runs on.
+        width: How many devices it takes.
+        facts: ``beta``, ``loss``, ``seed`` and ``command``, for a result that it cannot write.
+        batch_size: Groups of a step, for the live view.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    arguments: tuple[str, ...]
+    settings_hash: str
+    kind: Kind
+    width: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+
+
+@dataclass(slots=True)
+class Trial:
+    """A trial and its state.
+
+    Attributes:
+        plan: What it is.
+        folder: Its folder.
+        status: Where it stands.
+        exit_code: Of the last attempt; negative for a signal, None while there is none.
+        attempts: How often it was started by this command.
+        devices: What the last attempt ran on.
+        error: Why it did not finish, on one line.
+        skipped: Whether it had finished before this command.
+        metrics: The last metrics of its result.
+        seconds: Wall time of its attempts in this command.
+    """
+
+    plan: Plan
+    folder: Path
+    status: Status = "waiting"
+    exit_code: int | None = None
+    attempts: int = 0
+    devices: list[str] = field(default_factory=list)
+    error: str | None = None
+    skipped: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended before its end."""
+        return self.status in ("failed", "diverged", "stopped")
+
+    def save(self) -> None:
+        """Writes ``trial.json``, by which a later command and the report know the trial."""
+        write_json(
+            self.folder / TRIAL_FILE,
+            {
+                "name": self.folder.name,
+                "overrides": list(self.plan.overrides),
+                "settings_hash": self.plan.settings_hash,
+                "status": self.status,
+                "exit_code": self.exit_code,
+                "attempts": self.attempts,
+                "devices": self.devices,
+                "log": LOG_FILE,
+            },
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty where there is none or it is torn."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def place_trials(plans: Iterable[Plan], sweep_dir: Path) -> list[Trial]:
+    """Gives each trial its folder, and finds those that have finished already.
+
+    A folder of that name with other settings, of an earlier command, is left alone: the trial gets
+    its own, with a part of its hash behind the name. Equal trials are run once.
+
+    Args:
+        plans: The trials of one command.
+        sweep_dir: The sweep's folder.
+    """
+    trials: dict[Path, Trial] = {}
+    for plan in plans:
+        candidates = [
+            sweep_dir / plan.name,
+            sweep_dir / f"{plan.name}-{plan.settings_hash[:8]}",
+        ]
+        owners = [_owner(folder, trials) for folder in candidates]
+        if plan.settings_hash in owners:
+            folder = candidates[owners.index(plan.settings_hash)]
+        else:
+            folder = candidates[0] if owners[0] is None else candidates[1]
+        if folder not in trials:
+            trials[folder] = _as_left(Trial(plan, folder))
+    return list(trials.values())
+
+
+def _owner(folder: Path, trials: Mapping[Path, Trial]) -> str | None:
+    """The hash of the trial whose folder it is; empty for something else's, None for nobody's."""
+    if folder in trials:
+        return trials[folder].plan.settings_hash
+    for name in (TRIAL_FILE, RESULT_FILE):
+        if (folder / name).exists():
+            return str(read_json(folder / name).get("settings_hash", ""))
+    return None
+
+
+def _as_left(trial: Trial) -> Trial:
+    """The trial as an earlier command left it: finished, or still to be done."""
+    result = read_json(trial.folder / RESULT_FILE)
+    if (
+        result.get("status") == "finished"
+        and result.get("settings_hash") == trial.plan.settings_hash
+    ):
+        trial.status, trial.skipped = "finished", True
+        trial.exit_code, trial.metrics = 0, result.get("metrics") or {}
+    return trial
+
+
+def judge(trial: Trial, exit_code: int, *, stopped: bool) -> None:
+    """Sets the outcome of an attempt that ended, and sees to it that there is a ``result.json``.
+
+    Args:
+        trial: The trial.
+        exit_code: Of its process; negative for the signal that killed it.
+        stopped: Whether this command stopped it.
+    """
+    path = trial.folder / RESULT_FILE
+    result = read_json(path)
+    trial.exit_code = exit_code
+    trial.metrics = result.get("metrics") or {}
+    said = result.get("status")
+    if exit_code == 0 and said == "finished":
+        trial.status, trial.error = "finished", None
+        return
+    if exit_code < 0:
+        how = f"killed by signal {-exit_code}"
+    elif exit_code == 0:
+        how = "the process ended before the run had finished"
+    else:
+        how = f"ended with exit code {exit_code}"
+    trial.error = result.get("error") or how
+    if stopped or said == "stopped":
+        trial.status = "stopped"
+    else:
+        trial.status = "diverged" if said == "diverged" else "failed"
+    if said != trial.status:
+        # Whatever ended it left it no time to say so.
+        write_json(
+            path,
+            {
+                "status": trial.status,
+                "error": trial.error,
+                "step": 0,
+                "epoch": 0.0,
+                "config_hash": None,
+                "settings_hash": trial.plan.settings_hash,
+                "metrics": {},
+                "reference": {"rows": 0, "computed": 0, "cached": 0},
+                "throughput": {"total_seconds": trial.seconds},
+                **trial.plan.facts,
+                **{k: v for k, v in result.items() if k not in ("status", "error")},
+            },
+        )
