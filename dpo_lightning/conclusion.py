@@ -10,6 +10,7 @@ import torch
 
 from dpo_lightning.config import Config
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import Answering, evaluate_samples
 from dpo_lightning.export import export_model
 from dpo_lightning.module import DPOModule
@@ -50,6 +51,9 @@ def conclude(
 
     Returns:
         The metrics that were measured here.
+
+    Raises:
+        UserError: If the scorer failed; the export is written all the same.
     """
     policy = prepared.models.policy
     # Lightning takes a model off its device when it is done with it.
@@ -66,16 +70,21 @@ def conclude(
         exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
         measured |= {f"controlled/{name}": value for name, value in exact.items()}
         evaluation["optimum"] = prepared.task.frontier(reference_logps)
-    rows, sampled = evaluate_samples(
-        prepared.models,
-        groups,
-        count=config.evaluation.samples,
-        seed=config.seed,
-        answering=answering,
-        score=prepared.score,
-        device=device,
-    )
-    measured |= sampled
+    failure: UserError | None = None
+    rows: list[dict[str, Any]] = []
+    try:
+        rows, sampled = evaluate_samples(
+            prepared.models,
+            groups,
+            count=config.evaluation.samples,
+            seed=config.seed,
+            answering=answering,
+            score=prepared.score,
+            device=device,
+        )
+        measured |= sampled
+    except UserError as error:  # a scorer that fails must not cost the trained model
+        failure = error
     evaluation["samples"] = rows
     result["metrics"] |= measured
     source = prepared.source
@@ -94,4 +103,6 @@ def conclude(
         },
     )
     write_json(run_dir / EVALUATION_FILE, evaluation)
+    if failure is not None:
+        raise failure
     return measured

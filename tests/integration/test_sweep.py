@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, TINY, Run
 
@@ -402,6 +403,25 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
     assert "different settings" in outputs[0]
 
 
+def test_a_sampler_chooses_the_next_trials_by_the_last_ones(tmp_path):
+    """Optuna's sweeper, in two batches; a trial that diverges has no value and stops nothing."""
+    done = sweep(
+        tmp_path, "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4", "beta=choice(0.1,1)",
+        "optimizer.lr=choice(0.01,1e30)", "optimizer.max_grad_norm=null", *SMALL,
+    )  # fmt: skip
+    assert done.code == 1
+    statuses = done.report["statuses"]
+    assert (statuses["finished"], statuses["diverged"]) == (2, 2)
+    chosen = yaml.safe_load((done.folder / "optimization_results.yaml").read_text())
+    best = max(
+        (run.result for name in done.trials if (run := done.trial(name)).result["metrics"]),
+        key=lambda result: result["metrics"].get("controlled/expected_reward", -1),
+    )
+    assert chosen["best_value"] == best["metrics"]["controlled/expected_reward"]
+    assert chosen["best_params"] == {"beta": best["beta"], "optimizer.lr": 0.01}
+
+
 # The experiments ---------------------------------------------------------------------------------
 
 
@@ -423,3 +443,52 @@ def test_the_frontier_of_a_short_sweep(tmp_path):
     assert sum(done.trial(t).result["reference"]["computed"] for t in done.trials) == 9216
     assert done.report["metric"] == "controlled/expected_reward"
     assert len(done.report["optimum"]) == 60
+
+
+SCORER = """
+from dpo_lightning.plugins import register_scorer
+
+@register_scorer("polite")
+def polite(prompts, answers):
+    return [float("please" in a.lower()) + len(a) / 1000 for a in answers]
+"""
+
+
+def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
+    (tmp_path / "mine.py").write_text(SCORER)
+    done = sweep(
+        tmp_path, "beta=0.03,0.1,0.3,1", "plugins=[mine]", "evaluation.scorer=polite",
+        f"model.pretrained={shared / 'models' / 'stories260k'}",
+        f"data.train={shared / 'data' / 'politeness.jsonl'}",
+        "optimizer.lr=5e-4", "trainer.max_steps=20", "data.batch_size=16",
+        "trainer.accelerator=cpu", "hydra.launcher.devices=2", "evaluation.samples=64",
+        "evaluation.max_new_tokens=24",
+    )  # fmt: skip
+    assert done.code == 0, done.stdout + done.stderr
+    results = [done.trial(name).result for name in done.trials]
+    assert len(results) == 4
+    rows = results[0]["reference"]["rows"]
+    assert rows == sum(results[0]["data"][f"{part}_groups"] for part in ("train", "eval"))
+    assert sum(result["reference"]["computed"] for result in results) == rows
+    report = done.report
+    assert report["metric"] == "samples/score"
+    assert report["kl_metric"] == "samples/kl"
+    # The pick by the rule, worked out again from what the trials say.
+    found = [
+        (c["value"]["mean"], c["value"]["stderr"], c["kl"]["mean"], c["beta"])
+        for c in report["configurations"]
+    ]
+    best = max(found)
+    within = [c for c in found if c[0] >= best[0] - best[1]]
+    assert report["pick"]["beta"] == min(within, key=lambda c: c[2])[3]
+    for result in results:
+        metrics = result["metrics"]
+        assert 0 <= metrics["samples/win_rate"] <= 1
+        assert metrics["samples/kl"] > 0
+        assert metrics["samples/kl_stderr"] > 0
+    # The same draws of the reference in every trial.
+    assert len({result["metrics"]["samples/reference_score"] for result in results}) == 1
+    # From the strongest tie to the weakest the KL does not fall.
+    kls = {result["beta"]: result["metrics"]["samples/kl"] for result in results}
+    assert kls[1] < kls[0.03]
+    assert "win rate over the reference" in (done.folder / "report.md").read_text()

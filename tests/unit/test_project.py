@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
 from tests.conftest import ROOT
 
@@ -126,27 +127,62 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line.startswith(("python train.py", "make train"))]
 
 
+def check(words: list[str], folder, monkeypatch) -> None:
+    """Takes a command as far as the front door: its files exist, its keys and values are right."""
+    from dpo_lightning import cli
+    from dpo_lightning.sweeps import finish
+
+    started = []
+
+    def launch(context, config, task, job_overrides, **options):
+        started.extend(job_overrides)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=1.0) for _ in job_overrides]
+
+    monkeypatch.setattr(cli, "_start", lambda config, **_: started.append(config) or 0)
+    # Every trial of a sweep is composed and checked before this.
+    monkeypatch.setattr("dpo_lightning.sweeps.launch.launch", launch)
+    monkeypatch.setattr(finish, "finish_sweep", lambda *_: True)
+    monkeypatch.chdir(folder)
+    # What a user would bring.
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "my_scorers.py").write_text("def brevity(prompts, answers):\n    return []\n")
+    run = folder / "outputs" / "runs" / "mine" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "step-000010.ckpt").write_bytes(b"")
+    sweep = folder / "outputs" / "sweeps" / "2026-01-01_00-00-00"
+    sweep.mkdir(parents=True)
+    (sweep / "multirun.yaml").touch()
+    assert cli.main(words) == 0
+    assert started or {"--cfg", "--help"} & set(words)
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_path, monkeypatch):
-    """Runs each as far as the front door: its files exist, its keys and values are right."""
-    from dpo_lightning import cli
-
     words = shlex.split(command.partition("#")[0])
     if words[0] == "make":
         [arguments] = [w.removeprefix("ARGS=") for w in words if w.startswith("ARGS=")] or [""]
         words = shlex.split(arguments)
     else:
         words = words[2:]
-    started = []
-    monkeypatch.setattr(cli, "_start", lambda config, **_: started.append(config) or 0)
-    monkeypatch.chdir(tmp_path)
-    # What a user would bring.
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    run = tmp_path / "outputs" / "runs" / "mine" / "checkpoints"
-    run.mkdir(parents=True)
-    (run / "step-000010.ckpt").write_bytes(b"")
-    assert cli.main(words) == 0
-    assert started or {"--cfg", "--help"} & set(words)
+    check(words, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_composes_and_validates(path, tmp_path, monkeypatch):
+    # The first one is a template for rows that the user names.
+    rows = ["data.train=pairs.jsonl"] if path.stem == "preferences" else []
+    check([f"experiment={path.stem}", *rows], tmp_path, monkeypatch)
+
+
+def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_path, monkeypatch):
+    import yaml
+
+    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb_beta.yaml").read_text())
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    assert "margins" not in sweep["metric"]["name"]
+    words = [f"{key}={spec['values'][0]}" for key, spec in sweep["parameters"].items()]
+    check(words, tmp_path, monkeypatch)
 
 
 def test_the_readme_names_commands():
