@@ -50,6 +50,7 @@ from dpo_lightning.overrides import (
     raise_all,
 )
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
+from dpo_lightning.terminal import replace_unprintable
 from dpo_lightning.validation import validate
 
 # Exit codes of a run that a signal ended.
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     watch_lifeline()
+    replace_unprintable()
     version.setbase("1.3")
     register()
     try:

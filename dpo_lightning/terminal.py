@@ -1,5 +1,6 @@
 """The log as a terminal shows it."""
 
+import io
 import logging
 import sys
 
@@ -14,3 +15,10 @@ class TerminalHandler(logging.Handler):
             print(self.format(record), file=stream, flush=True)
         except Exception:
             self.handleError(record)
+
+
+def replace_unprintable() -> None:
+    """Lets a terminal that has no beta show a question mark instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -24,6 +25,7 @@ from dpo_lightning.sweeps.report_figures import frontier, learning_curves, logra
 from dpo_lightning.sweeps.report_pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report_text import code_block, escape_markdown
 from dpo_lightning.sweeps.results import read_sweep
+from dpo_lightning.terminal import replace_unprintable
 
 PICTURE = "frontier.png"
 
@@ -82,7 +84,16 @@ def _environment(*, escape: bool) -> Environment:
         finalize=None if escape else escape_markdown,
     )
     environment.globals["code_block"] = code_block
+    environment.filters["address"] = _address
     return environment
+
+
+def _address(path: str) -> str:
+    """A relative path as a link; one that is not text, by its bytes as far as it has any."""
+    try:
+        return quote(os.fsencode(path))
+    except UnicodeEncodeError:
+        return quote(path, errors="replace")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -112,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
     parser.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
     arguments = parser.parse_args(argv)
+    replace_unprintable()
     try:
         report = write_report(arguments.folder, metric=arguments.metric)
     except UserError as error:

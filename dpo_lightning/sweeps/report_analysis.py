@@ -152,9 +152,11 @@ def _reason(
             text += f"; {_others(others)} within one standard error ({error}) of it, and without "
             text += "a KL nothing says which is closer to the reference"
         elif others:
-            text += f", and is closer to the reference (KL {kl} nats) than "
-            text += "the other" if others == 1 else f"the {others} others"
-            text += f" within one standard error ({error}) of it"
+            known = all(ranked[i].kl is not None for i in choice.within)
+            text += ", and the other" if others == 1 else f", and none of the {others} others"
+            text += f" within one standard error ({error}) of it is"
+            text += f"{' not' if others == 1 else ''}{'' if known else ' known to be'} closer to "
+            text += f"the reference (KL {kl} nats)"
         elif stderr:
             text += f", and no other comes within one standard error ({error}) of it"
     if pick.unfinished:
@@ -249,6 +251,8 @@ def _optimum(trials: Sequence[Trial]) -> tuple[tuple[float, float, float | None]
 
 
 def _reference_value(trials: Sequence[Trial], metric: str | None) -> float | None:
+    if metric == WIN_RATE and trials:
+        return 0.5  # against itself
     name = {REWARD: "controlled/reference_reward", SCORE: "samples/reference_score"}.get(
         metric or ""
     )

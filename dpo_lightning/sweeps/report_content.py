@@ -133,7 +133,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> Content:
         comparison=None if analysis.comparison is None else analysis.comparison.sentence,
         answers=_answers(analysis),
         unfinished=tuple(
-            Unfinished(t.name, t.status, cut(t.error), t.log)
+            Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
             for t in sweep.trials
             if not t.finished
         ),
@@ -178,7 +178,9 @@ def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         values[words] = [number_text(value) for value in found]
     values["pairs/s"] = [number_text(c.pairs_per_second) for c in configurations]
     kept = {name: cells for name, cells in values.items() if set(cells) - {MISSING, ""}}
-    return tuple(kept), list(zip(*kept.values(), strict=True)) if kept else []
+    return tuple(kept), (
+        list(zip(*kept.values(), strict=True)) if kept else [()] * len(configurations)
+    )
 
 
 def _head(name: str, values: Sequence[Estimate | None]) -> str:
@@ -271,6 +273,16 @@ def _method(analysis: Analysis) -> list[str]:
             "evaluation set, with the exact divergence of the next-token distributions at each of "
             "their tokens; its error is the standard error over answers."
         )
+    if any(c.win_rate is not None for c in analysis.configurations):
+        said.append(
+            "The win rate is the share of prompts to which the policy's answer scores higher than "
+            "the reference's; a tie counts one half."
+        )
+    if any(c.accuracy is not None for c in analysis.configurations):
+        said.append(
+            "The held-out accuracy is the share of ranked pairs whose better response has the "
+            "larger log-ratio log π/π_ref; a tie counts one half."
+        )
     said.append(
         "Intervals are 95% bootstrap intervals over seeds and over evaluated items; trials that "
         "differ only in their seed are pooled."
@@ -279,7 +291,10 @@ def _method(analysis: Analysis) -> list[str]:
 
 
 def _versions(trials: Sequence[Trial]) -> str:
-    found = {tuple(sorted(trial.section("versions").items())) for trial in trials}
+    found = {
+        tuple(sorted((name, str(version)) for name, version in trial.section("versions").items()))
+        for trial in trials
+    }
     lines = [", ".join(f"{name} {version}" for name, version in versions) for versions in found]
     return clean("; ".join(sorted(line for line in lines if line)))
 

@@ -44,6 +44,8 @@ _DARK = "#374151"
 _MOST_LABELS = 14
 _MOST_IN_LEGEND = 12
 _WINDOWS = 40
+# Places of a curve that are drawn: more cannot be seen, and make a large page.
+_MOST_PLACES = 500
 
 Colours = dict[str, Any]
 
@@ -104,11 +106,10 @@ def _draw_frontier(axes: Axes, analysis: Analysis, drawn: Sequence[Configuration
         colour = colours[c.label]
         marker = _MARKERS[losses.index(c.loss) % len(_MARKERS)]
         if len(c.trials) > 1 and analysis.metric and analysis.kl_metric:
-            points = [(t.metric(analysis.kl_metric), t.metric(analysis.metric)) for t in c.trials]
-            xs, ys = zip(
-                *((x, y) for x, y in points if x is not None and y is not None), strict=True
-            )
-            axes.scatter(xs, ys, s=16, color=colour, alpha=0.45, lw=0, zorder=2)
+            for trial in c.trials:
+                x, y = trial.metric(analysis.kl_metric), trial.metric(analysis.metric)
+                if x is not None and y is not None:
+                    axes.scatter(x, y, s=16, color=colour, alpha=0.45, lw=0, zorder=2)
         axes.errorbar(
             c.kl.mean, c.value.mean, xerr=c.kl.stderr or None, yerr=c.value.stderr or None,
             fmt=marker, ms=8, color=colour, mec="white", mew=0.8, elinewidth=1.2, capsize=2.5,
@@ -202,11 +203,11 @@ def _overlap(one: Bbox, other: Bbox) -> float:
 
 
 def learning_curves(configurations: Sequence[Configuration]) -> bytes | None:
-    """Training loss, and accuracies with the held-out ones as points, as SVG; None without any."""
+    """Loss and accuracy, the held-out ones as points, as SVG; None without any."""
     return _curves(
         configurations,
         (
-            ("training loss", "train/loss", None),
+            ("loss", "train/loss", "eval/loss"),
             ("accuracy", "train/rewards/accuracies", "eval/rewards/accuracies"),
         ),
         share=False,
@@ -227,7 +228,7 @@ def logratios(configurations: Sequence[Configuration]) -> bytes | None:
 
 def _curves(
     configurations: Sequence[Configuration],
-    panels: Sequence[tuple[str, str, str | None]],
+    panels: Sequence[tuple[str, str, str]],
     *,
     share: bool,
 ) -> bytes | None:
@@ -255,16 +256,14 @@ def _curves(
         return _svg(figure)
 
 
-def _curve(
-    axes: Axes, trial: Trial, line: str, points: str | None, *, colour: Any, label: str
-) -> None:
+def _curve(axes: Axes, trial: Trial, line: str, points: str, *, colour: Any, label: str) -> None:
     steps, values = trial.series(line)
     if steps:
-        xs, ys = smoothed(steps, values)
+        every = max(1, len(steps) // _MOST_PLACES)
+        xs, ys = ([*part[:-1:every], part[-1]] for part in smoothed(steps, values))
         axes.plot(xs, ys, color=colour, lw=1.4, label=label)
-    if points is not None:
-        at, held_out = trial.series(points)
-        axes.plot(at, held_out, "o", ms=4.5, color=colour, mec="white", mew=0.6)
+    at, held_out = trial.series(points)
+    axes.plot(at, held_out, "o", ms=4.5, color=colour, mec="white", mew=0.6)
 
 
 def smoothed(
@@ -284,9 +283,11 @@ def smoothed(
         return steps, values
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    # As wide on both sides, so that neither end leans.
-    reach = np.minimum(np.minimum(places, places[::-1]), width // 2 + 1)
-    means = (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    # As wide on both sides, so that a rise or fall does not shift. At the end it would narrow down
+    # to single steps, whose noise looks like a jump: there it stays wide and looks back.
+    reach = np.minimum(places, width // 2 + 1)
+    ahead = np.minimum(reach, places[::-1])
+    means = (sums[places + ahead + 1] - sums[places - reach]) / (ahead + reach + 1)
     return steps, means.tolist()
 
 

@@ -188,7 +188,7 @@ def _estimate(trials: Sequence[Trial], metric: str | None) -> Estimate | None:
     if metric.startswith("controlled/"):
         return over_seeds(values) if len(values) > 1 else single(values[0], 0.0)
     reported = [t.metric(f"{metric}_stderr") for t, _ in having]
-    known = [value for value in reported if value is not None]
+    known = [value for value in reported if value is not None and value >= 0]
     if len(values) == 1:
         return single(values[0], known[0] if known else None)
     spread = over_seeds(values)

@@ -7,7 +7,6 @@ missing or damaged makes a trial say less, and never stops a report.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,8 @@ _HYDRA_OVERRIDES = Path(".hydra", "overrides.yaml")
 # Where a run that this launcher did not start may have left its log.
 _OTHER_LOG = "train.log"
 _FAILED = ("failed", "diverged", "stopped")
+# No run measures as much, and squares and sums of what is smaller stay finite.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,14 +331,14 @@ def as_rows(value: Any) -> list[Mapping[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
+    """The value if it is a finite number, of a size that can be reckoned with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _LARGEST else None
 
 
 def _as_number(text: str | None) -> float | None:

@@ -195,8 +195,7 @@ def test_damaged_files_say_less_and_stop_nothing(sweep, name, text):
     reward_trial(sweep, 0.1, 6.0, 5.0)
     folder = reward_trial(sweep, 0.2, 5.0, 4.0)
     (folder / name).write_text(text, encoding="latin-1")
-    report = write_report(sweep)
-    assert report["configurations"][0]["beta"] == 0.1
+    assert analyse(read_sweep(sweep)).configurations[0].beta == 0.1
 
 
 def test_a_trial_that_its_launcher_saw_fail_is_not_finished(sweep):
@@ -414,15 +413,22 @@ def test_labels_are_short():
     )
 
 
-def test_smoothing_keeps_lines_and_ends():
-    """A running mean as wide on both sides leaves a straight line as it is."""
+def test_smoothing_keeps_lines_and_the_first_step():
+    """A running mean as wide on both sides leaves a straight line as it is.
+
+    200 values, 5 for a fortieth: 3 on each side, so 3 at the end have fewer after than before them.
+    """
     steps = list(range(200))
     _, means = smoothed(steps, [3.0 * s for s in steps])
-    np.testing.assert_allclose(means, [3.0 * s for s in steps], atol=1e-9)
+    np.testing.assert_allclose(means[:-3], [3.0 * s for s in steps[:-3]], atol=1e-9)
+    # The last is the mean of itself and of the 3 before it: 1.5 steps behind.
+    assert means[-1] == pytest.approx(3.0 * (199 - 1.5))
     noise = np.random.default_rng(0).normal(size=2000)
     _, means = smoothed(list(range(2000)), noise.tolist())
     assert means[0] == noise[0]
     assert np.std(means) < 0.3
+    # No jump at the end, which would look like a run that came apart there.
+    assert np.abs(np.diff(means[-100:])).max() < 0.2
     assert smoothed([1, 2], [5.0, 6.0])[1] == [5.0, 6.0]
 
 
