@@ -279,7 +279,7 @@ class ControlledTask:
             "optimal_reward": _expectation(optimum, self.rewards),
             "optimal_reward_at_kl": best,
             # Of a policy that has not moved there is no gain to compare.
-            "gain_ratio": (reward - start) / (best - start) if best - start > 1e-6 else math.nan,
+            "gain_ratio": (reward - start) / (best - start) if kl > 1e-6 else math.nan,
             "kl_policy_reference": kl,
             "kl_reference_policy": divergence(reference, policy),
             "kl_optimum_policy": divergence(optimum, policy),

@@ -241,7 +241,7 @@ def test_a_finished_sweep_is_left_as_it_is(mended: Sweep, place: Path):
 
 # Interrupts --------------------------------------------------------------------------------------
 
-LONG = ("beta=0.1,0.2,0.3", "data.batch_size=2", "trainer.max_steps=2000",
+LONG = ("beta=0.1,0.2,0.3", "data.batch_size=2", "trainer.max_steps=50000",
         "checkpoint.every_n_steps=50", "trainer.log_every_n_steps=1", *SMALL[:2],
         "evaluation.samples=0", "hydra.launcher.devices=2")  # fmt: skip
 
@@ -254,30 +254,58 @@ def steps(folder: Path, name: str) -> int:
         return 0
 
 
-def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
+def start(place: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra.sweep.dir=sweep", "logger=none"]
-    environment = os.environ | {"DPO_LIGHTNING_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(
-        [*command, *LONG], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
+    return subprocess.Popen(
+        [*command, *LONG],
+        cwd=place,
+        env=os.environ | {"DPO_LIGHTNING_CACHE": str(place / "cache")},
+        stdout=subprocess.PIPE,
+        text=True,
         process_group=0,
-    )  # fmt: skip
-    folder = tmp_path / "sweep"
+    )
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
     deadline = time.monotonic() + 120
-    while min(steps(folder, "beta-0.1"), steps(folder, "beta-0.2")) < 60:
+    while min(steps(folder, "beta-0.1"), steps(folder, "beta-0.2")) < count:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
+    folder = tmp_path / "sweep"
+    process = start(tmp_path)
+    wait_for_steps(process, folder, 60)
     # As a terminal does: to the whole foreground group, of which the trials are none.
     os.killpg(process.pid, signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert alive(tmp_path) == []
     assert "the same command goes on from here" in stdout
+    stopped = {}
     for name in ("beta-0.1", "beta-0.2"):
         result = Run(130, folder / name).result
         assert result["status"] == "stopped"
-        assert 60 <= result["step"] < 2000
+        assert 60 <= result["step"] < 50000
+        stopped[name] = result["step"]
     assert not (folder / "beta-0.3").exists()
+
+    again = start(tmp_path)
+    wait_for_steps(again, folder, max(stopped.values()) + 20)
+    # Even a dispatcher that has no time to stop them leaves no trial behind.
+    again.kill()
+    again.communicate()
+    deadline = time.monotonic() + 25
+    while alive(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert alive(tmp_path) == []
+    for name in stopped:
+        assert "resume=auto" in (folder / name / ".hydra" / "overrides.yaml").read_text()
+        # Steps 1 to 50 are those of the first attempt; nothing is there twice.
+        seen = [row["step"] for row in Run(0, folder / name).rows if "train/loss" in row]
+        assert seen == list(range(1, len(seen) + 1))
     # Shorter, so that it ends: the settings changed, so these are other trials.
     rest = sweep(tmp_path, *LONG, "trainer.max_steps=100")
     assert rest.code == 0, rest.stdout
