@@ -140,6 +140,10 @@ def _main(argv: list[str]) -> int:
     except (KeyboardInterrupt, SystemExit):
         show_stopped(job.sweep, job.trials)
         raise
+    except UserError:
+        if job.trials:  # the sweeper's own end; what its trials found is still there
+            finish_sweep(job.sweep, job.trials)
+        raise
     finished = finish_sweep(job.sweep, job.trials)
     return 0 if finished and not any(job.codes) else 1
 

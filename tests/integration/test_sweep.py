@@ -434,7 +434,8 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
 def test_a_sampler_chooses_the_next_trials_by_the_last_ones(tmp_path):
     """Optuna's sweeper, in two batches; a trial that diverges has no value and stops nothing."""
     done = sweep(
-        tmp_path, "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2",
+        tmp_path, "hydra/sweeper=optuna", "hydra/sweeper/sampler=random",
+        "hydra.sweeper.sampler.seed=5", "hydra.sweeper.n_jobs=2",
         "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4", "beta=choice(0.1,1)",
         "optimizer.lr=choice(0.01,1e30)", "optimizer.max_grad_norm=null", *SMALL,
     )  # fmt: skip
