@@ -101,7 +101,7 @@ def _prepare(arm: str) -> None:
         from dpo_lightning.models.scoring import Scorer
 
         setup.choose_path = lambda model, **_: (Scorer("padded"), "the benchmark asks for it")  # type: ignore[assignment]
-    elif arm == "flat":
+    elif arm == "flat_disabled":
         import dataclasses
 
         from dpo_lightning import experiment

@@ -19,6 +19,10 @@ from dpo_lightning.data.packing import Bucket, GroupBatch
 
 GROUP_ATTENTION = "dpo_lightning_groups"
 
+# Scores of a call up to which a CPU is faster with plain products than with torch's kernel, whose
+# backward pass takes three to five times as long there.
+_MOST_SCORES = 1 << 24
+
 
 class AttentionPlan:
     """The gathers and masks of one micro-batch, shared by all layers and by both models.
@@ -32,12 +36,26 @@ class AttentionPlan:
         self.inverse = batch.inverse
         self.windows: set[int | None] = set()
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
     def mask(self, number: int, window: int | None) -> Tensor:
         """Which keys each query of a bucket sees, shape (B, 1, Q, K), bool."""
         if (number, window) not in self._masks:
             self._masks[number, window] = _bucket_mask(self.buckets[number], window)
         return self._masks[number, window]
+
+    def bias(
+        self, number: int, window: int | None, *, heads: int, shared: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The same as -inf where a query does not see a key, shape (B * heads, shared * Q, K)."""
+        key = (number, window, heads, shared, dtype)
+        if key not in self._biases:
+            mask = self.mask(number, window)
+            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            bias.masked_fill_(~mask, -torch.inf)
+            whole = bias[:, :, None].expand(-1, heads, shared, -1, -1)
+            self._biases[key] = whole.reshape(len(mask) * heads, -1, mask.shape[-1])
+        return self._biases[key]
 
 
 def _bucket_mask(bucket: Bucket, window: int | None) -> Tensor:
@@ -91,22 +109,68 @@ def group_attention(
     if unknown or dropout:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
     group_plan.windows.add(sliding_window)
-    shared_heads = query.shape[1] != key.shape[1]
     # (T, heads, d): one contiguous row per token makes the gathers cheap.
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     outputs = []
     for number, bucket in enumerate(group_plan.buckets):
-        output = F.scaled_dot_product_attention(
-            _gather(query, bucket.queries),
-            _gather(key, bucket.keys),
-            _gather(value, bucket.keys),
-            attn_mask=group_plan.mask(number, sliding_window),
-            scale=scaling,
-            enable_gqa=shared_heads,
-        )
+        q = _gather(query, bucket.queries)
+        k, v = _gather(key, bucket.keys), _gather(value, bucket.keys)
+        attend = _small_attention if _is_small(q, k) else _large_attention
+        output = attend(q, k, v, group_plan, number, sliding_window, scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, group_plan.inverse)[None], None
+
+
+def _is_small(query: Tensor, key: Tensor) -> bool:
+    """Whether plain products, which keep the scores for the backward pass, are the faster way."""
+    batch, heads, queries, _ = query.shape
+    return query.device.type == "cpu" and batch * heads * queries * key.shape[2] <= _MOST_SCORES
+
+
+def _small_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    number: int,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Two products and a softmax; (B, heads, L, d) -> (B, heads, Q, d)."""
+    batch, heads, queries, size = query.shape
+    key_heads, keys = key.shape[1:3]
+    # Query heads that share a key head are more queries to it: keys are not repeated.
+    shared = heads // key_heads
+    query = query.reshape(batch * key_heads, shared * queries, size)
+    key = key.reshape(batch * key_heads, keys, size)
+    value = value.reshape(batch * key_heads, keys, value.shape[-1])
+    bias = plan.bias(number, window, heads=key_heads, shared=shared, dtype=query.dtype)
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling)
+    output = torch.bmm(scores.softmax(-1), value)
+    return output.view(batch, heads, queries, -1)
+
+
+def _large_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    number: int,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """The kernel of torch, which computes the scores again in the backward pass."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=plan.mask(number, window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -7,23 +7,19 @@ nothing; *padded* is the plain forward pass of any causal language model, one ro
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan
+from dpo_lightning.models.head import LogitsTransform, token_logps
 
 ScoringPath = Literal["flat", "padded"]
-
-# Most vocabulary scores that one chunk of the head computes; more chunks are recomputed backward.
-_HEAD_CHUNK = 1 << 24
 
 # Rows of the padded path share a forward pass while it holds at most this many places a token.
 _PADDING = 1.25
@@ -88,25 +84,6 @@ class Scorer:
         return total.index_add(0, batch.response, tokens)
 
 
-def logits_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """What a model family does to its vocabulary scores behind the head, from its config."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = getattr(text_config, "logit_scale", None)
-    divisor = getattr(text_config, "logits_scaling", None)
-    cap = getattr(text_config, "final_logit_softcapping", None)
-
-    def transform(logits: Tensor) -> Tensor:
-        if scale is not None:
-            logits = logits * scale
-        if divisor is not None:
-            logits = logits / divisor
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
-    return transform
-
-
 def _flat_token_logps(model: Any, batch: GroupBatch, plan: AttentionPlan) -> Tensor:
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
@@ -115,24 +92,15 @@ def _flat_token_logps(model: Any, batch: GroupBatch, plan: AttentionPlan) -> Ten
         group_plan=plan,
     ).last_hidden_state[0]
     head = model.get_output_embeddings()
-    transform = logits_transform(model.config)
-    return _head_logps(hidden, batch, lambda states: transform(head(states)), head.weight.shape[0])
-
-
-def _head_logps(
-    hidden: Tensor, batch: GroupBatch, logits: Callable[[Tensor], Tensor], vocabulary: int
-) -> Tensor:
-    """Runs the head on the scored positions only, in chunks of tokens that backward recomputes."""
-
-    def chunk_logps(states: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(logits(states).float(), targets, reduction="none")
-
-    states = hidden.index_select(0, batch.score_from)
-    chunks = max(1, math.ceil(len(batch.targets) * vocabulary / _HEAD_CHUNK))
-    if chunks == 1:
-        return chunk_logps(states, batch.targets)
-    parts = zip(states.chunk(chunks), batch.targets.chunk(chunks), strict=True)
-    return torch.cat([checkpoint(chunk_logps, s, t, use_reentrant=False) for s, t in parts])
+    if not isinstance(head, torch.nn.Linear):
+        raise NotImplementedError(f"a head of type {type(head).__name__}")
+    return token_logps(
+        hidden.index_select(0, batch.score_from),
+        head.weight,
+        head.bias,
+        batch.targets,
+        LogitsTransform.of(model.config),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,154 @@
+"""The head: values and gradients against a plain log-softmax, in whatever chunks and types."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_lightning.models import head
+from dpo_lightning.models.head import LogitsTransform, token_logps
+
+VOCABULARY, SIZE, TOKENS = 53, 8, 11
+TRANSFORMS = {
+    "plain": LogitsTransform(),
+    "scaled": LogitsTransform(scale=0.3),
+    "capped": LogitsTransform(cap=1.5),
+    "both": LogitsTransform(scale=3.0, cap=0.7),
+}
+
+
+def inputs(dtype=torch.float64, *, bias=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    states = torch.randn(TOKENS, SIZE, generator=draw, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCABULARY, SIZE, generator=draw, dtype=torch.float64).to(dtype)
+    offset = torch.randn(VOCABULARY, generator=draw, dtype=torch.float64).to(dtype)
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=draw)
+    tensors = [states, weight, offset] if bias else [states, weight]
+    return [tensor.requires_grad_() for tensor in tensors], targets
+
+
+def plain(tensors, targets, transform):
+    """What every text book does, with all scores in memory."""
+    states, weight, *bias = tensors
+    logits = states @ weight.t() * transform.scale
+    if bias:
+        logits = (states @ weight.t() + bias[0]) * transform.scale
+    if transform.cap is not None:
+        logits = torch.tanh(logits / transform.cap) * transform.cap
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def chunked(tensors, targets, transform):
+    states, weight, *bias = tensors
+    return token_logps(states, weight, bias[0] if bias else None, targets, transform)
+
+
+def gradients(function, tensors, targets, transform):
+    weights = torch.linspace(-1, 2, TOKENS, dtype=tensors[0].dtype)
+    values = function(tensors, targets, transform)
+    return values.detach(), torch.autograd.grad((values * weights).sum(), tensors)
+
+
+@pytest.fixture(params=["kept", "recomputed"])
+def small_chunks(request, monkeypatch):
+    """Chunks of three tokens, and weight gradients in pieces."""
+    monkeypatch.setattr(head, "_CHUNK_SCORES", 3 * VOCABULARY)
+    monkeypatch.setattr(head, "_GRADIENT_PIECE", 7 * SIZE)
+    monkeypatch.setattr(head, "_KEPT_SCORES", (1 << 24) if request.param == "kept" else 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_values_and_gradients_are_those_of_a_log_softmax(small_chunks, transform, bias):
+    tensors, targets = inputs(bias=bias)
+    expected, expected_gradients = gradients(plain, tensors, targets, transform)
+    values, found = gradients(chunked, tensors, targets, transform)
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(found, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_frozen_head_gives_the_states_the_same_gradient(small_chunks, transform):
+    tensors, targets = inputs(bias=True)
+    _, (expected, *_) = gradients(plain, tensors, targets, transform)
+    frozen = [tensors[0], *(tensor.detach() for tensor in tensors[1:])]
+    values = chunked(frozen, targets, transform)
+    weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    [found] = torch.autograd.grad((values * weights).sum(), [tensors[0]])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradcheck(small_chunks):
+    tensors, targets = inputs(bias=True)
+    transform = TRANSFORMS["both"]
+    assert torch.autograd.gradcheck(lambda *t: chunked(t, targets, transform), tensors)
+
+
+def test_states_alone_and_weight_alone(small_chunks):
+    """Whatever needs no gradient gets none; what needs one is right."""
+    (states, weight), targets = inputs()
+    _, expected = gradients(plain, [states, weight], targets, LogitsTransform())
+    weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    values = chunked([states.detach(), weight], targets, LogitsTransform())
+    [found] = torch.autograd.grad((values * weights).sum(), [weight])
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+    assert not chunked([states.detach(), weight.detach()], targets, LogitsTransform()).requires_grad
+
+
+def test_a_second_backward_pass_gives_the_same(small_chunks):
+    tensors, targets = inputs(torch.float32)
+    values = chunked(tensors, targets, LogitsTransform())
+    first = torch.autograd.grad(values.sum(), tensors, retain_graph=True)
+    second = torch.autograd.grad(values.sum(), tensors)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bfloat16_states_keep_float32_sums(small_chunks):
+    """Log-probabilities of thousands of tokens in bfloat16 alone would be off by whole nats."""
+    tensors, targets = inputs(torch.bfloat16)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected, expected_gradients = gradients(plain, wide, targets, LogitsTransform())
+    values, found = gradients(chunked, tensors, targets, LogitsTransform())
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, rtol=0.02, atol=0.02)
+    for one, other in zip(found, expected_gradients, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() <= 0.02 * other.norm()
+
+
+def test_autocast_computes_products_in_bfloat16_and_gives_float32_weights_theirs():
+    tensors, targets = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, found = gradients(chunked, tensors, targets, LogitsTransform())
+    plain_values, plain_gradients = gradients(plain, tensors, targets, LogitsTransform())
+    assert not torch.equal(values, plain_values)
+    torch.testing.assert_close(values, plain_values, rtol=0.03, atol=0.03)
+    for one, other in zip(found, plain_gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() <= 0.02 * other.norm()
+
+
+def test_huge_scores_stay_finite():
+    states = torch.full((2, SIZE), 1e4)
+    weight = torch.randn(VOCABULARY, SIZE, generator=torch.Generator().manual_seed(0)) * 1e4
+    values = token_logps(states, weight, None, torch.tensor([1, 2]), LogitsTransform())
+    assert values.isfinite().all()
+    assert (values <= 0).all()
+
+
+@pytest.mark.parametrize(("kept", "products"), [(1 << 24, 3), (0, 4)])
+def test_products_are_computed_once_or_once_more(monkeypatch, kept, products):
+    """2 n V d FLOPs a product: forward, states, weight, and the scores again where not kept."""
+    monkeypatch.setattr(head, "_KEPT_SCORES", kept)
+    tensors, targets = inputs(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        gradients(chunked, tensors, targets, LogitsTransform())
+    assert counter.get_total_flops() == products * 2 * TOKENS * VOCABULARY * SIZE
+
+
+def test_a_frozen_head_costs_two_products():
+    (states, weight), targets = inputs(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        chunked([states, weight.detach()], targets, LogitsTransform()).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * TOKENS * VOCABULARY * SIZE
