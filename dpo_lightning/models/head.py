@@ -13,13 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-# Most scores of a chunk of tokens.
-_CHUNK_SCORES = 1 << 23
-# Up to so many scores in all are kept for the backward pass instead of being computed again.
-_KEPT_SCORES = 1 << 24
-# Most entries of a piece of the weight's gradient before it is added up.
-_GRADIENT_PIECE = 1 << 24
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What a kind of device is given at a time.
+
+    Attributes:
+        scores: Most scores at a time.
+        kept: Up to so many in all are kept for the backward pass and not computed again.
+    """
+
+    scores: int
+    kept: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Limits:
+        # A CPU takes a large piece of memory anew from the system each time, page by page, which
+        # costs more than what is computed in it.
+        return _ON_CPU if device.type == "cpu" else _ELSEWHERE
+
+    def pieces(self, length: int, width: int) -> list[slice]:
+        """A length cut so that no piece times the width has too many scores."""
+        size = max(1, self.scores // width)
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+_ON_CPU = _Limits(scores=1 << 22, kept=1 << 25)
+_ELSEWHERE = _Limits(scores=1 << 25, kept=1 << 27)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +56,11 @@ class LogitsTransform:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether the scores stay what they are."""
+        return self.scale == 1.0 and self.cap is None
+
     @classmethod
     def of(cls, config: Any) -> LogitsTransform:
         """As a model's config has it (``logit_scale``, ``logits_scaling``, softcapping)."""
@@ -46,8 +73,9 @@ class LogitsTransform:
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The transformed scores, at least float32; what is given stays as it is."""
-        logits = logits.to(_wide(logits))
+        """The transformed scores, at least float32 where something happened to them."""
+        if not self.is_identity:
+            logits = logits.to(_wide(logits))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
@@ -90,9 +118,11 @@ def token_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Forward: scores chunk by chunk. Backward: the same again, or out of what was kept.
+    """Forward a chunk of tokens at a time, backward a block of the vocabulary at a time.
 
-    With a frozen weight the gradient of each state is found in the forward pass already,
+    Going back, the log-sum-exp of each token is known, so blocks of the vocabulary are independent:
+    each gives its own rows of the weight's gradient, once, and adds to that of the states. With a
+    frozen weight the gradient of each state is found in the forward pass already,
     ``W[y] - softmax @ W``, and only has to be scaled: nothing is computed twice.
     """
 
@@ -106,64 +136,55 @@ class _TokenLogps(torch.autograd.Function):
         transform: LogitsTransform,
     ) -> Tensor:
         own = weight.to(states.dtype)
+        limits = _Limits.of(states.device)
         logps = torch.empty(len(targets), dtype=_wide(states), device=states.device)
         normaliser = torch.empty_like(logps)
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         jacobian = torch.empty_like(states) if frozen and ctx.needs_input_grad[0] else None
-        keeps = not frozen and len(targets) * len(weight) <= _KEPT_SCORES
-        kept = []
-        for chunk in _chunks(len(targets), len(weight)):
-            raw = _products(states[chunk], own, bias)
-            logits = transform(raw)
-            normaliser[chunk] = logits.logsumexp(-1)
-            logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - normaliser[chunk]
-            if keeps:
-                kept.append(raw)
+        keeps = not frozen and len(targets) * len(weight) <= limits.kept
+        kept = _products(states, own, bias) if keeps else None
+        for chunk in limits.pieces(len(targets), len(weight)):
+            raw = _products(states[chunk], own, bias) if kept is None else kept[chunk]
+            logits = transform(raw).to(logps.dtype)
+            logps[chunk] = -F.cross_entropy(logits, targets[chunk], reduction="none")
+            normaliser[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logps[chunk]
             if jacobian is not None:
-                scores = _score_gradient(logits, normaliser[chunk], targets[chunk], transform)
-                jacobian[chunk] = scores.to(own.dtype) @ own
+                scores = _score_gradient(
+                    raw, targets[chunk], logps[chunk], normaliser[chunk], None, transform
+                )
+                jacobian[chunk] = scores @ own
         ctx.transform = transform
-        ctx.save_for_backward(states, weight, bias, targets, normaliser, jacobian, *kept)
+        ctx.save_for_backward(states, weight, bias, targets, logps, normaliser, jacobian, kept)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of the states, and of weight and bias where those are trained."""
-        states, weight, bias, targets, normaliser, jacobian, *kept = ctx.saved_tensors
+        states, weight, bias, targets, logps, normaliser, jacobian, kept = ctx.saved_tensors
         if jacobian is not None:
             return jacobian * gradient[:, None].to(jacobian.dtype), None, None, None, None
         own = weight.to(states.dtype)
-        d_states = torch.empty_like(states)
-        d_weight = torch.zeros(weight.shape, dtype=_wide(states), device=weight.device)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(states))
-        for number, chunk in enumerate(_chunks(len(targets), len(weight))):
-            raw = kept[number] if kept else _products(states[chunk], own, bias)
+        d_states = torch.zeros(states.shape, dtype=logps.dtype, device=states.device)
+        d_weight = torch.empty_like(weight)
+        d_bias = None if bias is None else torch.empty_like(bias)
+        for block in _Limits.of(states.device).pieces(len(weight), len(targets)):
+            if kept is None:
+                raw = _products(states, own[block], None if bias is None else bias[block])
+            else:
+                raw = kept[:, block]
             scores = _score_gradient(
-                ctx.transform(raw), normaliser[chunk], targets[chunk], ctx.transform
+                raw, targets - block.start, logps, normaliser, gradient, ctx.transform
             )
-            scores.mul_(gradient[chunk, None])
+            d_states += scores @ own[block]
+            d_weight[block] = scores.t() @ states
             if d_bias is not None:
-                d_bias += scores.sum(0)
-            scores = scores.to(own.dtype)
-            d_states[chunk] = scores @ own
-            _add_products(d_weight, scores, states[chunk])
-        return (
-            d_states,
-            d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-        )
+                d_bias[block] = scores.sum(0, dtype=logps.dtype)
+        return d_states.to(states.dtype), d_weight, d_bias, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, _CHUNK_SCORES // vocabulary)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _products(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,20 +193,34 @@ def _products(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _score_gradient(
-    logits: Tensor, normaliser: Tensor, targets: Tensor, transform: LogitsTransform
+    raw: Tensor,
+    targets: Tensor,
+    logps: Tensor,
+    normaliser: Tensor,
+    outer: Tensor | None,
+    transform: LogitsTransform,
 ) -> Tensor:
-    """Gradient of each token's log-probability in its scores before the transform, (n, V)."""
-    gradient = (logits - normaliser[:, None]).exp_().neg_()
-    rows = torch.arange(len(targets), device=targets.device)
-    gradient[rows, targets] += 1
-    return transform.backward(gradient, logits)
+    """Gradient of the log-probabilities in a block of the scores before the transform.
 
+    Args:
+        raw: Those scores, shape (n, v).
+        targets: Place of each target in the block, outside of it where it is none; shape (n,).
+        logps: Log-probability of each target, shape (n,), at least float32.
+        normaliser: Log-sum-exp over all transformed scores, shape (n,), the same type.
+        outer: Gradient of each log-probability, shape (n,); None for 1.
+        transform: What happens to the scores.
 
-def _add_products(total: Tensor, scores: Tensor, states: Tensor) -> None:
-    """``total += scores.T @ states`` in the type of the total, a piece of it at a time."""
-    if scores.dtype == total.dtype:
-        total.addmm_(scores.t(), states)
-        return
-    size = max(1, _GRADIENT_PIECE // states.shape[1])
-    for start in range(0, len(total), size):
-        total[start : start + size] += scores[:, start : start + size].t() @ states
+    Returns:
+        Shape (n, v), in the type of the scores.
+    """
+    transformed = transform(raw)
+    gradient = (transformed - normaliser[:, None]).exp_().neg_()
+    # 1 - p of a likely target is lost in a difference of rounded numbers; this one is exact. Which
+    # rows have their target here is not asked, as a GPU would have to answer first.
+    places = targets.clamp(0, raw.shape[1] - 1)[:, None]
+    inside = (targets == places[:, 0])[:, None]
+    own = torch.where(inside, -logps.expm1()[:, None], gradient.gather(1, places))
+    gradient.scatter_(1, places, own)
+    if outer is not None:
+        gradient.mul_(outer[:, None])
+    return transform.backward(gradient, transformed).to(raw.dtype)
