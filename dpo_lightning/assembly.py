@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
 from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.computation import Computation, decide_precision
 from dpo_lightning.config import Config
 from dpo_lightning.data.module import PreferenceDataModule
 from dpo_lightning.data.prepare import PreparedData
@@ -32,7 +32,11 @@ _MICRO_BATCH_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 16384}
 
 
 def make_module(
-    config: Config, models: Models, reference: Reference, schedule: Schedule
+    config: Config,
+    models: Models,
+    reference: Reference,
+    schedule: Schedule,
+    computation: Computation,
 ) -> DPOModule:
     """The module; its reference is ready."""
     # The schema has the options of all losses; each takes those that are its own.
@@ -56,6 +60,7 @@ def make_module(
         total_steps=schedule.total_steps,
         log_every_n_steps=schedule.log_every_n_steps,
         starts_from_reference=models.starts_from_reference,
+        compute_dtype=computation.weights,
     )
 
 
@@ -123,7 +128,7 @@ def make_trainer(
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
             strategy=strategy,
-            precision=precision_of(config),
+            precision=decide_precision(config),
             max_steps=schedule.total_steps,
             max_epochs=-1,
             max_time=config.trainer.max_time,
@@ -146,21 +151,3 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def compute_context(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What Lightning computes a training step in, for what is computed outside of one."""
-    if precision_of(config) == "bf16-mixed":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def precision_of(config: Config) -> Any:
-    """``trainer.precision``, decided."""
-    wanted = config.trainer.precision
-    if wanted is not None:
-        return wanted
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16-mixed"
-    return "32-true"

@@ -62,14 +62,6 @@ def conclude(
     if module.eval_accuracies is not None:
         evaluation["accuracies"] = module.eval_accuracies.tolist()
     measured: dict[str, float] = {}
-    if prepared.task is not None and prepared.reference_outcome_logps is not None:
-        reference_logps = prepared.reference_outcome_logps
-        with prepared.models.scorer.plain(policy) as plain:
-            policy_logps = prepared.task.outcome_logps(plain)
-        exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
-        exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
-        measured |= {f"controlled/{name}": value for name, value in exact.items()}
-        evaluation["optimum"] = prepared.task.frontier(reference_logps)
     failure: UserError | None = None
     rows: list[dict[str, Any]] = []
     try:
@@ -86,6 +78,16 @@ def conclude(
     except UserError as error:  # a scorer that fails must not cost the trained model
         failure = error
     evaluation["samples"] = rows
+    # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
+    module.restore_weights()
+    if prepared.task is not None and prepared.reference_outcome_logps is not None:
+        reference_logps = prepared.reference_outcome_logps
+        with prepared.models.scorer.plain(policy) as plain:
+            policy_logps = prepared.task.outcome_logps(plain)
+        exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
+        exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
+        measured |= {f"controlled/{name}": value for name, value in exact.items()}
+        evaluation["optimum"] = prepared.task.frontier(reference_logps)
     result["metrics"] |= measured
     source = prepared.source
     export_model(

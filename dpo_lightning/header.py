@@ -23,6 +23,7 @@ def header_facts(
     schedule: Schedule,
     *,
     trainer: pl.Trainer,
+    precision: str,
     folder: Path,
 ) -> dict[str, str]:
     """A line per fact: model, data and what was dropped, loss, steps, device, folder."""
@@ -53,7 +54,7 @@ def header_facts(
         "loss": f"{config.loss.name}, beta {config.beta:g}, reference {reference}",
         "steps": f"{schedule.total_steps:,} of {config.data.batch_size} groups, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
-        "device": f"{devices}, {trainer.precision}, torch {torch.__version__}",
+        "device": f"{devices}, {precision}, torch {torch.__version__}",
         "folder": str(folder),
     }
     if device == "cpu" and _has_nvidia_gpu():

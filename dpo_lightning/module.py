@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.comparison import (
     SUMS,
@@ -51,6 +52,8 @@ class DPOModule(pl.LightningModule):
         log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
         starts_from_reference: Whether the policy's first weights are the reference's; then the
             first batch has to show it.
+        compute_dtype: What the policy's weights are rounded to while it is trained, with float32
+            master weights behind them; None trains the weights themselves.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class DPOModule(pl.LightningModule):
         total_steps: int,
         log_every_n_steps: int,
         starts_from_reference: bool,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -89,6 +93,8 @@ class DPOModule(pl.LightningModule):
         self._warmup_steps = warmup_steps
         self._log_every_n_steps = log_every_n_steps
         self.starts_from_reference = starts_from_reference
+        self._compute_dtype = compute_dtype
+        self._masters: MasterWeights | None = None
         # The step at which the evaluation groups were last seen.
         self.last_evaluation = -1
         self._train_sums: Tensor | None = None
@@ -100,12 +106,19 @@ class DPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up; vectors (norms, biases) are not decayed."""
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        # By now the policy is on its device, and what a checkpoint held is in it.
+        if self._compute_dtype is not None:
+            self._masters = MasterWeights(self.policy, self._compute_dtype)
+        trained = self._trained()
         groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self._weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self._weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], **self._adamw)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            fused=self.device.type in ("cpu", "cuda"),
+            **self._adamw,
+        )
         scheduler = get_scheduler(
             self._schedule,
             optimizer,
@@ -113,6 +126,18 @@ class DPOModule(pl.LightningModule):
             num_training_steps=self.total_steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds the weights that are trained, not their rounding."""
+        if self._masters is not None:
+            for name, value in self._masters.state_dict():
+                checkpoint["state_dict"][f"policy.{name}"] = value
+
+    def restore_weights(self) -> None:
+        """Ends training: the policy has the weights that were trained, in their own type."""
+        if self._masters is not None:
+            self._masters.restore()
+            self._masters = None
 
     def on_fit_start(self) -> None:
         """The reference is no submodule, so nobody else moves it."""
@@ -151,6 +176,8 @@ class DPOModule(pl.LightningModule):
             )
         optimizer.step()
         optimizer.zero_grad()
+        if self._masters is not None:
+            self._masters.publish()
         scheduler: Any = self.lr_schedulers()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -216,8 +243,14 @@ class DPOModule(pl.LightningModule):
         trainable = (p for p in self.policy.parameters() if p.requires_grad)
         return torch.stack([p.flatten()[:1].sum() * 0.0 for p in trainable]).sum()
 
+    def _trained(self) -> list[Tensor]:
+        """What the optimizer trains."""
+        if self._masters is not None:
+            return [*self._masters.parameters]
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
     def _clip(self) -> Tensor:
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        parameters = [p for p in self._trained() if p.grad is not None]
         limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
@@ -232,7 +265,7 @@ class DPOModule(pl.LightningModule):
             assert reference is not None
             sums += torch.stack([(policy - reference).abs().sum(), micro_batch.lengths.sum()])
         total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        dtype = self._compute_dtype()
+        dtype = self._dtype_computed_in()
         if not total / tokens <= _SAME_MODEL_TOLERANCE[dtype]:
             raise UserError(
                 "reference: before the first step the policy and its own starting point differ by "
@@ -242,12 +275,9 @@ class DPOModule(pl.LightningModule):
                 "reference.pretrained="
             )
 
-    def _compute_dtype(self) -> torch.dtype:
-        precision = str(self.trainer.precision)
-        if precision.startswith("bf16"):
-            return torch.bfloat16
-        if precision.startswith("16"):
-            return torch.float16
+    def _dtype_computed_in(self) -> torch.dtype:
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
         dtype: torch.dtype = next(self.policy.parameters()).dtype
         return dtype
 

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from dpo_lightning import display
 from dpo_lightning.assembly import (
-    compute_context,
     make_data_module,
     make_module,
     make_trainer,
@@ -24,11 +23,11 @@ from dpo_lightning.assembly import (
 )
 from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
 from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.computation import Computation, make_computation
 from dpo_lightning.conclusion import conclude
 from dpo_lightning.config import Config, run_name
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
-from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.evaluation import (
@@ -40,11 +39,11 @@ from dpo_lightning.evaluation import (
 )
 from dpo_lightning.header import header_facts
 from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
+from dpo_lightning.memory import keep_freed_memory
 from dpo_lightning.models.loading import max_positions
-from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
 from dpo_lightning.prepared import Prepared
-from dpo_lightning.reference import CachedReference, with_reference_logps
+from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
 from dpo_lightning.wandb_runs import logger_settings
 
@@ -83,18 +82,17 @@ def run_session(
     exit_code, where = 1, None
     trainer = None
     try:
-        groups, answering = _answering(config, prepared)
-        samples = SampleAnswers(groups[:SHOWN], models=prepared.models, answering=answering)
         same = SameConfig(result["config_hash"])
         identity = RunIdentity(prepared.identity)
         trainer = make_trainer(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
-            callbacks=[same, MetricRows(metrics), throughput, samples, identity],
+            callbacks=[same, MetricRows(metrics), throughput, identity],
             throughput=throughput,
             run_dir=run_dir,
         )
+        computation = make_computation(config, trainer)
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -104,14 +102,24 @@ def run_session(
                 prepared.data,
                 prepared.schedule,
                 trainer=trainer,
+                precision=computation.precision,
                 folder=run_dir,
             )
             display.show_header(console, facts)
         device = trainer.strategy.root_device
-        models, data = _with_reference(config, prepared, trainer)
+        if device.type == "cpu":
+            keep_freed_memory()
+        fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
+        if fault is not None:
+            log.info("attention takes the slower of two ways: %s", fault)
+        prepared = _with_reference(config, prepared, trainer, computation)
+        models, data = prepared.models, prepared.data
         assert models.reference is not None
         result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
-        module = make_module(config, models, models.reference, prepared.schedule)
+        groups, answering = _answering(config, prepared, computation)
+        samples = SampleAnswers(groups[:SHOWN], models=models, answering=answering)
+        trainer.callbacks.append(samples)  # type: ignore[attr-defined]
+        module = make_module(config, models, models.reference, prepared.schedule, computation)
         datamodule = make_data_module(
             config,
             data,
@@ -179,7 +187,9 @@ def run_session(
 # Building ---------------------------------------------------------------------------------------
 
 
-def _answering(config: Config, prepared: Prepared) -> tuple[list[TokenGroup], Answering]:
+def _answering(
+    config: Config, prepared: Prepared, computation: Computation
+) -> tuple[list[TokenGroup], Answering]:
     """Whose prompts are answered, and how."""
     source, data, policy = prepared.source, prepared.data, prepared.models.policy
     positions = max_positions(source.config)
@@ -197,27 +207,31 @@ def _answering(config: Config, prepared: Prepared) -> tuple[list[TokenGroup], An
         tokenizer=source.tokenizer,
         max_new_tokens=longest,
         batch_size=config.evaluation.batch_size,
-        precision=lambda: compute_context(config, policy.device),
+        precision=lambda: computation.context(policy.device),
     )
     return groups, answering
 
 
 def _with_reference(
-    config: Config, prepared: Prepared, trainer: pl.Trainer
-) -> tuple[Models, PreparedData]:
-    """Models and data with the reference's log-probabilities where those are cached."""
+    config: Config, prepared: Prepared, trainer: pl.Trainer, computation: Computation
+) -> Prepared:
+    """Models and data with the reference in the type that is computed in, or out of the cache."""
     models, data, source = prepared.models, prepared.data, prepared.source
+    load = models.make_reference
+    models = replace(models, make_reference=lambda: computation.cast(load()))
     if models.reference is not None:
-        return models, data
+        if isinstance(models.reference, LiveReference):
+            computation.cast(models.reference.model)
+        return replace(prepared, models=models)
     device = trainer.strategy.root_device
     cache = ReferenceCache(
         prepared.cache_dir,
         {
             "weights": models.reference_weights,
             "dtype": str(source.dtype),
-            "precision": str(trainer.precision),
+            "precision": computation.name,
             "device": device.type,
-            "path": models.scorer.path,
+            "kernel": models.scorer.kernel,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -228,11 +242,15 @@ def _with_reference(
         load=models.make_reference,
         scorer=models.scorer,
         device=device,
-        precision=lambda: compute_context(config, device),
+        precision=lambda: computation.context(device),
         micro_batch_tokens=micro_batch_tokens(config, device),
     )
     train, evaluation = parts
-    return replace(models, reference=reference), replace(data, train=train, eval=evaluation)
+    return replace(
+        prepared,
+        models=replace(models, reference=reference),
+        data=replace(data, train=train, eval=evaluation),
+    )
 
 
 # Training ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpo_lightning.data.packing import GroupBatch
-from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan
+from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan, varlen_fault
 from dpo_lightning.models.head import LogitsTransform, token_logps
 
 ScoringPath = Literal["flat", "padded"]
@@ -26,11 +26,46 @@ _PADDING = 1.25
 
 
 class Scorer:
-    """Scores micro-batches on one path; policy and reference share a scorer, and so its kernels."""
+    """Scores micro-batches on one path; policy and reference share a scorer, and so its kernels.
+
+    Attributes:
+        path: The path.
+        varlen: Whether the flat path may use the kernel for sequences of any lengths.
+    """
 
     def __init__(self, path: ScoringPath) -> None:
         self.path: ScoringPath = path
+        self.varlen = False
         self._own_attention: str | None = None
+
+    @property
+    def kernel(self) -> str:
+        """Tells kernels apart whose numbers are not the same."""
+        return f"{self.path}, any lengths" if self.varlen else self.path
+
+    def choose_kernel(self, config: Any, device: torch.device) -> str | None:
+        """Tries the kernel for any lengths where there may be one.
+
+        Args:
+            config: The model's.
+            device: Where it will run.
+
+        Returns:
+            Why a GPU goes without it.
+        """
+        if self.path != "flat" or device.type != "cuda":
+            return None
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        fault = varlen_fault(
+            device,
+            torch.bfloat16,
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+        self.varlen = fault is None
+        return fault
 
     @property
     def shared(self) -> bool:
@@ -59,7 +94,7 @@ class Scorer:
 
     def plan(self, batch: GroupBatch) -> AttentionPlan | None:
         """The attention plan of a micro-batch, to be shared by the models that score it."""
-        return AttentionPlan(batch) if self.path == "flat" else None
+        return AttentionPlan(batch, varlen=self.varlen) if self.path == "flat" else None
 
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""

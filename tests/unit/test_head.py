@@ -124,7 +124,7 @@ def test_the_gradient_of_a_likely_token_is_not_lost_in_bfloat16():
     targets = torch.arange(TOKENS)
     wide = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]
     expected, expected_gradients = gradients(plain, wide, targets, LogitsTransform())
-    values, found = gradients(chunked, [states, weight], targets, LogitsTransform())
+    _, found = gradients(chunked, [states, weight], targets, LogitsTransform())
     assert expected.max() > -2e-3
     for one, other in zip(found, expected_gradients, strict=True):
         assert (one.double() - other).norm() <= 0.03 * other.norm()

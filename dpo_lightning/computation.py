@@ -1,0 +1,81 @@
+"""What a run computes in: float32, bfloat16 behind float32 master weights, or autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+
+from dpo_lightning.config import Config
+from dpo_lightning.models.master_weights import cast_parameters
+
+PrecisionName = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """How the numbers of a run are made.
+
+    Attributes:
+        precision: ``trainer.precision``, decided.
+        weights: What the weights are rounded to while float32 masters of them are trained; None
+            computes in the weights' own type.
+        autocast: Whether each operation chooses its type.
+    """
+
+    precision: PrecisionName
+    weights: torch.dtype | None
+    autocast: bool
+
+    @property
+    def name(self) -> str:
+        """Tells computations apart whose numbers are not the same."""
+        if self.weights is not None:
+            return f"{self.precision}, weights in {self.weights}"
+        return f"{self.precision}, autocast" if self.autocast else self.precision
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context of a step, for what is computed outside of one."""
+        if self.autocast:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def cast(self, model: Any) -> Any:
+        """A frozen model in the type that the policy computes in; in place."""
+        return model if self.weights is None else cast_parameters(model, self.weights)
+
+
+def decide_precision(config: Config) -> PrecisionName:
+    """``trainer.precision``, by the device where the settings leave it open."""
+    wanted = config.trainer.precision
+    if wanted is not None:
+        return "32-true" if wanted == "32-true" else "bf16-mixed"
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16-mixed"
+    return "32-true"
+
+
+def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
+    """Decides how to compute, and tells the trainer.
+
+    One process rounds its weights once per step, which is faster than autocast's casts in every
+    layer. Over several, gradients are averaged by a strategy that knows only the model's own
+    weights: there it is autocast.
+
+    Args:
+        config: The settings.
+        trainer: The trainer, which knows the number of processes.
+    """
+    precision = decide_precision(config)
+    if precision == "32-true":
+        return Computation(precision, weights=None, autocast=False)
+    if trainer.world_size > 1:
+        return Computation(precision, weights=None, autocast=True)
+    trainer.strategy.precision_plugin = Precision()
+    rounded = torch.bfloat16 if config.model.dtype == "float32" else None
+    return Computation(precision, weights=rounded, autocast=False)
