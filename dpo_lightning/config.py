@@ -138,7 +138,7 @@ class ReferenceConfig:
     # A local folder or a hub id; null is the policy as it starts.
     pretrained: str | None = None
     revision: str | None = None
-    # Where cached log-probabilities are kept; null: $DPO_LIGHTNING_CACHE, or outputs/cache.
+    # Where they are kept, and the token ids of rows; null: $DPO_LIGHTNING_CACHE, or outputs/cache.
     cache_dir: str | None = None
 
 

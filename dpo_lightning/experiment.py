@@ -103,7 +103,7 @@ def run_experiment(
             task=task,
             reference_outcome_logps=reference_logps,
             score=_make_score(config),
-            cache_dir=_cache_dir(config),
+            cache_dir=_cache_dir(config) / "reference",
         ),
         run_dir=run_dir,
         resolved=_filled_in(resolved, source, schedule),
@@ -165,6 +165,7 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
         eval_fraction=config.data.eval_fraction,
         split_seed=config.data.split_seed,
         max_dropped=config.data.max_dropped,
+        cache=_cache_dir(config) / "tokens",
     )
     margins = sum(group.target_margin is not None for group in rows.train.groups)
     if margins:
@@ -202,7 +203,7 @@ def _make_score(config: Config) -> Score | None:
 
 def _cache_dir(config: Config) -> Path:
     named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
-    return Path(named).expanduser() / "reference"
+    return Path(named).expanduser()
 
 
 def _controlled_data(

@@ -9,22 +9,20 @@ found out; files are only added, each by one rename.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dpo_lightning.data.tokens import Ids
+from dpo_lightning.files import hold_lock, write_whole
 from dpo_lightning.results import write_json
 
 log = logging.getLogger(__name__)
@@ -33,7 +31,6 @@ KEY_BYTES = 16
 _SUFFIX = ".safetensors"
 # Rounding may put the log of a probability of 1 this far above 0.
 _ROUNDING = 1e-3
-_POLL_SECONDS = 0.2
 
 Keys = npt.NDArray[np.uint8]
 Logps = npt.NDArray[np.float32]
@@ -111,41 +108,11 @@ class ReferenceCache:
         about = self.path / "about.json"
         if not about.exists():
             write_json(about, self._facts)
-        target = self.path / f"{_digest(part)}{_SUFFIX}"
-        staged = self.path / f".{target.stem}.{os.getpid()}"
-        try:
-            with staged.open("wb") as file:
-                file.write(save(part))
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+        write_whole(self.path / f"{_digest(part)}{_SUFFIX}", save(part))
 
-    @contextlib.contextmanager
-    def lock(self, *, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Keeps other processes from computing the same; the system lifts it from a dead one.
-
-        Args:
-            on_wait: Called once when another process holds it.
-
-        Raises:
-            OSError: If the folder cannot be written or has no locks.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                on_wait()
-                lock.acquire(poll_interval=_POLL_SECONDS)
-        except NotImplementedError as error:
-            raise OSError(errno.ENOTSUP, "its file system has no locks") from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def lock(self, *, on_wait: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from computing the same; see :func:`hold_lock`."""
+        return hold_lock(self.path / ".lock", on_wait=on_wait)
 
     def _read_part(self, path: Path) -> dict[bytes, tuple[float, int]]:
         try:

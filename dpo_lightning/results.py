@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from dpo_lightning.files import write_whole
 
 RESULT_FILE = "result.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all: staged beside the target, synced, renamed."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with staged.open("w") as file:
-        json.dump(finite(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    """Writes JSON whole or not at all; null stands for what is not finite."""
+    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False)}\n".encode())
 
 
 def finite(value: Any) -> Any:

@@ -6,10 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.records import Rows
-from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups, tokenize_groups
+from dpo_lightning.data.token_cache import tokenize_once
+from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
 from dpo_lightning.errors import UserError
 
 
@@ -54,6 +56,7 @@ def prepare_rows(
     eval_fraction: float,
     split_seed: int,
     max_dropped: float,
+    cache: Path | None = None,
 ) -> PreparedData:
     """Tokenizes rows, splits off the evaluation groups, and accounts for what was dropped.
 
@@ -66,12 +69,13 @@ def prepare_rows(
         eval_fraction: Share of the groups to hold out when ``evaluation`` is None.
         split_seed: Seed of that choice.
         max_dropped: Largest share of the rows that may be dropped.
+        cache: Where token ids are kept; None keeps none.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
     """
     limits: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
-    tokenized = tokenize_groups(train.groups, tokenizer, **limits)
+    tokenized = tokenize_once(train.groups, tokenizer, **limits, folder=cache)
     prepared = PreparedData(train=tokenized.groups, eval=[], notes=[*train.notes])
     _account(prepared, train, tokenized)
     parts = [("data.train", train, tokenized)]
@@ -82,7 +86,7 @@ def prepare_rows(
         if eval_fraction and prepared.train and not prepared.eval:
             prepared.notes.append("all rows have one prompt, so none are held out to evaluate on")
     else:
-        held_out = tokenize_groups(evaluation.groups, tokenizer, **limits)
+        held_out = tokenize_once(evaluation.groups, tokenizer, **limits, folder=cache)
         prepared.eval = held_out.groups
         prepared.notes += evaluation.notes
         # The same may have been said of the training rows, with other numbers.

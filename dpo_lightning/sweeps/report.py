@@ -18,6 +18,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.files import write_whole
 from dpo_lightning.results import write_json
 from dpo_lightning.sweeps.report_analysis import Analysis, analyse
 from dpo_lightning.sweeps.report_content import make_content, report_command, summary
@@ -60,7 +61,7 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
     html = _environment(escape=True).get_template("report.html")
     markdown = _environment(escape=False).get_template("report.md")
     written = summary(sweep, analysis)
-    _write(folder / PICTURE, picture)
+    write_whole(folder / PICTURE, picture)
     _write_text(folder / "report.html", html.render(c=content, figures=figures, again=again))
     _write_text(folder / "report.md", markdown.render(c=content, picture=PICTURE, again=again))
     write_json(folder / "sweep.json", written)
@@ -97,14 +98,7 @@ def _address(path: str) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write(path, text.encode("utf-8", "replace"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, as somebody may be reading it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_bytes(data)
-    staged.replace(path)
+    write_whole(path, text.encode("utf-8", "replace"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

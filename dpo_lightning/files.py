@@ -1,0 +1,57 @@
+"""Files that are written whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_POLL_SECONDS = 0.2
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: staged beside the target, synced, renamed.
+
+    Raises:
+        OSError: If it cannot be written; what was there stays as it was.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Keeps other processes out; the system lifts the lock of one that died.
+
+    Args:
+        path: The lock's file; its folder is made.
+        on_wait: Called once when another process holds it.
+
+    Raises:
+        OSError: If the folder cannot be written or has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except NotImplementedError as error:
+        raise OSError(errno.ENOTSUP, "its file system has no locks") from error
+    try:
+        yield
+    finally:
+        lock.release()
