@@ -210,6 +210,68 @@ def test_sequences_of_like_lengths_are_one_call(monkeypatch):
 COSTS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
+def first_fit(costs: list[int], budget: int) -> int:
+    """How many bins the longest first, each where it fits first, needs."""
+    room: list[int] = []
+    for cost in costs:
+        place = next((i for i, left in enumerate(room) if cost <= left), None)
+        if place is None:
+            room.append(budget - cost)
+        else:
+            room[place] -= cost
+    return len(room)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(costs=COSTS, world_size=st.integers(1, 6), budget=st.integers(1, 120))
+def test_ranks_may_be_asked_for_as_many_micro_batches(costs, world_size, budget):
+    """The same groups on the same ranks; only who shares a pass changes, and never over budget."""
+    plain = plan_step(costs, world_size=world_size, micro_batch_tokens=budget)
+    equal = plan_step(costs, world_size=world_size, micro_batch_tokens=budget, equal_counts=True)
+    assert {len(rank) for rank in equal} == {max(map(len, plain))}
+    for one, other in zip(equal, plain, strict=True):
+        assert sorted(i for m in one for i in m) == sorted(i for m in other for i in m)
+        assert not [m for m in one if len(m) > 1 and sum(costs[i] for i in m) > budget]
+        # Empty ones only where there is nothing left to split.
+        assert [] not in one or max(map(len, one)) <= 1
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    n=st.integers(1, 60), batch=st.integers(1, 9), seed=st.integers(0, 9), epoch=st.integers(0, 4)
+)
+def test_the_groups_of_a_step_are_the_same_at_any_world_size(n, batch, seed, epoch):
+    groups = random_groups(n)
+    order = epoch_order(n, seed=seed, epoch=epoch)
+    seen = []
+    for start in range(0, n, batch):
+        rows = order[start : start + batch]
+        by_world = set()
+        for world_size in (1, 2, 3):
+            steps = [
+                make_step_batch(
+                    groups,
+                    rows,
+                    rank=rank,
+                    world_size=world_size,
+                    micro_batch_tokens=64,
+                    shared=True,
+                )
+                for rank in range(world_size)
+            ]
+            here = sorted(row for s in steps for m in s.micro_batches for row in m.rows)
+            by_world.add(tuple(here))
+        assert len(by_world) == 1
+        seen += by_world.pop()
+    assert sorted(seen) == list(range(n))
+
+
+def test_micro_batches_of_a_rank_are_even():
+    """400 tokens in a budget of 300: two of 200, not one of 300 and one of 100."""
+    [plan] = plan_step([100] * 4, world_size=1, micro_batch_tokens=300)
+    assert [len(micro) for micro in plan] == [2, 2]
+
+
 @settings(max_examples=300, deadline=None, database=None)
 @given(costs=COSTS, world_size=st.integers(1, 6), budget=st.integers(1, 120))
 def test_any_plan(costs, world_size, budget):
@@ -222,10 +284,10 @@ def test_any_plan(costs, world_size, budget):
         assert micro
         assert micro == sorted(micro)
         assert sum(costs[i] for i in micro) <= budget or len(micro) == 1
-    # No two micro-batches of a rank could have been one.
     for rank in plan:
-        sums = sorted(sum(costs[i] for i in micro) for micro in rank)
-        assert len(sums) < 2 or sums[0] + sums[1] > budget
+        assert len(rank) <= first_fit(
+            sorted((costs[i] for m in rank for i in m), reverse=True), budget
+        )
     # Ranks differ by less than their longest group, and none is idle for want of sharing.
     loads = [sum(costs[i] for micro in rank for i in micro) for rank in plan]
     assert max(loads) - min(loads) <= max(costs)
