@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
+from dpo_lightning.budget import Budget, choose_budget, memory_of
 from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, decide_precision
@@ -24,11 +25,9 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
+from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import Reference
 from dpo_lightning.schedule import Schedule
-
-# Tokens of a micro-batch, by device, where the settings leave it open.
-_MICRO_BATCH_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 16384}
 
 
 def make_module(
@@ -64,9 +63,23 @@ def make_module(
     )
 
 
-def micro_batch_tokens(config: Config, device: torch.device) -> int:
-    """Tokens that a device holds at once, chosen by its kind where the settings leave it open."""
-    return config.data.micro_batch_tokens or _MICRO_BATCH_TOKENS[device.type]
+def make_budget(
+    config: Config, prepared: Prepared, computation: Computation, device: torch.device
+) -> Budget:
+    """What the device holds at once, chosen by its memory where the settings leave it open."""
+    groups = [*prepared.data.train, *prepared.data.eval]
+    shared = prepared.models.scorer.shared
+    half = computation.precision == "bf16-mixed"
+    return choose_budget(
+        prepared.source.config,
+        kind=device.type,
+        device_bytes=memory_of(device),
+        trained=sum(p.numel() for p in prepared.models.policy.parameters() if p.requires_grad),
+        width=2 if half else 4,
+        longest=max(group.tokens if shared else group.padded_tokens for group in groups),
+        tokens=config.data.micro_batch_tokens,
+        checkpointing=config.model.gradient_checkpointing,
+    )
 
 
 def make_data_module(
@@ -75,14 +88,14 @@ def make_data_module(
     *,
     total_steps: int,
     shared: bool,
-    device: torch.device,
+    budget: Budget,
 ) -> PreferenceDataModule:
     """The data module of prepared groups."""
     return PreferenceDataModule(
         train_groups=data.train,
         eval_groups=data.eval,
         batch_size=config.data.batch_size,
-        micro_batch_tokens=micro_batch_tokens(config, device),
+        micro_batch_tokens=budget.tokens,
         total_steps=total_steps,
         seed=config.seed,
         shared=shared,

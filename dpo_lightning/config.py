@@ -64,8 +64,9 @@ class ModelConfig:
     config_overrides: dict[str, Any] = field(default_factory=dict)
     # What the weights are held in; trainer.precision is what is computed in.
     dtype: str = _setting("float32", choices=("float32", "bfloat16"))
-    # Less memory for more time: activations are computed again in the backward pass.
-    gradient_checkpointing: bool = False
+    # Less memory for more time: activations are computed again in the backward pass; null: only
+    # where they would not fit.
+    gradient_checkpointing: bool | None = None
 
 
 @dataclass
@@ -100,8 +101,7 @@ class DataConfig:
     chat_template: str | None = None
     # Groups (pairs) of one optimizer step, over all devices.
     batch_size: int = _setting(32, least=1)
-    # Tokens that one device holds at once; null: 16384 on CUDA, else 8192. The step does not depend
-    # on it.
+    # Tokens that one device holds at once; null: by its memory. The step does not depend on it.
     micro_batch_tokens: int | None = _setting(None, least=1)
     # Tokens of the prompt and one response; null is the model's own limit.
     max_length: int | None = _setting(None, least=2)

@@ -182,7 +182,6 @@ def _load_models(config: Config, source: ModelSource) -> Models:
         reference_pretrained=config.reference.pretrained,
         reference_revision=config.reference.revision,
         needs_reference=PAIRWISE_LOSSES[config.loss.name].uses_reference,
-        gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.seed,
     )
 

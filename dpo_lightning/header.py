@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from dpo_lightning.budget import Budget
 from dpo_lightning.config import Config
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.models.setup import Models, ModelSource
@@ -24,6 +25,7 @@ def header_facts(
     *,
     trainer: pl.Trainer,
     precision: str,
+    budget: Budget,
     folder: Path,
 ) -> dict[str, str]:
     """A line per fact: model, data and what was dropped, loss, steps, device, folder."""
@@ -48,6 +50,9 @@ def header_facts(
     elif models.reference is None:
         reference += ", cached"
     devices = f"{trainer.world_size} x {device}"
+    memory = f"up to {budget.tokens:,} tokens at once"
+    if budget.checkpointing:
+        memory += ", activations computed again in the backward pass"
     facts = {
         "model": f"{source.name}: {parameters}",
         "data": f"{config.data.train or 'controlled task'}: {counts}",
@@ -55,6 +60,7 @@ def header_facts(
         "steps": f"{schedule.total_steps:,} of {config.data.batch_size} groups, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
         "device": f"{devices}, {precision}, torch {torch.__version__}",
+        "memory": memory,
         "folder": str(folder),
     }
     if device == "cpu" and _has_nvidia_gpu():

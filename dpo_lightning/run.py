@@ -76,6 +76,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "metrics": {},
         "reference": {"rows": 0, "computed": 0, "cached": 0},
         "throughput": {},
+        "memory": {},
         "model": {},
         "data": {},
         "versions": _versions(),

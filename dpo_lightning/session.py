@@ -16,11 +16,12 @@ from rich.console import Console
 
 from dpo_lightning import display
 from dpo_lightning.assembly import (
+    make_budget,
     make_data_module,
     make_module,
     make_trainer,
-    micro_batch_tokens,
 )
+from dpo_lightning.budget import Budget, say_if_over
 from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, make_computation
@@ -39,7 +40,7 @@ from dpo_lightning.evaluation import (
 )
 from dpo_lightning.header import header_facts
 from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
-from dpo_lightning.memory import keep_freed_memory
+from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
 from dpo_lightning.prepared import Prepared
@@ -93,6 +94,8 @@ def run_session(
             run_dir=run_dir,
         )
         computation = make_computation(config, trainer)
+        device = trainer.strategy.root_device
+        budget = make_budget(config, prepared, computation, device)
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -103,16 +106,18 @@ def run_session(
                 prepared.schedule,
                 trainer=trainer,
                 precision=computation.precision,
+                budget=budget,
                 folder=run_dir,
             )
             display.show_header(console, facts)
-        device = trainer.strategy.root_device
         if device.type == "cpu":
             keep_freed_memory()
+        if budget.checkpointing:
+            prepared.models.policy.activation_checkpointing_enable({"use_reentrant": False})
         fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
         if fault is not None:
             log.info("attention takes the slower of two ways: %s", fault)
-        prepared = _with_reference(config, prepared, trainer, computation)
+        prepared = _with_reference(prepared, device, computation, budget)
         models, data = prepared.models, prepared.data
         assert models.reference is not None
         result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
@@ -125,9 +130,14 @@ def run_session(
             data,
             total_steps=prepared.schedule.total_steps,
             shared=models.scorer.shared,
-            device=device,
+            budget=budget,
         )
+        if trainer.is_global_zero:
+            say_if_over(data.train, budget, shared=models.scorer.shared)
+        reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
+        result["memory"] = {"training_peak_bytes": peak_bytes(device)}
+        reset_peak(device)
         if config.checkpoint.last:
             _save_last(trainer, run_dir / CHECKPOINTS)
         if data.eval and module.last_evaluation != trainer.global_step:
@@ -152,6 +162,7 @@ def run_session(
             if samples.rows:
                 display.show_samples(console, COLUMNS, samples.rows)
                 log_table(logger, "samples", COLUMNS, samples.rows)
+        result["memory"]["evaluation_peak_bytes"] = peak_bytes(device)
         exit_code = 0
     except DpoLightningError as error:
         exit_code = error.exit_code
@@ -213,7 +224,7 @@ def _answering(
 
 
 def _with_reference(
-    config: Config, prepared: Prepared, trainer: pl.Trainer, computation: Computation
+    prepared: Prepared, device: torch.device, computation: Computation, budget: Budget
 ) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache."""
     models, data, source = prepared.models, prepared.data, prepared.source
@@ -223,7 +234,6 @@ def _with_reference(
         if isinstance(models.reference, LiveReference):
             computation.cast(models.reference.model)
         return replace(prepared, models=models)
-    device = trainer.strategy.root_device
     cache = ReferenceCache(
         prepared.cache_dir,
         {
@@ -243,7 +253,7 @@ def _with_reference(
         scorer=models.scorer,
         device=device,
         precision=lambda: computation.context(device),
-        micro_batch_tokens=micro_batch_tokens(config, device),
+        micro_batch_tokens=budget.tokens,
     )
     train, evaluation = parts
     return replace(

@@ -191,7 +191,6 @@ def load_models(
     reference_pretrained: str | None,
     reference_revision: str | None,
     needs_reference: bool,
-    gradient_checkpointing: bool,
     seed: int,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
@@ -203,7 +202,6 @@ def load_models(
         reference_pretrained: Folder or hub id of another reference; None is the policy's start.
         reference_revision: Its revision on the hub.
         needs_reference: Whether the loss uses a reference.
-        gradient_checkpointing: Whether activations are recomputed in backward.
         seed: Of a random model.
     """
     policy = _load_policy(model, seed)
@@ -231,8 +229,6 @@ def load_models(
         reference = None
         if reference_kind == "live":
             reference = LiveReference(make_reference(), scorer)
-    if gradient_checkpointing:
-        policy.activation_checkpointing_enable({"use_reentrant": False})
     return Models(
         policy=policy,
         reference=reference,

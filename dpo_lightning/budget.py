@@ -1,0 +1,136 @@
+"""How many tokens a device holds at once, and whether activations are computed again.
+
+An estimate, good for choosing a size: what one token of a decoder leaves in memory for the backward
+pass, against what the device has beside weights, gradients and optimizer state. What happens to be
+free at the moment plays no part: the same run on the same machine is split the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_lightning.data.tokens import TokenGroup
+
+log = logging.getLogger(__name__)
+
+_LEAST_TOKENS = 1024
+# Of a CPU's cache and of a GPU's parallelism more than this gains nothing.
+_MOST_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65536}
+# The rest is for what the estimate leaves out, and for fragments.
+_USABLE = 0.7
+# Bytes per trained weight: float32 master, gradient and two moments, and a bfloat16 copy.
+_TRAINED_BYTES = 18
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a device is given.
+
+    Attributes:
+        tokens: Most tokens of a micro-batch.
+        checkpointing: Whether activations are computed again in the backward pass.
+    """
+
+    tokens: int
+    checkpointing: bool
+
+
+def activation_bytes(config: Any, *, width: int, checkpointing: bool) -> int:
+    """What one token leaves in memory for the backward pass.
+
+    Args:
+        config: A transformers config of a decoder.
+        width: Bytes of an activation.
+        checkpointing: Whether only the input of each layer stays.
+    """
+    config = config.get_text_config()
+    hidden: int = config.hidden_size
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or hidden // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers: int = config.num_hidden_layers
+    # The layer's input, what its two norms read (in float32) and write, the attention's inputs and
+    # output, and four stages of the feed-forward part.
+    attention = (2 * heads + 2 * keys) * size
+    layer = width * (4 * hidden + 2 * attention + 4 * intermediate) + 2 * 4 * hidden
+    return layers * width * hidden + layer if checkpointing else layers * layer
+
+
+def choose_budget(
+    config: Any,
+    *,
+    kind: str,
+    device_bytes: int | None,
+    trained: int,
+    width: int,
+    longest: int,
+    tokens: int | None,
+    checkpointing: bool | None,
+) -> Budget:
+    """Chooses what the settings leave open.
+
+    Args:
+        config: The model's config.
+        kind: Kind of device: ``cpu``, ``cuda`` or ``mps``.
+        device_bytes: Memory of the device; None where nobody knows.
+        trained: Trained weights.
+        width: Bytes of an activation.
+        longest: Tokens of the longest group.
+        tokens: ``data.micro_batch_tokens``.
+        checkpointing: ``model.gradient_checkpointing``.
+    """
+    most = _MOST_TOKENS[kind]
+    if device_bytes is None:
+        return Budget(tokens or most, bool(checkpointing))
+    usable = max(0.0, _USABLE * (device_bytes - _TRAINED_BYTES * trained))
+
+    def fitting(again: bool) -> int:
+        return int(usable / activation_bytes(config, width=width, checkpointing=again))
+
+    if checkpointing is None:
+        # By need alone: computing everything twice costs a third of the speed.
+        checkpointing = fitting(False) < max(longest, tokens or _LEAST_TOKENS)
+    if tokens is None:
+        tokens = min(most, max(_LEAST_TOKENS, _power_of_two(fitting(checkpointing))))
+    return Budget(tokens, checkpointing)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is not larger."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Memory that a device has, in bytes; None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemTotal:")]
+    return 1024 * int(found[0]) if found else None
+
+
+def say_if_over(groups: Sequence[TokenGroup], budget: Budget, *, shared: bool) -> None:
+    """Says once how many groups are longer than a micro-batch may be."""
+    costs = [group.tokens if shared else group.padded_tokens for group in groups]
+    over = sum(cost > budget.tokens for cost in costs)
+    if over:
+        log.info(
+            "%d of %d groups have more than data.micro_batch_tokens=%d tokens (up to %d): each is "
+            "a micro-batch of its own",
+            over,
+            len(groups),
+            budget.tokens,
+            max(costs),
+        )
