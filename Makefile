@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check lock clean
+.PHONY: help train test check bench lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -29,10 +29,14 @@ check: $(READY) ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]" -c constraints.txt
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## write constraints.txt anew from a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -15,8 +16,11 @@ from typing import Any
 
 STARTED = time.perf_counter()
 
+# Ours, from what everybody does to all there is.
+LADDER = ("padded", "flat", "shared", "cached")
 
-def memory(name: str) -> int:
+
+def process_memory(name: str) -> int:
     """A value of /proc/self/status in bytes, such as ``VmRSS`` or ``VmHWM``."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
@@ -30,13 +34,15 @@ class Meter:
     def __init__(self) -> None:
         self.times: list[float] = []
         self.peak = 0
+        self.imports = 0.0
+        self._base = 0
 
     def imported(self) -> None:
         """Everything is imported: from here on memory counts."""
         import torch
 
-        self._base = memory("VmRSS")
         self.imports = time.perf_counter() - STARTED
+        self._base = process_memory("VmRSS")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -49,37 +55,46 @@ class Meter:
         if torch.cuda.is_available():
             self.peak = torch.cuda.max_memory_allocated()
         else:
-            self.peak = memory("VmHWM") - self._base
+            self.peak = process_memory("VmHWM") - self._base
 
 
 def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     """Through the command line, as a user would."""
     os.environ["DPO_LIGHTNING_CACHE"] = str(arguments.cache)
     import lightning.pytorch as pl
+    from lightning.pytorch.loops.fit_loop import _FitLoop
 
-    import dpo_lightning.experiment
+    import dpo_lightning.experiment  # noqa: F401
     from dpo_lightning.cli import main
 
     meter.imported()
-    fit = pl.Trainer.fit
+    fit, loop = pl.Trainer.fit, _FitLoop.run
+    loop_seconds = 0.0
+
+    def looped(self: Any) -> None:
+        nonlocal loop_seconds
+        start = time.perf_counter()
+        loop(self)
+        loop_seconds = time.perf_counter() - start
 
     def fitted(self: Any, *positional: Any, **named: Any) -> None:
         fit(self, *positional, **named)
         meter.trained()
 
-    pl.Trainer.fit = fitted  # type: ignore[method-assign]
-    _prepare(arguments.arm)
+    pl.Trainer.fit, _FitLoop.run = fitted, looped  # type: ignore[method-assign]
+    _take_away(arguments.arm)
     run = arguments.out.with_suffix("")
     code = main(
         [
             *(f"model.pretrained={arguments.model}", f"data.train={arguments.rows}"),
             *(f"data.batch_size={arguments.pairs}", f"trainer.max_steps={arguments.steps}"),
             *(f"trainer.precision={arguments.precision}", f"hydra.run.dir={run}"),
-            *("data.eval_fraction=0", "evaluation.samples=0", "logger=none", "data.max_length=1024"),
-            *("trainer.log_every_n_steps=1", "checkpoint.last=false", "optimizer.schedule=constant"),
-            *("optimizer.warmup=0", f"beta={arguments.beta}", f"optimizer.lr={arguments.lr}"),
-            *("optimizer.max_grad_norm=1.0", f"trainer.threads={arguments.threads}"),
-            f"reference={'live' if arguments.arm in _LIVE else 'cached'}",
+            *("data.eval_fraction=0", "evaluation.samples=0", "logger=none"),
+            *("data.max_length=1024", "trainer.log_every_n_steps=1", "checkpoint.last=false"),
+            *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.max_grad_norm=1.0"),
+            *(f"beta={arguments.beta}", f"optimizer.lr={arguments.lr}"),
+            f"trainer.threads={arguments.threads}",
+            f"reference={'cached' if arguments.arm == 'cached' else 'live'}",
         ]
     )
     if code:
@@ -88,33 +103,41 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     rows = [row for row in rows if "train/loss" in row]
     meter.times = [row["time"] for row in rows]
     result = json.loads((run / "result.json").read_text())
-    return {"losses": [row["train/loss"] for row in rows], "result": result["throughput"]}
+    return {
+        "losses": [row["train/loss"] for row in rows],
+        "reported_pairs_per_second": result["throughput"]["pairs_per_second"],
+        "loop_seconds": loop_seconds,
+    }
 
 
-_LIVE = ("padded", "flat", "shared")
-
-
-def _prepare(arm: str) -> None:
+def _take_away(arm: str) -> None:
     """Takes levers away, for the ladder."""
     if arm == "padded":
         from dpo_lightning.models import setup
         from dpo_lightning.models.scoring import Scorer
 
-        setup.choose_path = lambda model, **_: (Scorer("padded"), "the benchmark asks for it")  # type: ignore[assignment]
-    elif arm == "flat_disabled":
-        import dataclasses
-
-        from dpo_lightning import experiment
+        setup.choose_path = lambda *_, **__: (Scorer("padded"), "the benchmark asks for it")
+    elif arm == "flat":
         from dpo_lightning.data import packing
+        from dpo_lightning.models.scoring import Scorer
 
         collate = packing.collate_groups
 
         def apart(groups: Any, rows: Any) -> Any:
             """Each response behind a prompt of its own: nothing is padded, nothing is shared."""
-            del experiment, dataclasses
-            return collate(groups, rows)
+            alone = [
+                dataclasses.replace(group, responses=(response,), ranks=(1,), reference_logps=None)
+                for group in groups
+                for response in group.responses
+            ]
+            layout = collate(alone, range(len(alone)))
+            whole = collate(groups, rows)
+            names = ("group", "rank", "weight", "chosen", "rejected", "rows", "reference_logps")
+            return dataclasses.replace(layout, **{name: getattr(whole, name) for name in names})
 
         packing.collate_groups = apart
+        # What a group costs, prompts counted once for each response.
+        Scorer.shared = property(lambda _: False)  # type: ignore[assignment]
 
 
 def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
@@ -126,9 +149,8 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 
     torch.set_num_threads(arguments.threads)
     meter.imported()
-    tuned = arguments.arm == "trl_tuned"
     options: dict[str, Any] = {}
-    if tuned:
+    if arguments.arm == "trl_tuned":
         options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
     config = DPOConfig(
         output_dir=str(arguments.out.with_suffix("")),
@@ -151,12 +173,16 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 
     class Times(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             meter.times.append(time.time())
 
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(arguments.model),
         args=config,
-        train_dataset=load_dataset("json", data_files=str(arguments.rows), split="train"),
+        train_dataset=load_dataset(
+            "json", data_files=str(arguments.ordered), split="train", cache_dir=arguments.cache
+        ),
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
         callbacks=[Times()],
     )
@@ -165,33 +191,101 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
+def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
+    """Memory of one float32 step at a vocabulary of 128k and 4,096 response tokens.
+
+    Weights, gradients and the optimizer's state are there before it counts.
+    """
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dpo_lightning.data.packing import collate_groups
+    from dpo_lightning.data.tokens import TokenGroup
+    from dpo_lightning.memory import keep_freed_memory
+    from dpo_lightning.models.probe import choose_path
+    from dpo_lightning.objectives.comparison import compare_responses
+
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    config = LlamaConfig(
+        vocab_size=131072,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    scorer, _ = choose_path(model, max_length=512)
+    draw = np.random.default_rng(0)
+
+    def ids(n: int) -> Any:
+        return draw.integers(3, config.vocab_size, n).astype(np.int32)
+
+    groups = [
+        TokenGroup(ids(64), (ids(128), ids(128)), (1, 2), 1.0, f"bench:{i}", str(i))
+        for i in range(16)
+    ]
+    batch = collate_groups(groups, range(16))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        logps = scorer.logps(model, batch)
+        compare_responses(
+            "sigmoid",
+            policy_logps=logps,
+            reference_logps=logps.detach(),
+            lengths=batch.lengths,
+            group=batch.group,
+            rank=batch.rank,
+            weight=batch.weight,
+            chosen=batch.chosen,
+            rejected=batch.rejected,
+            beta=0.1,
+            options={},
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    meter.imported()
+    step()
+    meter.trained()
+    return {"response_tokens": int(batch.lengths.sum()), "vocabulary": config.vocab_size}
+
+
 def main() -> None:
     """Runs one arm."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm")
-    for name in ("model", "rows", "out", "cache"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("arm", choices=[*LADDER, "trl_default", "trl_tuned", "head"])
+    parser.add_argument("--out", type=Path, required=True)
+    for name in ("model", "rows", "ordered", "cache"):
+        parser.add_argument(f"--{name}", type=Path)
     for name in ("steps", "pairs", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--precision", required=True)
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=5e-7)
     arguments = parser.parse_args()
     meter = Meter()
-    work: Callable[..., dict[str, Any]] = trl if arguments.arm.startswith("trl") else ours
+    work: Callable[..., dict[str, Any]] = ours
+    if arguments.arm == "head":
+        work = head
+    elif arguments.arm.startswith("trl"):
+        work = trl
     found = work(arguments, meter)
-    arguments.out.write_text(
-        json.dumps(
-            {
-                "arm": arguments.arm,
-                "times": meter.times,
-                "peak_bytes": meter.peak,
-                "import_seconds": meter.imports,
-                "total_seconds": time.perf_counter() - STARTED,
-                **found,
-            }
-        )
-    )
+    record = {
+        "arm": arguments.arm,
+        "times": meter.times,
+        "peak_bytes": meter.peak,
+        "import_seconds": meter.imports,
+        "total_seconds": time.perf_counter() - STARTED,
+    }
+    arguments.out.write_text(json.dumps(record | found))
 
 
 if __name__ == "__main__":

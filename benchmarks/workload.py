@@ -25,6 +25,10 @@ class Size:
     heads: int
     key_heads: int
 
+    def describe(self) -> dict[str, int]:
+        """For the results."""
+        return asdict(self)
+
 
 SIZES = {
     # 20 million parameters: what two cores can train.
@@ -99,3 +103,71 @@ def make_rows(path: Path, shape: Shape, *, count: int, vocabulary: int, seed: in
             chosen, rejected = (text(length(shape.response) - 1) for _ in range(2))
             row = {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
             file.write(json.dumps(row) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and its rows on disk.
+
+    Attributes:
+        model: The model's folder.
+        rows: The rows.
+        ordered: The same rows in the order in which they are trained on.
+        lengths: Tokens of prompt, chosen and rejected response of the ordered rows.
+        size: The model's shape.
+    """
+
+    model: Path
+    rows: Path
+    ordered: Path
+    lengths: tuple[tuple[int, int, int], ...]
+    size: Size
+
+    @classmethod
+    def make(cls, folder: Path, size: Size, shape: Shape, *, rows: int) -> Workload:
+        """Writes everything."""
+        from dpo_lightning.data.packing import epoch_order
+
+        folder.mkdir(parents=True)
+        make_model(folder / "model", size)
+        path, ordered = folder / "rows.jsonl", folder / "ordered.jsonl"
+        make_rows(path, shape, count=rows, vocabulary=size.vocabulary)
+        lines = path.read_text().splitlines()
+        # A run with seed 1 takes them in this order; TRL is told to keep to the file's.
+        lines = [lines[i] for i in epoch_order(rows, seed=1, epoch=0)]
+        ordered.write_text("".join(f"{line}\n" for line in lines))
+        parsed = [json.loads(line) for line in lines]
+        # A response ends with a token that is not in its text.
+        lengths = tuple(
+            (
+                len(row["prompt"].split()),
+                len(row["chosen"].split()) + 1,
+                len(row["rejected"].split()) + 1,
+            )
+            for row in parsed
+        )
+        return cls(folder / "model", path, ordered, lengths, size)
+
+    def options(self) -> dict[str, Path]:
+        """For an arm."""
+        return {"model": self.model, "rows": self.rows, "ordered": self.ordered}
+
+    def flops(self, pairs: int, steps: int) -> list[float]:
+        """FLOPs that each step needs at least: each prompt once, no padding, no reference.
+
+        3 (2 N T + 2 H (C + R) + attention) for a pair, with N the weights of the layers and H those
+        of the head.
+        """
+        size = self.size
+        key_width = size.hidden * size.key_heads // size.heads
+        layer = 2 * size.hidden * (size.hidden + key_width) + 3 * size.hidden * size.intermediate
+        weights = size.layers * layer
+        head = size.vocabulary * size.hidden
+        found = []
+        for step in range(steps):
+            total = 0.0
+            for p, c, r in self.lengths[step * pairs : (step + 1) * pairs]:
+                attention = 2 * size.layers * size.hidden * ((p + c) ** 2 + (p + r) ** 2 - p**2)
+                total += 3 * (2 * weights * (p + c + r) + 2 * head * (c + r) + attention)
+            found.append(total)
+        return found
