@@ -200,7 +200,8 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dpo_lightning.data.packing import collate_groups
+    from dpo_lightning.budget import choose_budget, memory_of
+    from dpo_lightning.data.packing import make_step_batch
     from dpo_lightning.data.tokens import TokenGroup
     from dpo_lightning.memory import keep_freed_memory
     from dpo_lightning.models.probe import choose_path
@@ -228,34 +229,56 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         TokenGroup(ids(64), (ids(128), ids(128)), (1, 2), 1.0, f"bench:{i}", str(i))
         for i in range(16)
     ]
-    batch = collate_groups(groups, range(16))
+    parameters = sum(p.numel() for p in model.parameters())
+    budget = choose_budget(
+        config,
+        kind="cpu",
+        device_bytes=memory_of(torch.device("cpu")),
+        trained=parameters,
+        width=4,
+        longest=320,
+        tokens=None,
+        checkpointing=None,
+    )
+    batch = make_step_batch(
+        groups,
+        range(16),
+        rank=0,
+        world_size=1,
+        micro_batch_tokens=budget.tokens,
+        shared=scorer.shared,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        logps = scorer.logps(model, batch)
-        compare_responses(
-            "sigmoid",
-            policy_logps=logps,
-            reference_logps=logps.detach(),
-            lengths=batch.lengths,
-            group=batch.group,
-            rank=batch.rank,
-            weight=batch.weight,
-            chosen=batch.chosen,
-            rejected=batch.rejected,
-            beta=0.1,
-            options={},
-        ).loss.backward()
+        for micro_batch in batch.micro_batches:
+            logps = scorer.logps(model, micro_batch)
+            compare_responses(
+                "sigmoid",
+                policy_logps=logps,
+                reference_logps=logps.detach(),
+                lengths=micro_batch.lengths,
+                group=micro_batch.group,
+                rank=micro_batch.rank,
+                weight=micro_batch.weight,
+                chosen=micro_batch.chosen,
+                rejected=micro_batch.rejected,
+                beta=0.1,
+                options={},
+            ).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.full_like(parameter, 1e-9)
     optimizer.step()
     meter.imported()
     step()
     meter.trained()
-    return {"response_tokens": int(batch.lengths.sum()), "vocabulary": config.vocab_size}
+    return {
+        "response_tokens": sum(int(micro.lengths.sum()) for micro in batch.micro_batches),
+        "vocabulary": config.vocab_size,
+    }
 
 
 def main() -> None:

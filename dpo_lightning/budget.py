@@ -20,8 +20,10 @@ from dpo_lightning.data.tokens import TokenGroup
 log = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 1024
-# Of a CPU's cache and of a GPU's parallelism more than this gains nothing.
+# Of a GPU's parallelism more than this gains nothing.
 _MOST_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65536}
+# On a CPU it takes less than that: beyond its caches only the memory grows, not the speed.
+_CPU_ACTIVATIONS = 1 << 28
 # The rest is for what the estimate leaves out, and for fragments.
 _USABLE = 0.7
 # Bytes per trained weight: float32 master, gradient and two moments, and a bfloat16 copy.
@@ -97,6 +99,8 @@ def choose_budget(
     if checkpointing is None:
         # By need alone: computing everything twice costs a third of the speed.
         checkpointing = fitting(False) < max(longest, tokens or _LEAST_TOKENS)
+    if kind == "cpu":
+        usable = min(usable, _CPU_ACTIVATIONS)
     if tokens is None:
         tokens = min(most, max(_LEAST_TOKENS, _power_of_two(fitting(checkpointing))))
     return Budget(tokens, checkpointing)
