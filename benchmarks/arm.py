@@ -132,7 +132,8 @@ def _take_away(arm: str) -> None:
             ]
             layout = collate(alone, range(len(alone)))
             whole = collate(groups, rows)
-            names = ("group", "rank", "weight", "chosen", "rejected", "rows", "reference_logps")
+            names = ("group", "rank", "weight", "chosen", "rejected", "rows", "best")
+            names += ("pair_share", "target_margin")
             return dataclasses.replace(layout, **{name: getattr(whole, name) for name in names})
 
         packing.collate_groups = apart
@@ -206,6 +207,7 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     from dpo_lightning.memory import keep_freed_memory
     from dpo_lightning.models.probe import choose_path
     from dpo_lightning.objectives.comparison import compare_responses
+    from dpo_lightning.objectives.registry import ObjectiveSettings
 
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -254,7 +256,7 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         for micro_batch in batch.micro_batches:
             logps = scorer.logps(model, micro_batch)
             compare_responses(
-                "sigmoid",
+                ObjectiveSettings(terms={"sigmoid": 1.0}),
                 policy_logps=logps,
                 reference_logps=logps.detach(),
                 lengths=micro_batch.lengths,
@@ -264,7 +266,6 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
                 chosen=micro_batch.chosen,
                 rejected=micro_batch.rejected,
                 beta=0.1,
-                options={},
             ).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

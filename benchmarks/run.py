@@ -221,7 +221,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     found.append(Case("lognormal", "32-true", ("trl_tuned", "cached"), 5))
     for precision in ("bf16-mixed", "32-true"):
         found += [
-            Case(shape, precision, ("trl_tuned", "cached"), 4)
+            Case(shape, precision, ("trl_tuned", "cached"), 3)
             for shape in SHAPES
             if shape != "lognormal"
         ]

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from dpo_lightning.budget import Budget, choose_budget, memory_of
+from dpo_lightning.budget import Budget, choose_budget, longest_share, memory_of
 from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, decide_precision
@@ -24,7 +24,8 @@ from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
-from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
+from dpo_lightning.objective_settings import objective_settings
+from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import Reference
 from dpo_lightning.schedule import Schedule
@@ -38,17 +39,20 @@ def make_module(
     computation: Computation,
 ) -> DPOModule:
     """The module; its reference is ready."""
-    # The schema has the options of all losses; each takes those that are its own.
-    own_options = PAIRWISE_LOSSES[config.loss.name].options
-    loss_options = {name: getattr(config.loss, name) for name in own_options}
     first, second = config.optimizer.betas
     return DPOModule(
         policy=models.policy,
         reference=reference,
         scorer=models.scorer,
-        beta=config.beta,
-        loss=config.loss.name,
-        loss_options=loss_options,
+        objective=objective_settings(config.loss),
+        beta_plan=BetaPlan(
+            start=config.beta,
+            end=config.loss.beta_end,
+            schedule=config.loss.beta_schedule,
+            total_steps=schedule.total_steps,
+            adaptive=config.loss.adaptive_beta,
+            momentum=config.loss.adaptive_momentum,
+        ),
         lr=schedule.learning_rate,
         betas=(first, second),
         eps=config.optimizer.eps,
@@ -64,21 +68,52 @@ def make_module(
 
 
 def make_budget(
-    config: Config, prepared: Prepared, computation: Computation, device: torch.device
+    config: Config,
+    prepared: Prepared,
+    computation: Computation,
+    device: torch.device,
+    *,
+    world_size: int,
 ) -> Budget:
-    """What the device holds at once, chosen by its memory where the settings leave it open."""
+    """What the device holds at once, chosen by its memory where the settings leave it open.
+
+    Raises:
+        UserError: If the loss needs a whole step at once and the settings allow less.
+    """
     groups = [*prepared.data.train, *prepared.data.eval]
     shared = prepared.models.scorer.shared
-    half = computation.precision == "bf16-mixed"
-    return choose_budget(
-        prepared.source.config,
-        kind=device.type,
-        device_bytes=memory_of(device),
-        trained=sum(p.numel() for p in prepared.models.policy.parameters() if p.requires_grad),
-        width=2 if half else 4,
-        longest=max(group.tokens if shared else group.padded_tokens for group in groups),
-        tokens=config.data.micro_batch_tokens,
-        checkpointing=config.model.gradient_checkpointing,
+    costs = [group.tokens if shared else group.padded_tokens for group in groups]
+
+    def choose(tokens: int | None) -> Budget:
+        return choose_budget(
+            prepared.source.config,
+            kind=device.type,
+            device_bytes=memory_of(device),
+            trained=sum(p.numel() for p in prepared.models.policy.parameters() if p.requires_grad),
+            width=2 if computation.precision == "bf16-mixed" else 4,
+            longest=max(costs),
+            tokens=tokens,
+            checkpointing=config.model.gradient_checkpointing,
+        )
+
+    budget = choose(config.data.micro_batch_tokens)
+    coupling = [*objective_settings(config.loss).couples]
+    coupling += ["adaptive_beta"] if config.loss.adaptive_beta else []
+    if not coupling:
+        return budget
+    needed = longest_share(
+        costs[: len(prepared.data.train)],
+        batch_size=config.data.batch_size,
+        world_size=world_size,
+    )
+    if budget.tokens >= needed:
+        return budget
+    if config.data.micro_batch_tokens is None:
+        return choose(needed)
+    raise UserError(
+        f"data.micro_batch_tokens={config.data.micro_batch_tokens}: {', '.join(coupling)} compares "
+        f"all pairs of a step at once, and a step has up to {needed} tokens on a device: raise "
+        "data.micro_batch_tokens to that, or lower data.batch_size"
     )
 
 

@@ -125,6 +125,18 @@ def memory_of(device: torch.device) -> int | None:
     return 1024 * int(found[0]) if found else None
 
 
+def longest_share(costs: Sequence[int], *, batch_size: int, world_size: int) -> int:
+    """Most tokens that any step can bring to one rank.
+
+    Args:
+        costs: Tokens of each group of the data set.
+        batch_size: Groups of a step.
+        world_size: Ranks that share it, balanced within one group's length.
+    """
+    step = sorted(costs)[-batch_size:]
+    return min(sum(step), sum(step) // world_size + step[-1])
+
+
 def say_if_over(groups: Sequence[TokenGroup], budget: Budget, *, shared: bool) -> None:
     """Says once how many groups are longer than a micro-batch may be."""
     costs = [group.tokens if shared else group.padded_tokens for group in groups]

@@ -44,11 +44,13 @@ from dpo_lightning.lifeline import watch_lifeline
 from dpo_lightning.overrides import (
     flag_parser,
     hydra_error,
+    named_plugins,
     needs_multirun,
     override_problems,
     parse_overrides,
     raise_all,
 )
+from dpo_lightning.plugins import load_plugins
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.terminal import replace_unprintable
 from dpo_lightning.validation import validate
@@ -122,6 +124,7 @@ def _main(argv: list[str]) -> int:
     if args.config_path is not None:
         args.config_path = str((CONF.parent / args.config_path).absolute())
     args.config_name = args.config_name or "config"
+    _load_named_plugins(args)
     if args.shell_completion:
         _through_hydra(args, parser, _never)
         return 0
@@ -146,6 +149,16 @@ def _main(argv: list[str]) -> int:
         raise
     finished = finish_sweep(job.sweep, job.trials)
     return 0 if finished and not any(job.codes) else 1
+
+
+def _load_named_plugins(args: argparse.Namespace) -> None:
+    """What plugins register may be a choice, or an option, of what is then composed."""
+    folders = [CONF if args.config_path is None else Path(args.config_path)]
+    folders += [] if args.config_dir is None else [Path(args.config_dir)]
+    names = named_plugins(args.overrides, folders)
+    if names:
+        load_plugins(names)
+        register()
 
 
 def _never(cfg: DictConfig) -> NoReturn:

@@ -14,10 +14,14 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import Answering, evaluate_samples
 from dpo_lightning.export import export_model
 from dpo_lightning.module import DPOModule
+from dpo_lightning.objectives.closed_form import fit_tabular_policy
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.results import write_json
 
 EVALUATION_FILE = "evaluation.json"
+
+# Responses to each prompt that a tabular policy is fitted over: all their pairs are enumerated.
+_TABULAR_RESPONSES = 400
 
 
 def conclude(
@@ -73,6 +77,8 @@ def conclude(
             answering=answering,
             score=prepared.score,
             device=device,
+            beta=config.beta,
+            partition_samples=config.evaluation.partition_samples,
         )
         measured |= sampled
     except UserError as error:  # a scorer that fails must not cost the trained model
@@ -88,6 +94,12 @@ def conclude(
         exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
         measured |= {f"controlled/{name}": value for name, value in exact.items()}
         evaluation["optimum"] = prepared.task.frontier(reference_logps)
+        if config.data.controlled.population:
+            space = prepared.task.likeliest(reference_logps, count=_TABULAR_RESPONSES)
+            fit = fit_tabular_policy(*space, config.beta)
+            kl = fit.kl.mean(1).clamp(min=0).tolist()
+            measured["controlled/tabular_kl_optimum_policy"] = kl[-1]
+            evaluation["tabular"] = {"loss": fit.losses.tolist(), "kl_optimum_policy": kl}
     result["metrics"] |= measured
     source = prepared.source
     export_model(

@@ -5,19 +5,28 @@ a single value may be stands beside its default (``_setting``); what values may 
 in :mod:`dpo_lightning.validation`. Nothing here imports torch: a wrong key is answered before it.
 """
 
+import functools
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning.objectives.registry import (
+    DIVERGENCES,
+    LISTWISE_LOSSES,
+    PAIRWISE_LOSSES,
+    known_losses,
+    merged_options,
+)
 
 SCHEMA = "schema"
 """The name under which ``conf/config.yaml`` lists the schema in its defaults."""
 
-FREE_FORM = ("model.config_overrides", "data.columns")
+FREE_FORM = ("model.config_overrides", "data.columns", "loss.terms")
 """Mappings whose keys belong to the user: any key may be set in them."""
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -75,6 +84,8 @@ class ControlledConfig:
 
     train_groups: int = _setting(16384, least=1)
     eval_groups: int = _setting(1024, least=1)
+    # Draw no labels to train on: each pair counts both ways, by the probability of its label.
+    population: bool = False
 
 
 @dataclass
@@ -120,12 +131,33 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """The objective. Its beta is the experiment's: there is no other."""
+    """The objective. Its beta is the experiment's: there is no other.
 
-    # sigmoid is DPO; sft is the mean negative log-likelihood of each group's best response.
-    name: str = _setting("sigmoid", choices=("sigmoid", "sft"))
-    # Assumed share of flipped labels.
-    label_smoothing: float = _setting(0.0, least=0, below=0.5)
+    The schema that settings are checked against (:func:`loss_schema`) has the options of every
+    loss beside these.
+    """
+
+    # A loss; or any name where terms says what is added up.
+    name: str = "sigmoid"
+    # Weights of several losses, {sigmoid: 0.8, bco_pair: 0.2}; empty: the one of that name.
+    terms: dict[str, float] = field(default_factory=dict)
+    # What holds the policy to the reference, and so what takes the place of the log-ratio.
+    f_divergence: str = _setting("reverse_kl", choices=DIVERGENCES)
+    # Order of the alpha divergence: 1 is the reverse KL, 0 the forward KL.
+    f_alpha: float = 0.5
+    # Weight of the tokens beyond the shorter response of a pair (LD-DPO); 1 counts them whole.
+    ld_alpha: float = _setting(1.0, least=0, most=1)
+    # Weigh each pair by how likely the policy is to write it (WPO).
+    wpo: bool = False
+    # Weight of an added negative log-likelihood per token of the chosen response.
+    rpo_alpha: float = _setting(0.0, least=0)
+    # How beta goes from its value to beta_end over the run.
+    beta_schedule: str = _setting("constant", choices=("constant", "linear", "cosine"))
+    beta_end: float | None = _setting(None, above=0)
+    # By how much a step's beta follows its margins, (1 + this * (margin - its mean)); 0 for none.
+    adaptive_beta: float = _setting(0.0, least=0)
+    # Share of the old mean in the next one.
+    adaptive_momentum: float = _setting(0.9, least=0, below=1)
 
 
 @dataclass
@@ -192,6 +224,8 @@ class TrainerConfig:
     profiler: str | None = _setting(None, choices=("simple", "advanced", "pytorch"))
     # CPU threads of torch; null leaves torch's own choice (one for the bundled model).
     threads: int | None = _setting(None, least=1)
+    # Callbacks that plugins registered, by name.
+    callbacks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -245,6 +279,9 @@ class EvaluationConfig:
     max_new_tokens: int = _setting(64, least=1)
     # Answers that are drawn or scored at once.
     batch_size: int = _setting(64, least=1)
+    # Beginnings of the reference's answers on which the policy's partition function is estimated,
+    # which is 1 for its own reward; 0 for none.
+    partition_samples: int = _setting(128, least=0)
     # Judges the answers of policy and reference: a folder or hub id of a reward model (sequence
     # classification), or the name of a function of one of the plugins.
     scorer: str | None = None
@@ -285,7 +322,8 @@ class Config:
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    # With the options of every loss.
+    loss: LossConfig = field(default_factory=lambda: loss_schema()())
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -336,12 +374,47 @@ def trial_name(overrides: str, number: int) -> str:
     return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra; calling it again changes nothing."""
-    schema = OmegaConf.structured(Config)
+def loss_schema() -> type[LossConfig]:
+    """The schema of the ``loss`` group: with the options of every loss that there is by now."""
+    return _loss_schema(known_losses())
+
+
+@functools.cache
+def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
+    options = merged_options(PAIRWISE_LOSSES[name] for name in names if name in PAIRWISE_LOSSES)
+    own = {item.name for item in fields(LossConfig)}
+    # Bounds are each loss's own; consistency.py has them.
+    return make_dataclass(
+        "LossConfig",
+        [
+            (name, option.kind, field(default=option.default))
+            for name, option in options.items()
+            if name not in own
+        ],
+        bases=(LossConfig,),
+    )
+
+
+def schema() -> DictConfig:
+    """The schema of all settings."""
+    node: DictConfig = OmegaConf.structured(Config)
+    node.loss = OmegaConf.structured(loss_schema())
     for key in FREE_FORM:
         # Hydra closes the whole tree; these stay open without a `+` before the key.
-        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
-    ConfigStore.instance().store(name=SCHEMA, node=schema, provider="dpo_lightning")
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    return node
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; called again after plugins were loaded."""
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA, node=schema(), provider="dpo_lightning")
+    defaults = loss_schema()()
+    for name in known_losses():
+        if name not in LISTWISE_LOSSES and not (CONF / "loss" / f"{name}.yaml").exists():
+            # A plugin's: loss=<name> is a choice without a file.
+            own = PAIRWISE_LOSSES[name].options
+            differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
+            store.store(group="loss", name=name, node={"name": name, **differing})
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)

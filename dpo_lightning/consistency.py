@@ -4,12 +4,15 @@ Each check takes the typed settings, every one of them valid by itself, and yiel
 problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from dpo_lightning.config import Config, StrategyConfig
+from dpo_lightning.objective_settings import objective_settings
+from dpo_lightning.objectives.registry import known_losses
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -138,19 +141,58 @@ def _data(config: Config) -> Iterator[str]:
 
 def _objective(config: Config) -> Iterator[str]:
     loss, reference = config.loss, config.reference
-    if loss.name == "sft":
-        if loss.label_smoothing != 0:
-            yield (
-                f"loss.label_smoothing={loss.label_smoothing:g}: loss=sft compares no pairs; "
-                "leave it at 0"
-            )
+    names = ", ".join(known_losses())
+    if not loss.terms and loss.name not in known_losses():
+        close = difflib.get_close_matches(loss.name, known_losses(), n=1)
+        hint = f"; did you mean loss.name={close[0]}?" if close else ""
+        yield f"loss.name={loss.name}: needs one of {names}{hint}"
+        return
+    if any(
+        isinstance(weight, bool) or not isinstance(weight, int | float)
+        for weight in loss.terms.values()
+    ):
+        yield f"loss.terms={loss.terms}: needs a number for each loss"
+        return
+    objective = objective_settings(loss)
+    yield from (f"loss.{problem}" for problem in objective.problems())
+    if not objective.uses_reference:
         if reference.kind in ("cached", "live"):
-            yield f"reference={reference.kind}: loss=sft uses no reference; use reference=auto"
+            yield (
+                f"reference={reference.kind}: loss={loss.name} uses no reference; "
+                "use reference=auto"
+            )
         if reference.pretrained is not None:
             yield (
-                f"reference.pretrained={reference.pretrained}: loss=sft uses no reference; "
+                f"reference.pretrained={reference.pretrained}: loss={loss.name} uses no reference; "
                 "leave it out"
             )
+    elif reference.kind == "none":
+        for name in objective.needs_reference:
+            yield (
+                f"reference=none: loss={name} compares each response with the reference; "
+                "use reference=auto"
+            )
+        if objective.f_divergence != "reverse_kl":
+            yield (
+                f"reference=none: loss.f_divergence={objective.f_divergence} is a distance from "
+                "the reference; use reference=auto"
+            )
+    if config.data.controlled.population and objective.listwise:
+        yield (
+            f"data.controlled.population=true weighs pairs, which loss={loss.name} does not compare"
+        )
+    if loss.beta_schedule == "constant" and loss.beta_end is not None:
+        yield (
+            f"loss.beta_end={loss.beta_end:g}: beta stays as it is; "
+            "add loss.beta_schedule=linear or cosine"
+        )
+    if loss.beta_schedule != "constant" and loss.beta_end is None:
+        yield f"loss.beta_schedule={loss.beta_schedule} needs loss.beta_end=<beta at the end>"
+    if loss.adaptive_beta and not any(e.uses_rejected for e in objective.pairwise.values()):
+        yield (
+            f"loss.adaptive_beta={loss.adaptive_beta:g} follows the margins of pairs, which "
+            f"loss={loss.name} does not compare"
+        )
     if reference.kind == "none" and reference.pretrained is not None:
         yield (
             f"reference.pretrained={reference.pretrained} with reference=none: "

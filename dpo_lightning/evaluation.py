@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.models.setup import Models
+from dpo_lightning.objectives.partition import estimate_log_partition
+from dpo_lightning.partition_check import LONGEST, check_partition
 from dpo_lightning.plugins import Prompt
 from dpo_lightning.sampling import Precision, answer_prompts, sampled_divergences
 
@@ -132,6 +134,8 @@ def evaluate_samples(
     answering: Answering,
     score: Score | None,
     device: torch.device,
+    beta: float = 1.0,
+    partition_samples: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Draws answers from the policy and says how far they are from the reference, and how good.
 
@@ -143,17 +147,20 @@ def evaluate_samples(
         answering: How they are drawn.
         score: Judges answers of policy and reference; None judges nothing.
         device: Where to compute.
+        beta: Of the optimum whose log Z the scores give an estimate of.
+        partition_samples: Answers of the reference for the check of the log-probabilities.
 
     Returns:
         A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
         ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
         answer with its standard error; empty where there is nothing to answer.
     """
-    if not groups or not count:
+    if not groups or not (count or partition_samples):
         return [], {}
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
     policy_ids = answering.answers(models, models.policy, prompts, seed=seed)
+    metrics: dict[str, float] = {}
     with models.reference_model(device) as reference:
         divergences = sampled_divergences(
             models.policy,
@@ -167,6 +174,21 @@ def evaluate_samples(
         reference_ids: list[Ids] = []
         if score is not None:
             reference_ids = answering.answers(models, reference, prompts, seed=seed)
+        if partition_samples:
+            begun = [groups[i % len(groups)].prompt for i in range(partition_samples)]
+            beginnings = replace(
+                answering, max_new_tokens=min(answering.max_new_tokens, LONGEST)
+            ).answers(models, reference, begun, seed=seed)
+            metrics |= check_partition(
+                models.policy,
+                reference,
+                models.scorer,
+                begun,
+                beginnings,
+                precision=answering.precision,
+            )
+    if not count:
+        return [], metrics
     rows: list[dict[str, Any]] = [
         {
             "prompt": answering.text(group.prompt).strip(),
@@ -180,7 +202,7 @@ def evaluate_samples(
         for group, ids, kl in zip(asked, policy_ids, divergences, strict=True)
     ]
     lengths = [float(len(ids)) for ids in policy_ids]
-    metrics = _mean("kl", divergences) | {"samples/length": statistics.fmean(lengths)}
+    metrics |= _mean("kl", divergences) | {"samples/length": statistics.fmean(lengths)}
     if score is not None:
         questions = [prompt_of_key(group.prompt_key) for group in asked]
         policy_scores = score(questions, [answering.text(ids) for ids in policy_ids])
@@ -195,6 +217,10 @@ def evaluate_samples(
         wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
         metrics |= _mean("score", policy_scores) | _mean("reference_score", reference_scores)
         metrics |= _mean("win_rate", wins)
+        # Of the scores' own optimum: what exp(score / beta) averages over the reference's answers.
+        estimate = estimate_log_partition(torch.tensor(reference_scores).double(), beta)
+        names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
+        metrics |= dict(zip(names, (float(value) for value in estimate), strict=True))
     return rows, metrics
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dpo_lightning.models.setup import (
     resolve_model,
     set_chat_template,
 )
-from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES
+from dpo_lightning.objective_settings import objective_settings, own_loss_settings
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
@@ -167,9 +168,13 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
         max_dropped=config.data.max_dropped,
         cache=_cache_dir(config) / "tokens",
     )
-    margins = sum(group.target_margin is not None for group in rows.train.groups)
-    if margins:
-        data.notes.append(f"{margins} rows have a target_margin, which this loss does not use")
+    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
+    uses_margin = "odpo" in objective_settings(config.loss).terms
+    if with_margin and not uses_margin:
+        data.notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
+    elif uses_margin and with_margin < len(rows.train.groups):
+        missing = len(rows.train.groups) - with_margin
+        data.notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
     for note in data.notes:
         log.info(note)
     return data
@@ -181,7 +186,7 @@ def _load_models(config: Config, source: ModelSource) -> Models:
         reference_kind=config.reference.kind,
         reference_pretrained=config.reference.pretrained,
         reference_revision=config.reference.revision,
-        needs_reference=PAIRWISE_LOSSES[config.loss.name].uses_reference,
+        needs_reference=objective_settings(config.loss).uses_reference,
         seed=config.seed,
     )
 
@@ -212,7 +217,10 @@ def _controlled_data(
     # The evaluation pairs are the same for every seed, so that seeds can be compared.
     return PreparedData(
         train=task.groups(
-            sizes.train_groups, seed=config.seed + 1, reference_logps=reference_logps
+            sizes.train_groups,
+            seed=config.seed + 1,
+            reference_logps=reference_logps,
+            population=sizes.population,
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
     )
@@ -238,8 +246,7 @@ def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
 def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
     return {
         "beta": config.beta,
-        "loss.name": config.loss.name,
-        "loss.label_smoothing": config.loss.label_smoothing,
+        **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
         "reference.kind": config.reference.kind,
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,

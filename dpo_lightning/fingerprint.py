@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_lightning.config import Config
 from dpo_lightning.consistency import is_local_data
+from dpo_lightning.objective_settings import own_loss_settings
 
 # Where a run is written, watched or helped on does not change what it computes.
 NOT_IN_HASH = ("name", "logger", "hydra", "resume", "debug", "sweep")
@@ -26,7 +27,7 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in NOT_IN_HASH}
     # What the cache holds is keyed by content; where it stands does not matter.
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
-    return kept | {"reference": reference}
+    return kept | {"reference": reference, "loss": own_loss_settings(kept["loss"])}
 
 
 def settings_hash(config: Config) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +14,15 @@ from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
 from dpo_lightning.objectives.comparison import (
     SUMS,
     Comparison,
+    Tokens,
     compare_responses,
     metrics_from_sums,
 )
+from dpo_lightning.objectives.registry import ObjectiveSettings
 from dpo_lightning.reference import Reference
 
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
@@ -38,9 +40,8 @@ class DPOModule(pl.LightningModule):
         policy: A transformers causal language model, prepared by ``scorer``.
         reference: Where reference log-probabilities come from.
         scorer: Scores micro-batches.
-        beta: Strength of the pull towards the reference.
-        loss: A key of ``PAIRWISE_LOSSES``.
-        loss_options: The loss's own options.
+        objective: What is minimised.
+        beta_plan: Strength of the pull towards the reference, step by step.
         lr: Peak learning rate of AdamW.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
@@ -62,9 +63,8 @@ class DPOModule(pl.LightningModule):
         policy: Any,
         reference: Reference,
         scorer: Scorer,
-        beta: float,
-        loss: str,
-        loss_options: Mapping[str, Any],
+        objective: ObjectiveSettings,
+        beta_plan: BetaPlan,
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -82,9 +82,14 @@ class DPOModule(pl.LightningModule):
         self.policy = policy
         self.reference = reference
         self.scorer = scorer
-        self.beta = beta
-        self.loss = loss
-        self.loss_options = dict(loss_options)
+        self.objective = objective
+        self.beta_plan = beta_plan
+        # Beta of the last training step.
+        self._beta: float | Tensor = beta_plan.start
+        if beta_plan.adaptive:
+            # The moving average of mean margins; of a checkpoint too.
+            self.margin_average: Tensor
+            self.register_buffer("margin_average", torch.zeros(()))
         self.total_steps = total_steps
         self._adamw: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         self._weight_decay = weight_decay
@@ -163,7 +168,7 @@ class DPOModule(pl.LightningModule):
         sums = self._no_sums()
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
             with self._gradient_sync(last=number == len(batch.micro_batches)):
-                comparison = self._compare(micro_batch)
+                comparison = self._compare(micro_batch, training=True)
                 self.manual_backward(comparison.loss * scale)
             sums = sums + comparison.sums
         if not batch.micro_batches:
@@ -187,6 +192,8 @@ class DPOModule(pl.LightningModule):
         if step == 1 or step % self._log_every_n_steps == 0 or step == self.total_steps:
             metrics = self._reduced_metrics(self._train_sums)
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            if self.beta_plan.changes:
+                metrics["beta"] = float(self._beta)
             self._log_metrics("train", metrics)
             self._train_sums = None
 
@@ -201,7 +208,7 @@ class DPOModule(pl.LightningModule):
         assert self._eval_sums is not None
         assert self.eval_accuracies is not None
         for micro_batch in batch.micro_batches:
-            comparison = self._compare(micro_batch)
+            comparison = self._compare(micro_batch, training=False)
             self._eval_sums = self._eval_sums + comparison.sums
             rows = torch.tensor(micro_batch.rows, device=self.device)
             self.eval_accuracies[rows] = comparison.accuracies
@@ -217,21 +224,69 @@ class DPOModule(pl.LightningModule):
 
     # Parts of a step --------------------------------------------------------------------------
 
-    def _compare(self, batch: GroupBatch) -> Comparison:
+    def _compare(self, batch: GroupBatch, *, training: bool) -> Comparison:
         plan = self.scorer.plan(batch)
+        tokens = token_logps = collisions = None
+        if self.objective.needs_tokens:
+            if self.objective.wpo:
+                scores = self.scorer.token_scores(self.policy, batch, plan)
+                token_logps, collisions = scores.logps, scores.collisions
+            else:
+                token_logps = self.scorer.token_logps(self.policy, batch, plan)
+            policy_logps = _by_response(token_logps, batch)
+        else:
+            policy_logps = self.scorer.logps(self.policy, batch, plan)
+        if self.objective.desensitises:
+            reference_tokens = self.reference.token_logps(batch, plan)
+            reference_logps = (
+                None if reference_tokens is None else _by_response(reference_tokens, batch)
+            )
+        else:
+            reference_tokens, reference_logps = None, self.reference.logps(batch, plan)
+        if token_logps is not None:
+            tokens = Tokens(
+                policy_logps=token_logps,
+                reference_logps=reference_tokens,
+                collisions=collisions,
+                response=batch.response,
+            )
+        # By now a step that was taken counts: what is evaluated had the last step's beta.
+        beta: float | Tensor = self.beta_plan.at(self.global_step - (not training))
+        if training and self.beta_plan.adaptive:
+            beta = self._adapted(float(beta), batch, policy_logps, reference_logps)
+        if training:
+            self._beta = beta
         return compare_responses(
-            self.loss,
-            policy_logps=self.scorer.logps(self.policy, batch, plan),
-            reference_logps=self.reference.logps(batch, plan),
+            self.objective,
+            policy_logps=policy_logps,
+            reference_logps=reference_logps,
             lengths=batch.lengths,
             group=batch.group,
             rank=batch.rank,
             weight=batch.weight,
             chosen=batch.chosen,
             rejected=batch.rejected,
-            beta=self.beta,
-            options=self.loss_options,
+            beta=beta,
+            best=batch.best,
+            largest_group=max((len(shape) - 1 for shape in batch.segments), default=0),
+            pair_share=batch.pair_share,
+            target_margin=batch.target_margin,
+            tokens=tokens,
         )
+
+    @torch.no_grad()
+    def _adapted(
+        self, beta: float, batch: GroupBatch, policy: Tensor, reference: Tensor | None
+    ) -> Tensor:
+        """Beta of this step by its margins, over all ranks; the step is one micro-batch a rank."""
+        logratios = policy.detach() if reference is None else policy.detach() - reference
+        margins = logratios[batch.chosen] - logratios[batch.rejected]
+        sums = torch.stack([margins.sum(), margins.new_tensor(len(margins))])
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        margin = beta * total / count.clamp(min=1)
+        adapted = adapted_beta(beta, margin, self.margin_average, strength=self.beta_plan.adaptive)
+        self.margin_average.lerp_(margin, 1 - self.beta_plan.momentum)
+        return adapted
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Only a step's last backward pass synchronises gradients over ranks."""
@@ -289,7 +344,7 @@ class DPOModule(pl.LightningModule):
 
     def _reduced_metrics(self, sums: Tensor) -> dict[str, float]:
         reduced: Any = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-        return metrics_from_sums(reduced.tolist(), beta=self.beta)
+        return metrics_from_sums(reduced.tolist(), beta=self.beta_plan.start)
 
     def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
         """Sends a row to the loggers, and the values to callbacks that watch them.
@@ -306,3 +361,9 @@ class DPOModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
             logger.save()
+
+
+def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:
+    """Sums over the tokens of each response, (S,) -> (N,), float32."""
+    total = torch.zeros(len(batch.lengths), dtype=torch.float32, device=values.device)
+    return total.index_add(0, batch.response, values)

@@ -8,8 +8,10 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lightning.errors import UserError
 from dpo_lightning.validation import (
     config_error,
+    is_import_name,
     is_known,
     is_secret,
     settings,
@@ -92,6 +95,42 @@ def _unreadable(line: str, parser: OverridesParser) -> str:
     except HydraException:
         return f"{line}: cannot be read; settings are written key=value"
     return f"{line}: the value has characters that need quotes; write {shlex.quote(quoted)}"
+
+
+def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
+    """The plugins that the command line names, or a file that it chooses; all others wait.
+
+    Args:
+        lines: The settings as typed; what cannot be read is left to those who judge it.
+        folders: Where config files are.
+
+    Returns:
+        Import names, each once.
+    """
+    parser = OverridesParser.create()
+    found: list[object] = []
+    for line in lines:
+        try:
+            override = parser.parse_overrides([line])[0]
+        except HydraException:
+            continue
+        key, value = override.key_or_group, override.value()
+        if key == "plugins" and isinstance(value, list):
+            found += [shown(name) for name in value]
+        elif isinstance(value, str) and re.fullmatch(r"[\w./-]+", f"{key}/{value}"):
+            for folder in folders:
+                found += _plugins_of(folder / key / f"{value}.yaml")
+    names = [name for name in found if isinstance(name, str) and is_import_name(name)]
+    return list(dict.fromkeys(names))
+
+
+def _plugins_of(path: Path) -> list[object]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    plugins = content.get("plugins") if isinstance(content, dict) else None
+    return plugins if isinstance(plugins, list) else []
 
 
 def override_problems(

@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.objectives.registry import register_loss
+
+__all__ = [
+    "load_plugins",
+    "make_callbacks",
+    "register_callback",
+    "register_loss",
+    "register_scorer",
+]
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 """A prompt as its row has it: a string, or messages of ``role`` and ``content``."""
@@ -22,9 +31,13 @@ ScoreFunction: TypeAlias = Callable[[list[Prompt], list[str]], Sequence[float]]
 """From prompts and as many answers to as many numbers; more is better."""
 
 _Function = TypeVar("_Function", bound=ScoreFunction)
+_Maker = TypeVar("_Maker", bound=Callable[[], Any])
 
 SCORERS: dict[str, ScoreFunction] = {}
 """Scorers that plugins registered, by name."""
+
+CALLBACKS: dict[str, Callable[[], Any]] = {}
+"""What makes a Lightning callback, as plugins registered it, by name."""
 
 
 def register_scorer(name: str) -> Callable[[_Function], _Function]:
@@ -44,6 +57,44 @@ def register_scorer(name: str) -> Callable[[_Function], _Function]:
         return function
 
     return register
+
+
+def register_callback(name: str) -> Callable[[_Maker], _Maker]:
+    """Makes a Lightning callback known as ``trainer.callbacks=[<name>]``.
+
+    Args:
+        name: What the setting will say.
+
+    Example:
+        >>> @register_callback("bell")
+        ... class Bell:  # a lightning.pytorch.Callback
+        ...     def on_fit_end(self, trainer, module):
+        ...         print("done")
+        >>> CALLBACKS.pop("bell").__name__
+        'Bell'
+    """
+
+    def register(maker: _Maker) -> _Maker:
+        CALLBACKS[name] = maker
+        return maker
+
+    return register
+
+
+def make_callbacks(names: Sequence[str]) -> list[Any]:
+    """The callbacks that ``trainer.callbacks`` names.
+
+    Raises:
+        UserError: If no plugin registered one of them.
+    """
+    for name in names:
+        if name not in CALLBACKS:
+            known = ", ".join(CALLBACKS) or "none"
+            raise UserError(
+                f"trainer.callbacks={name}: no plugin registered it (there are: {known}); name the "
+                "module that does with plugins=[<module>]"
+            )
+    return [CALLBACKS[name]() for name in names]
 
 
 def load_plugins(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.attention import AttentionPlan
 from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.reference_cache import ReferenceCache, response_key
+from dpo_lightning.reference_cache import ReferenceCache, pieces, response_key
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ class Reference(Protocol):
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
         """Log-probability of each response, shape (N,), float32, or None without a reference."""
 
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
+        """Log-probability of each scored token, shape (S,), float32, or None without a reference.
+
+        A loss that needs both asks for these alone and adds them up.
+        """
+
 
 class LiveReference:
     """A frozen model, scored beside the policy on the same path and so by the same kernels.
@@ -68,9 +75,19 @@ class LiveReference:
     @torch.no_grad()
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each response, shape (N,), float32, without a graph."""
+        self._count(batch)
+        return self._scorer.logps(self.model, batch, plan)
+
+    @torch.no_grad()
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each scored token, shape (S,), float32, without a graph."""
+        self._count(batch)
+        plan = self._scorer.plan(batch) if plan is None else plan
+        return self._scorer.token_logps(self.model, batch, plan)
+
+    def _count(self, batch: GroupBatch) -> None:
         self.rows += len(batch.rows)
         self.computed += len(batch.rows)
-        return self._scorer.logps(self.model, batch, plan)
 
 
 class CachedReference:
@@ -93,6 +110,11 @@ class CachedReference:
         assert batch.reference_logps is not None
         return batch.reference_logps
 
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each scored token, shape (S,), float32; the groups must have them."""
+        assert batch.reference_token_logps is not None
+        return batch.reference_token_logps
+
 
 class NoReference:
     """For losses that compare the policy with nothing."""
@@ -106,6 +128,9 @@ class NoReference:
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
         """There is none."""
 
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
+        """There is none."""
+
 
 def with_reference_logps(
     parts: Sequence[Sequence[TokenGroup]],
@@ -116,6 +141,7 @@ def with_reference_logps(
     device: torch.device,
     precision: Callable[[], contextlib.AbstractContextManager[Any]],
     micro_batch_tokens: int,
+    per_token: bool = False,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
     """Gives every group its reference log-probabilities, from the cache as far as it has them.
 
@@ -131,6 +157,8 @@ def with_reference_logps(
         device: Where to compute.
         precision: The context to compute in.
         micro_batch_tokens: What the device holds at once in training.
+        per_token: Whether the groups get the log-probability of every token beside the sums. Those
+            are kept apart from the sums of other runs.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -140,11 +168,14 @@ def with_reference_logps(
     """
     groups = [group for part in parts for group in part]
     keys, lengths = _keys(groups)
+    cache = cache.of_tokens() if per_token else cache
+    widths = cache.widths(lengths)
+    starts = np.cumsum(widths, dtype=np.int64) - widths
     values = cache.read(keys, lengths)
     computed = 0
 
     def fill(publish: Callable[..., None]) -> int:
-        missing = np.isnan(values)
+        missing = np.isnan(values[starts])
         owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
         wanted = sorted(set(owner[missing].tolist()))
         found = _compute(
@@ -155,9 +186,10 @@ def with_reference_logps(
             device=device,
             precision=precision,
             budget=_PASS_BUDGET * micro_batch_tokens,
+            per_token=per_token,
             publish=publish,
         )
-        values[missing] = found
+        values[np.repeat(missing, widths)] = found
         return len(wanted)
 
     if np.isnan(values).any():
@@ -175,10 +207,16 @@ def with_reference_logps(
                 error.strerror or error,
             )
             computed = fill(_keep_nothing)
-    offsets = np.cumsum([0, *(len(group.responses) for group in groups)])
+    counts = np.array([len(group.responses) for group in groups], dtype=np.int32)
+    sums = np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
+    tokens = pieces(values, widths)
     filled = iter(
-        replace(group, reference_logps=values[start:end])
-        for group, start, end in zip(groups, offsets[:-1], offsets[1:], strict=True)
+        replace(
+            group,
+            reference_logps=own,
+            reference_token_logps=tuple(itertools.islice(tokens, len(own))) if per_token else None,
+        )
+        for group, own in zip(groups, pieces(sums, counts), strict=True)
     )
     reference = CachedReference(rows=len(groups), computed=computed)
     return [[next(filled) for _ in part] for part in parts], reference
@@ -244,9 +282,10 @@ def _compute(
     device: torch.device,
     precision: Callable[[], contextlib.AbstractContextManager[Any]],
     budget: int,
+    per_token: bool,
     publish: Callable[..., None],
 ) -> npt.NDArray[np.float32]:
-    """Log-probabilities of responses, each different one computed once.
+    """Log-probabilities of responses, or of their tokens, each different response computed once.
 
     Args:
         responses: A group and the number of one of its responses.
@@ -256,7 +295,11 @@ def _compute(
         device: Where to compute.
         precision: The context to compute in.
         budget: Most tokens of a micro-batch.
+        per_token: Whether the tokens of a response have a value each.
         publish: Takes keys, values and lengths as they become known.
+
+    Returns:
+        The values of all responses end to end.
     """
     _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     unique = [responses[i] for i in first.tolist()]
@@ -272,29 +315,37 @@ def _compute(
     passes = [_pass_group(unique, numbers) for numbers in members]
     costs = [group.tokens if scorer.shared else group.padded_tokens for group in passes]
     micro_batches = _in_budget(costs, budget)
-    values = np.full(len(unique), np.nan, dtype=np.float32)
+    values = [np.zeros(0, dtype=np.float32)] * len(unique)
     unpublished: list[int] = []
     last = began = time.monotonic()
     for done, micro in enumerate(micro_batches, start=1):
         batch = collate_groups([passes[i] for i in micro], micro).to(device)
         with precision():
-            logps = scorer.logps(model, batch)
+            if per_token:
+                logps = scorer.token_logps(model, batch, scorer.plan(batch))
+            else:
+                logps = scorer.logps(model, batch)
+        widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
         numbers = [number for i in micro for number in members[i]]
-        values[numbers] = logps.float().cpu().numpy()
-        _check_finite(values, numbers, unique)
+        found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
+        for number, own in zip(numbers, found, strict=True):
+            _check_finite(own, unique[number][0])
+            values[number] = own
         unpublished += numbers
         now = time.monotonic()
         if now - last > _PUBLISH_SECONDS or done == len(micro_batches):
             last = now
             lengths = [len(unique[n][0].responses[unique[n][1]]) for n in unpublished]
             publish(
-                keys[first[unpublished]], values[unpublished], np.asarray(lengths, dtype=np.int32)
+                keys[first[unpublished]],
+                np.concatenate([values[n] for n in unpublished]),
+                np.asarray(lengths, dtype=np.int32),
             )
             unpublished = []
             if done < len(micro_batches):
                 left = (now - began) / done * (len(micro_batches) - done)
                 log.info("reference: %d of %d, %ds left", done, len(micro_batches), left)
-    return values[which.reshape(-1)]
+    return np.concatenate([values[n] for n in which.reshape(-1).tolist()])
 
 
 def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
@@ -315,22 +366,24 @@ def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
     return parts
 
 
-def _check_finite(
-    values: npt.NDArray[np.float32],
-    numbers: Sequence[int],
-    responses: Sequence[tuple[TokenGroup, int]],
-) -> None:
-    for number in numbers:
-        if not np.isfinite(values[number]):
-            raise UserError(
-                f"reference: its log-probability of a response of {responses[number][0].source} is "
-                f"{values[number]}; name a sound model with reference.pretrained=, or compute in "
-                "float32 (trainer.precision=32-true model.dtype=float32)"
-            )
+def _check_finite(values: npt.NDArray[np.float32], group: TokenGroup) -> None:
+    broken = values[~np.isfinite(values)]
+    if len(broken):
+        raise UserError(
+            f"reference: its log-probability of a response of {group.source} is {broken[0]}; "
+            "name a sound model with reference.pretrained=, or compute in float32 "
+            "(trainer.precision=32-true model.dtype=float32)"
+        )
 
 
 def _pass_group(unique: Sequence[tuple[TokenGroup, int]], numbers: Sequence[int]) -> TokenGroup:
     """Responses of one prompt as a group of which nothing is compared."""
     first, _ = unique[numbers[0]]
     chosen: list[Ids] = [unique[n][0].responses[unique[n][1]] for n in numbers]
-    return replace(first, responses=tuple(chosen), ranks=(1,) * len(chosen), reference_logps=None)
+    return replace(
+        first,
+        responses=tuple(chosen),
+        ranks=(1,) * len(chosen),
+        reference_logps=None,
+        reference_token_logps=None,
+    )

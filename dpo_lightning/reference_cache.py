@@ -1,9 +1,10 @@
 """Reference log-probabilities on disk, by the content of what was scored. Imports no torch.
 
-A namespace is a folder per reference (its weights, dtype, kernel); in it, one number per response,
-found by a hash of prompt and response ids. Beta, learning rate, seed, batch size and paths have no
-part in either. A file's name is the hash of its content, so a file that is there is either whole or
-found out; files are only added, each by one rename.
+A namespace is a folder per reference (its weights, dtype, kernel); in it, one number per response
+(or, in a folder of its own, one per token), found by a hash of prompt and response ids. Beta,
+learning rate, seed, batch size and paths have no part in either. A file's name is the hash of its
+content, so a file that is there is either whole or found out; files are only added, each by one
+rename.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,31 @@ class ReferenceCache:
     Args:
         folder: Where all references have their folders.
         facts: What the numbers depend on beside the ids: weights, dtype, kernel, versions.
+        per_token: Whether each token of a response has a value, instead of their sum.
 
     Attributes:
-        path: This reference's folder; it need not exist.
+        path: The folder of these values of this reference; it need not exist.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, str]) -> None:
-        self._facts = dict(facts)
+    def __init__(self, folder: Path, facts: Mapping[str, str], *, per_token: bool = False) -> None:
+        self._folder = folder
+        self._per_token = per_token
+        # Sums are not named, as they were there first.
+        self._facts = {**facts, **({"values": "per token"} if per_token else {})}
         text = json.dumps(self._facts, sort_keys=True)
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+
+    def of_tokens(self) -> ReferenceCache:
+        """The values of single tokens under the same reference."""
+        return ReferenceCache(self._folder, self._facts, per_token=True)
+
+    def widths(self, lengths: Lengths) -> Lengths:
+        """How many values each response has, shape (n,).
+
+        Args:
+            lengths: Tokens of each response, shape (n,).
+        """
+        return lengths if self._per_token else np.ones_like(lengths)
 
     def read(self, keys: Keys, lengths: Lengths) -> Logps:
         """The stored values, NaN where there is none.
@@ -78,17 +95,17 @@ class ReferenceCache:
             lengths: Tokens of each response, shape (n,); a stored value of another length is none.
 
         Returns:
-            Shape (n,), float32.
+            The values of all responses end to end, shape (sum of the widths,), float32; those of
+            one are all there or all NaN.
         """
-        known: dict[bytes, tuple[float, int]] = {}
+        known: dict[tuple[bytes, int], Logps] = {}
         with contextlib.suppress(OSError):
             for path in sorted(self.path.glob(f"*{_SUFFIX}")):
                 known |= self._read_part(path)
-        values = np.full(len(keys), np.nan, dtype=np.float32)
-        for i, (key, length) in enumerate(zip(_as_bytes(keys), lengths.tolist(), strict=True)):
-            value, stored_length = known.get(key, (np.nan, length))
-            if stored_length == length:
-                values[i] = value
+        widths = self.widths(lengths)
+        values = np.full(widths.sum(), np.nan, dtype=np.float32)
+        for response, own in zip(_responses(keys, lengths), pieces(values, widths), strict=True):
+            own[:] = known.get(response, np.nan)
         return values
 
     def publish(self, keys: Keys, logps: Logps, lengths: Lengths) -> None:
@@ -96,14 +113,14 @@ class ReferenceCache:
 
         Args:
             keys: Shape (n, 16).
-            logps: Shape (n,).
+            logps: The values of all responses end to end, shape (sum of the widths,).
             lengths: Shape (n,).
 
         Raises:
             OSError: If they cannot be written; what was there stays as it was.
         """
         part: Part = {"keys": keys, "logps": logps, "lengths": lengths}
-        _check(part)
+        self._check(part)
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / "about.json"
         if not about.exists():
@@ -114,10 +131,10 @@ class ReferenceCache:
         """Keeps other processes from computing the same; see :func:`hold_lock`."""
         return hold_lock(self.path / ".lock", on_wait=on_wait)
 
-    def _read_part(self, path: Path) -> dict[bytes, tuple[float, int]]:
+    def _read_part(self, path: Path) -> dict[tuple[bytes, int], Logps]:
         try:
             part = load(path.read_bytes())
-            _check(part)
+            self._check(part)
             if _digest(part) != path.stem:
                 raise ValueError("its content is not what was written")
         except FileNotFoundError:
@@ -129,13 +146,45 @@ class ReferenceCache:
             with contextlib.suppress(OSError):
                 path.unlink()
             return {}
-        values = zip(part["logps"].tolist(), part["lengths"].tolist(), strict=True)
-        return dict(zip(_as_bytes(part["keys"]), values, strict=True))
+        values = pieces(part["logps"], self.widths(part["lengths"]))
+        return dict(zip(_responses(part["keys"], part["lengths"]), values, strict=True))
+
+    def _check(self, part: Part) -> None:
+        """Raises where values could not be log-probabilities of responses.
+
+        Raises:
+            ValueError: With what is wrong.
+        """
+        keys, logps, lengths = part["keys"], part["logps"], part["lengths"]
+        count = lengths.size
+        if keys.shape != (count, KEY_BYTES) or lengths.shape != (count,):
+            raise ValueError("its parts have different lengths")
+        if [array.dtype.str for array in (keys, logps, lengths)] != ["|u1", "<f4", "<i4"]:
+            raise ValueError("its parts have other types")
+        if not ((lengths > 0).all() and np.isfinite(logps).all() and (logps <= _ROUNDING).all()):
+            raise ValueError("some of its values are no log-probabilities")
+        if logps.shape != (self.widths(lengths).sum(),):
+            raise ValueError("its parts have different lengths")
 
 
-def _as_bytes(keys: Keys) -> list[bytes]:
+def pieces(values: Logps, widths: Lengths) -> Iterator[Logps]:
+    """Cuts what lies end to end into views, one per width.
+
+    Args:
+        values: Shape (sum of the widths,).
+        widths: Shape (n,).
+    """
+    end = 0
+    for width in widths.tolist():
+        end += width
+        yield values[end - width : end]
+
+
+def _responses(keys: Keys, lengths: Lengths) -> list[tuple[bytes, int]]:
+    """Key and length of each response: what a stored value is found by."""
     data = np.ascontiguousarray(keys).tobytes()
-    return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
+    cut = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
+    return list(zip(cut, lengths.tolist(), strict=True))
 
 
 def _digest(part: Part) -> str:
@@ -143,19 +192,3 @@ def _digest(part: Part) -> str:
     for name in ("keys", "logps", "lengths"):
         digest.update(np.ascontiguousarray(part[name]).tobytes())
     return digest.hexdigest()
-
-
-def _check(part: Part) -> None:
-    """Raises where values could not be log-probabilities of responses.
-
-    Raises:
-        ValueError: With what is wrong.
-    """
-    keys, logps, lengths = part["keys"], part["logps"], part["lengths"]
-    count = len(keys)
-    if keys.shape != (count, KEY_BYTES) or logps.shape != (count,) or lengths.shape != (count,):
-        raise ValueError("its parts have different lengths")
-    if [array.dtype.str for array in (keys, logps, lengths)] != ["|u1", "<f4", "<i4"]:
-        raise ValueError("its parts have other types")
-    if not (np.isfinite(logps).all() and (logps <= _ROUNDING).all() and (lengths > 0).all()):
-        raise ValueError("some of its values are no log-probabilities")

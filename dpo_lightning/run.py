@@ -24,7 +24,7 @@ from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.errors import DpoLightningError
 from dpo_lightning.fingerprint import settings_hash
-from dpo_lightning.plugins import find_scorer, load_plugins
+from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
 from dpo_lightning.results import RESULT_FILE, write_json
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     code, error = 1, None
     try:
         load_plugins(config.plugins)
+        make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
         from dpo_lightning.experiment import run_experiment

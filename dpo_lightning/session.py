@@ -38,11 +38,14 @@ from dpo_lightning.evaluation import (
     SampleAnswers,
     choose_prompts,
 )
+from dpo_lightning.exact_curve import ExactCurve
 from dpo_lightning.header import header_facts
 from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
 from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
+from dpo_lightning.objective_settings import objective_settings
+from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
@@ -89,13 +92,16 @@ def run_session(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
-            callbacks=[same, MetricRows(metrics), throughput, identity],
+            callbacks=[
+                *(same, MetricRows(metrics), throughput, identity),
+                *make_callbacks(config.trainer.callbacks),
+            ],
             throughput=throughput,
             run_dir=run_dir,
         )
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
-        budget = make_budget(config, prepared, computation, device)
+        budget = make_budget(config, prepared, computation, device, world_size=trainer.world_size)
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -117,13 +123,18 @@ def run_session(
         fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
         if fault is not None:
             log.info("attention takes the slower of two ways: %s", fault)
-        prepared = _with_reference(prepared, device, computation, budget)
+        prepared = _with_reference(config, prepared, device, computation, budget)
         models, data = prepared.models, prepared.data
         assert models.reference is not None
         result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
         groups, answering = _answering(config, prepared, computation)
         samples = SampleAnswers(groups[:SHOWN], models=models, answering=answering)
         trainer.callbacks.append(samples)  # type: ignore[attr-defined]
+        if prepared.task is not None and prepared.reference_outcome_logps is not None:
+            curve = ExactCurve(
+                prepared.task, prepared.reference_outcome_logps, models.scorer, beta=config.beta
+            )
+            trainer.callbacks.append(curve)  # type: ignore[attr-defined]
         module = make_module(config, models, models.reference, prepared.schedule, computation)
         datamodule = make_data_module(
             config,
@@ -206,7 +217,7 @@ def _answering(
     positions = max_positions(source.config)
     groups = choose_prompts(
         data.eval or data.train,
-        count=config.evaluation.samples,
+        count=max(config.evaluation.samples, config.evaluation.partition_samples),
         max_tokens=min(source.max_length, positions or source.max_length),
     )
     longest = config.evaluation.max_new_tokens
@@ -224,7 +235,11 @@ def _answering(
 
 
 def _with_reference(
-    prepared: Prepared, device: torch.device, computation: Computation, budget: Budget
+    config: Config,
+    prepared: Prepared,
+    device: torch.device,
+    computation: Computation,
+    budget: Budget,
 ) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache."""
     models, data, source = prepared.models, prepared.data, prepared.source
@@ -254,6 +269,7 @@ def _with_reference(
         device=device,
         precision=lambda: computation.context(device),
         micro_batch_tokens=budget.tokens,
+        per_token=objective_settings(config.loss).desensitises,
     )
     train, evaluation = parts
     return replace(

@@ -18,9 +18,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.config import FREE_FORM, LONGEST_NAME, Config
+from dpo_lightning.config import FREE_FORM, LONGEST_NAME, Config, LossConfig, loss_schema, schema
 from dpo_lightning.consistency import inconsistencies
 from dpo_lightning.errors import UserError
+from dpo_lightning.objectives.registry import known_losses
 
 # Groups and Hydra's own keys that a typo may have meant, beside the keys of the schema.
 _OTHER_KEYS = (
@@ -61,7 +62,12 @@ _HABITS = {
     "dataset_name": "use data.train=<file or hub id>",
     "train_file": "use data.train=<file or hub id>",
     "model_name_or_path": "use model.pretrained=<folder or hub id>",
-    "loss_type": "use loss=<sigmoid|sft>",
+    "loss_type": "use loss=<name>; docs/objectives.md has their names elsewhere",
+    "loss_weights": "use loss.terms={<loss>: <weight>}",
+    "simpo_gamma": "use loss.gamma=<margin>",
+    "f_divergence_type": "use loss.f_divergence=<name>",
+    "f_alpha_divergence_coef": "use loss.f_alpha=<order>",
+    "use_weighting": "use loss.wpo=true",
     "ref_model": "use reference.pretrained=<folder or hub id>",
     "resume_from_checkpoint": "use resume=<checkpoint or run folder>",
     "ckpt_path": "use resume=<checkpoint or run folder>",
@@ -96,10 +102,12 @@ class Setting:
         return dataclasses.is_dataclass(self.kind)
 
 
-def _settings(schema: type, prefix: str) -> Iterator[tuple[str, Setting]]:
-    hints = get_type_hints(schema)
-    for item in dataclasses.fields(schema):
+def _settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+    hints = get_type_hints(section)
+    for item in dataclasses.fields(section):
         annotation, optional = hints[item.name], False
+        if annotation is LossConfig:
+            annotation = loss_schema()
         if get_origin(annotation) in (Union, types.UnionType):
             annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
             optional = True
@@ -109,9 +117,13 @@ def _settings(schema: type, prefix: str) -> Iterator[tuple[str, Setting]]:
             yield from _settings(kind, f"{prefix}{item.name}.")
 
 
-@functools.cache
 def settings() -> dict[str, Setting]:
     """Every key of the schema, sections included, in the order of the schema."""
+    return _all_settings(known_losses())
+
+
+@functools.cache
+def _all_settings(_: tuple[str, ...]) -> dict[str, Setting]:
     return dict(_settings(Config, ""))
 
 
@@ -250,6 +262,11 @@ def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
             yield from (unknown_key(name) for name in names if is_secret(name))
 
 
+def is_import_name(name: str) -> bool:
+    """Whether the name has the form of a module's."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) is not None
+
+
 def _valid_devices(value: object) -> bool:
     if isinstance(value, str):
         return value == "auto" or re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?|\d+,", value) is not None
@@ -273,9 +290,7 @@ def _valid_max_time(value: str) -> bool:
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,
-    "plugins": lambda value: all(
-        re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in value
-    ),
+    "plugins": lambda value: all(is_import_name(name) for name in value),
     "trainer.devices": _valid_devices,
     "trainer.max_time": _valid_max_time,
 }
@@ -364,7 +379,7 @@ def validate(cfg: DictConfig, *, multirun: bool = False, explicit_run_dir: bool 
     assert isinstance(raw, dict)
     problems = list(_misplaced(raw))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        merged = OmegaConf.merge(schema(), raw)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         problems.append(config_error(error))

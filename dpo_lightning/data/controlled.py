@@ -158,7 +158,9 @@ class ControlledTask:
             torch.tensor(mask, dtype=torch.float64),
         )
 
-    def groups(self, n: int, *, seed: int, reference_logps: Tensor) -> list[TokenGroup]:
+    def groups(
+        self, n: int, *, seed: int, reference_logps: Tensor, population: bool = False
+    ) -> list[TokenGroup]:
         """Draws labelled pairs as groups of token ids.
 
         The prompt is uniform; two outcomes are drawn from the reference, again while they are the
@@ -168,6 +170,8 @@ class ControlledTask:
             n: Number of pairs.
             seed: Of all draws.
             reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+            population: Whether no label is drawn: then each pair counts both ways, by that
+                probability, as it would on average over all labels.
         """
         draw = np.random.default_rng(seed)
         cumulative = np.exp(reference_logps.double().numpy()).cumsum(axis=1)
@@ -185,6 +189,9 @@ class ControlledTask:
             open_pairs = open_pairs[(first == second) | (first == 0) | (second == 0)]
         rewards = self.rewards.numpy()[prompts[:, None], outcomes]
         first_wins = draw.random(n) < 1 / (1 + np.exp(rewards[:, 1] - rewards[:, 0]))
+        if population:
+            first_wins = rewards[:, 0] >= rewards[:, 1]
+        confidence = 1 / (1 + np.exp(-np.abs(rewards[:, 0] - rewards[:, 1])))
         outcomes[~first_wins] = outcomes[~first_wins][:, ::-1]
         prompt_ids = self.prompt_ids.numpy().astype(np.int32)
         ids = [np.array(outcome, dtype=np.int32) for outcome in self.outcomes]
@@ -196,9 +203,10 @@ class ControlledTask:
                 weight=1.0,
                 source=f"controlled[seed={seed}]:{number}",
                 prompt_key=PROMPTS[prompt],
+                confidence=sure if population else 1.0,
             )
-            for number, (prompt, (chosen, rejected)) in enumerate(
-                zip(prompts.tolist(), outcomes.tolist(), strict=True), start=1
+            for number, (prompt, (chosen, rejected), sure) in enumerate(
+                zip(prompts.tolist(), outcomes.tolist(), confidence.tolist(), strict=True), start=1
             )
         ]
 
@@ -230,6 +238,19 @@ class ControlledTask:
             "reward": _expectation(optimum, self.rewards),
             "kl": _expectation(optimum, optimum - reference),
         }
+
+    def likeliest(self, reference_logps: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+        """A smaller space: the outcomes that the reference likes best, with its share of each.
+
+        Args:
+            reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+            count: Outcomes to keep of each prompt.
+
+        Returns:
+            Their log-probabilities among themselves and their rewards, (8, count) each, float64.
+        """
+        kept, places = reference_logps.double().topk(count, dim=1)
+        return kept.log_softmax(1), self.rewards.gather(1, places)
 
     def frontier(self, reference_logps: Tensor, *, points: int = 60) -> list[dict[str, float]]:
         """Points of the frontier from next to no reward gained to next to all there is."""

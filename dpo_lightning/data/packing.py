@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -81,10 +82,15 @@ class GroupBatch(_Movable):
         group: Group of each response, numbered 0..G-1 in order, shape (N,), int64.
         rank: Rank of each response in its group, 1 is best, shape (N,), int64.
         weight: Weight of each group, shape (G,), float32.
+        target_margin: The margin that each group asks for, in units of reward, shape (G,), float32.
         chosen: Better response of each strictly ranked pair, shape (M,), int64.
         rejected: Worse response of each strictly ranked pair, shape (M,), int64.
+        pair_share: Share of each pair in its group, shape (M,), float32; they add up to 1.
+        best: Responses of rank 1, int64.
         reference_logps: Log-probability of each response under the reference, shape (N,), float32,
             where all groups bring theirs along, else None.
+        reference_token_logps: Log-probability of each scored token under the reference, shape (S,),
+            float32, in the order of ``targets``, where all groups bring theirs along, else None.
         segments: (|P|, |y_1|, ..., |y_K|) of each group, on the host.
         rows: Index of each group in its data set, on the host.
     """
@@ -100,9 +106,13 @@ class GroupBatch(_Movable):
     group: Tensor
     rank: Tensor
     weight: Tensor
+    target_margin: Tensor
     chosen: Tensor
     rejected: Tensor
+    pair_share: Tensor
+    best: Tensor
     reference_logps: Tensor | None
+    reference_token_logps: Tensor | None
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
 
@@ -275,6 +285,7 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
     ranks: list[int] = []
     chosen: list[int] = []
     rejected: list[int] = []
+    shares: list[float] = []
     shapes = []
     start = n = 0
     for g, group in enumerate(groups):
@@ -296,11 +307,20 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
             owner.append(g)
             cursor += r
         ranks.extend(group.ranks)
-        for i, better in enumerate(group.ranks):
-            for j, worse in enumerate(group.ranks):
-                if better < worse:
-                    chosen.append(n + i)
-                    rejected.append(n + j)
+        ranked = [
+            (n + i, n + j)
+            for i, better in enumerate(group.ranks)
+            for j, worse in enumerate(group.ranks)
+            if better < worse
+        ]
+        # The other way round too, as far as the ranking may be wrong.
+        orders = [(ranked, group.confidence)]
+        if group.confidence < 1:
+            orders.append(([(worse, better) for better, worse in ranked], 1 - group.confidence))
+        for pairs, confidence in orders:
+            chosen += [better for better, _ in pairs]
+            rejected += [worse for _, worse in pairs]
+            shares += [confidence / len(pairs) for _ in pairs]
         shapes.append((p, *map(len, group.responses)))
         n += len(group.responses)
         start = cursor
@@ -317,19 +337,29 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         group=torch.tensor(owner, dtype=torch.int64),
         rank=torch.tensor(ranks, dtype=torch.int64),
         weight=torch.tensor([group.weight for group in groups], dtype=torch.float32),
+        target_margin=torch.tensor([group.target_margin for group in groups], dtype=torch.float32),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
-        reference_logps=_reference_logps(groups),
+        pair_share=torch.tensor(shares, dtype=torch.float32),
+        best=torch.tensor([k for k, rank in enumerate(ranks) if rank == 1], dtype=torch.int64),
+        reference_logps=_joined([group.reference_logps for group in groups]),
+        reference_token_logps=_joined(
+            [
+                None
+                if group.reference_token_logps is None
+                else np.concatenate(group.reference_token_logps)
+                for group in groups
+            ]
+        ),
         segments=tuple(shapes),
         rows=tuple(rows),
     )
 
 
-def _reference_logps(groups: Sequence[TokenGroup]) -> Tensor | None:
-    known = [group.reference_logps for group in groups if group.reference_logps is not None]
-    if len(known) < len(groups):
-        return None
-    return torch.from_numpy(np.concatenate(known))
+def _joined(parts: Sequence[npt.NDArray[np.float32] | None]) -> Tensor | None:
+    """The values of all groups end to end, None where one has none."""
+    known = [part for part in parts if part is not None]
+    return torch.from_numpy(np.concatenate(known)) if len(known) == len(parts) else None
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:

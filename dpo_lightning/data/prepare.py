@@ -141,13 +141,16 @@ def split_by_prompt(
 
 
 def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> str:
-    """A hash of all token ids, ranks and weights in their order; 32 hexadecimal digits."""
+    """A hash of all token ids, ranks, weights, margins and confidences in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (train, evaluation):
         digest.update(f"{len(part)};".encode())
         for group in part:
             shape = (len(group.prompt), *map(len, group.responses), group.ranks, group.weight)
-            digest.update(repr(shape).encode())
+            # Nothing is added where there is none: such rows had their hash before these.
+            more: tuple[object, ...] = (group.target_margin,) if group.target_margin else ()
+            more += ("confidence", group.confidence) if group.confidence < 1 else ()
+            digest.update(repr(shape + more).encode())
             for ids in (group.prompt, *group.responses):
                 digest.update(ids.tobytes())
     return digest.hexdigest()

@@ -154,6 +154,7 @@ def _unpacked(
                 weight=group.weight,
                 source=group.source,
                 prompt_key=group.prompt_key,
+                target_margin=group.target_margin or 0.0,
             )
         )
         at += count + 1

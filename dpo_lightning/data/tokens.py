@@ -54,6 +54,11 @@ class TokenGroup:
         prompt_key: Identifies the prompt's text; groups with one key stay on one side of a split.
         reference_logps: Log-probability of each response under the reference, (K,), float32, or
             None where that is not known beforehand.
+        reference_token_logps: Log-probability of each token of each response under the reference,
+            shapes (R_k,), float32, or None where only sums are known, or nothing.
+        target_margin: How much better the row says its better responses are, in units of reward.
+        confidence: Probability that the ranking is right; below 1 each pair also counts the other
+            way round, with what is left.
     """
 
     prompt: Ids
@@ -63,6 +68,9 @@ class TokenGroup:
     source: str
     prompt_key: str
     reference_logps: npt.NDArray[np.float32] | None = None
+    reference_token_logps: tuple[npt.NDArray[np.float32], ...] | None = None
+    target_margin: float = 0.0
+    confidence: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -312,6 +320,7 @@ def _assemble(
         weight=group.weight,
         source=group.source,
         prompt_key=group.prompt_key,
+        target_margin=group.target_margin or 0.0,
     )
     return token_group, shrank, "", changes
 

@@ -108,13 +108,70 @@ def token_logps(
     Returns:
         Shape (n,), float32 (float64 for float64 states).
     """
+    logps, _ = _apply(states, weight, bias, targets, transform, with_collisions=False)
+    return logps
+
+
+def token_logps_and_collisions(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitsTransform,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`token_logps` gives, and how concentrated the distribution of each token is.
+
+    Args:
+        states: Hidden states, shape (n, d), floating.
+        weight: Of the head, shape (V, d).
+        bias: Of the head, shape (V,), or None.
+        targets: Token ids, shape (n,), int64.
+        transform: What happens to the scores behind the head.
+
+    Returns:
+        The log-probabilities, and as :func:`collision_logps` the collisions, which have no
+        gradient; both of shape (n,), float32 (float64 for float64 states).
+    """
+    logps, collisions = _apply(states, weight, bias, targets, transform, with_collisions=True)
+    assert collisions is not None
+    return logps, collisions
+
+
+@torch.no_grad()
+def collision_logps(logits: Tensor) -> Tensor:
+    """Log-probability that two tokens drawn from one distribution are the same.
+
+    That is ``log sum_v p_v^2 = logsumexp(2 z) - 2 logsumexp(z)``. Here the exponential is taken
+    once for both sums, and scores of any size lose nothing in a difference of large numbers.
+
+    Args:
+        logits: Transformed scores z, shape (n, V), at least float32.
+
+    Returns:
+        Shape (n,), in the type of the scores, without a gradient.
+    """
+    odds = (logits - logits.amax(1, keepdim=True)).exp_()
+    total = odds.sum(1)
+    return odds.square_().sum(1).log_().sub_(total.log_(), alpha=2)
+
+
+def _apply(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitsTransform,
+    *,
+    with_collisions: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and, where asked for, collisions; the products in the type of autocast."""
     if torch.is_autocast_enabled(states.device.type):
         states = states.to(torch.get_autocast_dtype(states.device.type))
     with torch.autocast(states.device.type, enabled=False):
-        logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-            states, weight, bias, targets, transform
+        values: tuple[Tensor, Tensor | None] = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+            states, weight, bias, targets, transform, with_collisions
         )
-    return logps
+    return values
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -134,11 +191,13 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitsTransform,
-    ) -> Tensor:
+        with_collisions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         own = weight.to(states.dtype)
         limits = _Limits.of(states.device)
         logps = torch.empty(len(targets), dtype=_wide(states), device=states.device)
         normaliser = torch.empty_like(logps)
+        collisions = torch.empty_like(logps) if with_collisions else None
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         jacobian = torch.empty_like(states) if frozen and ctx.needs_input_grad[0] else None
         keeps = not frozen and len(targets) * len(weight) <= limits.kept
@@ -148,22 +207,26 @@ class _TokenLogps(torch.autograd.Function):
             logits = transform(raw).to(logps.dtype)
             logps[chunk] = -F.cross_entropy(logits, targets[chunk], reduction="none")
             normaliser[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logps[chunk]
+            if collisions is not None:
+                collisions[chunk] = collision_logps(logits)
             if jacobian is not None:
                 scores = _score_gradient(
                     raw, targets[chunk], logps[chunk], normaliser[chunk], None, transform
                 )
                 jacobian[chunk] = scores @ own
+        if collisions is not None:
+            ctx.mark_non_differentiable(collisions)
         ctx.transform = transform
         ctx.save_for_backward(states, weight, bias, targets, logps, normaliser, jacobian, kept)
-        return logps
+        return logps, collisions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> Any:
         """Gradients of the states, and of weight and bias where those are trained."""
         states, weight, bias, targets, logps, normaliser, jacobian, kept = ctx.saved_tensors
         if jacobian is not None:
-            return jacobian * gradient[:, None].to(jacobian.dtype), None, None, None, None
+            return jacobian * gradient[:, None].to(jacobian.dtype), None, None, None, None, None
         own = weight.to(states.dtype)
         d_states = torch.zeros(states.shape, dtype=logps.dtype, device=states.device)
         d_weight = torch.empty_like(weight)
@@ -180,7 +243,7 @@ class _TokenLogps(torch.autograd.Function):
             d_weight[block] = scores.t() @ states
             if d_bias is not None:
                 d_bias[block] = scores.sum(0, dtype=logps.dtype)
-        return d_states.to(states.dtype), d_weight, d_bias, None, None
+        return d_states.to(states.dtype), d_weight, d_bias, None, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ nothing; *padded* is the plain forward pass of any causal language model, one ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +17,31 @@ from torch.nn import functional as F
 
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan, varlen_fault
-from dpo_lightning.models.head import LogitsTransform, token_logps
+from dpo_lightning.models.head import (
+    LogitsTransform,
+    collision_logps,
+    token_logps,
+    token_logps_and_collisions,
+)
 
 ScoringPath = Literal["flat", "padded"]
 
 # Rows of the padded path share a forward pass while it holds at most this many places a token.
 _PADDING = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What a model says of the scored tokens of a micro-batch.
+
+    Attributes:
+        logps: Log-probability of each, shape (S,), float32.
+        collisions: ``log sum_v p_v^2`` of the distribution that each was drawn from, shape (S,),
+            float32, without a gradient.
+    """
+
+    logps: Tensor
+    collisions: Tensor
 
 
 class Scorer:
@@ -99,8 +118,23 @@ class Scorer:
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""
         if plan is not None:
-            return _flat_token_logps(model, batch, plan)
-        return _padded_token_logps(model, batch)
+            return token_logps(*_flat_inputs(model, batch, plan))
+        [logps] = _padded_scores(model, batch, lambda *scores: (_target_logps(*scores),))
+        return logps
+
+    def token_scores(
+        self, model: Any, batch: GroupBatch, plan: AttentionPlan | None
+    ) -> TokenScores:
+        """Log-probability of each scored token, and the collisions beside it, in one pass."""
+        if plan is not None:
+            return TokenScores(*token_logps_and_collisions(*_flat_inputs(model, batch, plan)))
+        return TokenScores(
+            *_padded_scores(
+                model,
+                batch,
+                lambda logits, targets: (_target_logps(logits, targets), collision_logps(logits)),
+            )
+        )
 
     def logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None = None) -> Tensor:
         """Log-probability of each response: the sum over its tokens, EOS included.
@@ -119,7 +153,10 @@ class Scorer:
         return total.index_add(0, batch.response, tokens)
 
 
-def _flat_token_logps(model: Any, batch: GroupBatch, plan: AttentionPlan) -> Tensor:
+def _flat_inputs(
+    model: Any, batch: GroupBatch, plan: AttentionPlan
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
+    """What the head takes: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -129,7 +166,7 @@ def _flat_token_logps(model: Any, batch: GroupBatch, plan: AttentionPlan) -> Ten
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise NotImplementedError(f"a head of type {type(head).__name__}")
-    return token_logps(
+    return (
         hidden.index_select(0, batch.score_from),
         head.weight,
         head.bias,
@@ -153,8 +190,20 @@ class _Row:
         return self.prompt_length + self.length
 
 
-def _padded_token_logps(model: Any, batch: GroupBatch) -> Tensor:
-    """One row ``[P | y_k]`` per response; rows of like widths share a plain forward pass."""
+def _padded_scores(
+    model: Any, batch: GroupBatch, score: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """One row ``[P | y_k]`` per response; rows of like widths share a plain forward pass.
+
+    Args:
+        model: A transformers causal language model.
+        batch: The micro-batch.
+        score: Takes the vocabulary scores of n tokens, (n, V), float32, and the tokens, (n,),
+            int64, and gives numbers of each, (n,).
+
+    Returns:
+        Those numbers of all scored tokens, each of shape (S,).
+    """
     rows = []
     cursor = scored = 0
     for prompt_length, *lengths in batch.segments:
@@ -164,12 +213,12 @@ def _padded_token_logps(model: Any, batch: GroupBatch) -> Tensor:
             place += length
             scored += length
         cursor = place
-    logps, places = [], []
+    scores, places = [], []
     for part in _like_widths(rows):
-        logps.append(_rows_token_logps(model, batch, part))
+        scores.append(score(*_rows_logits(model, batch, part)))
         places += [row.scored + t for row in part for t in range(row.length)]
     order = torch.tensor(places, device=batch.targets.device).argsort()
-    return torch.cat(logps).index_select(0, order)
+    return tuple(torch.cat(parts).index_select(0, order) for parts in zip(*scores, strict=True))
 
 
 def _like_widths(rows: list[_Row]) -> list[list[_Row]]:
@@ -185,8 +234,13 @@ def _like_widths(rows: list[_Row]) -> list[list[_Row]]:
     return parts
 
 
-def _rows_token_logps(model: Any, batch: GroupBatch, rows: list[_Row]) -> Tensor:
-    """Log-probability of the response tokens of rows, row after row, float32."""
+def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target, shape (n,), under scores of shape (n, V)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _rows_logits(model: Any, batch: GroupBatch, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+    """Vocabulary scores of the response tokens of rows, row after row, float32, and the tokens."""
     device = batch.input_ids.device
     # An unused place repeats a real token: any id will do behind the mask, and none is a pad token.
     index = torch.zeros(len(rows), max(row.width for row in rows), dtype=torch.int64)
@@ -208,5 +262,4 @@ def _rows_token_logps(model: Any, batch: GroupBatch, rows: list[_Row]) -> Tensor
     source = [row.prompt_length - 1 + t for row in rows for t in range(row.length)]
     target = [row.scored + t for row in rows for t in range(row.length)]
     states = logits[torch.tensor(owner, device=device), torch.tensor(source, device=device)]
-    targets = batch.targets[torch.tensor(target, device=device)]
-    return -F.cross_entropy(states.float(), targets, reduction="none")
+    return states.float(), batch.targets[torch.tensor(target, device=device)]

@@ -1,21 +1,22 @@
 """From the log-probabilities of the responses of a micro-batch to its loss and metric sums.
 
 A pairwise loss on K ranked responses uses every strictly ranked pair of a group, each response
-scored once. It is averaged over the pairs of a group, then over groups by their weight,
-sum(w * loss) / sum(w). Everything here is a sum, so micro-batches, steps and ranks simply add up.
+scored once, and is averaged over the pairs of a group; a listwise loss has one value per group. An
+objective is a weighted sum of those, averaged over groups by their weight, sum(w * loss) / sum(w).
+Everything here is a sum, so micro-batches, steps and ranks simply add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dpo_lightning.objectives.pairwise import PAIRWISE_LOSSES, pairwise_loss
-from dpo_lightning.objectives.partition import log_partition
+from dpo_lightning.objectives.listwise import listwise_loss
+from dpo_lightning.objectives.pairwise import pairwise_loss
+from dpo_lightning.objectives.partition import group_shares, log_partition
+from dpo_lightning.objectives.registry import ObjectiveSettings, PairwiseLoss
 
 # Margins below this share of the log-probabilities that they are made of are rounding: a tie. Only
 # so are policy and reference the same at the start when the two were computed in other batches.
@@ -28,6 +29,7 @@ SUMS = (
     "groups",
     "accuracy",
     "log_z",
+    "best_share",
     "best",
     "best_logps",
     "best_logratios",
@@ -43,7 +45,7 @@ class Comparison:
 
     Attributes:
         loss: Sum over its groups of weight times loss, a scalar with a graph, float32.
-        sums: The entries of ``SUMS``, shape (11,), float64 (float32 on MPS), no graph.
+        sums: The entries of ``SUMS``, shape (12,), float64 (float32 on MPS), no graph.
         accuracies: Share of each group's pairs that the policy ranks right, a tie counting one
             half, shape (G,), float32, no graph.
     """
@@ -53,8 +55,26 @@ class Comparison:
     accuracies: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What single tokens are needed for: length desensitising, and weights by likelihood.
+
+    Attributes:
+        policy_logps: Log-probability of each scored token under the policy, shape (S,), float32.
+        reference_logps: The same under the reference, or None without one.
+        collisions: Log of the sum of squared probabilities of all tokens at each place, shape (S,),
+            float32, no graph; None where nothing is weighted by likelihood.
+        response: Which response each scored token belongs to, in order, shape (S,), int64.
+    """
+
+    policy_logps: Tensor
+    reference_logps: Tensor | None
+    collisions: Tensor | None
+    response: Tensor
+
+
 def compare_responses(
-    loss_name: str,
+    objective: ObjectiveSettings,
     *,
     policy_logps: Tensor,
     reference_logps: Tensor | None,
@@ -64,13 +84,17 @@ def compare_responses(
     weight: Tensor,
     chosen: Tensor,
     rejected: Tensor,
-    beta: float,
-    options: Mapping[str, Any],
+    beta: float | Tensor,
+    best: Tensor | None = None,
+    largest_group: int | None = None,
+    pair_share: Tensor | None = None,
+    target_margin: Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> Comparison:
     """Compares the responses of each group of a micro-batch.
 
     Args:
-        loss_name: A key of ``PAIRWISE_LOSSES``.
+        objective: What is minimised.
         policy_logps: Log-probability of each response under the policy, shape (N,), float32.
         reference_logps: The same under the reference, or None without one: then the log-ratio
             is the log-probability itself, as in the reference-free loss.
@@ -81,60 +105,184 @@ def compare_responses(
         chosen: Better response of each strictly ranked pair, shape (M,), int64.
         rejected: Worse response of each pair, shape (M,), int64.
         beta: Strength of the pull towards the reference.
-        options: The loss's own options.
+        best: The responses of rank 1, int64, and
+        largest_group: the size of the largest group, where the host knows them: without them it
+            waits for the device.
+        pair_share: Share of each pair in its group, shape (M,), float32; None for equal ones.
+        target_margin: By how much a group's better response is to be better, shape (G,), float32;
+            None for 0.
+        tokens: Needed by objectives that desensitise to lengths or weigh by likelihood.
     """
-    uses_rejected = PAIRWISE_LOSSES[loss_name].uses_rejected
-    is_best = rank == 1
-    # Without a rejected side every best response of a group is one term, and not once per pair.
-    first = chosen if uses_rejected else is_best.nonzero()[:, 0]
-    second = rejected if uses_rejected else first
-    losses = pairwise_loss(
-        loss_name,
-        policy_chosen_logps=policy_logps[first],
-        policy_rejected_logps=policy_logps[second],
-        reference_chosen_logps=None if reference_logps is None else reference_logps[first],
-        reference_rejected_logps=None if reference_logps is None else reference_logps[second],
-        chosen_lengths=lengths[first],
-        rejected_lengths=lengths[second],
-        beta=beta,
-        **options,
-    )
     groups = len(weight)
-    loss = (losses * _share_of_group(group[first], groups) * weight[group[first]]).sum()
+    is_best = rank == 1
+    logratios = policy_logps if reference_logps is None else policy_logps - reference_logps
+    if pair_share is None:
+        pair_share = _share_of_group(group[chosen], groups)
+    pairs = _Pairs(
+        policy=policy_logps,
+        reference=reference_logps,
+        lengths=lengths,
+        group=group,
+        chosen=chosen,
+        rejected=rejected,
+        share=pair_share,
+        target_margin=target_margin,
+        groups=groups,
+    )
+    # Without a rejected side every best response of a group is one term, and not once per pair.
+    best = is_best.nonzero()[:, 0] if best is None else best
+    singles = replace(
+        pairs,
+        chosen=best,
+        rejected=best,
+        share=_share_of_group(group[best], groups),
+        target_margin=None,
+    )
+    if tokens is not None:
+        pairs = pairs.by_token(objective, tokens)
+    of_group = torch.zeros(groups, dtype=policy_logps.dtype, device=policy_logps.device)
+    for name in objective.listwise:
+        values = listwise_loss(
+            name,
+            scores=beta * logratios,
+            group=group,
+            rank=rank,
+            shape=None if largest_group is None else (groups, largest_group),
+        )
+        of_group = of_group + objective.terms[name] * values
+    for name, loss in objective.pairwise.items():
+        compared = pairs if loss.uses_rejected else singles
+        values = compared.mean_by_group(name, loss, objective, beta=beta)
+        of_group = of_group + objective.terms[name] * values
+    if objective.rpo_alpha:
+        nll = -policy_logps[best] / lengths[best] * singles.share
+        of_group = of_group.index_add(0, group[best], objective.rpo_alpha * nll)
+    loss_sum = (of_group * weight).sum()
 
     with torch.no_grad():
         policy = policy_logps.detach()
-        logratios = policy if reference_logps is None else policy - reference_logps
+        logratios = logratios.detach()
         margins = logratios[chosen] - logratios[rejected]
         # A tie counts one half: at the start, policy = reference, every pair is one.
         tied = margins.abs() <= _TIE * (policy[chosen].abs() + policy[rejected].abs())
         right = torch.where(tied, 0.5, (margins > 0).float())
         accuracies = torch.zeros(groups, device=policy.device).index_add(
-            0, group[chosen], right * _share_of_group(group[chosen], groups)
+            0, group[chosen], right * pair_share
         )
-        log_z = log_partition(beta * logratios, group).sum()
-        best = is_best.float()
-        rest = 1.0 - best
+        scores = beta * logratios
+        log_z = log_partition(scores, group, groups=groups)
+        share = group_shares(scores, group, groups=groups)
+        best_mask = is_best.float()
+        rest = 1.0 - best_mask
         dtype = torch.float32 if policy.device.type == "mps" else torch.float64
         sums = torch.stack(
             [
                 value.to(dtype)
                 for value in (
-                    loss.detach(),
+                    loss_sum.detach(),
                     weight.sum(),
                     weight.new_tensor(groups),
                     accuracies.sum(),
-                    log_z,
-                    best.sum(),
-                    (best * policy).sum(),
-                    (best * logratios).sum(),
+                    log_z.sum(),
+                    (best_mask * share).sum(),
+                    best_mask.sum(),
+                    (best_mask * policy).sum(),
+                    (best_mask * logratios).sum(),
                     rest.sum(),
                     (rest * policy).sum(),
                     (rest * logratios).sum(),
                 )
             ]
         )
-    return Comparison(loss=loss, sums=sums, accuracies=accuracies)
+    return Comparison(loss=loss_sum, sums=sums, accuracies=accuracies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pairs:
+    """Pairs of responses, as places among the N responses, and what is known of those."""
+
+    policy: Tensor
+    reference: Tensor | None
+    lengths: Tensor
+    group: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    share: Tensor
+    target_margin: Tensor | None
+    groups: int
+    # Of pairs whose log-probabilities are not those of the whole responses: (M,) each.
+    policy_sides: tuple[Tensor, Tensor] | None = None
+    reference_sides: tuple[Tensor, Tensor] | None = None
+    weight: Tensor | None = None
+
+    def by_token(self, objective: ObjectiveSettings, tokens: Tokens) -> _Pairs:
+        """The pairs with shortened log-probabilities, or weighted, as the objective wants it."""
+        changes: dict[str, object] = {}
+        if objective.desensitises:
+
+            def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+                return (
+                    self._shortened(values, self.chosen, self.rejected, objective.ld_alpha),
+                    self._shortened(values, self.rejected, self.chosen, objective.ld_alpha),
+                )
+
+            changes["policy_sides"] = sides(tokens.policy_logps)
+            if tokens.reference_logps is not None:
+                changes["reference_sides"] = sides(tokens.reference_logps)
+        if objective.wpo:
+            assert tokens.collisions is not None
+            aligned = tokens.policy_logps.detach() - tokens.collisions
+            total = aligned.new_zeros(len(self.lengths)).index_add(0, tokens.response, aligned)
+            likelihood = (total / self.lengths).exp()
+            changes["weight"] = likelihood[self.chosen] * likelihood[self.rejected]
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def _shortened(self, values: Tensor, mine: Tensor, other: Tensor, alpha: float) -> Tensor:
+        """LD-DPO (https://arxiv.org/abs/2409.06411), (S,) -> (M,).
+
+        What is beyond the length of the other response counts alpha.
+        """
+        # Differences of long running sums: float32 would lose what they are about.
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64
+        running = torch.cat([values.new_zeros(1, dtype=dtype), values.to(dtype).cumsum(0)])
+        ends = self.lengths.cumsum(0)
+        starts = ends - self.lengths
+        shared = torch.minimum(self.lengths[mine], self.lengths[other])
+        start = running[starts[mine]]
+        common = running[starts[mine] + shared] - start
+        whole = running[ends[mine]] - start
+        return (common + alpha * (whole - common)).to(values.dtype)
+
+    def mean_by_group(
+        self, name: str, loss: PairwiseLoss, objective: ObjectiveSettings, *, beta: float | Tensor
+    ) -> Tensor:
+        """The loss averaged over each group's pairs, (G,)."""
+        policy = self.policy_sides or (self.policy[self.chosen], self.policy[self.rejected])
+        reference: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.reference is not None:
+            reference = self.reference_sides or (
+                self.reference[self.chosen],
+                self.reference[self.rejected],
+            )
+        owner = self.group[self.chosen]
+        values = pairwise_loss(
+            name,
+            policy_chosen_logps=policy[0],
+            policy_rejected_logps=policy[1],
+            reference_chosen_logps=reference[0],
+            reference_rejected_logps=reference[1],
+            chosen_lengths=self.lengths[self.chosen],
+            rejected_lengths=self.lengths[self.rejected],
+            target_margin=None if self.target_margin is None else self.target_margin[owner],
+            beta=beta,
+            f_divergence=objective.f_divergence if loss.on_margin else "reverse_kl",
+            f_alpha=objective.f_alpha,
+            **objective.own_options(name),
+        )
+        if self.weight is not None:
+            values = values * self.weight
+        zeros = torch.zeros(self.groups, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, owner, values * self.share)
 
 
 def _share_of_group(owner: Tensor, groups: int) -> Tensor:
@@ -169,4 +317,5 @@ def metrics_from_sums(sums: list[float], *, beta: float) -> dict[str, float]:
         "logratios/rejected": rejected,
         "logratios/margins": chosen - rejected,
         "partition/log_z": mean("log_z", "groups"),
+        "partition/p_chosen": mean("best_share", "best"),
     }

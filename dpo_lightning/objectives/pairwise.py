@@ -1,113 +1,21 @@
-"""Losses on pairs: a chosen and a rejected response to one prompt.
+"""Losses on pairs, called with tensors and checked once for all of them.
 
-Every loss is a small function of a `PairLogps`, registered in `PAIRWISE_LOSSES` and reached through
-`pairwise_loss`, which checks the call once for all of them. Losses come back per pair: how pairs
-are averaged (over a group's pairs, then over groups, with weights) is the caller's matter.
-
-All of them see responses only through their log-probabilities, so the intractable Z(x) of the
-closed-form optimum never appears: it is the same for both responses and cancels in the margin.
+Losses come back per pair: how pairs are averaged (over a group's pairs, then over groups, with
+weights) is the caller's matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_lightning.objectives.divergences import link
+from dpo_lightning.objectives.losses import PairLogps
+from dpo_lightning.objectives.registry import PAIRWISE_LOSSES, PairwiseLoss, Value
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairLogps:
-    """What a pairwise loss may look at. Tensors are (B,), floating, at least float32.
-
-    The reference's logps are both None when there is no reference. The rejected side may be None
-    for a loss that does not use it.
-    """
-
-    policy_chosen_logps: Tensor
-    policy_rejected_logps: Tensor | None
-    reference_chosen_logps: Tensor | None
-    reference_rejected_logps: Tensor | None
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor | None
-
-    def margin(self) -> Tensor:
-        """The chosen logratio minus the rejected one, (B,); of plain logps without a reference.
-
-        The logratios come first: policy and reference are close, so each of these differences is
-        exact or nearly so, while chosen minus rejected of long responses would round.
-        """
-        assert self.policy_rejected_logps is not None
-        if self.reference_chosen_logps is None or self.reference_rejected_logps is None:
-            return self.policy_chosen_logps - self.policy_rejected_logps
-        chosen_logratios = self.policy_chosen_logps - self.reference_chosen_logps
-        rejected_logratios = self.policy_rejected_logps - self.reference_rejected_logps
-        return chosen_logratios - rejected_logratios
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairwiseLoss:
-    """An entry of `PAIRWISE_LOSSES`.
-
-    Attributes:
-        fn: `fn(pairs, *, beta, **options) -> Tensor (B,)`.
-        uses_reference: False for a loss that never has a reference. True means that it takes one;
-            whether it can do without (both logps None) is said in its docstring.
-        uses_rejected: False for a loss on the chosen response alone.
-        options: Every option's name and default.
-        paper: Where the loss comes from.
-    """
-
-    fn: Callable[..., Tensor]
-    uses_reference: bool
-    uses_rejected: bool
-    options: Mapping[str, float] = field(default_factory=dict)
-    paper: str
-
-
-def _sigmoid(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO, Eq. 7 of https://arxiv.org/abs/2305.18290: -log sigmoid(beta * margin).
-
-    With label smoothing e it is the conservative form: each label is wrong with probability e
-    (https://ericmitchell.ai/cdpo.pdf, Eq. 3). Without a reference it is -log(exp(beta * lp+) / Z)
-    with Z = exp(beta * lp+) + exp(beta * lp-), the normaliser over the two responses; dividing
-    both terms by the numerator's gives the same sigmoid, on the difference of the plain logps.
-    """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing!r}: it is the share of flipped labels, "
-            "at least 0 and below 0.5"
-        )
-    reward_margin = beta * pairs.margin()
-    as_labelled = -F.logsigmoid(reward_margin)
-    flipped = -F.logsigmoid(-reward_margin)
-    return (1 - label_smoothing) * as_labelled + label_smoothing * flipped
-
-
-def _sft(pairs: PairLogps, *, beta: float) -> Tensor:
-    """Negative log-likelihood per token of the chosen response: maximum likelihood, no beta."""
-    del beta
-    return -pairs.policy_chosen_logps / pairs.chosen_lengths
-
-
-PAIRWISE_LOSSES: Mapping[str, PairwiseLoss] = {
-    "sigmoid": PairwiseLoss(
-        fn=_sigmoid,
-        uses_reference=True,
-        uses_rejected=True,
-        options={"label_smoothing": 0.0},
-        paper="https://arxiv.org/abs/2305.18290",
-    ),
-    "sft": PairwiseLoss(
-        fn=_sft,
-        uses_reference=False,
-        uses_rejected=False,
-        paper="maximum likelihood of the best response; where a reference comes from",
-    ),
-}
+__all__ = ["PAIRWISE_LOSSES", "PairLogps", "PairwiseLoss", "pairwise_loss"]
 
 
 def pairwise_loss(
@@ -119,8 +27,11 @@ def pairwise_loss(
     reference_rejected_logps: Tensor | None,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor | None,
-    beta: float,
-    **options: float,
+    beta: float | Tensor,
+    target_margin: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    **options: Value,
 ) -> Tensor:
     """The loss of each pair, unreduced.
 
@@ -137,7 +48,13 @@ def pairwise_loss(
         reference_rejected_logps: (B,), floating. None exactly when `reference_chosen_logps` is.
         chosen_lengths: (B,), integer or floating. Tokens in the chosen responses.
         rejected_lengths: (B,), of the rejected ones. None as `policy_rejected_logps`.
-        beta: How strongly the policy is held to the reference; finite and above 0.
+        beta: How strongly the policy is held to the reference; finite and above 0. A tensor, of one
+            entry, is not looked at.
+        target_margin: (B,), floating, or None for 0. By how much the reward of the chosen response
+            is to be higher; `odpo` alone uses it.
+        f_divergence: What holds the policy to the reference, a name of `DIVERGENCES`; only for
+            losses that are functions of the margin.
+        f_alpha: Order of the alpha divergence.
         **options: The loss's own, as in `PAIRWISE_LOSSES[name].options`; others are refused.
 
     Returns:
@@ -150,14 +67,25 @@ def pairwise_loss(
     if name not in PAIRWISE_LOSSES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(PAIRWISE_LOSSES)}")
     loss = PAIRWISE_LOSSES[name]
-    for option in options:
-        if option not in loss.options:
+    for option, value in options.items():
+        if option not in loss.schema:
             choices = ", ".join(loss.options) or "none"
             raise ValueError(f"loss {name!r} has no option {option!r}: its options are {choices}")
-    if not (math.isfinite(beta) and beta > 0):
+        if not loss.schema[option].accepts(value):
+            raise ValueError(f"{option} is {value!r}: needs {loss.schema[option].expected()}")
+    if isinstance(beta, float | int) and not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
     if (reference_chosen_logps is None) != (reference_rejected_logps is None):
         raise ValueError("reference logps of one side alone: give both, or None for both")
+    if loss.needs_reference and reference_chosen_logps is None:
+        raise ValueError(
+            f"loss {name!r} compares each response with the reference: its logps are None"
+        )
+    link_function = link(f_divergence, f_alpha)
+    if link_function is not None and (not loss.on_margin or reference_chosen_logps is None):
+        raise ValueError(
+            f"f_divergence is {f_divergence!r}: that is for losses on the margin of two log-ratios"
+        )
     if loss.uses_rejected and (policy_rejected_logps is None or rejected_lengths is None):
         raise ValueError(f"loss {name!r} compares two responses: the rejected one is None")
 
@@ -168,6 +96,7 @@ def pairwise_loss(
         "reference_rejected_logps": reference_rejected_logps,
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
+        "target_margin": target_margin,
     }
     # (B, 1) against (B,) would broadcast to every pairing of the batch, and train on it.
     for key, tensor in tensors.items():
@@ -183,8 +112,11 @@ def pairwise_loss(
         reference_rejected_logps=_optional(reference_rejected_logps),
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        target_margin=_optional(target_margin),
+        link=link_function,
     )
-    return loss.fn(pairs, beta=beta, **{**loss.options, **options})
+    losses: Tensor = loss.fn(pairs, beta=beta, **{**loss.options, **options})
+    return losses
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses
+from dpo_lightning.objectives.registry import ObjectiveSettings
 from tests.conftest import tiny_llama_config
 
 GIB = 1 << 30
@@ -113,9 +114,10 @@ def test_a_step_computes_what_the_model_of_it_says(prompt: int, response: int):
     with FlopCounterMode(display=False) as counter:
         logps = scorer.logps(model, batch)
         comparison = compare_responses(
-            "sigmoid", policy_logps=logps, reference_logps=logps.detach(), lengths=batch.lengths,
+            ObjectiveSettings(terms={"sigmoid": 1.0}), policy_logps=logps,
+            reference_logps=logps.detach(), lengths=batch.lengths,
             group=batch.group, rank=batch.rank, weight=batch.weight, chosen=batch.chosen,
-            rejected=batch.rejected, beta=0.1, options={"label_smoothing": 0.0},
+            rejected=batch.rejected, beta=0.1,
         )  # fmt: skip
         comparison.loss.backward()
     weights = layers * (4 * size * size + 3 * size * intermediate)

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from dpo_lightning.objectives.comparison import SUMS, compare_responses, metrics_from_sums
+from dpo_lightning.objectives.comparison import (
+    SUMS,
+    Tokens,
+    compare_responses,
+    metrics_from_sums,
+)
+from dpo_lightning.objectives.registry import ObjectiveSettings
 
 BETA = 0.5
 BATCH = {
@@ -22,8 +28,8 @@ BATCH = {
 
 
 def compare(loss: str = "sigmoid", **changes):
-    options = changes.pop("options", {})
-    comparison = compare_responses(loss, **(BATCH | changes), options=options)
+    objective = ObjectiveSettings(terms={loss: 1.0}, options=changes.pop("options", {}))
+    comparison = compare_responses(objective, **(BATCH | changes))
     return comparison.loss.item(), dict(zip(SUMS, comparison.sums.tolist(), strict=True))
 
 
@@ -95,3 +101,86 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
         part |= {name: BATCH[name][pairs] - rows[0] for name in ("chosen", "rejected")}
         parts += torch.tensor(list(compare(**part)[1].values()))
     torch.testing.assert_close(parts, whole)
+
+
+def test_shares_of_pairs_weigh_them():
+    """A pair that is right with probability 0.8: 0.8 log(1 + e^-m) + 0.2 log(1 + e^m), m = 0.25.
+
+    log(1 + e^-0.25) = 0.575939 and log(1 + e^0.25) = 0.825939. The agreement is 0.8 as well.
+    """
+    both_ways = {
+        "group": torch.tensor([0, 0]), "rank": torch.tensor([1, 2]), "weight": torch.ones(1),
+        "policy_logps": torch.tensor([-1.0, -2.0]), "lengths": torch.tensor([2, 3]),
+        "reference_logps": torch.tensor([-1.5, -2.0]), "chosen": torch.tensor([0, 1]),
+        "rejected": torch.tensor([1, 0]), "pair_share": torch.tensor([0.8, 0.2]),
+    }  # fmt: skip
+    loss, sums = compare(**both_ways)
+    assert loss == pytest.approx(0.8 * 0.575939 + 0.2 * 0.825939, abs=1e-6)
+    assert sums["accuracy"] == pytest.approx(0.8)
+
+
+def test_the_share_of_the_best_response():
+    """Scores are (0.25, 0, -0.5) and (-0.5, -0.5): the best have shares 0.443871... and 1/2."""
+    _, sums = compare()
+    first = math.exp(0.25) / (math.exp(0.25) + 1 + math.exp(-0.5))
+    assert sums["best_share"] == pytest.approx(first + 0.5, abs=1e-6)
+    metrics = metrics_from_sums(list(sums.values()), beta=BETA)
+    assert metrics["partition/p_chosen"] == pytest.approx((first + 0.5) / 2, abs=1e-6)
+
+
+# Two responses of two and four tokens.
+PAIR = {
+    "lengths": torch.tensor([2, 4]), "group": torch.tensor([0, 0]), "rank": torch.tensor([1, 2]),
+    "weight": torch.ones(1), "chosen": torch.tensor([0]), "rejected": torch.tensor([1]),
+    "policy_logps": torch.tensor([-3.0, -10.0]), "reference_logps": torch.tensor([-3.5, -9.0]),
+}  # fmt: skip
+TOKENS = {
+    "policy_logps": torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0, -4.0]),
+    "reference_logps": torch.tensor([-1.5, -2.0, -2.0, -2.0, -2.5, -2.5]),
+    "collisions": torch.tensor([-0.5, -1.5, -0.5, -1.0, -2.0, -3.0]),
+    "response": torch.tensor([0, 0, 1, 1, 1, 1]),
+}
+
+
+def compare_tokens(**settings):
+    objective = ObjectiveSettings(terms={"sigmoid": 1.0}, **settings)
+    return compare_responses(objective, **PAIR, beta=BETA, tokens=Tokens(**TOKENS)).loss.item()
+
+
+def test_tokens_beyond_the_shorter_response_count_less():
+    """LD-DPO with alpha 0.5, by hand.
+
+    The chosen response has the shorter length, 2, and stays whole: logratio -3 + 3.5 = 0.5. Of the
+    rejected one the first two tokens count whole and the others half: policy -3 - 0.5 * 7 = -6.5,
+    reference -4 - 0.5 * 5 = -6.5, logratio 0. So the margin is 0.5 and the loss log(1 + e^-0.25);
+    with alpha 1 the logratio is -10 + 9 = -1, the margin 1.5, the loss log(1 + e^-0.75).
+    """
+    assert compare_tokens(ld_alpha=0.5) == pytest.approx(0.575939, abs=1e-6)
+    assert compare_tokens() == pytest.approx(0.386871, abs=1e-6)
+    # With alpha 0 only what both have is left: -3 - -4 = 1 for the rejected one.
+    assert compare_tokens(ld_alpha=0.0) == pytest.approx(math.log1p(math.exp(0.25)), abs=1e-6)
+
+
+def test_pairs_are_weighted_by_their_likelihood():
+    """WPO by hand: means of log p - log sum p^2 are (-0.5 - 0.5) / 2 and (-0.5 - 1 - 1 - 1) / 4.
+
+    The weight is exp(-0.5) * exp(-0.875) and has no gradient.
+    """
+    expected = math.exp(-0.5 - 0.875) * 0.386871
+    assert compare_tokens(wpo=True) == pytest.approx(expected, abs=1e-6)
+    policy = TOKENS["policy_logps"].clone().requires_grad_()
+    objective = ObjectiveSettings(terms={"sigmoid": 1.0}, wpo=True)
+    tokens = Tokens(**(TOKENS | {"policy_logps": policy}))
+    loss = compare_responses(objective, **PAIR, beta=BETA, tokens=tokens).loss
+    assert not loss.requires_grad  # the sums are given apart here, the weights are constants
+
+
+def test_listwise_terms_and_pairwise_ones_add_up():
+    """Group 1 has the scores (0.25, 0, -0.5), group 2 (-0.5, -0.5): -log of the best's share."""
+    softmax, _ = compare("softmax")
+    first = -math.log(math.exp(0.25) / (math.exp(0.25) + 1 + math.exp(-0.5)))
+    assert softmax == pytest.approx(first + 3 * math.log(2), abs=1e-5)
+    sigmoid, _ = compare("sigmoid")
+    objective = ObjectiveSettings(terms={"softmax": 0.25, "sigmoid": 2.0})
+    both = compare_responses(objective, **BATCH).loss.item()
+    assert both == pytest.approx(0.25 * softmax + 2 * sigmoid, abs=1e-5)

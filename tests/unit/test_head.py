@@ -1,11 +1,18 @@
 """The head: values and gradients against a plain log-softmax, in whatever chunks and types."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_lightning.models import head
-from dpo_lightning.models.head import LogitsTransform, token_logps
+from dpo_lightning.models.head import (
+    LogitsTransform,
+    collision_logps,
+    token_logps,
+    token_logps_and_collisions,
+)
 
 VOCABULARY, SIZE, TOKENS = 53, 8, 11
 TRANSFORMS = {
@@ -165,3 +172,85 @@ def test_a_frozen_head_costs_two_products():
     with FlopCounterMode(display=False) as counter:
         chunked([states, weight.detach()], targets, LogitsTransform()).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * TOKENS * VOCABULARY * SIZE
+
+
+# Collisions ---------------------------------------------------------------------------------------
+
+
+def with_collisions(tensors, targets, transform):
+    states, weight, *bias = tensors
+    return token_logps_and_collisions(states, weight, bias[0] if bias else None, targets, transform)
+
+
+def plain_collisions(tensors, transform):
+    """log sum_v p_v^2 out of each token's log-probability, one token after the other."""
+    every = range(VOCABULARY)
+    logps = [plain(tensors, torch.full((TOKENS,), v), transform) for v in every]
+    return torch.stack(logps).exp().square().sum(0).log().detach()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_collisions_are_those_of_a_log_softmax(small_chunks, transform, bias, dtype, tolerance):
+    tensors, targets = inputs(dtype, bias=bias)
+    _, collisions = with_collisions(tensors, targets, transform)
+    expected = plain_collisions(tensors, transform)
+    assert collisions.dtype == dtype
+    torch.testing.assert_close(collisions, expected, rtol=tolerance, atol=tolerance)
+    # Between that of all words alike and that of a certain one.
+    assert (collisions > -math.log(VOCABULARY)).all()
+    assert (collisions < 0).all()
+
+
+def test_collisions_of_bfloat16_states_are_float32(small_chunks):
+    tensors, targets = inputs(torch.bfloat16)
+    _, collisions = with_collisions(tensors, targets, LogitsTransform())
+    expected = plain_collisions([tensor.double() for tensor in tensors], LogitsTransform())
+    assert collisions.dtype == torch.float32
+    torch.testing.assert_close(collisions.double(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_collisions_change_nothing_and_have_no_gradient(small_chunks, frozen):
+    tensors, targets = inputs(torch.float32, bias=True)
+    if frozen:
+        tensors = [tensors[0], *(tensor.detach() for tensor in tensors[1:])]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    values = chunked(tensors, targets, TRANSFORMS["both"])
+    expected = torch.autograd.grad(values.sum(), wanted)
+    again, collisions = with_collisions(tensors, targets, TRANSFORMS["both"])
+    assert torch.equal(again, values)
+    assert not collisions.requires_grad
+    # A weight made of them is a number to the backward pass, as WPO has it.
+    found = torch.autograd.grad((again * (collisions * 0 + 1)).sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_collisions_of_extreme_scores():
+    alike, certain = torch.zeros(1, VOCABULARY), torch.zeros(1, VOCABULARY)
+    certain[0, 3] = 1e4
+    huge = torch.tensor([[3e8, 3e8, -3e8, 0.0]])
+    assert collision_logps(alike).item() == pytest.approx(-math.log(VOCABULARY), rel=1e-6)
+    assert collision_logps(certain).item() == 0
+    assert collision_logps(huge).item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+def test_scores_are_left_as_they_were():
+    """The head keeps them for the backward pass."""
+    scores = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    collision_logps(scores)
+    assert torch.equal(scores, before)
+
+
+def test_who_does_not_ask_for_collisions_pays_for_none(monkeypatch):
+    def never(logits):
+        raise AssertionError
+
+    monkeypatch.setattr(head, "collision_logps", never)
+    tensors, targets = inputs(torch.float32)
+    chunked(tensors, targets, LogitsTransform()).sum().backward()
+    with pytest.raises(AssertionError):
+        with_collisions(tensors, targets, LogitsTransform())

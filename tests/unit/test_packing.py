@@ -49,7 +49,10 @@ def token_groups(draw, most=9):
     if ranks[-1] == 1:
         ranks[-1] = 2
     weight = draw(st.sampled_from([1.0, 0.5, 3.0]))
-    return TokenGroup(draw(_ids(most)), tuple(responses), tuple(ranks), weight, "row", "key")
+    return TokenGroup(
+        *(draw(_ids(most)), tuple(responses), tuple(ranks), weight, "row", "key"),
+        target_margin=draw(st.sampled_from([0.0, 0.5, -2.0])),
+    )
 
 
 MANY = st.lists(token_groups(), min_size=1, max_size=8)
@@ -116,6 +119,7 @@ def test_the_layout_is_that_of_a_slow_loop(groups):
     assert Counter(pairs) == Counter(slow["pairs"])
     assert len(pairs) == sum(group.pairs for group in groups)
     assert batch.weight.tolist() == [group.weight for group in groups]
+    assert batch.target_margin.tolist() == [group.target_margin for group in groups]
     assert batch.rows == tuple(range(10, 10 + len(groups)))
     assert batch.segments == tuple(
         (len(group.prompt), *map(len, group.responses)) for group in groups
@@ -124,7 +128,8 @@ def test_the_layout_is_that_of_a_slow_loop(groups):
     for name in (f.name for f in fields(GroupBatch)):
         value = getattr(batch, name)
         if isinstance(value, torch.Tensor):
-            assert value.dtype == (torch.float32 if name == "weight" else torch.int64)
+            floating = name in ("weight", "target_margin", "pair_share")
+            assert value.dtype == (torch.float32 if floating else torch.int64)
 
 
 # Attention's buckets ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dpo_lightning.models.attention import GROUP_ATTENTION, group_attention
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.comparison import compare_responses
+from dpo_lightning.objectives.registry import ObjectiveSettings
 
 VOCABULARY = 97
 
@@ -205,7 +206,7 @@ def test_the_loss_of_different_models_equals_the_formula(family: str, path: str)
     with torch.no_grad():
         reference_logps = scorer.logps(reference, batch)
     comparison = compare_responses(
-        "sigmoid",
+        ObjectiveSettings(terms={"sigmoid": 1.0}),
         policy_logps=scorer.logps(policy, batch),
         reference_logps=reference_logps,
         lengths=batch.lengths,
@@ -215,7 +216,6 @@ def test_the_loss_of_different_models_equals_the_formula(family: str, path: str)
         chosen=batch.chosen,
         rejected=batch.rejected,
         beta=beta,
-        options={},
     )
     loss = comparison.loss / batch.weight.sum()
     loss.backward()

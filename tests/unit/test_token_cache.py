@@ -3,6 +3,7 @@
 import copy
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def same(one, other) -> bool:
         assert np.array_equal(a.prompt, b.prompt)
         assert len(a.responses) == len(b.responses)
         assert all(map(np.array_equal, a.responses, b.responses))
-        assert (a.ranks, a.weight, a.source, a.prompt_key) == (
-            *(b.ranks, b.weight, b.source),
+        assert (a.ranks, a.weight, a.target_margin, a.source, a.prompt_key) == (
+            *(b.ranks, b.weight, b.target_margin, b.source),
             b.prompt_key,
         )
         assert a.prompt.dtype == b.prompt.dtype == np.int32
@@ -153,6 +154,16 @@ def test_another_place_of_the_same_rows_is_found_with_its_own_names(tmp_path, to
     found = tokens(tmp_path, tokenizer, moved)
     assert count == [5]
     assert [g.source for g in found.groups] == ["other:0", "other:2", "other:4"]
+
+
+def test_another_margin_of_the_same_rows_is_theirs(tmp_path, tokenizer, count):
+    """The token ids do not depend on it, so they are found."""
+    assert {g.target_margin for g in tokens(tmp_path, tokenizer).groups} == {0.0}
+    rows = [replace(g, target_margin=0.5 * i) for i, g in enumerate(GROUPS)]
+    found = tokens(tmp_path, tokenizer, rows)
+    assert count == [5]
+    assert [g.target_margin for g in found.groups] == [0.0, 1.0, 2.0]
+    assert same(found, tokenize_groups(rows, tokenizer, max_length=60, truncation="drop"))
 
 
 def flip(path):

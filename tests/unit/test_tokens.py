@@ -1,5 +1,6 @@
 """Texts to token ids: where a prompt ends, how a response ends, and what becomes of long groups."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -68,6 +69,13 @@ def tokenize_one(*args, tokenizer=None, max_length=1000, truncation="drop", **kw
 
 def spell(ids, tokenizer=None):
     return (tokenizer or make_tokenizer()).convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 0.0), (0.0, 0.0), (1.5, 1.5), (-0.5, -0.5)])
+def test_the_margin_of_a_row_is_that_of_its_tokens(asked, given):
+    [group] = tokenize(replace(make_group("q", "c", "d"), target_margin=asked)).groups
+    assert group.target_margin == given
+    assert isinstance(group.target_margin, float)
 
 
 # Where the prompt ends ----------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""How far the policy is from the closed-form optimum while it trains, where that is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.models.scoring import Scorer
+
+
+class ExactCurve(Callback):
+    """Adds what is exactly true of the policy to the metrics of each evaluation.
+
+    Args:
+        task: The controlled task.
+        reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
+        scorer: The scorer that prepared the policy.
+        beta: Of the optimum.
+    """
+
+    def __init__(
+        self, task: ControlledTask, reference_logps: Tensor, scorer: Scorer, *, beta: float
+    ) -> None:
+        self._task = task
+        self._reference_logps = reference_logps
+        self._scorer = scorer
+        self._beta = beta
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Enumerates all responses."""
+        if not trainer.is_global_zero:
+            return
+        policy: Any = pl_module.policy
+        with self._scorer.plain(policy) as plain:
+            logps = self._task.outcome_logps(plain)
+        exact = self._task.report(logps, self._reference_logps, beta=self._beta)
+        names = ("expected_reward", "gain_ratio", "kl_policy_reference", "kl_optimum_policy")
+        for logger in pl_module.loggers:
+            logger.log_metrics(
+                {f"controlled/{name}": exact[name] for name in names}, step=trainer.global_step
+            )

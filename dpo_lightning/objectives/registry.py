@@ -1,0 +1,353 @@
+"""What losses there are, and what each is called with. Imports no torch.
+
+A loss is a function `fn(pairs, *, beta, **options) -> Tensor (B,)`; registering it is all that it
+takes: its options, their types and defaults are read off its signature, and settings are checked
+against them before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+Value = float | int | bool | str
+
+_KINDS = (float, int, bool, str)
+_BOUNDS = ("least", "above", "most", "below", "choices")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a loss.
+
+    Attributes:
+        kind: Type of its value: float, int, bool or str.
+        default: Its value when nothing is said.
+        rule: The bounds `least`, `above`, `most`, `below`, or `choices`.
+    """
+
+    kind: type
+    default: Value
+    rule: Mapping[str, Any]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of the type and within the bounds; a whole number is a float too."""
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.kind:
+            return False
+        if "choices" in self.rule and value not in self.rule["choices"]:
+            return False
+        if self.kind in (float, int):
+            number: float = value  # type: ignore[assignment]
+            return (
+                math.isfinite(number)
+                and number >= self.rule.get("least", -math.inf)
+                and number > self.rule.get("above", -math.inf)
+                and number <= self.rule.get("most", math.inf)
+                and number < self.rule.get("below", math.inf)
+            )
+        return True
+
+    def expected(self) -> str:
+        """What a value may be, in words."""
+        if "choices" in self.rule:
+            return f"one of {', '.join(map(str, self.rule['choices']))}"
+        text = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[
+            self.kind
+        ]
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        bounds = [f"{words[name]} {self.rule[name]:g}" for name in words if name in self.rule]
+        return f"{text}, {' and '.join(bounds)}" if bounds else text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairwiseLoss:
+    """An entry of `PAIRWISE_LOSSES`.
+
+    Attributes:
+        fn: `fn(pairs, *, beta, **options) -> Tensor (B,)`.
+        uses_reference: Whether it compares the policy with a reference.
+        needs_reference: Whether it has no meaning without one. A loss that uses one and does not
+            need it takes plain log-probabilities in place of log-ratios.
+        uses_rejected: False for a loss on the chosen response alone.
+        on_margin: Whether it sees the two responses through the difference of their scores alone,
+            so that another f-divergence can take the place of the reverse KL.
+        couples: Whether the loss of a pair depends on the other pairs of its batch.
+        options: Every option's name and default.
+        schema: The same with types and bounds.
+        paper: Where the loss comes from.
+        summary: The first line of its docstring.
+    """
+
+    fn: Callable[..., Any]
+    uses_reference: bool = True
+    needs_reference: bool = False
+    uses_rejected: bool = True
+    on_margin: bool = False
+    couples: bool = False
+    options: Mapping[str, Value] = field(default_factory=dict)
+    schema: Mapping[str, Option] = field(default_factory=dict)
+    paper: str
+    summary: str = ""
+
+
+PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {}
+"""Losses on pairs, by name: the package's own, then those of plugins."""
+
+LISTWISE_LOSSES = ("softmax", "plackett_luce")
+"""Names of the losses on a whole group; the functions are in `listwise.py`."""
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""Names of the f-divergences; the functions are in `divergences.py`."""
+
+
+def register_loss(
+    name: str,
+    *,
+    paper: str,
+    reference: str = "optional",
+    uses_rejected: bool = True,
+    on_margin: bool = False,
+    couples: bool = False,
+) -> Callable[[_Function], _Function]:
+    """Makes a function known as `loss=<name>`.
+
+    Its options are its keyword-only parameters beside `beta`. Each has a default and a type, one of
+    float, int, bool and str; `Annotated[float, {"least": 0, "below": 1}]` gives bounds.
+
+    Args:
+        name: What the setting will say.
+        paper: Where the loss comes from.
+        reference: `needed`, `optional` (then plain log-probabilities can take the place of
+            log-ratios) or `unused`.
+        uses_rejected: Whether it looks at the rejected response.
+        on_margin: Whether it sees the responses through `pairs.margin()` alone.
+        couples: Whether the loss of a pair depends on the other pairs of its batch.
+
+    Raises:
+        ValueError: If the name is taken, or a parameter has no usable type or default.
+
+    Example:
+        >>> @register_loss("perceptron", paper="Rosenblatt 1958", on_margin=True)
+        ... def perceptron(pairs, *, beta, slope: float = 1.0):
+        ...     return (-slope * beta * pairs.margin()).clamp(min=0)
+        >>> PAIRWISE_LOSSES.pop("perceptron").options
+        {'slope': 1.0}
+    """
+    if reference not in ("needed", "optional", "unused"):
+        raise ValueError(f"reference={reference!r}: one of needed, optional, unused")
+
+    def register(function: _Function) -> _Function:
+        known = PAIRWISE_LOSSES.get(name)
+        if name in LISTWISE_LOSSES or (known is not None and not _same(known.fn, function)):
+            raise ValueError(f"loss {name!r} is registered already: choose another name")
+        schema = dict(_options(name, function))
+        for option, own in schema.items():
+            for other, entry in PAIRWISE_LOSSES.items():
+                theirs = entry.schema.get(option)
+                if other != name and theirs is not None and theirs.kind is not own.kind:
+                    raise ValueError(
+                        f"loss {name!r}: the option {option!r} is a {theirs.kind.__name__} of loss "
+                        f"{other!r} and cannot be a {own.kind.__name__} here"
+                    )
+        PAIRWISE_LOSSES[name] = PairwiseLoss(
+            fn=function,
+            uses_reference=reference != "unused",
+            needs_reference=reference == "needed",
+            uses_rejected=uses_rejected,
+            on_margin=on_margin,
+            couples=couples,
+            options={option: entry.default for option, entry in schema.items()},
+            schema=schema,
+            paper=paper,
+            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+        )
+        return function
+
+    return register
+
+
+def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether it is the same function, from a module that was imported again."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+def _options(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, Option]]:
+    parameters = list(inspect.signature(function).parameters.values())
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if (
+        [p.name for p in parameters[1:2]] != ["beta"]
+        or parameters[0].kind not in by_place
+        or any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters[1:])
+    ):
+        raise ValueError(f"loss {name!r}: its function is called as fn(pairs, *, beta, ...)")
+    for parameter in parameters[2:]:
+        annotation = parameter.annotation
+        if isinstance(annotation, str):  # from __future__ import annotations
+            with contextlib.suppress(Exception):  # what has no meaning there is no type below
+                annotation = eval(annotation, function.__globals__)
+        rule: Mapping[str, Any] = {}
+        if get_origin(annotation) is Annotated:
+            annotation, *notes = get_args(annotation)
+            rule = next((note for note in notes if isinstance(note, Mapping)), rule)
+        unknown = rule.keys() - _BOUNDS
+        if unknown:
+            raise ValueError(
+                f"loss {name!r}: the option {parameter.name!r} has {', '.join(sorted(unknown))} in "
+                f"its bounds, which are {', '.join(_BOUNDS)}"
+            )
+        option = Option(annotation, parameter.default, rule)
+        if annotation not in _KINDS or not option.accepts(parameter.default):
+            kinds = ", ".join(kind.__name__ for kind in _KINDS)
+            raise ValueError(
+                f"loss {name!r}: the option {parameter.name!r} needs a type ({kinds}) and a "
+                "default of that type and within its bounds"
+            )
+        default = float(parameter.default) if annotation is float else parameter.default
+        yield parameter.name, Option(annotation, default, rule)
+
+
+def known_losses() -> tuple[str, ...]:
+    """Names of all losses."""
+    import dpo_lightning.objectives.losses  # noqa: F401  (registers the package's own)
+
+    return (*PAIRWISE_LOSSES, *LISTWISE_LOSSES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveSettings:
+    """An objective in plain values: one loss or a weighted sum, and what is composed over it.
+
+    Attributes:
+        terms: Weight of each loss.
+        options: Options of the losses; each takes those that are its own.
+        f_divergence: A name of `DIVERGENCES`.
+        f_alpha: Order of the alpha divergence.
+        ld_alpha: Weight of the tokens beyond the shorter response of a pair; 1 is all of it.
+        wpo: Whether pairs are weighted by how likely the policy is to write them.
+        rpo_alpha: Weight of an added negative log-likelihood per token of the chosen response.
+    """
+
+    terms: Mapping[str, float]
+    options: Mapping[str, Value] = field(default_factory=dict)
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    ld_alpha: float = 1.0
+    wpo: bool = False
+    rpo_alpha: float = 0.0
+
+    @property
+    def pairwise(self) -> dict[str, PairwiseLoss]:
+        """The terms that are losses on pairs."""
+        known_losses()
+        return {name: PAIRWISE_LOSSES[name] for name in self.terms if name in PAIRWISE_LOSSES}
+
+    @property
+    def listwise(self) -> list[str]:
+        """The terms that are losses on a whole group."""
+        return [name for name in self.terms if name in LISTWISE_LOSSES]
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any term compares with a reference."""
+        return bool(self.listwise) or any(loss.uses_reference for loss in self.pairwise.values())
+
+    @property
+    def needs_reference(self) -> list[str]:
+        """The terms that have no meaning without one."""
+        return [name for name, loss in self.pairwise.items() if loss.needs_reference]
+
+    @property
+    def couples(self) -> list[str]:
+        """The terms that need the whole step at once."""
+        return [name for name, loss in self.pairwise.items() if loss.couples]
+
+    @property
+    def desensitises(self) -> bool:
+        """Whether log-probabilities of single tokens are needed."""
+        return self.ld_alpha != 1.0
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether single tokens are looked at."""
+        return self.desensitises or self.wpo
+
+    def own_options(self, name: str) -> dict[str, Value]:
+        """The options that a loss takes."""
+        return {key: self.options.get(key, d) for key, d in PAIRWISE_LOSSES[name].options.items()}
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together, one clause each; options by their bare names."""
+        known = known_losses()
+        for name, weight in self.terms.items():
+            if name not in known:
+                yield f"terms.{name}: no such loss, there are {', '.join(known)}"
+            if not (math.isfinite(weight) and weight >= 0):
+                yield f"terms.{name}={weight}: needs a finite weight of at least 0"
+        if not self.terms:
+            yield "terms: needs at least one loss"
+        shown = ",".join(self.terms)
+        for option, value in self.options.items():
+            entries = [e.schema[option] for e in self.pairwise.values() if option in e.schema]
+            if not entries:
+                own = self._own()
+                yield f"{option}={_shown(value)}: loss={shown} has no such option{own}"
+            for entry in entries:
+                if not entry.accepts(value):
+                    yield f"{option}={_shown(value)}: loss={shown} needs {entry.expected()}"
+        pairs = ", ".join(n for n, e in self.pairwise.items() if e.uses_rejected)
+        if self.f_divergence != "reverse_kl":
+            for name in self.terms:
+                loss = self.pairwise.get(name)
+                if loss is None or (loss.uses_rejected and not loss.on_margin):
+                    yield (
+                        f"f_divergence={self.f_divergence}: loss={name} is no function of the "
+                        "margin of two responses, so the normaliser of another divergence would "
+                        f"not cancel in it; losses that are: {_names(lambda e: e.on_margin)}"
+                    )
+            if not self.uses_reference:
+                yield f"f_divergence={self.f_divergence}: loss={shown} uses no reference"
+        for key, value, on in (
+            ("ld_alpha", self.ld_alpha, self.desensitises),
+            ("wpo", self.wpo, self.wpo),
+        ):
+            if on and (self.listwise or not pairs):
+                yield (
+                    f"{key}={_shown(value)} is about the two responses of a pair, which "
+                    f"loss={shown} does not compare"
+                )
+            elif on and self.couples and key == "wpo":
+                yield (
+                    f"{key}={_shown(value)} weighs single pairs, and loss="
+                    f"{','.join(self.couples)} has one loss for all pairs of a batch"
+                )
+
+    def _own(self) -> str:
+        own = [key for loss in self.pairwise.values() for key in loss.schema]
+        return f"; it has {', '.join(own)}" if own else ""
+
+
+def _names(which: Callable[[PairwiseLoss], bool]) -> str:
+    return ", ".join(name for name, loss in PAIRWISE_LOSSES.items() if which(loss))
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def merged_options(losses: Iterable[PairwiseLoss]) -> dict[str, Option]:
+    """All options of some losses, each with the first one's default; bounds are the loss's own."""
+    merged: dict[str, Option] = {}
+    for loss in losses:
+        for name, option in loss.schema.items():
+            merged.setdefault(name, option)
+    return merged
