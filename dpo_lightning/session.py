@@ -189,7 +189,8 @@ def run_session(
             result["step"] = trainer.global_step
             epoch = steps_per_epoch(len(prepared.data.train), config.data.batch_size)
             result["epoch"] = trainer.global_step / epoch
-        result["metrics"] |= metrics.last
+        # What the conclusion measured is of the weights that are exported.
+        result["metrics"] = metrics.last | result["metrics"]
         result["throughput"] |= {
             "pairs_per_second": throughput.pairs_per_second,
             "tokens_per_second": throughput.tokens_per_second,
