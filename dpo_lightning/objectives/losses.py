@@ -177,6 +177,7 @@ def _discopop(
     """DiscoPOP, Eq. 5: logistic and exponential loss, mixed by sigmoid(beta * margin / tau).
 
     exp(-x) * sigmoid(x / tau) is computed as one exponential: apart they are inf * 0.
+    Not monotone: its slope at 0 is (1 - ln 2) / (4 tau) - 3/4, above 0 for tau below 0.1.
     """
     logits = beta * pairs.margin()
     logistic = -log_sigmoid(logits) * (-logits / discopop_tau).sigmoid()
