@@ -19,7 +19,7 @@ from dpo_lightning.data.tokens import TokenGroup
 
 log = logging.getLogger(__name__)
 
-_LEAST_TOKENS = 1024
+_LEAST_TOKENS = {"cpu": 512, "mps": 1024, "cuda": 1024}
 # Of a GPU's parallelism more than this gains nothing.
 _MOST_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65536}
 # On a CPU it takes less than that: beyond its caches only the memory grows, not the speed.
@@ -88,7 +88,7 @@ def choose_budget(
         tokens: ``data.micro_batch_tokens``.
         checkpointing: ``model.gradient_checkpointing``.
     """
-    most = _MOST_TOKENS[kind]
+    least, most = _LEAST_TOKENS[kind], _MOST_TOKENS[kind]
     if device_bytes is None:
         return Budget(tokens or most, bool(checkpointing))
     usable = max(0.0, _USABLE * (device_bytes - _TRAINED_BYTES * trained))
@@ -98,11 +98,11 @@ def choose_budget(
 
     if checkpointing is None:
         # By need alone: computing everything twice costs a third of the speed.
-        checkpointing = fitting(False) < max(longest, tokens or _LEAST_TOKENS)
+        checkpointing = fitting(False) < max(longest, tokens or least)
     if kind == "cpu":
         usable = min(usable, _CPU_ACTIVATIONS)
     if tokens is None:
-        tokens = min(most, max(_LEAST_TOKENS, _power_of_two(fitting(checkpointing))))
+        tokens = min(most, max(least, _power_of_two(fitting(checkpointing))))
     return Budget(tokens, checkpointing)
 
 

@@ -54,3 +54,18 @@ def test_two_ranks_equal_one_process(tmp_path, batch_size: int, groups: int):
     assert json.dumps(one.result["data"]) == json.dumps(two.result["data"])
     # One folder, written by rank 0 alone.
     assert len({row["step"] for row in two.rows}) == len(two.values("train/loss"))
+
+
+def test_an_adapted_beta_is_that_of_all_ranks(tmp_path):
+    """Six groups a step on two ranks: the margins of both make one beta."""
+    task = [
+        *("data.batch_size=6", "data.controlled.train_groups=18", "data.controlled.eval_groups=5"),
+        *("loss.adaptive_beta=0.8", "optimizer.lr=0.01", "optimizer.warmup=0"),
+        "evaluation.partition_samples=0",
+    ]
+    one = launch(tmp_path / "one", *task)
+    two = launch(tmp_path / "two", *task, "strategy=ddp", "trainer.devices=2")
+    betas = one.values("train/beta")
+    assert len({round(beta, 6) for beta in betas}) == 3
+    assert two.values("train/beta") == pytest.approx(betas, rel=1e-5)
+    assert two.values("train/loss") == pytest.approx(one.values("train/loss"), rel=1e-5)

@@ -142,6 +142,43 @@ def test_margins_of_rows_reach_their_loss(tmp_path, tiny_model):
     assert other.values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
 
 
+@pytest.mark.parametrize("setting", ["loss.ld_alpha=0.3", "loss.wpo=true", "loss=mpo"])
+def test_a_cached_reference_is_the_live_one(tmp_path, setting):
+    """Also token by token, which the cache keeps apart from the sums."""
+    cache = f"reference.cache_dir={tmp_path / 'cache'}"
+    moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
+    live = run_train(tmp_path / "live", *QUICK, *moving, setting, "reference=live")
+    cached = run_train(tmp_path / "cached", *QUICK, *moving, setting, cache)
+    again = run_train(tmp_path / "again", *QUICK, *moving, setting, cache)
+    assert cached.values("train/loss") == pytest.approx(live.values("train/loss"), rel=1e-5)
+    assert again.values("train/loss") == cached.values("train/loss")
+    assert again.result["reference"] == {"rows": 136, "computed": 0, "cached": 136}
+    assert live.result["reference"]["rows"] > 0
+    losses = cached.values("train/loss")
+    assert abs(losses[-1] - losses[0]) > 1e-3
+
+
+def test_desensitising_and_weighting_change_the_steps(tmp_path, cache, first):
+    """At the start all scores are 0, so only the weights show in the loss of step 1."""
+    moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
+    plain = run_train(tmp_path / "plain", *QUICK, *moving, cache).values("train/loss")
+    less = run_train(tmp_path / "ld", *QUICK, *moving, "loss.ld_alpha=0.3", cache)
+    assert less.values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert abs(less.values("train/loss")[2] - plain[2]) > 1e-4
+    weighted = run_train(tmp_path / "wpo", *QUICK, *moving, "loss.wpo=true", cache)
+    assert abs(weighted.values("train/loss")[0] - math.log(2)) > 1e-3
+
+
+def test_pairs_make_a_listwise_loss_the_pairwise_one(tmp_path, cache, first):
+    moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
+    runs = [
+        run_train(tmp_path / name, *QUICK, *moving, f"loss={name}", cache).values("train/loss")
+        for name in ("sigmoid", "softmax", "plackett_luce")
+    ]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
+    assert runs[2] == pytest.approx(runs[0], rel=1e-6)
+
+
 PLUGIN = '''
 from __future__ import annotations
 

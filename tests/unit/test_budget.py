@@ -68,7 +68,7 @@ def test_a_cpu_with_room_takes_what_its_caches_like():
         longest=100, tokens=None, checkpointing=None,
     )  # fmt: skip
     assert tiny == Budget(tokens=8192, checkpointing=False)
-    assert budget(kind="cpu", width=4) == Budget(tokens=1024, checkpointing=False)
+    assert budget(kind="cpu", width=4) == Budget(tokens=512, checkpointing=False)
     assert memory_of(torch.device("cpu")) > GIB
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_lightning.models import head
@@ -254,3 +255,31 @@ def test_who_does_not_ask_for_collisions_pays_for_none(monkeypatch):
     chunked(tensors, targets, LogitsTransform()).sum().backward()
     with pytest.raises(AssertionError):
         with_collisions(tensors, targets, LogitsTransform())
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most entries that any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.entries = max(self.entries, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
+    """2,048 tokens over 131,072: 268 million scores, of which 4 million at a time and the weight."""
+    n, size, vocabulary = 2048, 8, 131072
+    states = torch.randn(n, size, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, size), requires_grad=not frozen)
+    targets = torch.randint(vocabulary, (n,))
+    with LargestTensor() as largest:
+        token_logps(states, weight, None, targets, LogitsTransform()).sum().backward()
+    assert 1 << 20 < largest.entries <= 1 << 22
+    assert weight.numel() < 1 << 22

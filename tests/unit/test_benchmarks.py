@@ -1,0 +1,93 @@
+"""What the benchmark makes of its records, and that what is kept of it is whole."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results():
+    return load("results")
+
+
+def record(arm: str, speed: float, peak: float) -> dict:
+    return {
+        "shape": "lognormal", "precision": "32-true", "arm": arm, "pairs_per_second": speed,
+        "peak_bytes": peak, "flops_per_second": 1e9 * speed, "import_seconds": 5.0,
+        "times": [1.0, 2.0, 3.0], "loop_seconds": 3.0, "reported_pairs_per_second": 8.0,
+    }  # fmt: skip
+
+
+def report(runs: list[dict]) -> dict:
+    return {
+        "machine": {
+            "date": "2026-01-01", "cpu": "a cpu", "gpu": None, "cores": 2, "threads": 2,
+            "python": "3.11", "versions": {"torch": "2"},
+        },
+        "matrix_flops_per_second": {"32-true": 1e11},
+        "model": {"layers": 8, "hidden": 384, "vocabulary": 8192},
+        "pairs_per_step": 8,
+        "equality": {"largest_difference": 1e-5, "moved": 0.1, "steps": 6},
+        "runs": runs,
+    }  # fmt: skip
+
+
+def test_medians_and_ratios(results):
+    """Medians 2 and 8: four times as fast, with 0.7 of the memory; 8 GFLOP/s of 100 are 8%."""
+    runs = [record("trl_tuned", speed, 1000) for speed in (1, 2, 9)]
+    runs += [record("cached", speed, 700) for speed in (7, 8, 9)]
+    rows = {row["arm"]: row for row in results.summarise(report(runs))}
+    assert rows["cached"]["pairs_per_second"][0] == 8
+    assert rows["cached"]["over_trl_tuned"][0] == 4
+    low, high = rows["cached"]["over_trl_tuned"][1:]
+    assert 7 / 9 <= low < 4 < high <= 9
+    assert rows["cached"]["memory_over_trl_tuned"] == pytest.approx(0.7)
+    assert rows["cached"]["utilisation"] == pytest.approx(0.08)
+    # 8 pairs a step, three steps in three seconds: 8 a second outside and reported.
+    assert rows["cached"]["reported_over_outside"] == pytest.approx(1)
+
+
+def test_the_files_of_a_report(results, tmp_path):
+    runs = [record(arm, speed, 1e9) for arm in ("trl_tuned", "cached") for speed in (1.0, 2.0)]
+    results.write_results(tmp_path, report(runs))
+    table = (tmp_path / "cpu.md").read_text()
+    assert "cached: reference once" in table
+    assert json.loads((tmp_path / "cpu.json").read_text())["summary"]
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+
+
+def test_rows_have_the_lengths_that_are_counted(tmp_path):
+    workload = load("workload")
+    made = workload.Workload.make(
+        tmp_path / "w", workload.Size(200, 32, 64, 1, 2, 2), workload.SHAPES["256/64"], rows=6
+    )
+    assert made.lengths == ((256, 64, 64),) * 6
+    first, second = made.flops(3, 2)
+    # By hand for a pair: layers, head, attention.
+    weights = 4 * 32 * 32 + 3 * 32 * 64
+    attention = 2 * 32 * (2 * 320**2 - 256**2)
+    assert first == second == 9 * (2 * weights * 384 + 2 * 200 * 32 * 128 + attention)
+
+
+def test_what_is_kept_is_what_the_readme_says(results):
+    kept = json.loads((RESULTS / "cpu.json").read_text())
+    assert results.summarise(kept) == kept["summary"]
+    readme = (ROOT / "README.md").read_text()
+    rows = {(r["shape"], r["precision"], r["arm"]): r for r in kept["summary"]}
+    best = rows["lognormal", "bf16-mixed", "cached"]
+    assert f"{best['over_trl_tuned'][0]:.1f} times" in readme
+    assert f"{best['pairs_per_second'][0]:.1f} pairs" in readme
