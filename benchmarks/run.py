@@ -159,7 +159,13 @@ class Bench:
         print(f"activations at V = 131,072: {record['peak_bytes'] / 1e6:.0f} MB", flush=True)
         return {key: record[key] for key in ("peak_bytes", "response_tokens", "vocabulary")}
 
-    def sweep(self, *, betas: Sequence[float], steps: int, precision: str) -> dict[str, Any]:
+    def sweep(
+        self,
+        *,
+        betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5),
+        steps: int = 12,
+        precision: str = "bf16-mixed",
+    ) -> dict[str, Any]:
         """Four values of beta from start to end: ours as one command, TRL's one after the other."""
         workload = Workload.make(
             self.work / "sweep", SIZES[self.size], SHAPES["lognormal"], rows=steps * self.pairs
@@ -180,14 +186,9 @@ class Bench:
                 *(f"data.batch_size={self.pairs}", f"trainer.precision={precision}"),
                 *("data.eval_fraction=0", "evaluation.samples=0", "logger=none"),
                 *("optimizer.schedule=constant", "optimizer.warmup=0", "data.max_length=1024"),
-                *(f"trainer.threads={self.threads}", "hydra.launcher.devices=1"),
                 f"hydra.sweep.dir={folder}",
             ],
-            env=os.environ
-            | {
-                "DPO_LIGHTNING_CACHE": str(self.work / "cache-sweep"),
-                "OMP_NUM_THREADS": str(self.threads),
-            },
+            env=os.environ | {"DPO_LIGHTNING_CACHE": str(self.work / "cache-sweep")},
             cwd=self.work,
             capture_output=True,
             text=True,
@@ -233,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="a 1B model on one GPU")
     parser.add_argument("--quick", action="store_true", help="one shape, two arms, two rounds")
+    parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
     parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -244,6 +246,10 @@ def main() -> None:
         bench = Bench(
             Path(folder), size=size, pairs=pairs, threads=arguments.threads, rounds=rounds
         )
+        if arguments.sweep:
+            kept = json.loads((arguments.out / "cpu.json").read_text())
+            write_results(arguments.out, kept | {"sweep": bench.sweep()})
+            return
         report: dict[str, Any] = {
             "machine": describe_machine(arguments.threads),
             "matrix_flops_per_second": rates,
@@ -254,9 +260,7 @@ def main() -> None:
         if not arguments.gpu:
             report["head"] = bench.head()
         if not (arguments.gpu or arguments.quick):
-            report["sweep"] = bench.sweep(
-                betas=(0.05, 0.1, 0.2, 0.5), steps=12, precision="bf16-mixed"
-            )
+            report["sweep"] = bench.sweep()
         for case in cases(arguments):
             bench.measure(case)
             # What is measured stays, whatever comes next.

@@ -243,10 +243,11 @@ def _kto_pair(pairs: PairLogps, *, beta: float) -> Tensor:
     """KTO, Eq. 7, on pairs: each half of the batch gives the other one its reference point.
 
     The mean of 1 - sigmoid(beta * (s+ - z-)) and 1 - sigmoid(beta * (z+ - s-)), z the mean score of
-    a half, at least 0 and without a gradient.
+    a half, at least 0. On pairs the gradient goes through z too, as in the trainers that have this
+    form; KTO itself, on single responses, holds z fixed.
     """
     chosen, rejected = pairs.chosen_scores(), pairs.rejected_scores()
-    of_chosen, of_rejected = (s.detach().mean().clamp(min=0) for s in (chosen, rejected))
+    of_chosen, of_rejected = (s.mean().clamp(min=0) for s in (chosen, rejected))
     above = (beta * (of_rejected - chosen)).sigmoid()
     return 0.5 * (above + (beta * (rejected - of_chosen)).sigmoid())
 

@@ -28,7 +28,7 @@ def pairwise_loss(
     chosen_lengths: Tensor,
     rejected_lengths: Tensor | None,
     beta: float | Tensor,
-    target_margin: Tensor | None = None,
+    target_margin: Tensor | float | None = None,
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
     **options: Value,
@@ -50,7 +50,7 @@ def pairwise_loss(
         rejected_lengths: (B,), of the rejected ones. None as `policy_rejected_logps`.
         beta: How strongly the policy is held to the reference; finite and above 0. A tensor, of one
             entry, is not looked at.
-        target_margin: (B,), floating, or None for 0. By how much the reward of the chosen response
+        target_margin: (B,), floating, or one number for all, or None for 0. By how much the reward of the chosen response
             is to be higher; `odpo` alone uses it.
         f_divergence: What holds the policy to the reference, a name of `DIVERGENCES`; only for
             losses that are functions of the margin.
@@ -89,6 +89,8 @@ def pairwise_loss(
     if loss.uses_rejected and (policy_rejected_logps is None or rejected_lengths is None):
         raise ValueError(f"loss {name!r} compares two responses: the rejected one is None")
 
+    if isinstance(target_margin, float | int):
+        target_margin = torch.full_like(policy_chosen_logps, float(target_margin))
     tensors = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +288,31 @@ def test_a_plugin_named_by_an_experiment_file(elsewhere):
     run = Run(0, elsewhere / "by-file")
     assert run.values("train/loss") == pytest.approx([9.0], rel=1e-4)
     assert run.result["loss"] == "squared"
+
+
+def test_adding_a_loss_inside_as_contributing_says(tmp_path):
+    """One function and one file, in a copy of the project; the first loss is (2 - 0)^2."""
+    for name in ("dpo_lightning", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "train.py", tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (function,) = [block for block in blocks if "@register_loss" in block]
+    with (tmp_path / "dpo_lightning" / "objectives" / "losses.py").open("a") as file:
+        file.write(f"\n\n{function}")
+    (tmp_path / "conf" / "loss" / "squared.yaml").write_text("# Mine.\nname: squared\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "train.py", "loss=squared", "trainer.max_steps=1", *TINY),
+            *("logger=none", "hydra.run.dir=run", "reference.cache_dir=cache"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Run(0, tmp_path / "run").values("train/loss") == pytest.approx([4.0], rel=1e-4)
 
 
 def test_the_closed_form_in_short(tmp_path, cache):

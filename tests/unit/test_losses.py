@@ -338,19 +338,21 @@ def test_gradients(name, beta):
         ), (options, divergence)
 
 
-def test_kto_has_no_gradient_through_its_reference_points():
-    """Both means above 0; the loss of all pairs falls by the slope at fixed z alone.
+def test_kto_has_a_gradient_through_its_reference_points():
+    """Both means above 0, so each z takes the mean slope of the other half's terms.
 
-    Chosen 0.5 * d/ds sigmoid(beta * (z - s)) = -0.5 * beta * v * (1 - v), v the sigmoid's value.
+    With v the sigmoid of a term, its slope is 0.5 beta v (1 - v) =: g. Chosen score i has -g_i of
+    its own term and -mean(g') of z in the rejected terms, rejected score i has g'_i + mean(g).
     """
     scores = float64([(1.0, 4.0), (2.0, -1.0)])
     beta = 0.7
     z = scores.mean(0)
     slopes = gradient("kto_pair", scores - 20, torch.full_like(scores, -20), LENGTHS[:2], beta=beta)
+    above = [sigmoid(beta * float(z[1] - scores[i, 0])) for i in range(2)]
+    below = [sigmoid(beta * float(scores[i, 1] - z[0])) for i in range(2)]
+    own, other = ([0.5 * beta * v * (1 - v) for v in values] for values in (above, below))
     for i in range(2):
-        above = sigmoid(beta * float(z[1] - scores[i, 0]))
-        below = sigmoid(beta * float(scores[i, 1] - z[0]))
-        expected = (-0.5 * beta * above * (1 - above), 0.5 * beta * below * (1 - below))
+        expected = (-own[i] - sum(other) / 2, other[i] + sum(own) / 2)
         assert slopes[i].tolist() == pytest.approx(expected, rel=1e-12)
 
 
