@@ -234,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="a 1B model on one GPU")
     parser.add_argument("--quick", action="store_true", help="one shape, two arms, two rounds")
+    parser.add_argument("--add", action="append", help="one more case, such as '64/128 32-true'")
     parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
     parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -246,9 +247,14 @@ def main() -> None:
         bench = Bench(
             Path(folder), size=size, pairs=pairs, threads=arguments.threads, rounds=rounds
         )
-        if arguments.sweep:
+        if arguments.sweep or arguments.add:
             kept = json.loads((arguments.out / "cpu.json").read_text())
-            write_results(arguments.out, kept | {"sweep": bench.sweep()})
+            if arguments.sweep:
+                kept["sweep"] = bench.sweep()
+            for case in arguments.add or ():
+                shape, precision = case.split()
+                bench.measure(Case(shape, precision, ("trl_tuned", "cached"), 3))
+            write_results(arguments.out, kept | {"runs": kept["runs"] + bench.records})
             return
         report: dict[str, Any] = {
             "machine": describe_machine(arguments.threads),

@@ -274,7 +274,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
-    """2,048 tokens over 131,072: 268 million scores, of which 4 million at a time and the weight."""
+    """2,048 tokens over 131,072: 268 million scores, of which 4 million stand at a time."""
     n, size, vocabulary = 2048, 8, 131072
     states = torch.randn(n, size, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(vocabulary, size), requires_grad=not frozen)
