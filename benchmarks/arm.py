@@ -68,20 +68,20 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     from dpo_lightning.cli import main
 
     meter.imported()
-    fit, loop = pl.Trainer.fit, _FitLoop.run
+    fit, advance = pl.Trainer.fit, _FitLoop.advance
     loop_seconds = 0.0
 
     def looped(self: Any) -> None:
         nonlocal loop_seconds
         start = time.perf_counter()
-        loop(self)
-        loop_seconds = time.perf_counter() - start
+        advance(self)
+        loop_seconds += time.perf_counter() - start
 
     def fitted(self: Any, *positional: Any, **named: Any) -> None:
         fit(self, *positional, **named)
         meter.trained()
 
-    pl.Trainer.fit, _FitLoop.run = fitted, looped  # type: ignore[method-assign]
+    pl.Trainer.fit, _FitLoop.advance = fitted, looped  # type: ignore[method-assign]
     _take_away(arguments.arm)
     run = arguments.out.with_suffix("")
     code = main(

@@ -77,7 +77,7 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
             row["memory_over_trl_tuned"] = row["peak_bytes"] / float(
                 np.median([run["peak_bytes"] for run in tuned])
             )
-        if "reported_pairs_per_second" in found[0]:
+        if "loop_seconds" in found[0]:
             # What result.json says, over what a clock around the training loop says.
             ratios = [
                 run["reported_pairs_per_second"]

@@ -109,9 +109,9 @@ class SampleAnswers(Callback):
             with models.reference_model(pl_module.device) as reference:
                 self._reference = self._answers(reference)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The same prompts again, and the table of all."""
-        if not trainer.is_global_zero or not self._groups:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The same prompts again, and the table of all; the training loop's time is over."""
+        if not self._before:  # another rank, nothing to ask, or no step to take
             return
         after = self._answers(self._models.policy)
         text = self._answering.text
