@@ -36,14 +36,8 @@ def log_partition(scores: Tensor, group: Tensor, *, groups: int | None = None) -
         in every group.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    n = groups
-    if n is None:
-        n = int(group[-1]) + 1 if group.numel() else 0
-    lowest = scores.new_full((n,), -math.inf)
-    highest = lowest.scatter_reduce(0, group, scores.detach(), "amax")
-    # A group of nothing but -inf has log Z = -inf; -inf - -inf would make it nan.
-    shift = torch.where(highest.isfinite(), highest, 0.0)
-    total = scores.new_zeros(n).index_add(0, group, (scores - shift[group]).exp())
+    shift = _highest(scores, group, groups)
+    total = torch.zeros_like(shift).index_add(0, group, (scores - shift[group]).exp())
     return total.log() + shift
 
 
@@ -62,12 +56,19 @@ def group_shares(scores: Tensor, group: Tensor, *, groups: int | None = None) ->
         (N,), the dtype of `scores` but at least float32.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    n = groups
-    if n is None:
-        n = int(group[-1]) + 1 if group.numel() else 0
-    highest = scores.new_full((n,), -math.inf).scatter_reduce(0, group, scores.detach(), "amax")
-    weights = (scores - torch.where(highest.isfinite(), highest, 0.0)[group]).exp()
-    return weights / scores.new_zeros(n).index_add(0, group, weights)[group]
+    shift = _highest(scores, group, groups)
+    weights = (scores - shift[group]).exp()
+    return weights / torch.zeros_like(shift).index_add(0, group, weights)[group]
+
+
+def _highest(scores: Tensor, group: Tensor, groups: int | None) -> Tensor:
+    """The highest score of each group, (n,), no graph; 0 where none is finite."""
+    if groups is None:
+        groups = int(group[-1]) + 1 if group.numel() else 0
+    lowest = scores.new_full((groups,), -math.inf)
+    highest = lowest.scatter_reduce(0, group, scores.detach(), "amax")
+    # A group of nothing but -inf has log Z = -inf; -inf - -inf would make it nan.
+    return torch.where(highest.isfinite(), highest, 0.0)
 
 
 def exact_log_partition(reference_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
