@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,8 +25,10 @@ from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.ranks import refuse_as_user_error, timeout_of
 from dpo_lightning.reference import Reference
 from dpo_lightning.schedule import Schedule
+from dpo_lightning.strategies import ShardedStrategy
 
 
 def make_module(
@@ -63,7 +63,8 @@ def make_module(
         total_steps=schedule.total_steps,
         log_every_n_steps=schedule.log_every_n_steps,
         starts_from_reference=models.starts_from_reference,
-        compute_dtype=computation.weights,
+        compute_dtype=computation.master_dtype,
+        sync_every_micro_batch=config.strategy.sync_gradients == "micro_batch",
     )
 
 
@@ -135,6 +136,7 @@ def make_data_module(
         seed=config.seed,
         shared=shared,
         num_workers=config.data.num_workers,
+        equal_counts=config.strategy.name == "fsdp",
     )
 
 
@@ -168,9 +170,11 @@ def make_trainer(
     if strategy == "ddp":
         strategy = DDPStrategy(
             find_unused_parameters=config.strategy.find_unused_parameters,
-            timeout=datetime.timedelta(minutes=config.strategy.timeout_minutes),
+            timeout=timeout_of(config),
         )
-    try:
+    elif strategy == "fsdp":
+        strategy = ShardedStrategy(timeout=timeout_of(config))
+    with refuse_as_user_error():
         return pl.Trainer(
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
@@ -197,5 +201,3 @@ def make_trainer(
             profiler=config.trainer.profiler,
             default_root_dir=run_dir,
         )
-    except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error

@@ -25,11 +25,18 @@ class Computation:
         weights: What the weights are rounded to while float32 masters of them are trained; None
             computes in the weights' own type.
         autocast: Whether each operation chooses its type.
+        sharded: Whether the weights are shared out; they are then rounded as they are gathered.
     """
 
     precision: PrecisionName
     weights: torch.dtype | None
     autocast: bool
+    sharded: bool = False
+
+    @property
+    def master_dtype(self) -> torch.dtype | None:
+        """What this process itself rounds its float32 weights to, after each step."""
+        return None if self.sharded else self.weights
 
     @property
     def name(self) -> str:
@@ -46,7 +53,8 @@ class Computation:
 
     def cast(self, model: Any) -> Any:
         """A frozen model in the type that the policy computes in; in place."""
-        return model if self.weights is None else cast_parameters(model, self.weights)
+        dtype = self.master_dtype
+        return model if dtype is None else cast_parameters(model, dtype)
 
 
 def decide_precision(config: Config) -> PrecisionName:
@@ -64,18 +72,20 @@ def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
     """Decides how to compute, and tells the trainer.
 
     One process rounds its weights once per step, which is faster than autocast's casts in every
-    layer. Over several, gradients are averaged by a strategy that knows only the model's own
-    weights: there it is autocast.
+    layer; weights that are shared out are rounded as they are gathered. Over several processes with
+    whole models, gradients are averaged by a strategy that knows only the model's own weights:
+    there it is autocast.
 
     Args:
         config: The settings.
         trainer: The trainer, which knows the number of processes.
     """
     precision = decide_precision(config)
+    sharded = config.strategy.name == "fsdp"
     if precision == "32-true":
-        return Computation(precision, weights=None, autocast=False)
-    if trainer.world_size > 1:
+        return Computation(precision, weights=None, autocast=False, sharded=sharded)
+    if trainer.world_size > 1 and not sharded:
         return Computation(precision, weights=None, autocast=True)
     trainer.strategy.precision_plugin = Precision()
     rounded = torch.bfloat16 if config.model.dtype == "float32" else None
-    return Computation(precision, weights=rounded, autocast=False)
+    return Computation(precision, weights=rounded, autocast=False, sharded=sharded)

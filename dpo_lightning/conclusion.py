@@ -13,6 +13,7 @@ from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import Answering, evaluate_samples
 from dpo_lightning.export import export_model
+from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
 from dpo_lightning.prepared import Prepared
@@ -37,8 +38,9 @@ def conclude(
     result: dict[str, Any],
     metrics: dict[str, float],
 ) -> dict[str, float]:
-    """Measures the trained policy, exports it and writes ``evaluation.json``; on rank 0 alone.
+    """Measures the trained policy, exports it and writes ``evaluation.json``.
 
+    On rank 0 alone, or with a model that ranks share on all of them, of which the first writes.
     What takes long comes before what can fail, such as a terminal that went away.
 
     Args:
@@ -86,6 +88,9 @@ def conclude(
     evaluation["samples"] = rows
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
     module.restore_weights()
+    policy = whole_model(policy, keep=prepared.ranks is None or prepared.ranks.is_first)
+    if policy is None:
+        return measured
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
         reference_logps = prepared.reference_outcome_logps
         with prepared.models.scorer.plain(policy) as plain:

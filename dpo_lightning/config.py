@@ -232,8 +232,10 @@ class TrainerConfig:
 class StrategyConfig:
     """How several devices share a step."""
 
-    # auto is ddp when there is more than one device.
-    name: str = _setting("auto", choices=("auto", "ddp"))
+    # auto is ddp when there is more than one device; fsdp shares the weights out (FSDP2).
+    name: str = _setting("auto", choices=("auto", "ddp", "fsdp"))
+    # For fsdp: reduce gradients once a step, or in every micro-batch, which holds no whole ones.
+    sync_gradients: str = _setting("step", choices=("step", "micro_batch"))
     # For models of which a step leaves weights unused.
     find_unused_parameters: bool = False
     # How long a rank waits for the others.

@@ -203,6 +203,29 @@ def _objective(config: Config) -> Iterator[str]:
     yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
 
 
+# What a strategy has a use for; the rest is left as it is.
+_OF_STRATEGY = {
+    "auto": (),
+    "ddp": ("find_unused_parameters", "timeout_minutes"),
+    "fsdp": ("sync_gradients", "timeout_minutes"),
+}
+
+
+def _strategy(config: Config) -> Iterator[str]:
+    strategy = config.strategy
+    chosen, default = asdict(strategy), asdict(StrategyConfig())
+    for key in chosen:
+        if key == "name" or chosen[key] == default[key] or key in _OF_STRATEGY[strategy.name]:
+            continue
+        users = [f"strategy={name}" for name, keys in _OF_STRATEGY.items() if key in keys]
+        yield (
+            f"strategy.{key}={chosen[key]}: strategy={strategy.name} has no use for it; "
+            f"add {' or '.join(users)}"
+        )
+    if strategy.name == "fsdp" and config.trainer.accelerator == "mps":
+        yield "strategy=fsdp: shards need trainer.accelerator=gpu or cpu, not mps"
+
+
 def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
     trainer = config.trainer
     several = []
@@ -215,16 +238,15 @@ def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
             )
     elif isinstance(trainer.devices, int) and trainer.devices > 1:
         several = [f"trainer.devices={trainer.devices}"]
-    if config.strategy.name == "auto":
-        chosen, default = asdict(config.strategy), asdict(StrategyConfig())
-        for name in chosen:
-            if chosen[name] != default[name]:
-                yield (
-                    f"strategy.{name}={chosen[name]}: strategy=auto leaves this to Lightning; "
-                    "add strategy=ddp"
-                )
     if trainer.num_nodes > 1:
         several.append(f"trainer.num_nodes={trainer.num_nodes}")
+    yield from _strategy(config)
+    coupled = objective_settings(config.loss).couples
+    if several and coupled:
+        yield (
+            f"{' '.join(several)}: loss={','.join(coupled)} compares all pairs of a step, of which "
+            "a device would see its share; use trainer.devices=1, or another loss"
+        )
     if multirun and several:
         yield (
             f"{' '.join(several)}: the trials of hydra/launcher=basic share one process, which has "

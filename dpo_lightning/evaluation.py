@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.models.setup import Models
+from dpo_lightning.models.sharding import is_sharded
 from dpo_lightning.objectives.partition import estimate_log_partition
 from dpo_lightning.partition_check import LONGEST, check_partition
 from dpo_lightning.plugins import Prompt
@@ -26,6 +27,11 @@ COLUMNS = ("prompt", "preferred", "reference", "before", "after")
 SHOWN = 4
 
 Score = Callable[[list[Prompt], list[str]], list[float]]
+
+
+def no_scores(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """A score of nothing for each answer: for ranks that leave the judging to the first."""
+    return [0.0] * len(answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ def choose_prompts(
 
 
 class SampleAnswers(Callback):
-    """Collects greedy answers at both ends of the training, on rank 0.
+    """Collects greedy answers at both ends of the training; on rank 0, or of a sharded model all.
 
     Args:
         groups: Whose prompts are answered.
@@ -99,9 +105,9 @@ class SampleAnswers(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The first answers, of the reference and of the policy as it starts."""
-        if not trainer.is_global_zero or not self._groups:
-            return
         models = self._models
+        if not self._groups or not (trainer.is_global_zero or is_sharded(models.policy)):
+            return
         self._before = self._answers(models.policy)
         if models.starts_from_reference and trainer.global_step == 0:
             self._reference = self._before

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import is_sharded
 
 
 class ExactCurve(Callback):
@@ -32,9 +33,9 @@ class ExactCurve(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enumerates all responses."""
-        if not trainer.is_global_zero:
-            return
         policy: Any = pl_module.policy
+        if not (trainer.is_global_zero or is_sharded(policy)):
+            return
         with self._scorer.plain(policy) as plain:
             logps = self._task.outcome_logps(plain)
         exact = self._task.report(logps, self._reference_logps, beta=self._beta)

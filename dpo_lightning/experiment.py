@@ -23,7 +23,7 @@ from dpo_lightning.checkpoints import find_checkpoint
 from dpo_lightning.config import Config
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.prepare import PreparedData, data_hash, prepare_rows
-from dpo_lightning.evaluation import Score
+from dpo_lightning.evaluation import Score, no_scores
 from dpo_lightning.fingerprint import hashed_settings
 from dpo_lightning.models.setup import (
     Models,
@@ -34,6 +34,7 @@ from dpo_lightning.models.setup import (
 )
 from dpo_lightning.objective_settings import objective_settings, own_loss_settings
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.ranks import Ranks, leave_ranks, start_ranks
 from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
 from dpo_lightning.scorers import make_scorer
@@ -64,6 +65,7 @@ def run_experiment(
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    ranks = start_ranks(config)
     checkpoint = find_checkpoint(config.resume, run_dir)
     source = _resolve_source(config, rows)
     # The bundled model is too small to share out: threads would only wait for each other.
@@ -72,11 +74,15 @@ def run_experiment(
         torch.set_num_threads(threads)
     task = ControlledTask() if rows is None else None
     data = None if rows is None else _prepare_rows(config, rows, source)
-    models = _load_models(config, source)
+    models = _load_models(config, source, ranks)
     reference_logps = None
     if task is not None:
-        with models.scorer.plain(models.policy) as reference:
-            reference_logps = task.outcome_logps(reference)
+
+        def outcome_logps() -> torch.Tensor:
+            with models.scorer.plain(models.policy) as reference:
+                return task.outcome_logps(reference)
+
+        reference_logps = outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
 
@@ -103,14 +109,17 @@ def run_experiment(
             identity=_identity(config, hashes),
             task=task,
             reference_outcome_logps=reference_logps,
-            score=_make_score(config),
+            score=_make_score(config, judges=ranks is None or ranks.is_first),
             cache_dir=_cache_dir(config) / "reference",
+            ranks=ranks,
         ),
         run_dir=run_dir,
         resolved=_filled_in(resolved, source, schedule),
         result=result,
         checkpoint=checkpoint,
     )
+    if ranks is not None:
+        leave_ranks()
 
 
 # Building ---------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
     return data
 
 
-def _load_models(config: Config, source: ModelSource) -> Models:
+def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:
     return load_models(
         source,
         reference_kind=config.reference.kind,
@@ -188,14 +197,17 @@ def _load_models(config: Config, source: ModelSource) -> Models:
         reference_revision=config.reference.revision,
         needs_reference=objective_settings(config.loss).uses_reference,
         seed=config.seed,
+        from_first=None if ranks is None else ranks.from_first,
     )
 
 
-def _make_score(config: Config) -> Score | None:
+def _make_score(config: Config, *, judges: bool) -> Score | None:
     """The scorer, before the training: what is wrong with it need not cost one."""
     evaluation = config.evaluation
     if evaluation.scorer is None:
         return None
+    if not judges:
+        return no_scores
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return make_scorer(
         evaluation.scorer,

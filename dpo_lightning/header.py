@@ -50,6 +50,8 @@ def header_facts(
     elif models.reference is None:
         reference += ", cached"
     devices = f"{trainer.world_size} x {device}"
+    if config.strategy.name != "auto":
+        devices += f", {config.strategy.name}"
     memory = f"up to {budget.tokens:,} tokens at once"
     if budget.checkpointing:
         memory += ", activations computed again in the backward pass"

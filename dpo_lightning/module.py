@@ -14,6 +14,13 @@ from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import (
+    gathered,
+    gathered_dtype,
+    in_shards,
+    is_sharded,
+    set_gradient_sync,
+)
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
 from dpo_lightning.objectives.comparison import (
     SUMS,
@@ -55,6 +62,8 @@ class DPOModule(pl.LightningModule):
             first batch has to show it.
         compute_dtype: What the policy's weights are rounded to while it is trained, with float32
             master weights behind them; None trains the weights themselves.
+        sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
+            pass, and not in a step's last alone.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class DPOModule(pl.LightningModule):
         log_every_n_steps: int,
         starts_from_reference: bool,
         compute_dtype: torch.dtype | None = None,
+        sync_every_micro_batch: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,7 +109,10 @@ class DPOModule(pl.LightningModule):
         self._log_every_n_steps = log_every_n_steps
         self.starts_from_reference = starts_from_reference
         self._compute_dtype = compute_dtype
+        self._sync_every_micro_batch = sync_every_micro_batch
         self._masters: MasterWeights | None = None
+        # What the optimizer trains.
+        self._trained: list[Tensor] = []
         # The step at which the evaluation groups were last seen.
         self.last_evaluation = -1
         self._train_sums: Tensor | None = None
@@ -109,12 +122,19 @@ class DPOModule(pl.LightningModule):
 
     # Lightning's hooks ------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """The policy comes as it is to be trained: whole, or in shards."""
+
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up; vectors (norms, biases) are not decayed."""
         # By now the policy is on its device, and what a checkpoint held is in it.
         if self._compute_dtype is not None:
             self._masters = MasterWeights(self.policy, self._compute_dtype)
-        trained = self._trained()
+            self._trained = [*self._masters.parameters]
+        else:
+            in_shards(self.policy)
+            self._trained = [p for p in self.policy.parameters() if p.requires_grad]
+        trained = self._trained
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self._weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -166,12 +186,18 @@ class DPOModule(pl.LightningModule):
         # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
         scale = self.trainer.world_size / batch.total_weight
         sums = self._no_sums()
-        for number, micro_batch in enumerate(batch.micro_batches, start=1):
-            with self._gradient_sync(last=number == len(batch.micro_batches)):
-                comparison = self._compare(micro_batch, training=True)
-                self.manual_backward(comparison.loss * scale)
-            sums = sums + comparison.sums
+        for number, micro_batch in enumerate(batch.micro_batches):
+            counts = number < len(batch.counted)
+            with self._gradient_sync(last=number + 1 == len(batch.micro_batches)):
+                comparison = self._compare(micro_batch, training=True, counts=counts)
+                self.manual_backward(comparison.loss * (scale if counts else 0.0))
+            if counts:
+                sums = sums + comparison.sums
         if not batch.micro_batches:
+            if self.beta_plan.adaptive:
+                self._adapted(
+                    float(self.beta_plan.at(self.global_step)), torch.zeros(0, device=self.device)
+                )
             self.manual_backward(self._zero_loss())
         grad_norm = self._clip()
         if not torch.isfinite(grad_norm):
@@ -207,8 +233,11 @@ class DPOModule(pl.LightningModule):
         """Adds the sums of a batch; ranks meet once, at the end."""
         assert self._eval_sums is not None
         assert self.eval_accuracies is not None
-        for micro_batch in batch.micro_batches:
-            comparison = self._compare(micro_batch, training=False)
+        for number, micro_batch in enumerate(batch.micro_batches):
+            counts = number < len(batch.counted)
+            comparison = self._compare(micro_batch, training=False, counts=counts)
+            if not counts:
+                continue
             self._eval_sums = self._eval_sums + comparison.sums
             rows = torch.tensor(micro_batch.rows, device=self.device)
             self.eval_accuracies[rows] = comparison.accuracies
@@ -224,8 +253,9 @@ class DPOModule(pl.LightningModule):
 
     # Parts of a step --------------------------------------------------------------------------
 
-    def _compare(self, batch: GroupBatch, *, training: bool) -> Comparison:
+    def _compare(self, batch: GroupBatch, *, training: bool, counts: bool = True) -> Comparison:
         plan = self.scorer.plan(batch)
+        asked = self.reference.rows, self.reference.computed
         tokens = token_logps = collisions = None
         if self.objective.needs_tokens:
             if self.objective.wpo:
@@ -243,6 +273,8 @@ class DPOModule(pl.LightningModule):
             )
         else:
             reference_tokens, reference_logps = None, self.reference.logps(batch, plan)
+        if not counts:
+            self.reference.rows, self.reference.computed = asked
         if token_logps is not None:
             tokens = Tokens(
                 policy_logps=token_logps,
@@ -253,7 +285,11 @@ class DPOModule(pl.LightningModule):
         # By now a step that was taken counts: what is evaluated had the last step's beta.
         beta: float | Tensor = self.beta_plan.at(self.global_step - (not training))
         if training and self.beta_plan.adaptive:
-            beta = self._adapted(float(beta), batch, policy_logps, reference_logps)
+            logratios = policy_logps.detach()
+            if reference_logps is not None:
+                logratios = logratios - reference_logps
+            margins = logratios[batch.chosen] - logratios[batch.rejected]
+            beta = self._adapted(float(beta), margins if counts else margins[:0])
         if training:
             self._beta = beta
         return compare_responses(
@@ -275,12 +311,8 @@ class DPOModule(pl.LightningModule):
         )
 
     @torch.no_grad()
-    def _adapted(
-        self, beta: float, batch: GroupBatch, policy: Tensor, reference: Tensor | None
-    ) -> Tensor:
+    def _adapted(self, beta: float, margins: Tensor) -> Tensor:
         """Beta of this step by its margins, over all ranks; the step is one micro-batch a rank."""
-        logratios = policy.detach() if reference is None else policy.detach() - reference
-        margins = logratios[batch.chosen] - logratios[batch.rejected]
         sums = torch.stack([margins.sum(), margins.new_tensor(len(margins))])
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
         margin = beta * total / count.clamp(min=1)
@@ -290,6 +322,9 @@ class DPOModule(pl.LightningModule):
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Only a step's last backward pass synchronises gradients over ranks."""
+        if is_sharded(self.policy):
+            set_gradient_sync(self.policy, last=last, every=self._sync_every_micro_batch)
+            return contextlib.nullcontext()
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return contextlib.nullcontext() if last or block is None else block()
 
@@ -298,16 +333,10 @@ class DPOModule(pl.LightningModule):
         trainable = (p for p in self.policy.parameters() if p.requires_grad)
         return torch.stack([p.flatten()[:1].sum() * 0.0 for p in trainable]).sum()
 
-    def _trained(self) -> list[Tensor]:
-        """What the optimizer trains."""
-        if self._masters is not None:
-            return [*self._masters.parameters]
-        return [p for p in self.policy.parameters() if p.requires_grad]
-
     def _clip(self) -> Tensor:
-        parameters = [p for p in self._trained() if p.grad is not None]
+        parameters = [p for p in self._trained if p.grad is not None]
         limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return gathered(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     @torch.no_grad()
     def _check_same_model(self, batch: StepBatch) -> None:
@@ -333,8 +362,7 @@ class DPOModule(pl.LightningModule):
     def _dtype_computed_in(self) -> torch.dtype:
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
-        dtype: torch.dtype = next(self.policy.parameters()).dtype
-        return dtype
+        return gathered_dtype(self.policy)
 
     # Metrics ----------------------------------------------------------------------------------
 

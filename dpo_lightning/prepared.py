@@ -12,6 +12,7 @@ from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.evaluation import Score
 from dpo_lightning.models.setup import Models, ModelSource
+from dpo_lightning.ranks import Ranks
 from dpo_lightning.schedule import Schedule
 
 
@@ -29,6 +30,7 @@ class Prepared:
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         score: Judges answers, if the settings name a scorer.
         cache_dir: Where reference log-probabilities are kept.
+        ranks: The processes that share the models' weights; None where each has its own.
     """
 
     source: ModelSource
@@ -40,3 +42,4 @@ class Prepared:
     reference_outcome_logps: Tensor | None
     score: Score | None
     cache_dir: Path
+    ranks: Ranks | None = None

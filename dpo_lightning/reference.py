@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,28 @@ _PASS_RESPONSES = 16
 _PASS_BUDGET = 4
 # What a killed pass loses at most.
 _PUBLISH_SECONDS = 60.0
+# Ranks that share a model tell each other what they found every so many micro-batches.
+_ROUNDS_APART = 16
+
+T = TypeVar("T")
+
+
+class Team(Protocol):
+    """The ranks that share a model's weights, and so make every forward pass together."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What the function gives on rank 0, on every rank."""
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on every rank."""
 
 
 class Reference(Protocol):
@@ -142,6 +164,7 @@ def with_reference_logps(
     precision: Callable[[], contextlib.AbstractContextManager[Any]],
     micro_batch_tokens: int,
     per_token: bool = False,
+    ranks: Team | None = None,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
     """Gives every group its reference log-probabilities, from the cache as far as it has them.
 
@@ -159,6 +182,7 @@ def with_reference_logps(
         micro_batch_tokens: What the device holds at once in training.
         per_token: Whether the groups get the log-probability of every token beside the sums. Those
             are kept apart from the sums of other runs.
+        ranks: Those that compute together, each a part; the first reads and writes the cache.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -171,7 +195,8 @@ def with_reference_logps(
     cache = cache.of_tokens() if per_token else cache
     widths = cache.widths(lengths)
     starts = np.cumsum(widths, dtype=np.int64) - widths
-    values = cache.read(keys, lengths)
+    ask: Callable[[Callable[[], Any]], Any] = _call if ranks is None else ranks.from_first
+    values = ask(lambda: cache.read(keys, lengths))
     computed = 0
 
     def fill(publish: Callable[..., None]) -> int:
@@ -188,25 +213,20 @@ def with_reference_logps(
             budget=_PASS_BUDGET * micro_batch_tokens,
             per_token=per_token,
             publish=publish,
+            ranks=ranks,
         )
         values[np.repeat(missing, widths)] = found
         return len(wanted)
 
     if np.isnan(values).any():
-        try:
-            with cache.lock(on_wait=_say_waiting):
-                values = cache.read(keys, lengths)
+        with contextlib.ExitStack() as held:
+            if ask(lambda: _lock(cache, held)):
+                values = ask(lambda: cache.read(keys, lengths))
                 if np.isnan(values).any():
                     log.info("the reference's log-probabilities are computed once and kept")
                     computed = fill(_Publisher(cache))
-        except OSError as error:
-            log.warning(
-                "the reference cache %s cannot be used (%s): its rows are computed for this run "
-                "alone; reference.cache_dir= names another folder",
-                cache.path,
-                error.strerror or error,
-            )
-            computed = fill(_keep_nothing)
+            else:
+                computed = fill(_keep_nothing)
     counts = np.array([len(group.responses) for group in groups], dtype=np.int32)
     sums = np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
     tokens = pieces(values, widths)
@@ -220,6 +240,25 @@ def with_reference_logps(
     )
     reference = CachedReference(rows=len(groups), computed=computed)
     return [[next(filled) for _ in part] for part in parts], reference
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _lock(cache: ReferenceCache, held: contextlib.ExitStack) -> bool:
+    """Takes the cache's lock until ``held`` is left; False, and said, where that cannot be."""
+    try:
+        held.enter_context(cache.lock(on_wait=_say_waiting))
+    except OSError as error:
+        log.warning(
+            "the reference cache %s cannot be used (%s): its rows are computed for this run "
+            "alone; reference.cache_dir= names another folder",
+            cache.path,
+            error.strerror or error,
+        )
+        return False
+    return True
 
 
 def _say_waiting() -> None:
@@ -284,6 +323,7 @@ def _compute(
     budget: int,
     per_token: bool,
     publish: Callable[..., None],
+    ranks: Team | None,
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities of responses, or of their tokens, each different response computed once.
 
@@ -296,7 +336,8 @@ def _compute(
         precision: The context to compute in.
         budget: Most tokens of a micro-batch.
         per_token: Whether the tokens of a response have a value each.
-        publish: Takes keys, values and lengths as they become known.
+        publish: Takes keys, values and lengths as they become known; rank 0's is called.
+        ranks: Those that compute together.
 
     Returns:
         The values of all responses end to end.
@@ -317,8 +358,14 @@ def _compute(
     micro_batches = _in_budget(costs, budget)
     values = [np.zeros(0, dtype=np.float32)] * len(unique)
     unpublished: list[int] = []
+    fresh: dict[int, npt.NDArray[np.float32]] = {}
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    rounds = -(-len(micro_batches) // size)
     last = began = time.monotonic()
-    for done, micro in enumerate(micro_batches, start=1):
+    for done in range(1, rounds + 1):
+        # A rank that has none left computes another's once more: all make each forward pass.
+        place = min((done - 1) * size + rank, len(micro_batches) - 1)
+        micro = micro_batches[place]
         batch = collate_groups([passes[i] for i in micro], micro).to(device)
         with precision():
             if per_token:
@@ -328,13 +375,18 @@ def _compute(
         widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
         numbers = [number for i in micro for number in members[i]]
         found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
-        for number, own in zip(numbers, found, strict=True):
-            _check_finite(own, unique[number][0])
-            values[number] = own
-        unpublished += numbers
+        fresh |= dict(zip(numbers, found, strict=True))
+        if ranks is None or done % _ROUNDS_APART == 0 or done == rounds:
+            for part in [fresh] if ranks is None else ranks.gather(fresh):
+                for number, own in part.items():
+                    _check_finite(own, unique[number][0])
+                    values[number] = own
+                unpublished += part
+            fresh = {}
         now = time.monotonic()
-        if now - last > _PUBLISH_SECONDS or done == len(micro_batches):
+        if unpublished and rank == 0 and (now - last > _PUBLISH_SECONDS or done == rounds):
             last = now
+            unpublished = sorted({*unpublished})
             lengths = [len(unique[n][0].responses[unique[n][1]]) for n in unpublished]
             publish(
                 keys[first[unpublished]],
@@ -342,9 +394,9 @@ def _compute(
                 np.asarray(lengths, dtype=np.int32),
             )
             unpublished = []
-            if done < len(micro_batches):
-                left = (now - began) / done * (len(micro_batches) - done)
-                log.info("reference: %d of %d, %ds left", done, len(micro_batches), left)
+            if done < rounds:
+                left = (now - began) / done * (rounds - done)
+                log.info("reference: %d of %d, %ds left", done, rounds, left)
     return np.concatenate([values[n] for n in which.reshape(-1).tolist()])
 
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import is_sharded, of_first_rank
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -82,7 +83,11 @@ def answer_prompts(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
+                synced_gpus=is_sharded(model),
             )
+            if is_sharded(model):
+                # They asked the same of the same weights; what follows must be the same to the bit.
+                output = of_first_rank(output)
             for i, row in zip(part, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
                 ended = np.isin(row, ends).nonzero()[0]
                 length = ended[0] + 1 if len(ended) else len(row)

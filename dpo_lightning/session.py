@@ -43,6 +43,7 @@ from dpo_lightning.header import header_facts
 from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
 from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
+from dpo_lightning.models.sharding import shard_model
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.plugins import make_callbacks
@@ -123,6 +124,7 @@ def run_session(
         fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
         if fault is not None:
             log.info("attention takes the slower of two ways: %s", fault)
+        prepared = _with_shards(prepared, computation)
         prepared = _with_reference(config, prepared, device, computation, budget)
         models, data = prepared.models, prepared.data
         assert models.reference is not None
@@ -155,7 +157,7 @@ def run_session(
         if data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=datamodule, verbose=False)
         result["reference"] = _count_reference_rows(trainer, module)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or prepared.ranks is not None:
             report = conclude(
                 config,
                 prepared,
@@ -168,6 +170,7 @@ def run_session(
                 result=result,
                 metrics=metrics.last,
             )
+        if trainer.is_global_zero:
             display.show_metrics(console, metrics.last)
             if report:
                 display.show_measured(console, report)
@@ -236,6 +239,26 @@ def _answering(
     return groups, answering
 
 
+def _with_shards(prepared: Prepared, computation: Computation) -> Prepared:
+    """Models of which each rank has its share, where the strategy wants that."""
+    ranks, models = prepared.ranks, prepared.models
+    if ranks is None:
+        return prepared
+
+    def shard(model: Any) -> Any:
+        return shard_model(model, ranks.mesh, ranks.device, compute_dtype=computation.weights)
+
+    def make_reference() -> Any:
+        return shard(models.make_reference()).requires_grad_(False).eval()
+
+    reference = models.reference
+    policy = shard(models.policy)
+    if models.live:
+        reference = LiveReference(make_reference(), models.scorer)
+    sharded = replace(models, policy=policy, reference=reference, make_reference=make_reference)
+    return replace(prepared, models=sharded)
+
+
 def _with_reference(
     config: Config,
     prepared: Prepared,
@@ -245,8 +268,8 @@ def _with_reference(
 ) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache."""
     models, data, source = prepared.models, prepared.data, prepared.source
-    load = models.make_reference
-    models = replace(models, make_reference=lambda: computation.cast(load()))
+    make_reference = models.make_reference
+    models = replace(models, make_reference=lambda: computation.cast(make_reference()))
     if models.reference is not None:
         if isinstance(models.reference, LiveReference):
             computation.cast(models.reference.model)
@@ -263,15 +286,22 @@ def _with_reference(
             "transformers": transformers.__version__,
         },
     )
+
+    def load() -> Any:
+        # Before its first step the policy is the reference, and its shards are in memory already.
+        shared = prepared.ranks is not None and models.starts_from_reference
+        return models.policy if shared else models.make_reference()
+
     parts, reference = with_reference_logps(
         [data.train, data.eval],
         cache,
-        load=models.make_reference,
+        load=load,
         scorer=models.scorer,
         device=device,
         precision=lambda: computation.context(device),
         micro_batch_tokens=budget.tokens,
         per_token=objective_settings(config.loss).desensitises,
+        ranks=prepared.ranks,
     )
     train, evaluation = parts
     return replace(

@@ -86,6 +86,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         seed: With the epoch, decides the order of the groups.
         shared: Whether the scorer computes a prompt once for all its responses.
         num_workers: Processes that build batches ahead; 0 builds them in the training process.
+        equal_counts: Whether all ranks take as many micro-batches, as a sharded model needs.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         seed: int,
         shared: bool,
         num_workers: int,
+        equal_counts: bool = False,
     ) -> None:
         super().__init__()
         self.train_groups = train_groups
@@ -107,7 +109,11 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.total_steps = total_steps
         self._seed = seed
         self._num_workers = num_workers
-        self._share = {"micro_batch_tokens": micro_batch_tokens, "shared": shared}
+        self._share = {
+            "micro_batch_tokens": micro_batch_tokens,
+            "shared": shared,
+            "equal_counts": equal_counts,
+        }
 
     @property
     def steps_per_epoch(self) -> int:

@@ -122,16 +122,24 @@ class StepBatch(_Movable):
     """What one rank does in one optimizer step; one Lightning batch.
 
     Attributes:
-        micro_batches: At least one, unless the rank has no groups in this step.
+        micro_batches: At least one, unless the rank has no groups in this step; the last
+            ``fillers`` of them hold a group that is not to count.
         total_weight: Sum of the weights of all the step's groups, over all ranks.
         pairs: Strictly ranked pairs of the step, over all ranks.
         tokens: Tokens that the step computes, over all ranks; none is padding.
+        fillers: Micro-batches that are there for the other ranks, which have as many.
     """
 
     micro_batches: tuple[GroupBatch, ...]
     total_weight: float
     pairs: int
     tokens: int
+    fillers: int = 0
+
+    @property
+    def counted(self) -> tuple[GroupBatch, ...]:
+        """The micro-batches whose groups count."""
+        return self.micro_batches[: len(self.micro_batches) - self.fillers]
 
 
 def plan_step(
@@ -227,6 +235,7 @@ def make_step_batch(
     world_size: int,
     micro_batch_tokens: int,
     shared: bool,
+    equal_counts: bool = False,
 ) -> StepBatch:
     """Builds one rank's part of the step over ``groups[i] for i in rows``.
 
@@ -237,18 +246,28 @@ def make_step_batch(
         world_size: Number of ranks.
         micro_batch_tokens: Most tokens of a micro-batch.
         shared: Whether a prompt is computed once for its responses; decides what a group costs.
+        equal_counts: Whether all ranks are to have as many micro-batches; see :func:`plan_step`.
     """
     step = [groups[i] for i in rows]
     costs = [group.tokens if shared else group.padded_tokens for group in step]
-    plan = plan_step(costs, world_size=world_size, micro_batch_tokens=micro_batch_tokens)
+    plan = plan_step(
+        costs,
+        world_size=world_size,
+        micro_batch_tokens=micro_batch_tokens,
+        equal_counts=equal_counts,
+    )
+    mine = [micro for micro in plan[rank] if micro]
+    fillers = len(plan[rank]) - len(mine) if equal_counts else 0
+    shortest = min(range(len(costs)), key=lambda i: costs[i])
     return StepBatch(
         micro_batches=tuple(
             collate_groups([step[i] for i in micro], [rows[i] for i in micro])
-            for micro in plan[rank]
+            for micro in [*mine, *[[shortest]] * fillers]
         ),
         total_weight=float(sum(group.weight for group in step)),
         pairs=sum(group.pairs for group in step),
         tokens=sum(costs),
+        fillers=fillers,
     )
 
 

@@ -20,12 +20,13 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     Buffers, such as rotary frequencies, stay as they are.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not _stays_wide(model, name):
+        if parameter.is_floating_point() and not stays_wide(model, name):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _stays_wide(model: Any, name: str) -> bool:
+def stays_wide(model: Any, name: str) -> bool:
+    """Whether a model's family keeps the parameter of that name in float32."""
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return any(part in kept for part in name.split("."))

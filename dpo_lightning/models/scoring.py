@@ -23,6 +23,7 @@ from dpo_lightning.models.head import (
     token_logps,
     token_logps_and_collisions,
 )
+from dpo_lightning.models.sharding import is_sharded, run_whole
 
 ScoringPath = Literal["flat", "padded"]
 
@@ -118,7 +119,7 @@ class Scorer:
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""
         if plan is not None:
-            return token_logps(*_flat_inputs(model, batch, plan))
+            return run_whole(model, lambda model: token_logps(*_flat_inputs(model, batch, plan)))
         [logps] = _padded_scores(model, batch, lambda *scores: (_target_logps(*scores),))
         return logps
 
@@ -127,7 +128,12 @@ class Scorer:
     ) -> TokenScores:
         """Log-probability of each scored token, and the collisions beside it, in one pass."""
         if plan is not None:
-            return TokenScores(*token_logps_and_collisions(*_flat_inputs(model, batch, plan)))
+            return TokenScores(
+                *run_whole(
+                    model,
+                    lambda model: token_logps_and_collisions(*_flat_inputs(model, batch, plan)),
+                )
+            )
         return TokenScores(
             *_padded_scores(
                 model,
@@ -214,7 +220,8 @@ def _padded_scores(
             scored += length
         cursor = place
     scores, places = [], []
-    for part in _like_widths(rows):
+    # Ranks that share a model's weights meet in each forward pass: as many on each, one.
+    for part in [rows] if is_sharded(model) else _like_widths(rows):
         scores.append(score(*_rows_logits(model, batch, part)))
         places += [row.scored + t for row in part for t in range(row.length)]
     order = torch.tensor(places, device=batch.targets.device).argsort()

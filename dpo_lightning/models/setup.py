@@ -24,9 +24,11 @@ from dpo_lightning.models.loading import (
     max_positions,
     random_model,
     weights_hash,
+    without_dropout,
 )
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.scoring import Scorer, ScoringPath
+from dpo_lightning.models.sharding import meta_model
 from dpo_lightning.reference import LiveReference, NoReference, Reference
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Models:
         reference_weights: Hash of the reference's.
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
+        live: Whether the reference is to be held in memory, where ``reference`` is not made yet.
     """
 
     policy: Any
@@ -87,6 +90,7 @@ class Models:
     weights: str
     reference_weights: str
     make_reference: Callable[[], Any]
+    live: bool = False
 
     @contextlib.contextmanager
     def reference_model(self, device: torch.device) -> Iterator[Any]:
@@ -192,6 +196,7 @@ def load_models(
     reference_revision: str | None,
     needs_reference: bool,
     seed: int,
+    from_first: Callable[[Callable[[], Any]], Any] | None = None,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
 
@@ -203,31 +208,63 @@ def load_models(
         reference_revision: Its revision on the hub.
         needs_reference: Whether the loss uses a reference.
         seed: Of a random model.
+        from_first: Gives every rank what a function gives on rank 0, where ranks are to share the
+            models: rank 0 then has them whole, on the CPU, and the others have models without
+            weights. None: each process has its own.
     """
-    policy = _load_policy(model, seed)
-    scorer, reason = choose_path(policy, max_length=model.max_length)
+    policy: Any = None
+    scorer: Scorer | None = None
+
+    def load_policy() -> tuple[ScoringPath, str | None, str, str]:
+        nonlocal policy, scorer
+        policy = _load_policy(model, seed)
+        scorer, reason = choose_path(policy, max_length=model.max_length)
+        weights = reference_weights = weights_hash(policy)
+        if reference_pretrained is not None:
+            # Loaded once more when it is used; in between it takes no memory.
+            reference_weights = weights_hash(
+                _other_reference(model, reference_pretrained, reference_revision)
+            )
+        return scorer.path, reason, weights, reference_weights
+
+    found = load_policy() if from_first is None else from_first(load_policy)
+    path, reason, weights, reference_weights = found
+    if policy is None or scorer is None:
+        scorer = Scorer(path)
+        policy = meta_model(without_dropout(model.config), dtype=model.dtype)
+        scorer.prepare(policy)
     if reason is not None:
         log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
-    weights = reference_weights = weights_hash(policy)
     is_used = reference_kind != "none" and needs_reference
-    if reference_pretrained is not None:
-        # Loaded once more when it is used; in between it takes no memory.
-        reference_weights = weights_hash(
-            _other_reference(model, reference_pretrained, reference_revision)
-        )
+
+    def load_reference() -> Any:
+        if reference_pretrained is None:
+            return _load_policy(model, seed)
+        return _other_reference(model, reference_pretrained, reference_revision)
 
     def make_reference() -> Any:
-        if reference_pretrained is None:
-            frozen = _load_policy(model, seed)
+        assert scorer is not None
+        if from_first is None:
+            frozen = load_reference()
         else:
-            frozen = _other_reference(model, reference_pretrained, reference_revision)
+            frozen = None
+
+            def load() -> Any:
+                nonlocal frozen
+                frozen = load_reference()
+                return frozen.config
+
+            config = from_first(load)
+            if frozen is None:
+                frozen = meta_model(config, dtype=model.dtype)
         scorer.prepare(frozen)
         return frozen.requires_grad_(False).eval()
 
+    live = is_used and reference_kind == "live"
     reference: Reference | None = NoReference()
     if is_used:
         reference = None
-        if reference_kind == "live":
+        if live and from_first is None:
             reference = LiveReference(make_reference(), scorer)
     return Models(
         policy=policy,
@@ -237,6 +274,7 @@ def load_models(
         weights=weights,
         reference_weights=reference_weights,
         make_reference=make_reference,
+        live=live,
     )
 
 

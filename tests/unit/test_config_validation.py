@@ -208,7 +208,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("trainer.accelerator", "cud"),
     ("trainer.profiler", "fast"),
     ("trainer.threads", 0),
-    ("strategy.name", "fsdp"),
+    ("strategy.name", "deepspeed"),
+    ("strategy.sync_gradients", "never"),
     ("strategy.timeout_minutes", 0),
     ("logger.name", "tensorboard"),
     ("logger.mode", "on"),
@@ -407,3 +408,24 @@ def test_options_of_ddp_are_not_lost_on_auto() -> None:
 def test_several_problems_are_one_line() -> None:
     text = problem(composed(beta=-1, seed=-1, trainer__max_steps=0))
     assert text.count("; ") == 2
+
+
+def test_a_strategy_has_only_its_own_options():
+    text = problem(composed(strategy__name="ddp", strategy__sync_gradients="micro_batch"))
+    assert "strategy.sync_gradients=micro_batch: strategy=ddp has no use for it" in text
+    assert "add strategy=fsdp" in text
+    text = problem(composed(strategy__name="fsdp", strategy__find_unused_parameters=True))
+    assert "strategy.find_unused_parameters=True: strategy=fsdp has no use for it" in text
+    validate(composed(strategy__name="fsdp", strategy__sync_gradients="micro_batch"))
+
+
+def test_shards_are_refused_on_devices_that_have_none():
+    assert "not mps" in problem(composed(strategy__name="fsdp", trainer__accelerator="mps"))
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto_pair"])
+def test_a_loss_that_compares_a_whole_step_is_refused_on_several_devices(name: str):
+    text = problem(composed(loss__name=name, trainer__devices=2, strategy__name="fsdp"))
+    assert f"trainer.devices=2: loss={name}" in text
+    assert "trainer.devices=1" in text
+    validate(composed(loss__name=name, trainer__devices=1, strategy__name="fsdp"))

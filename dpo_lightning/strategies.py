@@ -1,0 +1,111 @@
+"""Lightning's FSDP2 strategy for a model that is sharded already.
+
+Its checkpoints are for any number of ranks: whole tensors under one process's names.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from dpo_lightning.models.sharding import in_shards, like_shard, whole_tensor
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Data parallel over all ranks, every rank with its shards.
+
+    Args:
+        timeout: How long a rank waits for the others.
+    """
+
+    def __init__(self, *, timeout: datetime.timedelta) -> None:
+        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
+
+    def start(self) -> DeviceMesh:
+        """Starts the other processes of this machine and meets all, before any training."""
+        if self.launcher is not None:
+            self.launcher.launch(lambda: None)
+        self._setup_distributed()
+        return init_device_mesh(self.root_device.type, (self.world_size,))
+
+    def setup_environment(self) -> None:
+        """All ranks share the data; none splits a layer."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    # One process's format, both ways ----------------------------------------------------------
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer is loaded the way one process would."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors on rank 0, nothing on the others; a meeting of all ranks."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            in_shards(module)
+        keep = self.is_global_zero
+        state = {
+            name: whole_tensor(tensor, keep=keep)
+            for name, tensor in self.lightning_module.state_dict().items()
+        }
+        return state if keep else {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each rank takes its shards of the whole tensors."""
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        state = {
+            name: like_shard(whole, own[name]) if name in own else whole
+            for name, whole in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole moments on rank 0, nothing on the others; a meeting of all ranks."""
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
+        keep = self.is_global_zero
+        whole = {
+            number: {
+                name: whole_tensor(value, keep=keep) if isinstance(value, torch.Tensor) else value
+                for name, value in moments.items()
+            }
+            for number, moments in state["state"].items()
+        }
+        return {**state, "state": whole} if keep else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each rank takes its shards of the whole moments."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            shards = {
+                number: {
+                    name: like_shard(value, parameters[number])
+                    if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
+                    else value
+                    for name, value in moments.items()
+                }
+                for number, moments in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": shards})
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Rank 0 writes."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Every rank reads."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)

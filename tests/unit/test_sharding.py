@@ -1,0 +1,167 @@
+"""A sharded model gives the numbers of the whole one; on one rank, where all the code runs too."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dpo_lightning.data.packing import collate_groups
+from dpo_lightning.models.master_weights import cast_parameters
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import (
+    decoder_layers,
+    in_shards,
+    is_sharded,
+    like_shard,
+    meta_model,
+    set_gradient_sync,
+    shard_model,
+    whole_model,
+    whole_tensor,
+)
+from tests.unit.test_packing import random_groups
+from tests.unit.test_scoring import FAMILIES, PADDED_ONLY, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def prepared(family: str, path: str):
+    model = make_model(family).train()
+    scorer = Scorer(path)
+    scorer.prepare(model)
+    return model, scorer
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [(family, "flat") for family in FAMILIES] + [("bloom", "padded"), ("falcon", "padded")],
+)
+def test_a_sharded_model_has_the_same_scores_and_gradients(mesh, family: str, path: str):
+    """Two micro-batches, of which the last alone reduces: gradients are the sum of both."""
+    assert family in FAMILIES | PADDED_ONLY
+    model, scorer = prepared(family, path)
+    plain = copy.deepcopy(model)
+    sharded = shard_model(model, mesh, CPU, compute_dtype=None)
+    assert is_sharded(sharded)
+    assert not is_sharded(plain)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    batches = [collate_groups([group], [0]) for group in random_groups(2)]
+    for number, batch in enumerate(batches):
+        set_gradient_sync(sharded, last=number == 1, every=False)
+        for each in (plain, sharded):
+            logps = scorer.logps(each, batch)
+            (logps * torch.arange(1, len(logps) + 1)).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.logps(sharded, batch), scorer.logps(plain, batch))
+    in_shards(sharded)
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    found = {name: p.grad for name, p in sharded.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert found[name] is None
+        else:
+            torch.testing.assert_close(
+                found[name].full_tensor(), gradient, rtol=1e-5, atol=1e-6, msg=name
+            )
+
+
+def test_weights_are_gathered_in_the_type_that_is_computed_in(mesh):
+    """As bfloat16 weights behind float32 ones: the same numbers to the bit, float32 gradients."""
+    model, scorer = prepared("llama", "flat")
+    rounded = cast_parameters(copy.deepcopy(model), torch.bfloat16)
+    sharded = shard_model(model, mesh, CPU, compute_dtype=torch.bfloat16)
+    batch = collate_groups(random_groups(3), range(3))
+    logps = scorer.logps(sharded, batch)
+    torch.testing.assert_close(logps, scorer.logps(rounded, batch), rtol=0, atol=0)
+    logps.sum().backward()
+    assert {p.dtype for p in sharded.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in sharded.parameters()} == {torch.float32}
+
+
+def test_what_a_family_keeps_in_float32_stays_so(mesh):
+    model, scorer = prepared("llama", "flat")
+    model._keep_in_fp32_modules = ["norm"]
+    rounded = cast_parameters(copy.deepcopy(model), torch.bfloat16)
+    sharded = shard_model(model, mesh, CPU, compute_dtype=torch.bfloat16)
+    batch = collate_groups(random_groups(3), range(3))
+    seen = {}
+    norm = sharded.model.norm
+    norm.register_forward_hook(lambda module, *_: seen.update(dtype=module.weight.dtype))
+    torch.testing.assert_close(scorer.logps(sharded, batch), scorer.logps(rounded, batch))
+    assert seen == {"dtype": torch.float32}
+
+
+def test_the_head_is_gathered_once_a_step(mesh, monkeypatch):
+    """Three micro-batches: each layer is gathered for each pass, what is around them once."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    model, scorer = prepared("llama", "flat")
+    sharded = shard_model(model, mesh, CPU, compute_dtype=None)
+    gathers = []
+    original = FSDPParamGroup._to_unsharded
+
+    def count(group):
+        gathers.append(len(group.fsdp_params))
+        return original(group)
+
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", count)
+    for step in range(2):
+        gathers.clear()
+        for number in range(3):
+            set_gradient_sync(sharded, last=number == 2, every=False)
+            batch = collate_groups(random_groups(3)[number : number + 1], [0])
+            scorer.logps(sharded, batch).sum().backward()
+        layers = len(list(decoder_layers(sharded)))
+        root = len([n for n, _ in sharded.named_parameters() if ".layers." not in n])
+        # Embeddings, last norm and head together, and each layer forth and back; the last layer
+        # is still there when the backward pass begins.
+        assert gathers.count(root) == 1, (step, gathers)
+        assert len(gathers) - 1 >= 3 * (2 * layers - 1)
+
+
+def test_a_tied_model_comes_back_whole_and_tied(mesh, tmp_path):
+    model, _ = prepared("gpt2", "flat")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sharded = shard_model(model, mesh, CPU, compute_dtype=None)
+    assert sharded.lm_head.weight is sharded.transformer.wte.weight
+    assert isinstance(sharded, FSDPModule)
+    whole = whole_model(sharded, keep=True)
+    assert not is_sharded(whole)
+    assert whole.lm_head.weight is whole.transformer.wte.weight
+    assert whole.state_dict().keys() == expected.keys()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    whole.save_pretrained(tmp_path)
+    assert whole_model(sharded, keep=False) is None
+
+
+def test_a_rank_without_weights_has_the_same_names(mesh):
+    """What the other ranks shard is a model without weights; its tensors must line up."""
+    model, _ = prepared("gemma3-text", "flat")
+    meta = meta_model(model.config, dtype=torch.float32)
+    names = [(n, t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    assert [(n, t.shape) for n, t in [*meta.named_parameters(), *meta.named_buffers()]] == names
+    assert {t.device.type for t in meta.parameters()} == {"meta"}
+
+
+def test_a_tensor_goes_into_shards_and_back(mesh):
+    model, _ = prepared("llama", "flat")
+    sharded = shard_model(model, mesh, CPU, compute_dtype=None)
+    shard = next(sharded.parameters())
+    value = torch.randn(shard.shape)
+    assert torch.equal(whole_tensor(like_shard(value, shard), keep=True), value)
+    assert whole_tensor(shard, keep=False) is None
+    assert torch.equal(like_shard(value, value), value)
