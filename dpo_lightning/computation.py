@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from dpo_lightning.config import Config
-from dpo_lightning.models.master_weights import cast_parameters
+from dpo_lightning.models.master_weights import cast_frozen
 
 PrecisionName = Literal["32-true", "bf16-mixed"]
 
@@ -25,16 +25,18 @@ class Computation:
         weights: What the weights are rounded to while float32 masters of them are trained; None
             computes in the weights' own type.
         autocast: Whether each operation chooses its type.
+        held: Whether the frozen weights are of that type as they are, and only masters are not.
     """
 
     precision: PrecisionName
     weights: torch.dtype | None
     autocast: bool
+    held: bool = False
 
     @property
     def name(self) -> str:
         """Tells computations apart whose numbers are not the same."""
-        if self.weights is not None:
+        if self.weights is not None and not self.held:
             return f"{self.precision}, weights in {self.weights}"
         return f"{self.precision}, autocast" if self.autocast else self.precision
 
@@ -45,8 +47,8 @@ class Computation:
         return contextlib.nullcontext()
 
     def cast(self, model: Any) -> Any:
-        """A frozen model in the type that the policy computes in; in place."""
-        return model if self.weights is None else cast_parameters(model, self.weights)
+        """The frozen weights of a model in the type that the policy computes in; in place."""
+        return model if self.weights is None else cast_frozen(model, self.weights)
 
 
 def decide_precision(config: Config) -> PrecisionName:
@@ -77,5 +79,9 @@ def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
     if trainer.world_size > 1:
         return Computation(precision, weights=None, autocast=True)
     trainer.strategy.precision_plugin = Precision()
-    rounded = torch.bfloat16 if config.model.dtype == "float32" else None
-    return Computation(precision, weights=rounded, autocast=False)
+    held = config.model.dtype != "float32"
+    # PEFT keeps matrices in float32 also beside weights in bfloat16.
+    rounds = not held or config.peft.kind == "lora"
+    return Computation(
+        precision, weights=torch.bfloat16 if rounds else None, autocast=False, held=held
+    )

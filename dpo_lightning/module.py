@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.models.adapters import adapter_dropout_off
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
@@ -100,6 +101,10 @@ class DPOModule(pl.LightningModule):
         self.starts_from_reference = starts_from_reference
         self._compute_dtype = compute_dtype
         self._masters: MasterWeights | None = None
+        # Names in a state dict that stay as they were loaded; a checkpoint has the others.
+        self._frozen = _frozen_names(policy)
+        if self._frozen:
+            self.strict_loading = False
         # The step at which the evaluation groups were last seen.
         self.last_evaluation = -1
         self._train_sums: Tensor | None = None
@@ -133,10 +138,31 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding."""
+        """A checkpoint holds the weights that are trained, not their rounding, and none else."""
+        for name in self._frozen:
+            del checkpoint["state_dict"][name]
         if self._masters is not None:
             for name, value in self._masters.state_dict():
                 checkpoint["state_dict"][f"policy.{name}"] = value
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other weights than those that are trained.
+
+        Raises:
+            UserError: If a weight is missing, unknown or of another shape.
+        """
+        stored = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        own = {
+            name: value.shape
+            for name, value in self.state_dict().items()
+            if name not in self._frozen
+        }
+        differing = sorted({name for name, _ in stored.items() ^ own.items()})
+        if differing:
+            raise UserError(
+                f"resume: the checkpoint has other weights than this run trains ({differing[0]} "
+                f"first of {len(differing)}); resume with the same model= and peft= settings"
+            )
 
     def restore_weights(self) -> None:
         """Ends training: the policy has the weights that were trained, in their own type."""
@@ -315,7 +341,8 @@ class DPOModule(pl.LightningModule):
         sums = torch.zeros(2, device=self.device)
         for micro_batch in batch.micro_batches[:1]:
             plan = self.scorer.plan(micro_batch)
-            policy = self.scorer.logps(self.policy, micro_batch, plan)
+            with adapter_dropout_off(self.policy):
+                policy = self.scorer.logps(self.policy, micro_batch, plan)
             reference = self.reference.logps(micro_batch, plan)
             assert reference is not None
             sums += torch.stack([(policy - reference).abs().sum(), micro_batch.lengths.sum()])
@@ -361,6 +388,18 @@ class DPOModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
             logger.save()
+
+
+def _frozen_names(policy: Any) -> frozenset[str]:
+    """Entries of the module's state dict that are not trained; none where all weights are."""
+    trained = [
+        f"policy.{name}"
+        for name, parameter in policy.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    if all(parameter.requires_grad for parameter in policy.parameters()):
+        return frozenset()
+    return frozenset(f"policy.{name}" for name in policy.state_dict()).difference(trained)
 
 
 def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.adapter_files import AdapterFile
+from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.loading import (
     adopt_special_tokens,
     check_same_vocabulary,
@@ -50,6 +53,7 @@ class ModelSource:
         tokenizer: The tokenizer.
         config: The model's config as it was loaded.
         max_length: Longest prompt + response, in tokens.
+        quantization: How transformers holds linear layers, if in fewer bits.
     """
 
     name: str
@@ -62,6 +66,22 @@ class ModelSource:
     tokenizer: Any
     config: Any
     max_length: int
+    quantization: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What is trained beside frozen weights.
+
+    Attributes:
+        start: A new adapter, or a stored one to go on with.
+        reference: What the reference has beside the base model: a stored adapter, or nothing.
+        dropout: Of the trained adapter's input.
+    """
+
+    start: LoraSettings | AdapterFile
+    reference: AdapterFile | None
+    dropout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +98,8 @@ class Models:
         reference_weights: Hash of the reference's.
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
+        adapters: What is trained, where the policy's own weights are frozen; its reference is then
+            in the same model.
     """
 
     policy: Any
@@ -87,6 +109,7 @@ class Models:
     weights: str
     reference_weights: str
     make_reference: Callable[[], Any]
+    adapters: Adapters | None = None
 
     @contextlib.contextmanager
     def reference_model(self, device: torch.device) -> Iterator[Any]:
@@ -192,6 +215,7 @@ def load_models(
     reference_revision: str | None,
     needs_reference: bool,
     seed: int,
+    adapters: AdapterSettings | None = None,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
 
@@ -202,13 +226,30 @@ def load_models(
         reference_pretrained: Folder or hub id of another reference; None is the policy's start.
         reference_revision: Its revision on the hub.
         needs_reference: Whether the loss uses a reference.
-        seed: Of a random model.
+        seed: Of a random model, and of a new adapter.
+        adapters: What is trained beside frozen weights; None trains all.
     """
     policy = _load_policy(model, seed)
     scorer, reason = choose_path(policy, max_length=model.max_length)
     if reason is not None:
         log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
     weights = reference_weights = weights_hash(policy)
+    own: Adapters | None = None
+    starts_alike = reference_pretrained is None
+    if adapters is not None:
+        # Hashed before, so that a reference without an adapter is that of a run of all weights.
+        base, start = weights, adapters.start
+        own = Adapters(
+            policy,
+            start,
+            reference=adapters.reference,
+            dropout=adapters.dropout,
+            seed=seed,
+            load_base=lambda: _load_policy(model, seed),
+        )
+        weights = _with_adapter(base, start if isinstance(start, AdapterFile) else None)
+        reference_weights = _with_adapter(base, adapters.reference)
+        starts_alike = starts_alike and weights == reference_weights
     is_used = reference_kind != "none" and needs_reference
     if reference_pretrained is not None:
         # Loaded once more when it is used; in between it takes no memory.
@@ -217,6 +258,8 @@ def load_models(
         )
 
     def make_reference() -> Any:
+        if reference_pretrained is None and own is not None:
+            return own.reference
         if reference_pretrained is None:
             frozen = _load_policy(model, seed)
         else:
@@ -233,18 +276,31 @@ def load_models(
         policy=policy,
         reference=reference,
         scorer=scorer,
-        starts_from_reference=is_used and reference_pretrained is None,
+        starts_from_reference=is_used and starts_alike,
         weights=weights,
         reference_weights=reference_weights,
         make_reference=make_reference,
+        adapters=own,
     )
+
+
+def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
+    """A hash of a base model and what is beside it."""
+    if adapter is None:
+        return base
+    return hashlib.blake2b(f"{base}{adapter.hash()}".encode(), digest_size=16).hexdigest()
 
 
 def _load_policy(model: ModelSource, seed: int) -> Any:
     if model.random:
         return random_model(model.config, dtype=model.dtype, seed=seed)
     return load_model(
-        model.source, model.config, key=model.key, dtype=model.dtype, revision=model.revision
+        model.source,
+        model.config,
+        key=model.key,
+        dtype=model.dtype,
+        revision=model.revision,
+        quantization=model.quantization,
     )
 
 
