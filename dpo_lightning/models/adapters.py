@@ -140,8 +140,8 @@ class Adapters:
         config: Any = self._peft.peft_config[_TRAINED]
         kind = "DoRA" if config.use_dora else "LoRA"
         over = "sqrt(rank)" if config.use_rslora else "rank"
-        names = config.target_modules
-        where = names if isinstance(names, str) else ", ".join(sorted(names))
+        layers = (name for name, m in self.policy.named_modules() if isinstance(m, BaseTunerLayer))
+        where = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         line = f"{kind} of rank {config.r}, alpha {config.lora_alpha:g} over {over}, on {where}"
         if config.lora_dropout:
             line += f"; dropout {config.lora_dropout:g} of its input"
@@ -178,6 +178,8 @@ class Adapters:
         path = folder / CONFIG_FILE
         values = json.loads(path.read_text())
         values |= {"base_model_name_or_path": base, "revision": revision}
+        if isinstance(values["target_modules"], list):
+            values["target_modules"].sort()
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def merge(self) -> Any:

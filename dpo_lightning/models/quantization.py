@@ -32,6 +32,18 @@ def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
     )
 
 
+def keep_trainable(model: Any) -> Any:
+    """Keeps a quantized model's weights as they are; in place.
+
+    On some CPUs bitsandbytes lays weights out anew at the first forward pass in eval mode, for good
+    and without a way back to training.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def _try(device: torch.device, compute: torch.dtype) -> None:
     try:
         layers: Any = importlib.import_module("bitsandbytes.nn")

@@ -29,6 +29,7 @@ from dpo_lightning.models.loading import (
     weights_hash,
 )
 from dpo_lightning.models.probe import choose_path
+from dpo_lightning.models.quantization import keep_trainable
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.reference import LiveReference, NoReference, Reference
 
@@ -294,7 +295,7 @@ def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
 def _load_policy(model: ModelSource, seed: int) -> Any:
     if model.random:
         return random_model(model.config, dtype=model.dtype, seed=seed)
-    return load_model(
+    policy = load_model(
         model.source,
         model.config,
         key=model.key,
@@ -302,6 +303,7 @@ def _load_policy(model: ModelSource, seed: int) -> Any:
         revision=model.revision,
         quantization=model.quantization,
     )
+    return policy if model.quantization is None else keep_trainable(policy)
 
 
 def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:
