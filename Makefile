@@ -36,7 +36,7 @@ bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## write constraints.txt anew from a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt

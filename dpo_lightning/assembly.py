@@ -84,13 +84,15 @@ def make_budget(
     groups = [*prepared.data.train, *prepared.data.eval]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
+    weights = list(prepared.models.policy.parameters())
 
     def choose(tokens: int | None) -> Budget:
         return choose_budget(
             prepared.source.config,
             kind=device.type,
             device_bytes=memory_of(device),
-            trained=sum(p.numel() for p in prepared.models.policy.parameters() if p.requires_grad),
+            trained=sum(p.numel() for p in weights if p.requires_grad),
+            frozen_bytes=sum(p.nbytes for p in weights if not p.requires_grad),
             width=2 if computation.precision == "bf16-mixed" else 4,
             longest=max(costs),
             tokens=tokens,

@@ -75,6 +75,7 @@ def choose_budget(
     longest: int,
     tokens: int | None,
     checkpointing: bool | None,
+    frozen_bytes: int = 0,
 ) -> Budget:
     """Chooses what the settings leave open.
 
@@ -87,11 +88,12 @@ def choose_budget(
         longest: Tokens of the longest group.
         tokens: ``data.micro_batch_tokens``.
         checkpointing: ``model.gradient_checkpointing``.
+        frozen_bytes: Of weights that are not trained.
     """
     least, most = _LEAST_TOKENS[kind], _MOST_TOKENS[kind]
     if device_bytes is None:
         return Budget(tokens or most, bool(checkpointing))
-    usable = max(0.0, _USABLE * (device_bytes - _TRAINED_BYTES * trained))
+    usable = max(0.0, _USABLE * (device_bytes - _TRAINED_BYTES * trained - frozen_bytes))
 
     def fitting(again: bool) -> int:
         return int(usable / activation_bytes(config, width=width, checkpointing=again))

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from dpo_lightning.config import Config
-from dpo_lightning.models.master_weights import cast_parameters
+from dpo_lightning.models.master_weights import cast_frozen
 
 PrecisionName = Literal["32-true", "bf16-mixed"]
 
@@ -26,12 +26,14 @@ class Computation:
             computes in the weights' own type.
         autocast: Whether each operation chooses its type.
         sharded: Whether the weights are shared out; they are then rounded as they are gathered.
+        held: Whether the frozen weights are of that type as they are, and only masters are not.
     """
 
     precision: PrecisionName
     weights: torch.dtype | None
     autocast: bool
     sharded: bool = False
+    held: bool = False
 
     @property
     def master_dtype(self) -> torch.dtype | None:
@@ -41,7 +43,7 @@ class Computation:
     @property
     def name(self) -> str:
         """Tells computations apart whose numbers are not the same."""
-        if self.weights is not None:
+        if self.weights is not None and not self.held:
             return f"{self.precision}, weights in {self.weights}"
         return f"{self.precision}, autocast" if self.autocast else self.precision
 
@@ -52,9 +54,9 @@ class Computation:
         return contextlib.nullcontext()
 
     def cast(self, model: Any) -> Any:
-        """A frozen model in the type that the policy computes in; in place."""
+        """The frozen weights of a model in the type that the policy computes in; in place."""
         dtype = self.master_dtype
-        return model if dtype is None else cast_parameters(model, dtype)
+        return model if dtype is None else cast_frozen(model, dtype)
 
 
 def decide_precision(config: Config) -> PrecisionName:
@@ -87,5 +89,13 @@ def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
     if trainer.world_size > 1 and not sharded:
         return Computation(precision, weights=None, autocast=True)
     trainer.strategy.precision_plugin = Precision()
-    rounded = torch.bfloat16 if config.model.dtype == "float32" else None
-    return Computation(precision, weights=rounded, autocast=False, sharded=sharded)
+    held = config.model.dtype != "float32"
+    # PEFT keeps matrices in float32 also beside weights in bfloat16.
+    rounds = not held or config.peft.kind == "lora"
+    return Computation(
+        precision,
+        weights=torch.bfloat16 if rounds else None,
+        autocast=False,
+        sharded=sharded,
+        held=held,
+    )

@@ -12,7 +12,7 @@ from dpo_lightning.config import Config
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import Answering, evaluate_samples
-from dpo_lightning.export import export_model
+from dpo_lightning.export import export_adapter, export_model
 from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
@@ -91,6 +91,9 @@ def conclude(
     policy = whole_model(policy, keep=prepared.ranks is None or prepared.ranks.is_first)
     if policy is None:
         return measured
+    adapters = prepared.models.adapters
+    if adapters is not None and (prepared.task is not None or config.peft.merge):
+        adapters.restore_base()
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
         reference_logps = prepared.reference_outcome_logps
         with prepared.models.scorer.plain(policy) as plain:
@@ -106,22 +109,38 @@ def conclude(
             measured["controlled/tabular_kl_optimum_policy"] = kl[-1]
             evaluation["tabular"] = {"loss": fit.losses.tolist(), "kl_optimum_policy": kl}
     result["metrics"] |= measured
-    source = prepared.source
-    export_model(
-        policy,
-        source.tokenizer,
-        run_dir / "model",
-        config=source.config,
-        facts={
-            "name": run_dir.name,
-            "base_model": source.name,
-            "beta": config.beta,
-            "loss": config.loss.name,
-            "command": result["command"],
-            "metrics": metrics | result["metrics"],
-        },
-    )
+    facts = {
+        "name": run_dir.name,
+        "base_model": prepared.source.name,
+        "beta": config.beta,
+        "loss": config.loss.name,
+        "command": result["command"],
+        "metrics": metrics | result["metrics"],
+    }
+    _export(prepared, policy, run_dir, merge=config.peft.merge, facts=facts)
     write_json(run_dir / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
     return measured
+
+
+def _export(
+    prepared: Prepared, policy: Any, run_dir: Path, *, merge: bool, facts: dict[str, Any]
+) -> None:
+    """The whole policy as ``model``; an adapter as that, and merged as ``model-merged``."""
+    source, models = prepared.source, prepared.models
+    folder = run_dir / "model"
+    if models.adapters is not None:
+        export_adapter(
+            models.adapters,
+            source.tokenizer,
+            folder,
+            base=None if source.random else source.source,
+            revision=source.revision,
+            facts=facts,
+        )
+        if not merge:
+            return
+        models.adapters.merge()
+        folder = run_dir / "model-merged"
+    export_model(policy, source.tokenizer, folder, config=source.config, facts=facts)

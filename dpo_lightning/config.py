@@ -40,6 +40,9 @@ RANKING_METRICS = (
 )
 """By what trials may be ranked: none of them scales with beta, and more is better in all."""
 
+BASE = "base"
+"""As ``reference.adapter``: the model without any adapter."""
+
 LARGEST_SEED = 2**32 - 1
 LONGEST_NAME = 80
 
@@ -161,6 +164,40 @@ class LossConfig:
 
 
 @dataclass
+class PeftConfig:
+    """What is trained: all weights, or LoRA matrices beside frozen ones (PEFT's)."""
+
+    # none trains all weights; lora two small matrices beside each linear layer.
+    kind: str = _setting("none", choices=("none", "lora"))
+    # Rank of their product, and what it is scaled by: alpha / r, or alpha / sqrt(r) with rslora.
+    r: int = _setting(16, least=1)
+    alpha: int = _setting(32, least=1)
+    # Of the matrices' input while training; no other dropout is ever on.
+    dropout: float = _setting(0.0, least=0, below=1)
+    # Names of modules; null: all linear layers of the decoder, which are all but the head.
+    target_modules: list[str] | None = field(
+        default=None, metadata={"expected": "a list of names, such as [q_proj,v_proj]"}
+    )
+    rslora: bool = False
+    # Directions and lengths of the weights apart: closer to full training, and slower.
+    dora: bool = False
+    # Of the first matrix; the second starts at zero, so that the policy starts as the base model.
+    init: str = _setting(
+        "kaiming",
+        expected="one of kaiming, gaussian (pissa, olora, loftq and corda change the base weights, "
+        "which are the reference)",
+    )
+    # A folder or hub id of a LoRA adapter to start from, such as one from supervised fine-tuning.
+    adapter: str | None = None
+    # Branch, tag or commit of that hub id.
+    revision: str | None = None
+    # Beside the adapter, export a whole model with the adapter added in.
+    merge: bool = False
+    # nf4 holds the frozen weights in 4 bits (QLoRA, by bitsandbytes).
+    quantization: str = _setting("none", choices=("none", "nf4"))
+
+
+@dataclass
 class ReferenceConfig:
     """Where the reference log-probabilities come from."""
 
@@ -169,6 +206,10 @@ class ReferenceConfig:
     kind: str = _setting("auto", choices=("auto", "cached", "live", "none"))
     # A local folder or a hub id; null is the policy as it starts.
     pretrained: str | None = None
+    # With peft=lora a folder or hub id of another LoRA adapter on the same base model, or base: the
+    # model without any; null is the policy as it starts, with peft.adapter that adapter, frozen.
+    adapter: str | None = None
+    # Branch, tag or commit of either's hub id.
     revision: str | None = None
     # Where they are kept, and the token ids of rows; null: $DPO_LIGHTNING_CACHE, or outputs/cache.
     cache_dir: str | None = None
@@ -178,7 +219,7 @@ class ReferenceConfig:
 class OptimizerConfig:
     """AdamW, clipping and the learning-rate schedule."""
 
-    # null: by what is trained (bundled model 1e-3, any other 5e-7).
+    # null: by what is trained (bundled model 1e-3, LoRA 5e-6, all other weights 5e-7).
     lr: float | None = _setting(None, above=0)
     betas: list[float] = field(
         default_factory=lambda: [0.9, 0.999],
@@ -326,6 +367,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     # With the options of every loss.
     loss: LossConfig = field(default_factory=lambda: loss_schema()())
+    peft: PeftConfig = field(default_factory=PeftConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

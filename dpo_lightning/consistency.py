@@ -5,12 +5,13 @@ problem. Paths are looked at, nothing is opened; a hub id is only judged by its 
 """
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from dpo_lightning.config import Config, StrategyConfig
+from dpo_lightning.config import BASE, Config, PeftConfig, StrategyConfig
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.objectives.registry import known_losses
 
@@ -29,6 +30,9 @@ _OTHER_SUFFIXES = (
     ".pkl",
     ".ndjson",
 )
+
+# What families call the layer behind the decoder.
+_HEADS = ("lm_head", "embed_out", "output_layer")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -198,9 +202,89 @@ def _objective(config: Config) -> Iterator[str]:
             f"reference.pretrained={reference.pretrained} with reference=none: "
             "use reference=live, or leave it out"
         )
-    if reference.pretrained is None and reference.revision is not None:
-        yield f"reference.revision={reference.revision}: set reference.pretrained= too"
+    has_other = reference.pretrained is not None or reference.adapter not in (None, BASE)
+    if reference.revision is not None and not has_other:
+        yield (
+            f"reference.revision={reference.revision}: set reference.pretrained= or "
+            "reference.adapter= too"
+        )
     yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
+
+
+def _peft(config: Config) -> Iterator[str]:
+    peft, reference = config.peft, config.reference
+    default, lora = PeftConfig(), peft.kind == "lora"
+    changed = {
+        name: value
+        for name, value in asdict(peft).items()
+        if name != "kind" and value != getattr(default, name)
+    }
+    if not lora:
+        for name, value in changed.items():
+            yield f"peft.{name}={value}: peft=none trains all weights; add peft=lora"
+        if reference.adapter is not None:
+            yield f"reference.adapter={reference.adapter} is for LoRA: add peft=lora"
+        return
+    for name in peft.target_modules or ():
+        if name.rpartition(".")[2] in _HEADS:
+            yield (
+                f"peft.target_modules: {name} is the model's head, which stays frozen; name layers "
+                "of the decoder, or null for all of them"
+            )
+    if peft.adapter is not None:
+        for name in ("r", "alpha", "target_modules", "rslora", "dora", "init"):
+            if name in changed:
+                yield (
+                    f"peft.{name}={changed[name]}: the adapter of peft.adapter={peft.adapter} has "
+                    "its own; leave one of the two out"
+                )
+    elif peft.revision is not None:
+        yield f"peft.revision={peft.revision} is of a hub id: set peft.adapter= too"
+    yield from _adapter_folder("peft.adapter", peft.adapter)
+    if peft.quantization == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield (
+                "peft.quantization=nf4 needs bitsandbytes, which is not installed: "
+                'pip install "dpo-lightning[qlora]"'
+            )
+        if config.model.config is not None:
+            yield (
+                f"peft.quantization=nf4: model.config={config.model.config} has random weights; "
+                "set model.pretrained= instead"
+            )
+        if peft.merge:
+            yield (
+                "peft.merge=true: weights in 4 bits cannot take the adapter in without rounding it "
+                "away; merge it into the model that you serve, or use peft.quantization=none"
+            )
+    if reference.adapter is None:
+        return
+    key = f"reference.adapter={reference.adapter}"
+    if reference.adapter in ("none", "null", "off"):
+        yield f"{key}: the model without any adapter is reference.adapter={BASE}"
+        return
+    if reference.pretrained is not None:
+        yield (
+            f"{key} is an adapter on the policy's own base model and "
+            f"reference.pretrained={reference.pretrained} another model: give one of the two"
+        )
+    if reference.kind == "none":
+        yield f"{key} with reference=none: use reference=auto, or leave it out"
+    elif not objective_settings(config.loss).uses_reference:
+        yield f"{key}: loss={config.loss.name} uses no reference; leave it out"
+    if reference.adapter != BASE:
+        yield from _adapter_folder("reference.adapter", reference.adapter)
+
+
+def _adapter_folder(key: str, source: str | None) -> Iterator[str]:
+    """What is wrong with a LoRA adapter's folder, seen from outside."""
+    yield from _model_folder(key, source, ("adapter_config.json",))
+    if source is None or not (Path(source) / "adapter_config.json").is_file():
+        return
+    if not (Path(source) / "adapter_model.safetensors").is_file():
+        has_pickle = (Path(source) / "adapter_model.bin").exists()
+        found = "adapter_model.bin is a pickle and is not loaded" if has_pickle else "no weights"
+        yield f"{key}={source}: {found}; needs adapter_model.safetensors"
 
 
 # What a strategy has a use for; the rest is left as it is.
@@ -221,6 +305,11 @@ def _strategy(config: Config) -> Iterator[str]:
         yield (
             f"strategy.{key}={chosen[key]}: strategy={strategy.name} has no use for it; "
             f"add {' or '.join(users)}"
+        )
+    if strategy.name == "fsdp" and config.peft.kind != "none":
+        yield (
+            f"strategy=fsdp: peft={config.peft.kind} is trained with whole models on each device; "
+            "use strategy=ddp, or peft=none"
         )
     if strategy.name == "fsdp" and config.trainer.accelerator == "mps":
         yield "strategy=fsdp: shards need trainer.accelerator=gpu or cpu, not mps"
@@ -294,6 +383,7 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _model(config)
     yield from _data(config)
     yield from _objective(config)
+    yield from _peft(config)
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ import torch
 import transformers
 
 from dpo_lightning.checkpoints import find_checkpoint
-from dpo_lightning.config import Config
+from dpo_lightning.computation import decide_precision
+from dpo_lightning.config import BASE, Config
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.prepare import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation import Score, no_scores
 from dpo_lightning.fingerprint import hashed_settings
+from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
+from dpo_lightning.models.adapters import LoraSettings, count_parameters
+from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.setup import (
+    AdapterSettings,
     Models,
     ModelSource,
     load_models,
@@ -79,7 +84,8 @@ def run_experiment(
     if task is not None:
 
         def outcome_logps() -> torch.Tensor:
-            with models.scorer.plain(models.policy) as reference:
+            start = models.policy if models.adapters is None else models.adapters.reference
+            with models.scorer.plain(start) as reference:
                 return task.outcome_logps(reference)
 
         reference_logps = outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
@@ -94,10 +100,11 @@ def run_experiment(
     }
     result["config_hash"] = _config_hash(resolved, hashes)
     result["data"] = data.counts()
+    parameters, trainable = count_parameters(models.policy)
     result["model"] = {
         "name": source.name,
-        "parameters": sum(p.numel() for p in models.policy.parameters()),
-        "trainable": sum(p.numel() for p in models.policy.parameters() if p.requires_grad),
+        "parameters": parameters,
+        "trainable": trainable,
     }
     run_session(
         config,
@@ -154,6 +161,11 @@ def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
         dtype=model.dtype,
         max_length=config.data.max_length,
     )
+    if config.peft.quantization == "nf4":
+        # What is not held in 4 bits is held in what is computed in.
+        half = source.dtype == torch.bfloat16 or decide_precision(config) == "bf16-mixed"
+        dtype = torch.bfloat16 if half else torch.float32
+        source = replace(source, dtype=dtype, quantization=nf4_config(dtype, _device(config)))
     if rows is not None:
         parts = [rows.train.groups, rows.eval.groups if rows.eval else []]
         messages = any(not isinstance(g.prompt, str) for groups in parts for g in groups)
@@ -197,8 +209,54 @@ def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Mo
         reference_revision=config.reference.revision,
         needs_reference=objective_settings(config.loss).uses_reference,
         seed=config.seed,
+        adapters=_adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
     )
+
+
+def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
+    """What is trained beside frozen weights, its files read."""
+    peft, reference = config.peft, config.reference
+    if peft.kind == "none":
+        return None
+
+    def read(name: str, key: str, revision: str | None) -> AdapterFile:
+        file = read_adapter(name, key=key, revision=revision)
+        if file.base is not None and not _same_place(file.base, source.source):
+            log.info("%s was trained on %s, here on %s", file.name, file.base, source.source)
+        return file
+
+    start: LoraSettings | AdapterFile
+    frozen = None
+    if peft.adapter is None:
+        start = LoraSettings(
+            r=peft.r,
+            alpha=peft.alpha,
+            target_modules=peft.target_modules,
+            rslora=peft.rslora,
+            dora=peft.dora,
+            gaussian=peft.init == "gaussian",
+        )
+    else:
+        # Where nothing else is said, what the policy starts as is the reference, and not the base.
+        start = frozen = read(peft.adapter, "peft.adapter", peft.revision)
+        if start.dropout != peft.dropout:
+            log.info(
+                "%s was trained with dropout %g, here with peft.dropout=%g",
+                *(start.name, start.dropout, peft.dropout),
+            )
+    if reference.adapter == BASE:
+        frozen = None
+    elif reference.adapter is not None:
+        frozen = read(reference.adapter, "reference.adapter", reference.revision)
+    return AdapterSettings(start=start, reference=frozen, dropout=peft.dropout)
+
+
+def _same_place(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    paths = Path(one), Path(other)
+    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
 def _make_score(config: Config, *, judges: bool) -> Score | None:
@@ -208,13 +266,17 @@ def _make_score(config: Config, *, judges: bool) -> Score | None:
         return None
     if not judges:
         return no_scores
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return make_scorer(
         evaluation.scorer,
         config.plugins,
-        device=torch.device("cuda" if on_gpu else "cpu"),
+        device=_device(config),
         batch_size=evaluation.batch_size,
     )
+
+
+def _device(config: Config) -> torch.device:
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _cache_dir(config: Config) -> Path:
@@ -256,10 +318,15 @@ def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
 
 
 def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
+    peft = asdict(config.peft)
+    # Of a stored adapter the content counts, which is in the hash of the weights.
+    for name in ("adapter", "revision", "merge"):
+        del peft[name]
     return {
         "beta": config.beta,
         **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
         "reference.kind": config.reference.kind,
+        **{f"peft.{name}": value for name, value in peft.items()},
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
         "data": hashes["data"],

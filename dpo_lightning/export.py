@@ -1,15 +1,18 @@
-"""The trained policy as a Hugging Face folder with a model card."""
+"""The trained policy as a Hugging Face folder, or its adapter as one of PEFT, with a card."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import GenerationConfig
+
+from dpo_lightning.models.adapters import Adapters
 
 
 def export_model(
@@ -26,24 +29,60 @@ def export_model(
         config: The model's config as it was loaded; dropout was off for training only.
         facts: ``base_model``, ``beta``, ``loss``, ``command``, ``metrics`` for the card.
     """
-    staged = folder.with_name(f".{folder.name}.staged")
-    shutil.rmtree(staged, ignore_errors=True)
     trained_config = policy.config
     _check_generation_config(policy)
-    try:
-        policy.config = config
-        policy.save_pretrained(staged)
-    finally:
-        policy.config = trained_config
-    tokenizer.save_pretrained(staged)
-    _portable_tokenizer_class(staged / "tokenizer_config.json")
-    _card(facts).save(staged / "README.md")
+    with _staged(folder) as staged:
+        try:
+            policy.config = config
+            policy.save_pretrained(staged)
+        finally:
+            policy.config = trained_config
+        _save_tokenizer(tokenizer, staged)
+        _card(facts).save(staged / "README.md")
+
+
+def export_adapter(
+    adapters: Adapters,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    base: str | None,
+    revision: str | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes a folder that ``PeftModel.from_pretrained`` loads onto the base model.
+
+    Args:
+        adapters: The trained adapter.
+        tokenizer: The policy's tokenizer, as in :func:`export_model`.
+        folder: Where to.
+        base: Folder or hub id of the base model; None for random weights.
+        revision: Its revision on the hub.
+        facts: As in :func:`export_model`.
+    """
+    with _staged(folder) as staged:
+        adapters.save(staged, base=base, revision=revision)
+        _save_tokenizer(tokenizer, staged)
+        _card(facts, library="peft", base=base).save(staged / "README.md")
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside its place, which takes that when it is whole."""
+    staged = folder.with_name(f".{folder.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    yield staged
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    _portable_tokenizer_class(folder / "tokenizer_config.json")
 
 
 def _check_generation_config(policy: Any) -> None:
@@ -67,11 +106,15 @@ def _portable_tokenizer_class(path: Path) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _card(facts: Mapping[str, Any]) -> ModelCard:
+def _card(
+    facts: Mapping[str, Any], *, library: str = "transformers", base: str | None = None
+) -> ModelCard:
     data = ModelCardData(
-        library_name="transformers",
+        base_model=base,
+        library_name=library,
         pipeline_tag="text-generation",
-        tags=["dpo", "dpo-lightning", "preference-optimization"],
+        tags=["dpo", "dpo-lightning", "preference-optimization"]
+        + (["lora"] if library == "peft" else []),
     )
     metrics = "\n".join(
         f"| `{name}` | {value:.4g} |" for name, value in sorted(facts["metrics"].items())

@@ -43,6 +43,7 @@ def settings_hash(config: Config) -> str:
     model = config.model
     for source in (
         *(model.pretrained, model.tokenizer, model.config),
+        *(config.peft.adapter, config.reference.adapter),
         *(config.reference.pretrained, config.evaluation.scorer),
     ):
         if source is not None and Path(source).exists():

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import torch
 
 from dpo_lightning.budget import Budget
-from dpo_lightning.config import Config
+from dpo_lightning.config import BASE, Config
 from dpo_lightning.data.prepare import PreparedData
+from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.models.setup import Models, ModelSource
 from dpo_lightning.reference import NoReference
 from dpo_lightning.schedule import Schedule
@@ -38,13 +39,15 @@ def header_facts(
         if reasons:
             listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             counts += f"; {what}: {listed}"
-    weights = list(models.policy.parameters())
-    total = sum(p.numel() for p in weights)
-    trainable = sum(p.numel() for p in weights if p.requires_grad)
+    total, trainable = count_parameters(models.policy)
     parameters = f"{total:,} parameters"
     if trainable != total:
         parameters += f", {trainable:,} of them trained"
     reference = config.reference.pretrained or "the policy's start, frozen"
+    if models.adapters is not None and config.reference.pretrained is None:
+        named = config.reference.adapter or config.peft.adapter
+        without = named is None or named == BASE
+        reference = "the base model, adapter off" if without else f"the adapter {named}, frozen"
     if isinstance(models.reference, NoReference):
         reference = "none"
     elif models.reference is None:
@@ -57,6 +60,7 @@ def header_facts(
         memory += ", activations computed again in the backward pass"
     facts = {
         "model": f"{source.name}: {parameters}",
+        **({} if models.adapters is None else {"peft": models.adapters.describe()}),
         "data": f"{config.data.train or 'controlled task'}: {counts}",
         "loss": f"{config.loss.name}, beta {config.beta:g}, reference {reference}",
         "steps": f"{schedule.total_steps:,} of {config.data.batch_size} groups, learning rate "

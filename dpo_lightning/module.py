@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.models.adapters import adapter_dropout_off
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import (
@@ -113,6 +114,10 @@ class DPOModule(pl.LightningModule):
         self._masters: MasterWeights | None = None
         # What the optimizer trains.
         self._trained: list[Tensor] = []
+        # Names in a state dict that stay as they were loaded; a checkpoint has the others.
+        self._frozen = _frozen_names(policy)
+        if self._frozen:
+            self.strict_loading = False
         # The step at which the evaluation groups were last seen.
         self.last_evaluation = -1
         self._train_sums: Tensor | None = None
@@ -153,10 +158,31 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding."""
+        """A checkpoint holds the weights that are trained, not their rounding, and none else."""
+        for name in self._frozen:
+            del checkpoint["state_dict"][name]
         if self._masters is not None:
             for name, value in self._masters.state_dict():
                 checkpoint["state_dict"][f"policy.{name}"] = value
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other weights than those that are trained.
+
+        Raises:
+            UserError: If a weight is missing, unknown or of another shape.
+        """
+        stored = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        own = {
+            name: value.shape
+            for name, value in self.state_dict().items()
+            if name not in self._frozen
+        }
+        differing = sorted({name for name, _ in stored.items() ^ own.items()})
+        if differing:
+            raise UserError(
+                f"resume: the checkpoint has other weights than this run trains ({differing[0]} "
+                f"first of {len(differing)}); resume with the same model= and peft= settings"
+            )
 
     def restore_weights(self) -> None:
         """Ends training: the policy has the weights that were trained, in their own type."""
@@ -342,12 +368,16 @@ class DPOModule(pl.LightningModule):
     def _check_same_model(self, batch: StepBatch) -> None:
         """Refuses a reference that is not the policy's start: the loss would mean nothing."""
         sums = torch.zeros(2, device=self.device)
+        asked = self.reference.rows, self.reference.computed
         for micro_batch in batch.micro_batches[:1]:
             plan = self.scorer.plan(micro_batch)
-            policy = self.scorer.logps(self.policy, micro_batch, plan)
+            with adapter_dropout_off(self.policy):
+                policy = self.scorer.logps(self.policy, micro_batch, plan)
             reference = self.reference.logps(micro_batch, plan)
             assert reference is not None
             sums += torch.stack([(policy - reference).abs().sum(), micro_batch.lengths.sum()])
+        # A check is no work of the run's.
+        self.reference.rows, self.reference.computed = asked
         total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         dtype = self._dtype_computed_in()
         if not total / tokens <= _SAME_MODEL_TOLERANCE[dtype]:
@@ -389,6 +419,18 @@ class DPOModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
             logger.save()
+
+
+def _frozen_names(policy: Any) -> frozenset[str]:
+    """Entries of the module's state dict that are not trained; none where all weights are."""
+    trained = [
+        f"policy.{name}"
+        for name, parameter in policy.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    if all(parameter.requires_grad for parameter in policy.parameters()):
+        return frozenset()
+    return frozenset(f"policy.{name}" for name in policy.state_dict()).difference(trained)
 
 
 def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:

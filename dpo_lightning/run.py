@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import dpo_lightning
-from dpo_lightning.config import Config
+from dpo_lightning.config import BASE, Config
 from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.errors import DpoLightningError
@@ -30,7 +30,9 @@ from dpo_lightning.results import RESULT_FILE, write_json
 log = logging.getLogger(__name__)
 
 QUARANTINE_FILE = "quarantine.jsonl"
-_PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "wandb", "numpy")
+_PACKAGES = (
+    *("torch", "lightning", "transformers", "peft", "hydra-core", "datasets", "wandb", "numpy"),
+)
 _HUB = "https://huggingface.co"
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 
@@ -88,6 +90,9 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
+        # PEFT imports these where they are installed; they tell of kernels that nobody asked for.
+        for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from dpo_lightning.experiment import run_experiment
 
         run_experiment(config, rows, run_dir=run_dir, resolved=resolved, result=result)
@@ -133,6 +138,8 @@ def prefer_cache_without_network(config: Config) -> None:
         config.model.tokenizer,
         config.model.config,
         config.reference.pretrained,
+        config.peft.adapter,
+        None if config.reference.adapter == BASE else config.reference.adapter,
         None if _is_function(config) else config.evaluation.scorer,
     )
     data = (config.data.train, config.data.eval)

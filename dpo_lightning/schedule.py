@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from dpo_lightning.config import Config
 from dpo_lightning.data.module import steps_per_epoch
 
-# Peak learning rates by what is trained: the bundled model, a model with all its weights.
+# Peak learning rates by what is trained: the bundled model, LoRA matrices, all weights of a model.
 _LEARNING_RATE_BUNDLED = 1e-3
+_LEARNING_RATE_LORA = 5e-6
 _LEARNING_RATE_FULL = 5e-7
 
 
@@ -43,7 +44,8 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
     warmup = config.optimizer.warmup
     learning_rate = config.optimizer.lr
     if learning_rate is None:
-        learning_rate = _LEARNING_RATE_BUNDLED if bundled else _LEARNING_RATE_FULL
+        own = _LEARNING_RATE_FULL if config.peft.kind == "none" else _LEARNING_RATE_LORA
+        learning_rate = _LEARNING_RATE_BUNDLED if bundled else own
     return Schedule(
         total_steps=total,
         warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),

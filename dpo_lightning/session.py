@@ -102,6 +102,8 @@ def run_session(
         )
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
+        # Beside an adapter most weights are frozen: half of their memory, before they are moved.
+        computation.cast(prepared.models.policy)
         budget = make_budget(config, prepared, computation, device, world_size=trainer.world_size)
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
@@ -207,6 +209,8 @@ def run_session(
     if trainer.is_global_zero:
         for name in ("model", "result.json", "metrics.jsonl"):
             log.info("%-10s%s", name.partition(".")[0], run_dir / name)
+        if config.peft.merge:
+            log.info("%-10s%s", "merged", run_dir / "model-merged")
         if where is not None:
             log.info("%-10s%s", "wandb", where)
 

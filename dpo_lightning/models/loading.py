@@ -43,7 +43,7 @@ def load_tokenizer(
             source, revision=revision or "main", trust_remote_code=False
         )
     except Exception as error:
-        raise _load_error(
+        raise load_error(
             f"{key}={source}: no tokenizer", error, remedy="model.tokenizer="
         ) from error
     if needs_eos and tokenizer.eos_token_id is None:
@@ -81,7 +81,7 @@ def load_config(
                 source, revision=revision or "main", trust_remote_code=False
             )
     except Exception as error:
-        raise _load_error(f"{key}={source}: no model config", error, remedy=f"{key}=") from error
+        raise load_error(f"{key}={source}: no model config", error, remedy=f"{key}=") from error
     known = config.to_dict()
     for name, value in (overrides or {}).items():
         if name not in known:
@@ -107,7 +107,13 @@ def without_dropout(config: Any) -> Any:
 
 
 def load_model(
-    source: str, config: Any, *, key: str, dtype: torch.dtype, revision: str | None = None
+    source: str,
+    config: Any,
+    *,
+    key: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    quantization: Any = None,
 ) -> Any:
     """Loads a causal language model's weights from a folder or the hub, safetensors only.
 
@@ -117,6 +123,7 @@ def load_model(
         key: The config key that named it, for errors.
         dtype: Type of the weights in memory.
         revision: Revision on the hub.
+        quantization: How transformers is to hold the weights of linear layers, if in fewer bits.
 
     Raises:
         UserError: If the weights are absent, incomplete or of another architecture.
@@ -128,6 +135,7 @@ def load_model(
         key=key,
         revision=revision or "main",
         dtype=dtype,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
 
 
@@ -173,7 +181,7 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
             **options,
         )
     except Exception as error:
-        raise _load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
+        raise load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise UserError(
@@ -250,7 +258,8 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _load_error(what: str, error: Exception, *, remedy: str) -> UserError:
+def load_error(what: str, error: Exception, *, remedy: str) -> UserError:
+    """What a folder or the hub said, in one line with a remedy."""
     text = " ".join(str(error).split())
     lowered = text.lower()
     offline = ("couldn't connect", "can't load", "offline", "not find", "connection", "resolve")

@@ -25,6 +25,15 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def cast_frozen(model: Any, dtype: torch.dtype) -> Any:
+    """The same for the weights that are not trained."""
+    for name, parameter in model.named_parameters():
+        frozen = parameter.is_floating_point() and not parameter.requires_grad
+        if frozen and not stays_wide(model, name):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def stays_wide(model: Any, name: str) -> bool:
     """Whether a model's family keeps the parameter of that name in float32."""
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]

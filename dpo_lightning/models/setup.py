@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.adapter_files import AdapterFile
+from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.loading import (
     adopt_special_tokens,
     check_same_vocabulary,
@@ -27,6 +30,7 @@ from dpo_lightning.models.loading import (
     without_dropout,
 )
 from dpo_lightning.models.probe import choose_path
+from dpo_lightning.models.quantization import keep_trainable
 from dpo_lightning.models.scoring import Scorer, ScoringPath
 from dpo_lightning.models.sharding import meta_model
 from dpo_lightning.reference import LiveReference, NoReference, Reference
@@ -52,6 +56,7 @@ class ModelSource:
         tokenizer: The tokenizer.
         config: The model's config as it was loaded.
         max_length: Longest prompt + response, in tokens.
+        quantization: How transformers holds linear layers, if in fewer bits.
     """
 
     name: str
@@ -64,6 +69,22 @@ class ModelSource:
     tokenizer: Any
     config: Any
     max_length: int
+    quantization: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What is trained beside frozen weights.
+
+    Attributes:
+        start: A new adapter, or a stored one to go on with.
+        reference: What the reference has beside the base model: a stored adapter, or nothing.
+        dropout: Of the trained adapter's input.
+    """
+
+    start: LoraSettings | AdapterFile
+    reference: AdapterFile | None
+    dropout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +102,8 @@ class Models:
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
         live: Whether the reference is to be held in memory, where ``reference`` is not made yet.
+        adapters: What is trained, where the policy's own weights are frozen; its reference is then
+            in the same model.
     """
 
     policy: Any
@@ -91,6 +114,7 @@ class Models:
     reference_weights: str
     make_reference: Callable[[], Any]
     live: bool = False
+    adapters: Adapters | None = None
 
     @contextlib.contextmanager
     def reference_model(self, device: torch.device) -> Iterator[Any]:
@@ -197,6 +221,7 @@ def load_models(
     needs_reference: bool,
     seed: int,
     from_first: Callable[[Callable[[], Any]], Any] | None = None,
+    adapters: AdapterSettings | None = None,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
 
@@ -207,7 +232,8 @@ def load_models(
         reference_pretrained: Folder or hub id of another reference; None is the policy's start.
         reference_revision: Its revision on the hub.
         needs_reference: Whether the loss uses a reference.
-        seed: Of a random model.
+        seed: Of a random model, and of a new adapter.
+        adapters: What is trained beside frozen weights; None trains all.
         from_first: Gives every rank what a function gives on rank 0, where ranks are to share the
             models: rank 0 then has them whole, on the CPU, and the others have models without
             weights. None: each process has its own.
@@ -235,6 +261,23 @@ def load_models(
         scorer.prepare(policy)
     if reason is not None:
         log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
+    own: Adapters | None = None
+    starts_alike = reference_pretrained is None
+    if adapters is not None:
+        # Hashed before, so that a reference without an adapter is that of a run of all weights.
+        base, start = weights, adapters.start
+        own = Adapters(
+            policy,
+            start,
+            reference=adapters.reference,
+            dropout=adapters.dropout,
+            seed=seed,
+            load_base=lambda: _load_policy(model, seed),
+        )
+        weights = _with_adapter(base, start if isinstance(start, AdapterFile) else None)
+        if reference_pretrained is None:
+            reference_weights = _with_adapter(base, adapters.reference)
+        starts_alike = starts_alike and weights == reference_weights
     is_used = reference_kind != "none" and needs_reference
 
     def load_reference() -> Any:
@@ -244,6 +287,8 @@ def load_models(
 
     def make_reference() -> Any:
         assert scorer is not None
+        if reference_pretrained is None and own is not None:
+            return own.reference
         if from_first is None:
             frozen = load_reference()
         else:
@@ -270,20 +315,34 @@ def load_models(
         policy=policy,
         reference=reference,
         scorer=scorer,
-        starts_from_reference=is_used and reference_pretrained is None,
+        starts_from_reference=is_used and starts_alike,
         weights=weights,
         reference_weights=reference_weights,
         make_reference=make_reference,
         live=live,
+        adapters=own,
     )
+
+
+def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
+    """A hash of a base model and what is beside it."""
+    if adapter is None:
+        return base
+    return hashlib.blake2b(f"{base}{adapter.hash()}".encode(), digest_size=16).hexdigest()
 
 
 def _load_policy(model: ModelSource, seed: int) -> Any:
     if model.random:
         return random_model(model.config, dtype=model.dtype, seed=seed)
-    return load_model(
-        model.source, model.config, key=model.key, dtype=model.dtype, revision=model.revision
+    policy = load_model(
+        model.source,
+        model.config,
+        key=model.key,
+        dtype=model.dtype,
+        revision=model.revision,
+        quantization=model.quantization,
     )
+    return policy if model.quantization is None else keep_trainable(policy)
 
 
 def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:

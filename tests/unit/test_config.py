@@ -68,7 +68,10 @@ def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # What a file repeats although it is the default: which choice it is.
-CHOICES = {"model.name", "data.name", "loss.name", "strategy.name", "logger.name", "reference.kind"}
+CHOICES = {
+    *("model.name", "data.name", "loss.name", "strategy.name", "logger.name"),
+    *("reference.kind", "peft.kind"),
+}
 
 
 @pytest.mark.parametrize(

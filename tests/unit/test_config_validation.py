@@ -429,3 +429,9 @@ def test_a_loss_that_compares_a_whole_step_is_refused_on_several_devices(name: s
     assert f"trainer.devices=2: loss={name}" in text
     assert "trainer.devices=1" in text
     validate(composed(loss__name=name, trainer__devices=1, strategy__name="fsdp"))
+
+
+def test_an_adapter_is_not_shared_out():
+    text = problem(composed(strategy__name="fsdp", peft__kind="lora"))
+    assert "strategy=fsdp: peft=lora" in text
+    assert "strategy=ddp" in text

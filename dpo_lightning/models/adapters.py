@@ -1,0 +1,322 @@
+"""LoRA beside the frozen weights of a policy, and the reference that those weights are.
+
+PEFT puts its layers into the transformers model itself, which stays what everybody works with: its
+attention, decoder, head and ``generate`` are where they were. PEFT's own wrapper around it is kept
+for what it does best: switching adapters, and writing them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.adapter_files import CONFIG_FILE, AdapterFile
+
+# PEFT's name of the adapter that is trained, which its files do not carry.
+_TRAINED = "default"
+_REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """A new adapter.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale, over the rank or its square root.
+        target_modules: Names of modules; None for all linear layers but the head.
+        rslora: Whether the scale is over the square root of the rank.
+        dora: Whether directions and lengths are trained apart.
+        gaussian: Whether the first matrix is drawn from a normal distribution.
+    """
+
+    r: int
+    alpha: int
+    target_modules: Sequence[str] | None
+    rslora: bool
+    dora: bool
+    gaussian: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Of PEFT's ``LoraConfig``."""
+        names = self.target_modules
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "target_modules": "all-linear" if names is None else list(names),
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "init_lora_weights": "gaussian" if self.gaussian else True,
+        }
+
+
+class Adapters:
+    """The adapter that is trained, and the reference in the same model.
+
+    Args:
+        policy: A transformers causal language model; from here on its weights are frozen and those
+            of an adapter are trained.
+        start: A new adapter, or a stored one to go on with.
+        reference: A stored adapter that, frozen, is the reference; None: no adapter is.
+        dropout: Of the trained adapter's input.
+        seed: Of new matrices.
+        load_base: Loads the base model again.
+
+    Raises:
+        UserError: If an adapter does not fit the model, or would train its head.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        start: LoraSettings | AdapterFile,
+        *,
+        reference: AdapterFile | None,
+        dropout: float,
+        seed: int,
+        load_base: Callable[[], Any],
+    ) -> None:
+        self.policy = policy
+        self._load_base = load_base
+        self._types = {name: value.dtype for name, value in policy.state_dict().items()}
+        head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
+        self._tied = head.weight is embeddings.weight
+        stored = start if isinstance(start, AdapterFile) else None
+        name = "peft" if stored is None else stored.name
+        arguments = start.settings if isinstance(start, AdapterFile) else start.arguments()
+        # Ranks and resumed runs start from the same matrices, whatever was drawn before.
+        with torch.random.fork_rng(devices=[]), _fitting(name):
+            torch.manual_seed(seed)
+            config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **arguments)
+            self._peft = get_peft_model(policy, config)
+        self._refuse_head(name)
+        if stored is not None:
+            self._fill(_TRAINED, stored)
+        self._has_reference = reference is not None
+        if reference is not None:
+            with torch.random.fork_rng(devices=[]), _fitting(reference.name):
+                config = LoraConfig(task_type="CAUSAL_LM", **reference.settings)
+                self._peft.add_adapter(_REFERENCE, config)
+            self._refuse_head(reference.name)
+            self._fill(_REFERENCE, reference)
+        wrapper: Any = self._peft
+        self._tuner = wrapper.base_model
+        self._tuner.set_adapter(_TRAINED)
+        self.reference = ReferenceView(self)
+
+    @contextlib.contextmanager
+    def switched(self) -> Iterator[None]:
+        """The policy is the reference, in eval mode; afterwards it is what it was."""
+        training = [module for module in self.policy.modules() if module.training]
+        self.policy.eval()
+        if self._has_reference:
+            self._tuner.set_adapter(_REFERENCE, inference_mode=True)
+        else:
+            self._tuner.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if self._has_reference:
+                self._tuner.set_adapter(_TRAINED)
+            else:
+                self._tuner.enable_adapter_layers()
+            for module in training:
+                module.training = True
+
+    def describe(self) -> str:
+        """One line about what is trained."""
+        config: Any = self._peft.peft_config[_TRAINED]
+        kind = "DoRA" if config.use_dora else "LoRA"
+        over = "sqrt(rank)" if config.use_rslora else "rank"
+        layers = (name for name, m in self.policy.named_modules() if isinstance(m, BaseTunerLayer))
+        where = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        line = f"{kind} of rank {config.r}, alpha {config.lora_alpha:g} over {over}, on {where}"
+        if config.lora_dropout:
+            line += f"; dropout {config.lora_dropout:g} of its input"
+        if getattr(self.policy, "is_quantized", False):
+            line += "; frozen weights in 4 bits (nf4)"
+        return line
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Gives frozen weights that were rounded the numbers back that they are stored in."""
+        rounded = {
+            own: parameter
+            for name, parameter in self.policy.named_parameters()
+            if (own := _base_name(name)) in self._types and parameter.dtype != self._types[own]
+        }
+        if rounded:
+            stored = self._load_base().state_dict()
+            for own, parameter in rounded.items():
+                parameter.data = stored[own].to(parameter.device)
+
+    def save(self, folder: Path, *, base: str | None, revision: str | None) -> None:
+        """Writes the trained adapter as PEFT does.
+
+        Args:
+            folder: Where to.
+            base: Folder or hub id of the base model; None where nobody else has it.
+            revision: Its revision on the hub.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._peft.save_pretrained(
+                str(folder), selected_adapters=[_TRAINED], save_embedding_layers=False
+            )
+        path = folder / CONFIG_FILE
+        values = json.loads(path.read_text())
+        values |= {"base_model_name_or_path": base, "revision": revision}
+        if isinstance(values["target_modules"], list):
+            values["target_modules"].sort()
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def merge(self) -> Any:
+        """Adds the trained adapter into the weights; only the plain model is left."""
+        return self._tuner.merge_and_unload(adapter_names=[_TRAINED])
+
+    def _fill(self, adapter: str, file: AdapterFile) -> None:
+        """Gives an adapter its stored weights, all of them and none else."""
+        own = get_peft_model_state_dict(
+            self._peft, adapter_name=adapter, save_embedding_layers=False
+        )
+        stored = dict(file.weights)
+        problems = [f"{name} is not in it" for name in own if name not in stored]
+        problems += [f"{name} has no place in this model" for name in stored if name not in own]
+        problems += [
+            f"{name} is {tuple(stored[name].shape)} in it and {tuple(value.shape)} here"
+            for name, value in own.items()
+            if name in stored and stored[name].shape != value.shape
+        ]
+        if problems:
+            raise UserError(
+                f"{file.name}: {len(problems)} weights do not fit the model, the first: "
+                f"{problems[0]}; it was trained on {file.base or 'another model'}"
+            )
+        set_peft_model_state_dict(self._peft, stored, adapter_name=adapter)
+
+    def _refuse_head(self, name: str) -> None:
+        """The head is not trained: its gradient would be the dearest of a step."""
+        layers = [self.policy.get_output_embeddings()]
+        if self._tied:
+            layers.append(self.policy.get_input_embeddings())
+        for layer in layers:
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                [path] = [n for n, module in self.policy.named_modules() if module is layer]
+                raise UserError(
+                    f"{name}: its target_modules or modules_to_save have {path}, the model's head, "
+                    "which stays frozen; leave it out"
+                )
+
+
+class ReferenceView:
+    """The policy as its own reference: each call is made with the reference's weights.
+
+    It can be used beside the policy, wherever a frozen model can.
+
+    Args:
+        adapters: Of the policy.
+    """
+
+    training = False
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapters.policy, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """A forward pass."""
+        with self._adapters.switched():
+            return self._adapters.policy(*arguments, **named)
+
+    def base_model(self, *arguments: Any, **named: Any) -> Any:
+        """A forward pass of the decoder, without the head."""
+        with self._adapters.switched():
+            return self._adapters.policy.base_model(*arguments, **named)
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        """Generation of transformers."""
+        with self._adapters.switched():
+            return self._adapters.policy.generate(*arguments, **named)
+
+    def eval(self) -> ReferenceView:
+        """It always is."""
+        return self
+
+    def train(self, mode: bool = True) -> ReferenceView:
+        """It never is trained."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> ReferenceView:
+        """The trained weights are not its own."""
+        return self
+
+    def to(self, device: torch.device) -> ReferenceView:
+        """Moves the policy."""
+        self._adapters.policy.to(device)
+        return self
+
+
+def _base_name(name: str) -> str:
+    """What a frozen weight was called before adapters were put around its module."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+@contextlib.contextmanager
+def adapter_dropout_off(policy: Any) -> Iterator[None]:
+    """No dropout of adapters, whatever the mode of the policy."""
+    found = [
+        module
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name and module.training
+    ]
+    for module in found:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in found:
+            module.train()
+
+
+def count_parameters(policy: Any) -> tuple[int, int]:
+    """Weights of a policy and those of them that are trained; the reference's adapter is not its.
+
+    Args:
+        policy: A model, with or without adapters, its weights in any type.
+    """
+    total = trained = 0
+    for name, parameter in policy.named_parameters():
+        if f".{_REFERENCE}." in name or name.endswith(f".{_REFERENCE}"):
+            continue
+        # Of weights in 4 bits two are in a byte.
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return total, trained
+
+
+@contextlib.contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """PEFT's errors about modules as a user's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{name}: {text[:300]}; name modules that this model has") from error
