@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dpo_lightning.budget import Budget, choose_budget, longest_share, memory_of
 from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, decide_precision
-from dpo_lightning.config import Config
+from dpo_lightning.config import CONF, Config
 from dpo_lightning.data.module import PreferenceDataModule
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.errors import UserError
@@ -37,6 +38,8 @@ def make_module(
     reference: Reference,
     schedule: Schedule,
     computation: Computation,
+    *,
+    pending_signal: Callable[[], int],
 ) -> DPOModule:
     """The module; its reference is ready."""
     first, second = config.optimizer.betas
@@ -62,9 +65,22 @@ def make_module(
         warmup_steps=schedule.warmup_steps,
         total_steps=schedule.total_steps,
         log_every_n_steps=schedule.log_every_n_steps,
+        max_skipped_steps=config.trainer.max_skipped_steps,
         starts_from_reference=models.starts_from_reference,
         compute_dtype=computation.weights,
+        smaller=memory_settings(config),
+        pending_signal=pending_signal,
     )
+
+
+def memory_settings(config: Config) -> list[str]:
+    """Settings by which a step takes less memory, but for the size of its micro-batches."""
+    others = ("peft=lora", "optimizer=adamw_8bit", "strategy=fsdp")
+    files = {other: CONF.joinpath(*other.split("=")).with_suffix(".yaml") for other in others}
+    found = [other for other in others if files[other].exists()]
+    if not config.model.gradient_checkpointing:
+        found.insert(0, "model.gradient_checkpointing=true")
+    return found
 
 
 def make_budget(

@@ -34,10 +34,12 @@ from dpo_lightning.models.setup import (
 )
 from dpo_lightning.objective_settings import objective_settings, own_loss_settings
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.processes import ChildRanks
 from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
 from dpo_lightning.scorers import make_scorer
 from dpo_lightning.session import run_session
+from dpo_lightning.signals import SignalWatch
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ def run_experiment(
     run_dir: Path,
     resolved: dict[str, Any],
     result: dict[str, Any],
+    signals: SignalWatch,
+    children: ChildRanks,
 ) -> None:
     """Trains, evaluates and exports; fills ``result`` as facts become known.
 
@@ -61,6 +65,8 @@ def run_experiment(
         run_dir: The run's folder.
         resolved: The settings as plain values.
         result: The content of result.json.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -110,6 +116,8 @@ def run_experiment(
         resolved=_filled_in(resolved, source, schedule),
         result=result,
         checkpoint=checkpoint,
+        signals=signals,
+        children=children,
     )
 
 

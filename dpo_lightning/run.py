@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import socket
 import time
 import traceback
@@ -25,7 +26,17 @@ from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_qu
 from dpo_lightning.errors import DpoLightningError
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
+from dpo_lightning.processes import (
+    ChildRanks,
+    Death,
+    end_soon,
+    is_about_ranks,
+    is_child,
+    leave_word,
+    watch_parent,
+)
 from dpo_lightning.results import RESULT_FILE, write_json
+from dpo_lightning.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +44,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 _PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "wandb", "numpy")
 _HUB = "https://huggingface.co"
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
+# How long this process may take to notice that another rank of its run is gone.
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,29 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "command": shlex.join(["python", "train.py", *overrides]),
     }
     code, error = 1, None
+
+    def leave(code: int) -> None:
+        death = children.death
+        children.kill()
+        if is_rank_zero:
+            error = "stopped by a signal" if death is None else death.message
+            left = dict(result) | {"status": _STATUS.get(code, "failed"), "error": error}
+            write_json(run_dir / RESULT_FILE, left)
+
+    def follow(death: Death) -> None:
+        if death.code in (130, 143) and not signals.deferring:
+            os.kill(os.getpid(), signal.SIGINT if death.code == 130 else signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while not signals.noticed:
+            if time.monotonic() > deadline:  # it waits for the rank that is gone
+                signals.end_now(death.code)
+            time.sleep(0.1)
+
+    signals = SignalWatch(leave)
+    children = ChildRanks(run_dir, follow)
+    if is_child():
+        watch_parent()
+    signals.install()
     try:
         load_plugins(config.plugins)
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
@@ -90,7 +126,15 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
         from dpo_lightning.experiment import run_experiment
 
-        run_experiment(config, rows, run_dir=run_dir, resolved=resolved, result=result)
+        run_experiment(
+            config,
+            rows,
+            run_dir=run_dir,
+            resolved=resolved,
+            result=result,
+            signals=signals,
+            children=children,
+        )
         code = 0
     except DpoLightningError as caught:
         code, error = caught.exit_code, str(caught)
@@ -101,18 +145,36 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     except SystemExit as caught:
         # Lightning and signal handlers end the process this way.
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
-        error = "stopped by SIGTERM" if code == 143 else f"ended with exit code {code}"
+        error = f"ended with exit code {code}"
+        if isinstance(caught, Stopped):
+            error = caught.message
     except Exception as caught:
-        code, error = 1, f"{type(caught).__name__}: {caught}"
-        log.exception("unexpected error")
+        death = children.death_behind(caught)
+        if death is not None:
+            code, error = death.code, death.message
+        elif signals.received and is_about_ranks(caught):
+            code, error = exit_code(signals.received), "stopped while a rank was gone"
+        else:
+            code, error = 1, f"{type(caught).__name__}: {caught}"
+            log.exception("unexpected error")
     finally:
+        signals.notice()
         result["status"] = _STATUS.get(code, "failed")
         result["error"] = None if error is None else " ".join(error.split())
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
             write_json(run_dir / RESULT_FILE, result)
+        if code:
+            if is_child():
+                leave_word(run_dir, result["error"])
+            children.end(code)
+            if "LOCAL_RANK" in os.environ:
+                end_soon(code)
+        signals.remove()
     if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
+    if is_rank_zero and code in (130, 143):
+        requeue_slurm_job(signals.received, config.resume)
     return code
 
 

@@ -22,7 +22,13 @@ from dpo_lightning.assembly import (
     make_trainer,
 )
 from dpo_lightning.budget import Budget, say_if_over
-from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
+from dpo_lightning.callbacks import (
+    DueEvaluation,
+    MetricRows,
+    RunIdentity,
+    SameConfig,
+    Throughput,
+)
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, make_computation
 from dpo_lightning.conclusion import conclude
@@ -30,7 +36,8 @@ from dpo_lightning.config import Config, run_name
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.divergence import DIVERGED_FILE
+from dpo_lightning.errors import DivergedError, DpoLightningError, OutOfMemoryError, UserError
 from dpo_lightning.evaluation import (
     COLUMNS,
     SHOWN,
@@ -45,10 +52,15 @@ from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
+from dpo_lightning.out_of_memory import with_last_checkpoint
 from dpo_lightning.plugins import make_callbacks
+from dpo_lightning.preemption import Preemption, take_over
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.processes import ChildRanks
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.results import write_json
+from dpo_lightning.signals import SignalWatch
 from dpo_lightning.wandb_runs import logger_settings
 
 log = logging.getLogger(__name__)
@@ -62,6 +74,8 @@ def run_session(
     resolved: dict[str, Any],
     result: dict[str, Any],
     checkpoint: Path | None,
+    signals: SignalWatch,
+    children: ChildRanks,
 ) -> None:
     """Trains, evaluates, exports and says so; a wandb run is finished in every ending.
 
@@ -72,6 +86,8 @@ def run_session(
         resolved: The settings as plain values, with what was open filled in.
         result: The content of result.json, filled as facts become known.
         checkpoint: What to resume from.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
     """
     throughput = Throughput()
     metrics = JsonlLogger(run_dir)
@@ -99,6 +115,7 @@ def run_session(
             throughput=throughput,
             run_dir=run_dir,
         )
+        take_over(trainer, children)
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
         budget = make_budget(config, prepared, computation, device, world_size=trainer.world_size)
@@ -136,7 +153,14 @@ def run_session(
                 prepared.task, prepared.reference_outcome_logps, models.scorer, beta=config.beta
             )
             trainer.callbacks.append(curve)  # type: ignore[attr-defined]
-        module = make_module(config, models, models.reference, prepared.schedule, computation)
+        module = make_module(
+            config,
+            models,
+            models.reference,
+            prepared.schedule,
+            computation,
+            pending_signal=lambda: signals.received,
+        )
         datamodule = make_data_module(
             config,
             data,
@@ -146,15 +170,21 @@ def run_session(
         )
         if trainer.is_global_zero:
             say_if_over(data.train, budget, shared=models.scorer.shared)
+        preemption = Preemption(signals, run_dir / CHECKPOINTS)
+        trainer.callbacks += [DueEvaluation(), preemption]  # type: ignore[attr-defined]
         reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
+        module.require_finite()
         result["memory"] = {"training_peak_bytes": peak_bytes(device)}
         reset_peak(device)
         if config.checkpoint.last:
             _save_last(trainer, run_dir / CHECKPOINTS)
+            preemption.drop_left(trainer)
+        signals.release()
         if data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=datamodule, verbose=False)
         result["reference"] = _count_reference_rows(trainer, module)
+        children.release()  # what is left is rank 0's alone
         if trainer.is_global_zero:
             report = conclude(
                 config,
@@ -178,6 +208,11 @@ def run_session(
         exit_code = 0
     except DpoLightningError as error:
         exit_code = error.exit_code
+        first = trainer is not None and trainer.is_global_zero
+        if isinstance(error, DivergedError) and error.report and first:
+            write_json(run_dir / DIVERGED_FILE, error.report)
+        if isinstance(error, OutOfMemoryError):
+            raise with_last_checkpoint(error, run_dir) from error
         raise
     except KeyboardInterrupt:
         exit_code = 130
@@ -186,6 +221,7 @@ def run_session(
         exit_code = error.code if isinstance(error.code, int) else 1
         raise
     finally:
+        signals.notice()
         if trainer is not None:
             result["step"] = trainer.global_step
             epoch = steps_per_epoch(len(prepared.data.train), config.data.batch_size)
@@ -291,16 +327,12 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
-        if trainer.received_sigterm:
-            raise SystemExit(143) from None
-        # Lightning exits so after Ctrl-C; any other exit is somebody else's.
+        # Lightning exits so where a plugin raised what Ctrl-C does; any other exit means itself.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.received_sigterm:
-        raise SystemExit(143)
 
 
 def _save_last(trainer: pl.Trainer, folder: Path) -> None:
