@@ -90,41 +90,10 @@ class MetricRows(Callback):
 
     def __init__(self, metrics: JsonlLogger) -> None:
         self._metrics = metrics
-        self._started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The checkpoint, if any, is loaded."""
-        self._metrics.start(trainer.global_step, evaluates=is_due(trainer))
-        self._started = True
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From a checkpoint of the last step no training starts; it is evaluated all the same."""
-        if not self._started:
-            self._metrics.start(trainer.global_step, evaluates=True)
-
-
-def is_due(trainer: pl.Trainer) -> bool:
-    """Whether a run that goes on from a checkpoint is to evaluate before its first step.
-
-    A checkpoint is older than the evaluation after its step, which may not have come to its end.
-    """
-    step = trainer.global_step
-    every = trainer.val_check_batch
-    return bool(step and trainer.val_dataloaders and every and step % int(every) == 0)
-
-
-class DueEvaluation(Callback):
-    """Evaluates after the step of the checkpoint that the run goes on from, if that is due.
-
-    Lightning takes it as done.
-    """
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The checkpoint, if any, is loaded."""
-        if is_due(trainer):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+        self._metrics.start(trainer.global_step)
 
 
 class Progress(RichProgressBar):

@@ -41,13 +41,8 @@ class JsonlLogger(Logger):
         return ""
 
     @rank_zero_only
-    def start(self, step: int, *, evaluates: bool = False) -> None:
-        """Keeps the rows up to ``step`` of a file that is continued, and none of another run.
-
-        Args:
-            step: The step that the run goes on from; 0 for a new run.
-            evaluates: Whether the evaluation after that step is done again, and its rows written.
-        """
+    def start(self, step: int) -> None:
+        """Keeps the rows up to ``step`` of a file that is continued, and none of another run."""
         rows = []
         if step and self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -55,8 +50,7 @@ class JsonlLogger(Logger):
                     row = json.loads(line)
                 except ValueError:
                     continue  # torn by whatever ended that run
-                again = evaluates and row.get("step") == step and not _is_of_training(row)
-                if isinstance(row.get("step"), int) and row["step"] <= step and not again:
+                if isinstance(row.get("step"), int) and row["step"] <= step:
                     rows.append(line)
                     metrics = {k: v for k, v in row.items() if k not in ("step", "epoch", "time")}
                     self.last |= metrics
@@ -77,10 +71,6 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration has files of its own."""
-
-
-def _is_of_training(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith("train/") for name in row)
 
 
 def make_logger(
