@@ -25,6 +25,9 @@ from dpo_lightning.objectives.comparison import (
 from dpo_lightning.objectives.registry import ObjectiveSettings
 from dpo_lightning.reference import Reference
 
+# What a checkpoint holds of the module beside its weights.
+_STATE = "progress"
+
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
 _SAME_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -133,10 +136,55 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding."""
+        """A checkpoint holds the weights that are trained, not their rounding; on every rank.
+
+        Beside them: the sums of a log interval that has begun, a row per rank, and what the last
+        evaluation found where it was of these weights.
+        """
         if self._masters is not None:
             for name, value in self._masters.state_dict():
                 checkpoint["state_dict"][f"policy.{name}"] = value
+        sums = self._train_sums
+        if sums is not None:
+            everyone: Any = self.trainer.strategy.all_gather(sums)
+            sums = everyone.reshape(-1, len(SUMS)).cpu()
+        evaluated = self.last_evaluation == self.global_step
+        checkpoint[_STATE] = {
+            "train_sums": sums,
+            "last_evaluation": self.last_evaluation,
+            "eval_accuracies": self.eval_accuracies if evaluated else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the rest of the state; a setting that was changed may need other buffers.
+
+        Raises:
+            UserError: If the policy has weights of other shapes.
+        """
+        weights = checkpoint["state_dict"]
+        for name, own in self.state_dict().items():
+            if name in weights and weights[name].shape != own.shape:
+                raise UserError(
+                    f"resume: {name} has the shape {tuple(weights[name].shape)} in the checkpoint "
+                    f"and {tuple(own.shape)} in this run's model; take the same model"
+                )
+        if self.beta_plan.adaptive:
+            weights.setdefault("margin_average", self.margin_average)
+        else:
+            weights.pop("margin_average", None)
+        state = checkpoint[_STATE]
+        self.last_evaluation = state["last_evaluation"]
+        self.eval_accuracies = state["eval_accuracies"]
+        sums = state["train_sums"]
+        if sums is not None and len(sums) == self.trainer.world_size:
+            self._train_sums = sums[self.trainer.global_rank]
+        elif sums is not None:
+            self._train_sums = sums.sum(0) * self.trainer.is_global_zero
+
+    def on_train_start(self) -> None:
+        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        if self._train_sums is not None:
+            self._train_sums = self._train_sums.to(self._no_sums())
 
     def restore_weights(self) -> None:
         """Ends training: the policy has the weights that were trained, in their own type."""

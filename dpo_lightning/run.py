@@ -22,7 +22,8 @@ import dpo_lightning
 from dpo_lightning.config import Config
 from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.errors import DpoLightningError, StorageError
+from dpo_lightning.files import NO_ROOM
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
 from dpo_lightning.results import RESULT_FILE, write_json
@@ -66,6 +67,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     result: dict[str, Any] = {
         "status": "running",
         "error": None,
+        "resumed": None,
         "beta": config.beta,
         "loss": config.loss.name,
         "seed": config.seed,
@@ -102,6 +104,13 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         # Lightning and signal handlers end the process this way.
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
         error = "stopped by SIGTERM" if code == 143 else f"ended with exit code {code}"
+    except OSError as caught:
+        code, error = 1, f"{type(caught).__name__}: {caught}"
+        if caught.errno in NO_ROOM:
+            where = caught.filename or run_dir
+            code, error = StorageError.exit_code, f"{where}: {caught.strerror}; make room"
+        else:
+            log.exception("unexpected error")
     except Exception as caught:
         code, error = 1, f"{type(caught).__name__}: {caught}"
         log.exception("unexpected error")
@@ -110,10 +119,18 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         result["error"] = None if error is None else " ".join(error.split())
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
-            write_json(run_dir / RESULT_FILE, result)
+            _write_result(run_dir / RESULT_FILE, result)
     if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
     return code
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``; where even that has no room, the run still says how it ended."""
+    try:
+        write_json(path, result)
+    except OSError as error:
+        log.error("%s cannot be written: %s", path, error.strerror or error)
 
 
 def _is_rank_zero() -> bool:

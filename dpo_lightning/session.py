@@ -22,8 +22,8 @@ from dpo_lightning.assembly import (
     make_trainer,
 )
 from dpo_lightning.budget import Budget, say_if_over
-from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
-from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.callbacks import MetricRows, SameConfig, Throughput
+from dpo_lightning.checkpoints import changed_settings, read_manifest
 from dpo_lightning.computation import Computation, make_computation
 from dpo_lightning.conclusion import conclude
 from dpo_lightning.config import Config, run_name
@@ -40,7 +40,13 @@ from dpo_lightning.evaluation import (
 )
 from dpo_lightning.exact_curve import ExactCurve
 from dpo_lightning.header import header_facts
-from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
+from dpo_lightning.loggers import (
+    JsonlLogger,
+    finish_logger,
+    log_table,
+    logger_run_id,
+    make_logger,
+)
 from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
@@ -49,6 +55,7 @@ from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.resume import ExactResume
 from dpo_lightning.wandb_runs import logger_settings
 
 log = logging.getLogger(__name__)
@@ -73,6 +80,12 @@ def run_session(
         result: The content of result.json, filled as facts become known.
         checkpoint: What to resume from.
     """
+    saved = {} if checkpoint is None else read_manifest(checkpoint)
+    if checkpoint is not None:
+        changed = _allowed_changes(config, saved["identity"], prepared.identity)
+        result["resumed"] = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
+    # What another experiment logs does not belong to the run in wandb of the first one.
+    goes_on = checkpoint is not None and not result["resumed"]["changed"]
     throughput = Throughput()
     metrics = JsonlLogger(run_dir)
     logger = make_logger(
@@ -80,24 +93,25 @@ def run_session(
         run_name=run_name(config.name, config.model.name, config.loss.name, config.beta),
         folder=run_dir,
         config=resolved,
-        continued=checkpoint is not None,
+        continued=goes_on,
+        run_id=saved.get("wandb_run_id"),
     )
     console = Console()
     exit_code, where = 1, None
     trainer = None
     try:
         same = SameConfig(result["config_hash"])
-        identity = RunIdentity(prepared.identity)
         trainer = make_trainer(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
             callbacks=[
-                *(same, MetricRows(metrics), throughput, identity),
+                *(same, MetricRows(metrics), throughput, ExactResume()),
                 *make_callbacks(config.trainer.callbacks),
             ],
             throughput=throughput,
             run_dir=run_dir,
+            manifest={"identity": prepared.identity, "wandb_run_id": logger_run_id(logger)},
         )
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
@@ -150,8 +164,6 @@ def run_session(
         _fit(trainer, module, datamodule, checkpoint)
         result["memory"] = {"training_peak_bytes": peak_bytes(device)}
         reset_peak(device)
-        if config.checkpoint.last:
-            _save_last(trainer, run_dir / CHECKPOINTS)
         if data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=datamodule, verbose=False)
         result["reference"] = _count_reference_rows(trainer, module)
@@ -284,6 +296,27 @@ def _with_reference(
 # Training ---------------------------------------------------------------------------------------
 
 
+def _allowed_changes(
+    config: Config, saved: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What differs between a checkpoint's experiment and this one, where that is allowed.
+
+    Raises:
+        UserError: Where it is not, naming the first thing that differs.
+    """
+    changed = changed_settings(saved, identity)
+    if changed and not config.resume_changed:
+        key, values = next(iter(changed.items()))
+        raise UserError(
+            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
+            f"{key}={values['to']}; resume with the same, start a new run, or say "
+            "resume_changed=true"
+        )
+    for key, values in changed.items():
+        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
+    return changed
+
+
 def _fit(
     trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule, checkpoint: Path | None
 ) -> None:
@@ -301,16 +334,6 @@ def _fit(
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     if trainer.received_sigterm:
         raise SystemExit(143)
-
-
-def _save_last(trainer: pl.Trainer, folder: Path) -> None:
-    """Saves the end of the training, unless its last step was saved on the way."""
-    path = folder / f"step-{trainer.global_step:06d}.ckpt"
-    on_the_way = {
-        getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks
-    }
-    if str(path) not in on_the_way:
-        trainer.save_checkpoint(path)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:
