@@ -115,9 +115,8 @@ class DurableCheckpointIO(CheckpointIO):
 def _remedy(path: Path) -> str:
     """What to do about a checkpoint that cannot be written, and what there is to go on from."""
     remedy = "make room, or take another folder with hydra.run.dir=<folder>"
-    others = [other for other in checkpoints.saved_checkpoints(path.parent) if other != path]
-    for other in others:
-        if checkpoints.find_damage(other) is None:
+    for other in checkpoints.saved_checkpoints(path.parent):
+        if other != path and checkpoints.manifest_path(other).exists():
             return f"{remedy}; resume={other} goes on from the one before"
     return remedy
 
