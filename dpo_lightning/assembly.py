@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.budget import Budget, choose_budget, longest_share, memory_of
-from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
+from dpo_lightning.callbacks import LogProgress, Progress, Throughput
+from dpo_lightning.checkpoint_io import Checkpoints, DurableCheckpointIO
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, decide_precision
 from dpo_lightning.config import CONF, Config
@@ -162,18 +163,29 @@ def make_trainer(
     callbacks: list[Callback],
     throughput: Throughput,
     run_dir: Path,
+    manifest: dict[str, Any],
 ) -> pl.Trainer:
     """The trainer.
+
+    Args:
+        config: The settings.
+        schedule: The steps.
+        loggers: Where metrics go.
+        callbacks: In this order, before those that save and show progress.
+        throughput: Counts what progress shows.
+        run_dir: The run's folder.
+        manifest: What the manifest of each checkpoint says of the run.
 
     Raises:
         UserError: If Lightning refuses the settings.
     """
-    checkpoints = checkpoint_callbacks(
+    checkpoints = Checkpoints(
         run_dir / CHECKPOINTS,
         every_n_steps=config.checkpoint.every_n_steps,
         keep=config.checkpoint.keep,
+        last=config.checkpoint.last,
     )
-    callbacks = [*callbacks, *checkpoints]
+    callbacks = [*callbacks, checkpoints]
     # Rich draws a bar on a terminal; in a file its control characters would be noise.
     show_bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     if show_bar:
@@ -203,7 +215,8 @@ def make_trainer(
             val_check_interval=schedule.eval_every_n_steps,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            enable_checkpointing=bool(checkpoints),
+            enable_checkpointing=False,  # Lightning's own
+            plugins=[DurableCheckpointIO(manifest)],
             enable_progress_bar=show_bar,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -318,6 +318,8 @@ class Config:
     name: str | None = None
     # A checkpoint, a run's folder, or auto: the newest one in an explicit hydra.run.dir.
     resume: str | None = None
+    # Let a resumed run have another beta, loss, seed, model or data than its checkpoint.
+    resume_changed: bool = False
     # Modules of your own, by their import names; they may register what the settings then name.
     plugins: list[str] = field(
         default_factory=list, metadata={"expected": "a list of import names, such as [my_scorers]"}

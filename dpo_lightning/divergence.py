@@ -12,7 +12,6 @@ from torch import Tensor
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.data.tokens import TokenGroup
 
-DIVERGED_FILE = "diverged.json"
 # Rows that a message names.
 _NAMED = 3
 

@@ -40,3 +40,9 @@ class CorruptArtifactError(DpoLightningError):
     """A checkpoint or another file that was written earlier is damaged."""
 
     exit_code = 4
+
+
+class StorageError(DpoLightningError):
+    """A file of the run cannot be written: the disk is full, or its folder is gone or read-only."""
+
+    exit_code = 2

@@ -136,8 +136,6 @@ def _quiet_libraries() -> None:
         ".*You're resuming from a checkpoint.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*ModelCheckpoint with manual optimization.*",
-        ".*The dirpath has changed.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

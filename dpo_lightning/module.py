@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
-from dpo_lightning.divergence import DIVERGED_FILE, Scored, report, rows_of_step, what_happened
+from dpo_lightning.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
@@ -28,8 +28,12 @@ from dpo_lightning.objectives.comparison import (
 from dpo_lightning.objectives.registry import ObjectiveSettings
 from dpo_lightning.out_of_memory import explained
 from dpo_lightning.reference import Reference
+from dpo_lightning.results import DIVERGED_FILE
 
 log = logging.getLogger(__name__)
+
+# What a checkpoint holds of the module beside its weights.
+_STATE = "progress"
 
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
 _SAME_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -156,16 +160,58 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding."""
+        """A checkpoint holds the weights that are trained, not their rounding; on every rank.
+
+        Beside them: the sums of a log interval that has begun, a row per rank, and what the last
+        evaluation found where it was of these weights.
+        """
         self.require_finite()
-        checkpoint["skipped_steps"] = self.skipped_steps
         if self._masters is not None:
             for name, value in self._masters.state_dict():
                 checkpoint["state_dict"][f"policy.{name}"] = value
+        sums = self._train_sums
+        if sums is not None:
+            everyone: Any = self.trainer.strategy.all_gather(sums)
+            sums = everyone.reshape(-1, len(SUMS)).cpu()
+        evaluated = self.last_evaluation == self.global_step
+        checkpoint[_STATE] = {
+            "train_sums": sums,
+            "skipped_steps": self.skipped_steps,
+            "last_evaluation": self.last_evaluation,
+            "eval_accuracies": self.eval_accuracies if evaluated else None,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is no weight and no one else's state."""
-        self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        """Takes the rest of the state; a setting that was changed may need other buffers.
+
+        Raises:
+            UserError: If the policy has weights of other shapes.
+        """
+        weights = checkpoint["state_dict"]
+        for name, own in self.state_dict().items():
+            if name in weights and weights[name].shape != own.shape:
+                raise UserError(
+                    f"resume: {name} has the shape {tuple(weights[name].shape)} in the checkpoint "
+                    f"and {tuple(own.shape)} in this run's model; take the same model"
+                )
+        if self.beta_plan.adaptive:
+            weights.setdefault("margin_average", self.margin_average)
+        else:
+            weights.pop("margin_average", None)
+        state = checkpoint[_STATE]
+        self.skipped_steps = state["skipped_steps"]
+        self.last_evaluation = state["last_evaluation"]
+        self.eval_accuracies = state["eval_accuracies"]
+        sums = state["train_sums"]
+        if sums is not None and len(sums) == self.trainer.world_size:
+            self._train_sums = sums[self.trainer.global_rank]
+        elif sums is not None:
+            self._train_sums = sums.sum(0) * self.trainer.is_global_zero
+
+    def on_train_start(self) -> None:
+        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        if self._train_sums is not None:
+            self._train_sums = self._train_sums.to(self._no_sums())
 
     @torch.no_grad()
     def require_finite(self) -> None:
@@ -245,17 +291,15 @@ class DPOModule(pl.LightningModule):
         is_finite, self.stop_signal = self._agree(sums[0], grad_norm)
         if is_finite:
             self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+            with explained(now, None, self._smaller):
+                optimizer.step()
+            if self._masters is not None:
+                self._masters.publish()
         else:
             self._skip_or_stop(scored, sums[0], grad_norm, total_weight=batch.total_weight)
-            # Without gradients the optimizer's step changes nothing, and is counted.
-            optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 self.margin_average.copy_(average)
-        with explained(now, None, self._smaller):
-            optimizer.step()
         optimizer.zero_grad()
-        if self._masters is not None:
-            self._masters.publish()
         scheduler: Any = self.lr_schedulers()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -435,6 +479,10 @@ class DPOModule(pl.LightningModule):
                 content,
             )
         self.skipped_steps += 1
+        # It counts as one step, so that the plan of the run stays a function of their number.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
         if self.trainer.is_global_zero:
             log.warning("%s (%d of at most %d)", said, self.skipped_steps, self._max_skipped_steps)
 

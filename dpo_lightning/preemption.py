@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from dpo_lightning.checkpoint_io import DurableCheckpointIO, save_now
+from dpo_lightning.checkpoints import checkpoint_path, prune
 from dpo_lightning.processes import PARENT, ChildRanks
 from dpo_lightning.signals import SignalWatch, Stopped
 
@@ -78,21 +80,13 @@ class Preemption(Callback):
     Args:
         signals: Those that stop the run.
         folder: The run's ``checkpoints`` folder.
+        keep: How many checkpoints stay.
     """
 
-    def __init__(self, signals: SignalWatch, folder: Path) -> None:
+    def __init__(self, signals: SignalWatch, folder: Path, *, keep: int) -> None:
         self._signals = signals
         self._folder = folder
-        # The checkpoint that a signal left, until one that came by itself takes its place.
-        self._left: str | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into the checkpoint."""
-        return {"left": self._left}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What the stopped run left."""
-        self._left = state_dict["left"]
+        self._keep = keep
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on there is something to finish."""
@@ -102,7 +96,6 @@ class Preemption(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """All ranks know the same by now."""
-        self._drop_left(trainer)
         if pl_module.stop_signal:
             self._stop(trainer, pl_module.stop_signal)
 
@@ -115,7 +108,7 @@ class Preemption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """An evaluation may take longer than a scheduler waits."""
+        """An evaluation may take longer than a scheduler waits; it is done again on resume."""
         if not self._signals.deferring:
             return
         signum = self._signals.received
@@ -132,40 +125,14 @@ class Preemption(Callback):
         """Whatever it is, the run is on its way out."""
         self._signals.notice()
 
-    def drop_left(self, trainer: pl.Trainer) -> None:
-        """The end of the training is saved: what a signal left on the way is not needed."""
-        if self._left not in (None, checkpoint_path(trainer, self._folder).name):
-            trainer.strategy.remove_checkpoint(self._folder / str(self._left))
-        self._left = None
-
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
-        left, path = self._left, checkpoint_path(trainer, self._folder)
-        if not is_saved(trainer, path):
-            self._left = path.name
-            trainer.save_checkpoint(path)
-            if left is not None and left != path.name:
-                trainer.strategy.remove_checkpoint(self._folder / left)
+        path = checkpoint_path(self._folder, trainer.global_step)
+        io = trainer.strategy.checkpoint_io
+        # Rank 0 writes; what it knows counts.
+        saved = isinstance(io, DurableCheckpointIO) and io.last_saved == path
+        if not trainer.strategy.broadcast(saved):
+            save_now(trainer, path)
+            if trainer.is_global_zero:
+                prune(self._folder, newest=path, keep=self._keep)
         self._signals.notice()
         raise Stopped(signum, f"resume={path} goes on after step {trainer.global_step}")
-
-    def _drop_left(self, trainer: pl.Trainer) -> None:
-        if self._left is None:
-            return
-        for callback in trainer.checkpoint_callbacks:
-            newest = Path(getattr(callback, "best_model_path", "")).name
-            # Their names are in the order of their steps.
-            if newest > self._left and is_saved(trainer, self._folder / newest):
-                trainer.strategy.remove_checkpoint(self._folder / self._left)
-                self._left = None
-                return
-
-
-def checkpoint_path(trainer: pl.Trainer, folder: Path) -> Path:
-    """Where the step that was taken last is saved."""
-    return folder / f"step-{trainer.global_step:06d}.ckpt"
-
-
-def is_saved(trainer: pl.Trainer, path: Path) -> bool:
-    """Whether a checkpoint was saved by a callback during this training."""
-    saved = {getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks}
-    return str(path) in saved and path.exists()

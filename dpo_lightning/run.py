@@ -23,7 +23,8 @@ import dpo_lightning
 from dpo_lightning.config import Config
 from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.errors import DpoLightningError, StorageError
+from dpo_lightning.files import NO_ROOM
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
 from dpo_lightning.processes import (
@@ -35,7 +36,7 @@ from dpo_lightning.processes import (
     leave_word,
     watch_parent,
 )
-from dpo_lightning.results import RESULT_FILE, write_json
+from dpo_lightning.results import DIVERGED_FILE, RESULT_FILE, write_json
 from dpo_lightning.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     is_rank_zero = _is_rank_zero()
     if is_rank_zero:
         # What an earlier run left must not pass for this one's, however this one ends.
-        (run_dir / RESULT_FILE).unlink(missing_ok=True)
+        for name in (RESULT_FILE, DIVERGED_FILE):
+            (run_dir / name).unlink(missing_ok=True)
     else:
         logging.getLogger().setLevel(logging.ERROR)
     # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
@@ -79,6 +81,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     result: dict[str, Any] = {
         "status": "running",
         "error": None,
+        "resumed": None,
         "beta": config.beta,
         "loss": config.loss.name,
         "seed": config.seed,
@@ -95,7 +98,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "versions": _versions(),
         "command": shlex.join(["python", "train.py", *overrides]),
     }
-    code, error = 1, None
+    code, error, stopped_by = 1, None, 0
 
     def leave(code: int) -> None:
         death = children.death
@@ -103,7 +106,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         if is_rank_zero:
             error = "stopped by a signal" if death is None else death.message
             left = dict(result) | {"status": _STATUS.get(code, "failed"), "error": error}
-            write_json(run_dir / RESULT_FILE, left)
+            _write_result(run_dir / RESULT_FILE, left)
 
     def follow(death: Death) -> None:
         if death.code in (130, 143) and not signals.deferring:
@@ -147,7 +150,14 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
         error = f"ended with exit code {code}"
         if isinstance(caught, Stopped):
-            error = caught.message
+            stopped_by, error = caught.signum, caught.message
+    except OSError as caught:
+        code, error = 1, f"{type(caught).__name__}: {caught}"
+        if caught.errno in NO_ROOM:
+            where = caught.filename or run_dir
+            code, error = StorageError.exit_code, f"{where}: {caught.strerror}; make room"
+        else:
+            log.exception("unexpected error")
     except Exception as caught:
         death = children.death_behind(caught)
         if death is not None:
@@ -163,7 +173,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         result["error"] = None if error is None else " ".join(error.split())
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
-            write_json(run_dir / RESULT_FILE, result)
+            _write_result(run_dir / RESULT_FILE, result)
         if code:
             if is_child():
                 leave_word(run_dir, result["error"])
@@ -173,9 +183,17 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         signals.remove()
     if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
-    if is_rank_zero and code in (130, 143):
-        requeue_slurm_job(signals.received, config.resume)
+    if is_rank_zero:
+        requeue_slurm_job(stopped_by, config.resume)
     return code
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``; where even that has no room, the run still says how it ended."""
+    try:
+        write_json(path, result)
+    except OSError as error:
+        log.error("%s cannot be written: %s", path, error.strerror or error)
 
 
 def _is_rank_zero() -> bool:

@@ -22,21 +22,14 @@ from dpo_lightning.assembly import (
     make_trainer,
 )
 from dpo_lightning.budget import Budget, say_if_over
-from dpo_lightning.callbacks import (
-    DueEvaluation,
-    MetricRows,
-    RunIdentity,
-    SameConfig,
-    Throughput,
-)
-from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.callbacks import MetricRows, SameConfig, Throughput
+from dpo_lightning.checkpoints import CHECKPOINTS, changed_settings, read_manifest
 from dpo_lightning.computation import Computation, make_computation
 from dpo_lightning.conclusion import conclude
 from dpo_lightning.config import Config, run_name
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.divergence import DIVERGED_FILE
 from dpo_lightning.errors import DivergedError, DpoLightningError, OutOfMemoryError, UserError
 from dpo_lightning.evaluation import (
     COLUMNS,
@@ -47,7 +40,13 @@ from dpo_lightning.evaluation import (
 )
 from dpo_lightning.exact_curve import ExactCurve
 from dpo_lightning.header import header_facts
-from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
+from dpo_lightning.loggers import (
+    JsonlLogger,
+    finish_logger,
+    log_table,
+    logger_run_id,
+    make_logger,
+)
 from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
@@ -59,7 +58,8 @@ from dpo_lightning.prepared import Prepared
 from dpo_lightning.processes import ChildRanks
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
-from dpo_lightning.results import write_json
+from dpo_lightning.results import DIVERGED_FILE, write_json
+from dpo_lightning.resume import ExactResume
 from dpo_lightning.signals import SignalWatch
 from dpo_lightning.wandb_runs import logger_settings
 
@@ -89,6 +89,12 @@ def run_session(
         signals: Those that stop the run.
         children: The other ranks, once they are started.
     """
+    saved = {} if checkpoint is None else read_manifest(checkpoint)
+    if checkpoint is not None:
+        changed = _allowed_changes(config, saved["identity"], prepared.identity)
+        result["resumed"] = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
+    # What another experiment logs does not belong to the run in wandb of the first one.
+    goes_on = checkpoint is not None and not result["resumed"]["changed"]
     throughput = Throughput()
     metrics = JsonlLogger(run_dir)
     logger = make_logger(
@@ -96,24 +102,25 @@ def run_session(
         run_name=run_name(config.name, config.model.name, config.loss.name, config.beta),
         folder=run_dir,
         config=resolved,
-        continued=checkpoint is not None,
+        continued=goes_on,
+        run_id=saved.get("wandb_run_id"),
     )
     console = Console()
     exit_code, where = 1, None
     trainer = None
     try:
         same = SameConfig(result["config_hash"])
-        identity = RunIdentity(prepared.identity)
         trainer = make_trainer(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
             callbacks=[
-                *(same, MetricRows(metrics), throughput, identity),
+                *(same, MetricRows(metrics), throughput, ExactResume()),
                 *make_callbacks(config.trainer.callbacks),
             ],
             throughput=throughput,
             run_dir=run_dir,
+            manifest={"identity": prepared.identity, "wandb_run_id": logger_run_id(logger)},
         )
         take_over(trainer, children)
         computation = make_computation(config, trainer)
@@ -170,16 +177,13 @@ def run_session(
         )
         if trainer.is_global_zero:
             say_if_over(data.train, budget, shared=models.scorer.shared)
-        preemption = Preemption(signals, run_dir / CHECKPOINTS)
-        trainer.callbacks += [DueEvaluation(), preemption]  # type: ignore[attr-defined]
+        preemption = Preemption(signals, run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
+        trainer.callbacks.append(preemption)  # type: ignore[attr-defined]
         reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
         module.require_finite()
         result["memory"] = {"training_peak_bytes": peak_bytes(device)}
         reset_peak(device)
-        if config.checkpoint.last:
-            _save_last(trainer, run_dir / CHECKPOINTS)
-            preemption.drop_left(trainer)
         signals.release()
         if data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=datamodule, verbose=False)
@@ -320,6 +324,27 @@ def _with_reference(
 # Training ---------------------------------------------------------------------------------------
 
 
+def _allowed_changes(
+    config: Config, saved: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What differs between a checkpoint's experiment and this one, where that is allowed.
+
+    Raises:
+        UserError: Where it is not, naming the first thing that differs.
+    """
+    changed = changed_settings(saved, identity)
+    if changed and not config.resume_changed:
+        key, values = next(iter(changed.items()))
+        raise UserError(
+            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
+            f"{key}={values['to']}; resume with the same, start a new run, or say "
+            "resume_changed=true"
+        )
+    for key, values in changed.items():
+        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
+    return changed
+
+
 def _fit(
     trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule, checkpoint: Path | None
 ) -> None:
@@ -333,16 +358,6 @@ def _fit(
         raise
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def _save_last(trainer: pl.Trainer, folder: Path) -> None:
-    """Saves the end of the training, unless its last step was saved on the way."""
-    path = folder / f"step-{trainer.global_step:06d}.ckpt"
-    on_the_way = {
-        getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks
-    }
-    if str(path) not in on_the_way:
-        trainer.save_checkpoint(path)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

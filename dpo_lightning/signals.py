@@ -49,6 +49,7 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int, saved: str | None = None) -> None:
         super().__init__(exit_code(signum))
+        self.signum = signum
         name = signal.Signals(signum).name
         self.message = f"stopped by {name}" if saved is None else f"stopped by {name}; {saved}"
 
