@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench lock clean
+.PHONY: help train test test-faults check bench lock clean
 
 help: ## show these lines
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -23,6 +23,9 @@ train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 
 test: $(READY) ## run the tests: make test ARGS="-k attention"
 	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
+	@$(BIN)/python -m pytest -n 2 --dist loadscope -m faults $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.budget import Budget, choose_budget, longest_share, memory_of
-from dpo_lightning.callbacks import LogProgress, Progress, Throughput, checkpoint_callbacks
+from dpo_lightning.callbacks import LogProgress, Progress, Throughput
+from dpo_lightning.checkpoint_io import Checkpoints, DurableCheckpointIO
 from dpo_lightning.checkpoints import CHECKPOINTS
 from dpo_lightning.computation import Computation, decide_precision
-from dpo_lightning.config import Config
+from dpo_lightning.config import CONF, Config
 from dpo_lightning.data.module import PreferenceDataModule
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.errors import UserError
@@ -37,6 +39,8 @@ def make_module(
     reference: Reference,
     schedule: Schedule,
     computation: Computation,
+    *,
+    pending_signal: Callable[[], int],
 ) -> DPOModule:
     """The module; its reference is ready."""
     first, second = config.optimizer.betas
@@ -62,10 +66,23 @@ def make_module(
         warmup_steps=schedule.warmup_steps,
         total_steps=schedule.total_steps,
         log_every_n_steps=schedule.log_every_n_steps,
+        max_skipped_steps=config.trainer.max_skipped_steps,
         starts_from_reference=models.starts_from_reference,
         compute_dtype=computation.master_dtype,
         sync_every_micro_batch=config.strategy.sync_gradients == "micro_batch",
+        smaller=memory_settings(config),
+        pending_signal=pending_signal,
     )
+
+
+def memory_settings(config: Config) -> list[str]:
+    """Settings by which a step takes less memory, but for the size of its micro-batches."""
+    others = ("peft=lora", "optimizer=adamw_8bit", "strategy=fsdp")
+    files = {other: CONF.joinpath(*other.split("=")).with_suffix(".yaml") for other in others}
+    found = [other for other in others if files[other].exists()]
+    if not config.model.gradient_checkpointing:
+        found.insert(0, "model.gradient_checkpointing=true")
+    return found
 
 
 def make_budget(
@@ -150,18 +167,29 @@ def make_trainer(
     callbacks: list[Callback],
     throughput: Throughput,
     run_dir: Path,
+    manifest: dict[str, Any],
 ) -> pl.Trainer:
     """The trainer.
+
+    Args:
+        config: The settings.
+        schedule: The steps.
+        loggers: Where metrics go.
+        callbacks: In this order, before those that save and show progress.
+        throughput: Counts what progress shows.
+        run_dir: The run's folder.
+        manifest: What the manifest of each checkpoint says of the run.
 
     Raises:
         UserError: If Lightning refuses the settings.
     """
-    checkpoints = checkpoint_callbacks(
+    checkpoints = Checkpoints(
         run_dir / CHECKPOINTS,
         every_n_steps=config.checkpoint.every_n_steps,
         keep=config.checkpoint.keep,
+        last=config.checkpoint.last,
     )
-    callbacks = [*callbacks, *checkpoints]
+    callbacks = [*callbacks, checkpoints]
     # Rich draws a bar on a terminal; in a file its control characters would be noise.
     show_bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     if show_bar:
@@ -193,7 +221,8 @@ def make_trainer(
             val_check_interval=schedule.eval_every_n_steps,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            enable_checkpointing=bool(checkpoints),
+            enable_checkpointing=False,  # Lightning's own
+            plugins=[DurableCheckpointIO(manifest)],
             enable_progress_bar=show_bar,
             enable_model_summary=False,
             use_distributed_sampler=False,

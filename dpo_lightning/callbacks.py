@@ -1,16 +1,14 @@
-"""Callbacks: throughput, progress on a terminal and in a log, checkpoints."""
+"""Callbacks: throughput, metrics, progress on a terminal and in a log."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.loggers import JsonlLogger
@@ -90,10 +88,33 @@ class MetricRows(Callback):
 
     def __init__(self, metrics: JsonlLogger) -> None:
         self._metrics = metrics
+        self._saved: dict[str, Any] = {}
+        self._started = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """How many rows the step has by now, and the last value of every metric."""
+        checkpoint["metrics"] = {
+            "rows": self._metrics.rows_of(trainer.global_step),
+            "last": dict(self._metrics.last),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Only keeps it: the checkpoint may yet be refused."""
+        self._saved = checkpoint["metrics"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The checkpoint, if any, is loaded."""
-        self._metrics.start(trainer.global_step)
+        self._metrics.start(trainer.global_step, **self._saved)
+        self._started = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that had no step left has an evaluation before it all the same."""
+        if not self._started:
+            self.on_train_start(trainer, pl_module)
 
 
 class Progress(RichProgressBar):
@@ -151,32 +172,6 @@ class LogProgress(Callback):
         )
 
 
-def checkpoint_callbacks(
-    folder: Path, *, every_n_steps: int | None, keep: int
-) -> list[ModelCheckpoint]:
-    """Checkpoints of the newest ``keep`` multiples of ``every_n_steps``.
-
-    Args:
-        folder: The run's ``checkpoints`` folder.
-        every_n_steps: Steps between two checkpoints; None writes none while training.
-        keep: How many stay.
-    """
-    if every_n_steps is None:
-        return []
-    return [
-        ModelCheckpoint(
-            dirpath=folder,
-            filename="step-{step:06d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
-    ]
-
-
 class SameConfig(Callback):
     """Refuses to train when the ranks of a run were started with different settings.
 
@@ -204,31 +199,3 @@ class SameConfig(Callback):
                 "the processes of this run have different settings, data or weights: start each "
                 "with the same command, and a sweep with hydra/launcher=devices"
             )
-
-
-class RunIdentity(Callback):
-    """Keeps in each checkpoint what a resumed run must share with it.
-
-    Args:
-        identity: Key of the settings and value.
-    """
-
-    def __init__(self, identity: Mapping[str, Any]) -> None:
-        self._identity = dict(identity)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into the checkpoint."""
-        return self._identity
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another experiment.
-
-        Raises:
-            UserError: Naming the first thing that differs.
-        """
-        for key, value in self._identity.items():
-            if key in state_dict and state_dict[key] != value:
-                raise UserError(
-                    f"resume: the checkpoint was made with {key}={state_dict[key]}, this run has "
-                    f"{key}={value}; resume with the same, or start a new run"
-                )

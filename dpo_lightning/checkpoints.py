@@ -1,17 +1,130 @@
-"""Which checkpoint a run goes on from, and whether it is whole. Imports no torch."""
+"""Checkpoints on disk: which are whole, which a run goes on from, which stay. Imports no torch.
+
+A checkpoint is two files: ``step-000010.ckpt`` and, written last, its manifest
+``step-000010.json`` with the size and the hash of the first. One without a manifest was not
+finished; one that does not fit it was damaged later. Neither is ever used.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
-import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dpo_lightning.errors import CorruptArtifactError
+from dpo_lightning.files import sync_folder
+from dpo_lightning.results import finite, write_json
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 _PATTERN = "step-*.ckpt"
+_FORMAT = 1
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds: its size in bytes, and their BLAKE2b hash in hexadecimal."""
+
+    bytes: int
+    blake2b: str
+
+
+def new_digest() -> Any:
+    """The hash of a checkpoint's content, to be fed."""
+    return hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return folder / f"step-{step:06d}.ckpt"
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest of a checkpoint."""
+    return path.with_suffix(".json")
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def publish(
+    staged: Path, path: Path, content: Content, *, step: int, facts: Mapping[str, Any]
+) -> None:
+    """Gives a synced file its name, then writes its manifest; at no time is there less than before.
+
+    Args:
+        staged: The file, in the same folder.
+        path: Its name.
+        content: What it holds.
+        step: Optimizer steps completed.
+        facts: What else the manifest says; plain values.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    manifest = {"format": _FORMAT, "step": step, **asdict(content), **facts}
+    before = _read(manifest_path(path))
+    if isinstance(before, dict) and path.exists():
+        # The manifest fits both until the old file is gone.
+        old = {key: before[key] for key in ("bytes", "blake2b")}
+        _write_manifest(path, manifest | {"replaces": old})
+    staged.replace(path)
+    sync_folder(path.parent)
+    _write_manifest(path, manifest)
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    manifest = finite(dict(manifest))
+    write_json(manifest_path(path), {**manifest, "check": _check(manifest)})
+
+
+def _check(manifest: Mapping[str, Any]) -> str:
+    """A hash of a manifest's own content."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "check"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def prune(folder: Path, *, newest: Path, keep: int) -> None:
+    """Removes all checkpoints but ``newest`` and the ``keep - 1`` finished ones before it.
+
+    Those of later steps go too: they are of a course that this run has left.
+
+    Raises:
+        OSError: If one cannot be removed.
+    """
+    found = [path for path in saved_checkpoints(folder) if path != newest]
+    earlier = [path for path in found if _step(path) < _step(newest)]
+    kept = [path for path in earlier if manifest_path(path).exists()][: keep - 1]
+    for path in reversed(found):
+        if path not in kept:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint; if that is interrupted, no file is left that looks like one."""
+    path.unlink(missing_ok=True)
+    manifest_path(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left: files that had no name yet, manifests of nothing."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".step-*"):
+            log.info("%s: left by a process that was killed; removed", path)
+            path.unlink(missing_ok=True)
+        for path in folder.glob("step-*.json"):
+            if not path.with_suffix(".ckpt").exists():
+                path.unlink(missing_ok=True)
+
+
+# Reading ----------------------------------------------------------------------------------------
 
 
 def saved_checkpoints(run_dir: Path) -> list[Path]:
@@ -43,16 +156,17 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
         return None
     path = run_dir if resume == "auto" else Path(resume)
     if path.is_file():
-        damage = _damage(path)
+        damage = find_damage(path)
         if damage is not None:
-            raise CorruptArtifactError(f"resume={path}: {damage}; name an older checkpoint")
+            raise CorruptArtifactError(f"resume={path}: {damage}; {_remedy(path)}")
         return path
     found = saved_checkpoints(path)
     for candidate in found:
-        damage = _damage(candidate)
+        damage = find_damage(candidate)
         if damage is None:
+            log.info("resume=%s: goes on from %s", resume, candidate)
             return candidate
-        log.warning("%s: %s; an older one is used", candidate, damage)
+        log.warning("%s: %s; it is passed over", candidate, damage)
     if resume == "auto":
         which = "whole checkpoint" if found else "checkpoint"
         log.info("resume=auto: no %s in %s yet, so the run starts at step 0", which, path)
@@ -63,11 +177,80 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     )
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its own checksums, before anything is loaded from it."""
+def _remedy(path: Path) -> str:
+    """What to resume from in place of a damaged checkpoint."""
+    for sibling in saved_checkpoints(path.parent):
+        if sibling != path and find_damage(sibling) is None:
+            return f"resume={sibling} is whole"
+    return "there is no whole one beside it: start anew, without resume"
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, before anything is loaded from it; None if it is whole."""
+    manifest = _read(manifest_path(path))
+    if isinstance(manifest, str):
+        return manifest
+    contents = [manifest, *([manifest["replaces"]] if "replaces" in manifest else [])]
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return f"not a whole checkpoint ({error})"
-    return None if damaged is None else f"{damaged} inside it is damaged"
+        size = path.stat().st_size
+        if size not in [content["bytes"] for content in contents]:
+            return f"it has {size} bytes and not {manifest['bytes']}"
+        digest = new_digest()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    if (size, digest.hexdigest()) not in [(c["bytes"], c["blake2b"]) for c in contents]:
+        return "its content is not what was written"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CorruptArtifactError: If there is none, or it is damaged.
+    """
+    manifest = _read(manifest_path(path))
+    if isinstance(manifest, str):
+        raise CorruptArtifactError(f"{path}: {manifest}; {_remedy(path)}")
+    return manifest
+
+
+def _read(path: Path) -> dict[str, Any] | str:
+    """A manifest, or what is wrong with it."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["check"] != _check(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        return f"it was not finished (it has no {path.name})"
+    except OSError as error:
+        return f"its {path.name} cannot be read ({error.strerror or error})"
+    except (ValueError, KeyError, TypeError):
+        return f"its {path.name} is damaged"
+    if manifest["format"] != _FORMAT:
+        return f"it was written by another version (format {manifest['format']}, not {_FORMAT})"
+    found: dict[str, Any] = manifest
+    return found
+
+
+def changed_settings(
+    saved: Mapping[str, Any], identity: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint was made with and this run has otherwise.
+
+    Args:
+        saved: The ``identity`` of a manifest.
+        identity: That of this run.
+
+    Returns:
+        ``{key: {"from": …, "to": …}}``; keys that only one of them has are not compared.
+    """
+    now = json.loads(json.dumps(finite(dict(identity))))
+    return {
+        key: {"from": saved[key], "to": value}
+        for key, value in now.items()
+        if key in saved and saved[key] != value
+    }

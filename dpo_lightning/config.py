@@ -256,6 +256,8 @@ class TrainerConfig:
     max_epochs: int | None = _setting(None, least=1)
     # Wall time of the training, as days:hours:minutes:seconds.
     max_time: str | None = _setting(None, expected="DD:HH:MM:SS, such as 00:08:00:00, above zero")
+    # Steps that may be passed over in a run because their loss or gradient is not finite.
+    max_skipped_steps: int = _setting(0, least=0)
     # null: every step up to 200 of them, else every tenth.
     log_every_n_steps: int | None = _setting(None, least=1)
     deterministic: bool = False
@@ -359,6 +361,8 @@ class Config:
     name: str | None = None
     # A checkpoint, a run's folder, or auto: the newest one in an explicit hydra.run.dir.
     resume: str | None = None
+    # Let a resumed run have another beta, loss, seed, model or data than its checkpoint.
+    resume_changed: bool = False
     # Modules of your own, by their import names; they may register what the settings then name.
     plugins: list[str] = field(
         default_factory=list, metadata={"expected": "a list of import names, such as [my_scorers]"}

@@ -103,8 +103,23 @@ class SampleAnswers(Callback):
         self._reference: list[str] = []
         self.rows: list[tuple[str, ...]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The first answers, for a run that goes on later."""
+        return {
+            "prompts": [group.prompt_key for group in self._groups],
+            "before": self._before,
+            "reference": self._reference,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The first answers are those before the run's first step, if the prompts are the same."""
+        if state_dict["prompts"] == [group.prompt_key for group in self._groups]:
+            self._before, self._reference = state_dict["before"], state_dict["reference"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The first answers, of the reference and of the policy as it starts."""
+        if self._before:  # of a run that goes on
+            return
         models = self._models
         if not self._groups or not (trainer.is_global_zero or is_sharded(models.policy)):
             return
@@ -117,8 +132,8 @@ class SampleAnswers(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The same prompts again, and the table of all; the training loop's time is over."""
-        if not self._before:  # another rank, nothing to ask, or no step to take
-            return
+        if not trainer.is_global_zero or not self._before:
+            return  # another rank, nothing to ask, or no step to take
         after = self._answers(self._models.policy)
         text = self._answering.text
         prompts = [text(group.prompt).strip() for group in self._groups]

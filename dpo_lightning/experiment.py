@@ -39,11 +39,13 @@ from dpo_lightning.models.setup import (
 )
 from dpo_lightning.objective_settings import objective_settings, own_loss_settings
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.processes import ChildRanks
 from dpo_lightning.ranks import Ranks, leave_ranks, start_ranks
 from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
 from dpo_lightning.scorers import make_scorer
 from dpo_lightning.session import run_session
+from dpo_lightning.signals import SignalWatch
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ def run_experiment(
     run_dir: Path,
     resolved: dict[str, Any],
     result: dict[str, Any],
+    signals: SignalWatch,
+    children: ChildRanks,
 ) -> None:
     """Trains, evaluates and exports; fills ``result`` as facts become known.
 
@@ -67,10 +71,12 @@ def run_experiment(
         run_dir: The run's folder.
         resolved: The settings as plain values.
         result: The content of result.json.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    ranks = start_ranks(config)
+    ranks = start_ranks(config, children)
     checkpoint = find_checkpoint(config.resume, run_dir)
     source = _resolve_source(config, rows)
     # The bundled model is too small to share out: threads would only wait for each other.
@@ -124,6 +130,8 @@ def run_experiment(
         resolved=_filled_in(resolved, source, schedule),
         result=result,
         checkpoint=checkpoint,
+        signals=signals,
+        children=children,
     )
     if ranks is not None:
         leave_ranks()
@@ -144,8 +152,6 @@ def _quiet_libraries() -> None:
         ".*You're resuming from a checkpoint.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*ModelCheckpoint with manual optimization.*",
-        ".*The dirpath has changed.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -12,6 +12,26 @@ from filelock import FileLock, Timeout
 
 _POLL_SECONDS = 0.2
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says where a file has no room."""
+
+
+def staged_name(path: Path) -> Path:
+    """Where this process prepares a file: beside it, so that a rename is all that is left."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder outlive a loss of power, where its file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: staged beside the target, synced, renamed.
@@ -19,13 +39,14 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: If it cannot be written; what was there stays as it was.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = staged_name(path)
     try:
         with staged.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
+        sync_folder(path.parent)
     finally:
         staged.unlink(missing_ok=True)
 

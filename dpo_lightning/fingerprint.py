@@ -15,7 +15,7 @@ from dpo_lightning.consistency import is_local_data
 from dpo_lightning.objective_settings import own_loss_settings
 
 # Where a run is written, watched or helped on does not change what it computes.
-NOT_IN_HASH = ("name", "logger", "hydra", "resume", "debug", "sweep")
+NOT_IN_HASH = ("name", "logger", "hydra", "resume", "resume_changed", "debug", "sweep")
 
 
 def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:

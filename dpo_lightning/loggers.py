@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dpo_lightning.errors import StorageError
+from dpo_lightning.files import write_whole
 from dpo_lightning.results import finite
 from dpo_lightning.wandb_runs import STEP, LoggerSettings, finish_run, start_run
 
@@ -29,6 +31,8 @@ class JsonlLogger(Logger):
         super().__init__()
         self.path = folder / "metrics.jsonl"
         self.last: dict[str, float] = {}
+        # The newest step and how many rows it has.
+        self._newest = (0, 0)
 
     @property
     def name(self) -> str:
@@ -40,23 +44,36 @@ class JsonlLogger(Logger):
         """Lightning asks every logger for one."""
         return ""
 
+    def rows_of(self, step: int) -> int:
+        """How many rows the newest step has."""
+        newest, rows = self._newest
+        return rows if newest == step else 0
+
     @rank_zero_only
-    def start(self, step: int) -> None:
-        """Keeps the rows up to ``step`` of a file that is continued, and none of another run."""
-        rows = []
+    def start(self, step: int, *, rows: int = 0, last: Mapping[str, float] | None = None) -> None:
+        """Keeps the rows that a checkpoint knew of, and none where there is no checkpoint.
+
+        Args:
+            step: Optimizer steps completed.
+            rows: How many rows that step had; any more come again, such as those of an evaluation.
+            last: The last value of every metric.
+        """
+        kept: list[str] = []
+        newest = 0
         if step and self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue  # torn by whatever ended that run
-                if isinstance(row.get("step"), int) and row["step"] <= step:
-                    rows.append(line)
-                    metrics = {k: v for k, v in row.items() if k not in ("step", "epoch", "time")}
-                    self.last |= metrics
-        staged = self.path.with_name(f".{self.path.name}")
-        staged.write_text("".join(f"{line}\n" for line in rows))
-        staged.replace(self.path)
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    continue
+                newest += row["step"] == step
+                if row["step"] < step or (row["step"] == step and newest <= rows):
+                    kept.append(line)
+        self.last |= last or {}
+        self._newest = (step, rows)
+        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -65,8 +82,15 @@ class JsonlLogger(Logger):
         epoch = values.pop("epoch", None)
         self.last |= values
         row = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        self._newest = (step or 0, self.rows_of(step or 0) + 1)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: {error.strerror or error}; make room, or take another folder with "
+                "hydra.run.dir=<folder>"
+            ) from error
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -80,6 +104,7 @@ def make_logger(
     folder: Path,
     config: Mapping[str, Any],
     continued: bool,
+    run_id: str | None = None,
 ) -> Logger | None:
     """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
 
@@ -89,6 +114,7 @@ def make_logger(
         folder: The run's folder.
         config: The resolved configuration.
         continued: Whether the run goes on from where the folder's last one was.
+        run_id: The run in wandb that it goes on with where the folder has none.
 
     Raises:
         UserError: If wandb cannot start even offline.
@@ -97,7 +123,14 @@ def make_logger(
         return None
     if settings.name == "csv":
         return CSVLogger(save_dir=folder, name="", version="csv")
-    run = start_run(settings, run_name=run_name, folder=folder, config=config, continued=continued)
+    run = start_run(
+        settings,
+        run_name=run_name,
+        folder=folder,
+        config=config,
+        continued=continued,
+        run_id=run_id,
+    )
     if run is None:
         return None
     # Axes are defined before anything is logged: later, it has no effect on what is there.
@@ -105,6 +138,11 @@ def make_logger(
     for prefix in ("train", "eval", "controlled", "samples"):
         run.define_metric(f"{prefix}/*", step_metric=STEP)
     return WandbLogger(experiment=run)
+
+
+def logger_run_id(logger: Logger | None) -> str | None:
+    """The id of the run in wandb, if there is one."""
+    return logger.experiment.id if isinstance(logger, WandbLogger) else None
 
 
 def log_table(

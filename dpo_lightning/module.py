@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
+from dpo_lightning.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.adapters import adapter_dropout_off
 from dpo_lightning.models.master_weights import MasterWeights
@@ -31,7 +34,14 @@ from dpo_lightning.objectives.comparison import (
     metrics_from_sums,
 )
 from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.out_of_memory import explained
 from dpo_lightning.reference import Reference
+from dpo_lightning.results import DIVERGED_FILE
+
+log = logging.getLogger(__name__)
+
+# What a checkpoint holds of the module beside its weights.
+_STATE = "progress"
 
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
 _SAME_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -65,6 +75,15 @@ class DPOModule(pl.LightningModule):
             master weights behind them; None trains the weights themselves.
         sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
             pass, and not in a step's last alone.
+        max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
+            counts as one, in the plan and in the schedules, but changes no weight.
+        smaller: Settings by which a step takes less memory, for the error when it is not enough.
+        pending_signal: Number of the signal that is to stop this rank, 0 for none.
+
+    Attributes:
+        stop_signal: Number of the signal that is to stop all ranks after this step, 0 for none;
+            the same on all of them.
+        skipped_steps: Steps that were passed over.
     """
 
     def __init__(
@@ -87,6 +106,9 @@ class DPOModule(pl.LightningModule):
         starts_from_reference: bool,
         compute_dtype: torch.dtype | None = None,
         sync_every_micro_batch: bool = False,
+        max_skipped_steps: int = 0,
+        smaller: Sequence[str] = (),
+        pending_signal: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -111,6 +133,11 @@ class DPOModule(pl.LightningModule):
         self.starts_from_reference = starts_from_reference
         self._compute_dtype = compute_dtype
         self._sync_every_micro_batch = sync_every_micro_batch
+        self._max_skipped_steps = max_skipped_steps
+        self._smaller = smaller
+        self._pending_signal = pending_signal
+        self.stop_signal = 0
+        self.skipped_steps = 0
         self._masters: MasterWeights | None = None
         # What the optimizer trains.
         self._trained: list[Tensor] = []
@@ -158,30 +185,89 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding, and none else."""
+        """A checkpoint holds the weights that are trained, not their rounding, and none else.
+
+        Beside them: the sums of a log interval that has begun, a row per rank, and what the last
+        evaluation found where it was of these weights. On every rank.
+        """
+        self.require_finite()
         for name in self._frozen:
-            del checkpoint["state_dict"][name]
+            checkpoint["state_dict"].pop(name, None)
         if self._masters is not None:
             for name, value in self._masters.state_dict():
                 checkpoint["state_dict"][f"policy.{name}"] = value
+        sums = self._train_sums
+        if sums is not None:
+            everyone: Any = self.trainer.strategy.all_gather(sums)
+            sums = everyone.reshape(-1, len(SUMS)).cpu()
+        evaluated = self.last_evaluation == self.global_step
+        checkpoint[_STATE] = {
+            "train_sums": sums,
+            "skipped_steps": self.skipped_steps,
+            "last_evaluation": self.last_evaluation,
+            "eval_accuracies": self.eval_accuracies if evaluated else None,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other weights than those that are trained.
+        """Takes the rest of the state; a setting that was changed may need other buffers.
 
         Raises:
-            UserError: If a weight is missing, unknown or of another shape.
+            UserError: If the policy has weights of other shapes.
         """
-        stored = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        own = {
-            name: value.shape
-            for name, value in self.state_dict().items()
-            if name not in self._frozen
-        }
-        differing = sorted({name for name, _ in stored.items() ^ own.items()})
+        weights = checkpoint["state_dict"]
+        if self.beta_plan.adaptive:
+            weights.setdefault("margin_average", self.margin_average)
+        else:
+            weights.pop("margin_average", None)
+        own = {n: v for n, v in self.state_dict().items() if n not in self._frozen}
+        for name in own.keys() & weights.keys():
+            if weights[name].shape != own[name].shape:
+                raise UserError(
+                    f"resume: {name} has the shape {tuple(weights[name].shape)} in the checkpoint "
+                    f"and {tuple(own[name].shape)} in this run's model; take the same model"
+                )
+        differing = sorted(own.keys() ^ weights.keys())
         if differing:
             raise UserError(
                 f"resume: the checkpoint has other weights than this run trains ({differing[0]} "
                 f"first of {len(differing)}); resume with the same model= and peft= settings"
+            )
+        state = checkpoint[_STATE]
+        self.skipped_steps = state["skipped_steps"]
+        self.last_evaluation = state["last_evaluation"]
+        self.eval_accuracies = state["eval_accuracies"]
+        sums = state["train_sums"]
+        if sums is not None and len(sums) == self.trainer.world_size:
+            self._train_sums = sums[self.trainer.global_rank]
+        elif sums is not None:
+            self._train_sums = sums.sum(0) * self.trainer.is_global_zero
+
+    def on_train_start(self) -> None:
+        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        if self._train_sums is not None:
+            self._train_sums = self._train_sums.to(self._no_sums())
+
+    @torch.no_grad()
+    def require_finite(self) -> None:
+        """Refuses weights that a finite gradient drove out of bounds, before they are saved.
+
+        Raises:
+            DivergedError: If one of them is not finite.
+        """
+        # A sum is not finite where one of its terms is not; it may also overflow.
+        weights = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trained]
+        sums = [weight.sum(dtype=torch.float32) for weight in weights]
+        bad = 0
+        if not torch.stack(sums).isfinite().all():
+            bad = sum(not bool(weight.isfinite().all()) for weight in weights)
+        if self.trainer.world_size > 1:
+            most = torch.full((), bad, dtype=torch.int64, device=self.device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            bad = int(most)
+        if bad:
+            raise DivergedError(
+                f"step {self.global_step}: after it {bad} of the weights' tensors are not finite, "
+                "so nothing of it is saved: lower optimizer.lr"
             )
 
     def restore_weights(self) -> None:
@@ -204,7 +290,9 @@ class DPOModule(pl.LightningModule):
         """One optimizer step over the groups of a step.
 
         Raises:
-            DivergedError: If the gradient norm is not finite; the step is not taken.
+            DivergedError: If the loss or the gradient norm is not finite, on all ranks; the step
+                is not taken.
+            OutOfMemoryError: If the device's memory is not enough.
         """
         optimizer: Any = self.optimizers()
         if self.global_step == 0 and self.starts_from_reference:
@@ -212,13 +300,28 @@ class DPOModule(pl.LightningModule):
         # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
         scale = self.trainer.world_size / batch.total_weight
         sums = self._no_sums()
+        average = self.margin_average.clone() if self.beta_plan.adaptive else None
+        scored: list[Scored] = []
+        now = f"step {self.global_step + 1}"
         for number, micro_batch in enumerate(batch.micro_batches):
             counts = number < len(batch.counted)
-            with self._gradient_sync(last=number + 1 == len(batch.micro_batches)):
+            with (
+                explained(now, micro_batch, self._smaller),
+                self._gradient_sync(last=number + 1 == len(batch.micro_batches)),
+            ):
                 comparison = self._compare(micro_batch, training=True, counts=counts)
                 self.manual_backward(comparison.loss * (scale if counts else 0.0))
-            if counts:
-                sums = sums + comparison.sums
+            if not counts:
+                continue
+            sums = sums + comparison.sums
+            scored.append(
+                Scored(
+                    batch=micro_batch,
+                    policy_logps=comparison.policy_logps,
+                    reference_logps=comparison.reference_logps,
+                    losses=comparison.losses,
+                )
+            )
         if not batch.micro_batches:
             if self.beta_plan.adaptive:
                 self._adapted(
@@ -226,26 +329,33 @@ class DPOModule(pl.LightningModule):
                 )
             self.manual_backward(self._zero_loss())
         grad_norm = self._clip()
-        if not torch.isfinite(grad_norm):
-            raise DivergedError(
-                f"step {self.global_step + 1}: the gradient norm is {grad_norm.item()}; the step "
-                "was not taken: lower optimizer.lr or optimizer.max_grad_norm"
-            )
-        optimizer.step()
+        is_finite, self.stop_signal = self._agree(sums[0], grad_norm)
+        if is_finite:
+            self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+            with explained(now, None, self._smaller):
+                optimizer.step()
+            if self._masters is not None:
+                self._masters.publish()
+        else:
+            self._skip_or_stop(scored, sums[0], grad_norm, total_weight=batch.total_weight)
+            if average is not None:
+                self.margin_average.copy_(average)
         optimizer.zero_grad()
-        if self._masters is not None:
-            self._masters.publish()
         scheduler: Any = self.lr_schedulers()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
 
-        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
         step = self.global_step
         if step == 1 or step % self._log_every_n_steps == 0 or step == self.total_steps:
-            metrics = self._reduced_metrics(self._train_sums)
-            metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
-            if self.beta_plan.changes:
-                metrics["beta"] = float(self._beta)
+            metrics: dict[str, float] = {"learning_rate": learning_rate}
+            if self._max_skipped_steps:
+                metrics["skipped_steps"] = self.skipped_steps
+            if self._train_sums is not None:  # None where all steps since the last row were skipped
+                metrics = self._reduced_metrics(self._train_sums) | metrics
+            if is_finite:
+                metrics["grad_norm"] = float(grad_norm)
+                if self.beta_plan.changes:
+                    metrics["beta"] = float(self._beta)
             self._log_metrics("train", metrics)
             self._train_sums = None
 
@@ -261,7 +371,10 @@ class DPOModule(pl.LightningModule):
         assert self.eval_accuracies is not None
         for number, micro_batch in enumerate(batch.micro_batches):
             counts = number < len(batch.counted)
-            comparison = self._compare(micro_batch, training=False, counts=counts)
+            with explained(
+                f"the evaluation after step {self.global_step}", micro_batch, self._smaller
+            ):
+                comparison = self._compare(micro_batch, training=False, counts=counts)
             if not counts:
                 continue
             self._eval_sums = self._eval_sums + comparison.sums
@@ -365,6 +478,59 @@ class DPOModule(pl.LightningModule):
         return gathered(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     @torch.no_grad()
+    def _agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[bool, int]:
+        """Whether the step is finite on all ranks, and the signal that any of them has had.
+
+        The one time in a step that the host waits for the device, and that ranks wait for an
+        answer of each other.
+        """
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        flags = torch.stack(
+            [bad.float(), loss.new_full((), self._pending_signal(), dtype=torch.float32)]
+        )
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        is_bad, signum = flags.tolist()
+        return not is_bad, int(signum)
+
+    def _skip_or_stop(
+        self, scored: Sequence[Scored], loss: Tensor, grad_norm: Tensor, *, total_weight: float
+    ) -> None:
+        """Says what is not finite, and whether that is the end; on all ranks alike.
+
+        Raises:
+            DivergedError: If no more steps may be passed over.
+        """
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        own = (loss.item(), rows_of_step(scored, datamodule.train_groups))
+        everyone = [own]
+        if self.trainer.world_size > 1:
+            found: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, own)
+            everyone = found
+        content = report(
+            self.global_step + 1,
+            loss=sum(part for part, _ in everyone) / total_weight,
+            grad_norm=grad_norm.item(),
+            rows=[row for _, rows in everyone for row in rows],
+        )
+        said = what_happened(content)
+        if self.skipped_steps == self._max_skipped_steps:
+            allowed = f"={self.skipped_steps} were used up" if self.skipped_steps else " is 0"
+            raise DivergedError(
+                f"{said}: lower optimizer.lr or optimizer.max_grad_norm, look at the rows in "
+                f"{DIVERGED_FILE}, or let more steps pass (trainer.max_skipped_steps{allowed})",
+                content,
+            )
+        self.skipped_steps += 1
+        # It counts as one step, so that the plan of the run stays a function of their number.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        if self.trainer.is_global_zero:
+            log.warning("%s (%d of at most %d)", said, self.skipped_steps, self._max_skipped_steps)
+
+    @torch.no_grad()
     def _check_same_model(self, batch: StepBatch) -> None:
         """Refuses a reference that is not the policy's start: the loss would mean nothing."""
         sums = torch.zeros(2, device=self.device)
@@ -411,7 +577,7 @@ class DPOModule(pl.LightningModule):
         """
         values = {f"{prefix}/{name}": value for name, value in metrics.items()}
         self.log_dict(values, logger=False, batch_size=1)
-        if prefix == "train":
+        if prefix == "train" and "loss" in metrics:
             shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
             self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]

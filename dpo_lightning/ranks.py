@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dpo_lightning.config import Config
 from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.preemption import take_over
+from dpo_lightning.processes import ChildRanks
 from dpo_lightning.strategies import ShardedStrategy
 
 T = TypeVar("T")
@@ -70,8 +72,12 @@ class Ranks:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
 
-def start_ranks(config: Config) -> Ranks | None:
+def start_ranks(config: Config, children: ChildRanks) -> Ranks | None:
     """Starts the processes of ``strategy=fsdp``; None for any other strategy.
+
+    Args:
+        config: The settings.
+        children: Looks after what is started.
 
     Raises:
         UserError: If Lightning refuses the devices.
@@ -80,7 +86,7 @@ def start_ranks(config: Config) -> Ranks | None:
         return None
     strategy = ShardedStrategy(timeout=timeout_of(config))
     with refuse_as_user_error():
-        pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
             num_nodes=config.trainer.num_nodes,
@@ -90,6 +96,7 @@ def start_ranks(config: Config) -> Ranks | None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+    take_over(trainer, children)
     mesh = strategy.start()
     return Ranks(strategy.global_rank, strategy.world_size, strategy.root_device, mesh)
 

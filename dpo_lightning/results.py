@@ -10,6 +10,7 @@ from typing import Any
 from dpo_lightning.files import write_whole
 
 RESULT_FILE = "result.json"
+DIVERGED_FILE = "diverged.json"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import socket
 import time
 import traceback
@@ -22,10 +23,21 @@ import dpo_lightning
 from dpo_lightning.config import BASE, Config
 from dpo_lightning.consistency import is_local_data
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.errors import DpoLightningError, StorageError
+from dpo_lightning.files import NO_ROOM
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
-from dpo_lightning.results import RESULT_FILE, write_json
+from dpo_lightning.processes import (
+    ChildRanks,
+    Death,
+    end_soon,
+    is_about_ranks,
+    is_child,
+    leave_word,
+    watch_parent,
+)
+from dpo_lightning.results import DIVERGED_FILE, RESULT_FILE, write_json
+from dpo_lightning.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +47,8 @@ _PACKAGES = (
 )
 _HUB = "https://huggingface.co"
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
+# How long this process may take to notice that another rank of its run is gone.
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,8 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     is_rank_zero = _is_rank_zero()
     if is_rank_zero:
         # What an earlier run left must not pass for this one's, however this one ends.
-        (run_dir / RESULT_FILE).unlink(missing_ok=True)
+        for name in (RESULT_FILE, DIVERGED_FILE):
+            (run_dir / name).unlink(missing_ok=True)
     else:
         logging.getLogger().setLevel(logging.ERROR)
     # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
@@ -68,6 +83,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     result: dict[str, Any] = {
         "status": "running",
         "error": None,
+        "resumed": None,
         "beta": config.beta,
         "loss": config.loss.name,
         "seed": config.seed,
@@ -84,7 +100,30 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "versions": _versions(),
         "command": shlex.join(["python", "train.py", *overrides]),
     }
-    code, error = 1, None
+    code, error, stopped_by = 1, None, 0
+
+    def leave(code: int) -> None:
+        death = children.death
+        children.kill()
+        if is_rank_zero:
+            error = "stopped by a signal" if death is None else death.message
+            left = dict(result) | {"status": _STATUS.get(code, "failed"), "error": error}
+            _write_result(run_dir / RESULT_FILE, left)
+
+    def follow(death: Death) -> None:
+        if death.code in (130, 143) and not signals.deferring:
+            os.kill(os.getpid(), signal.SIGINT if death.code == 130 else signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while not signals.noticed:
+            if time.monotonic() > deadline:  # it waits for the rank that is gone
+                signals.end_now(death.code)
+            time.sleep(0.1)
+
+    signals = SignalWatch(leave)
+    children = ChildRanks(run_dir, follow)
+    if is_child():
+        watch_parent()
+    signals.install()
     try:
         load_plugins(config.plugins)
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
@@ -95,7 +134,15 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
             logging.getLogger(name).setLevel(logging.ERROR)
         from dpo_lightning.experiment import run_experiment
 
-        run_experiment(config, rows, run_dir=run_dir, resolved=resolved, result=result)
+        run_experiment(
+            config,
+            rows,
+            run_dir=run_dir,
+            resolved=resolved,
+            result=result,
+            signals=signals,
+            children=children,
+        )
         code = 0
     except DpoLightningError as caught:
         code, error = caught.exit_code, str(caught)
@@ -106,19 +153,52 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     except SystemExit as caught:
         # Lightning and signal handlers end the process this way.
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
-        error = "stopped by SIGTERM" if code == 143 else f"ended with exit code {code}"
-    except Exception as caught:
+        error = f"ended with exit code {code}"
+        if isinstance(caught, Stopped):
+            stopped_by, error = caught.signum, caught.message
+    except OSError as caught:
         code, error = 1, f"{type(caught).__name__}: {caught}"
-        log.exception("unexpected error")
+        if caught.errno in NO_ROOM:
+            where = caught.filename or run_dir
+            code, error = StorageError.exit_code, f"{where}: {caught.strerror}; make room"
+        else:
+            log.exception("unexpected error")
+    except Exception as caught:
+        death = children.death_behind(caught)
+        if death is not None:
+            code, error = death.code, death.message
+        elif signals.received and is_about_ranks(caught):
+            code, error = exit_code(signals.received), "stopped while a rank was gone"
+        else:
+            code, error = 1, f"{type(caught).__name__}: {caught}"
+            log.exception("unexpected error")
     finally:
+        signals.notice()
         result["status"] = _STATUS.get(code, "failed")
         result["error"] = None if error is None else " ".join(error.split())
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
-            write_json(run_dir / RESULT_FILE, result)
+            _write_result(run_dir / RESULT_FILE, result)
+        if code:
+            if is_child():
+                leave_word(run_dir, result["error"])
+            children.end(code)
+            if "LOCAL_RANK" in os.environ:
+                end_soon(code)
+        signals.remove()
     if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
+    if is_rank_zero:
+        requeue_slurm_job(stopped_by, config.resume)
     return code
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``; where even that has no room, the run still says how it ended."""
+    try:
+        write_json(path, result)
+    except OSError as error:
+        log.error("%s cannot be written: %s", path, error.strerror or error)
 
 
 def _is_rank_zero() -> bool:

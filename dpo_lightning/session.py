@@ -22,15 +22,15 @@ from dpo_lightning.assembly import (
     make_trainer,
 )
 from dpo_lightning.budget import Budget, say_if_over
-from dpo_lightning.callbacks import MetricRows, RunIdentity, SameConfig, Throughput
-from dpo_lightning.checkpoints import CHECKPOINTS
+from dpo_lightning.callbacks import MetricRows, SameConfig, Throughput
+from dpo_lightning.checkpoints import CHECKPOINTS, changed_settings, read_manifest
 from dpo_lightning.computation import Computation, make_computation
 from dpo_lightning.conclusion import conclude
 from dpo_lightning.config import Config, run_name
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.errors import DivergedError, DpoLightningError, OutOfMemoryError, UserError
 from dpo_lightning.evaluation import (
     COLUMNS,
     SHOWN,
@@ -40,16 +40,28 @@ from dpo_lightning.evaluation import (
 )
 from dpo_lightning.exact_curve import ExactCurve
 from dpo_lightning.header import header_facts
-from dpo_lightning.loggers import JsonlLogger, finish_logger, log_table, make_logger
+from dpo_lightning.loggers import (
+    JsonlLogger,
+    finish_logger,
+    log_table,
+    logger_run_id,
+    make_logger,
+)
 from dpo_lightning.memory import keep_freed_memory, peak_bytes, reset_peak
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.sharding import shard_model
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
+from dpo_lightning.out_of_memory import with_last_checkpoint
 from dpo_lightning.plugins import make_callbacks
+from dpo_lightning.preemption import Preemption, take_over
 from dpo_lightning.prepared import Prepared
+from dpo_lightning.processes import ChildRanks
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.results import DIVERGED_FILE, write_json
+from dpo_lightning.resume import ExactResume
+from dpo_lightning.signals import SignalWatch
 from dpo_lightning.wandb_runs import logger_settings
 
 log = logging.getLogger(__name__)
@@ -63,6 +75,8 @@ def run_session(
     resolved: dict[str, Any],
     result: dict[str, Any],
     checkpoint: Path | None,
+    signals: SignalWatch,
+    children: ChildRanks,
 ) -> None:
     """Trains, evaluates, exports and says so; a wandb run is finished in every ending.
 
@@ -73,7 +87,15 @@ def run_session(
         resolved: The settings as plain values, with what was open filled in.
         result: The content of result.json, filled as facts become known.
         checkpoint: What to resume from.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
     """
+    saved = {} if checkpoint is None else read_manifest(checkpoint)
+    if checkpoint is not None:
+        changed = _allowed_changes(config, saved["identity"], prepared.identity)
+        result["resumed"] = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
+    # What another experiment logs does not belong to the run in wandb of the first one.
+    goes_on = checkpoint is not None and not result["resumed"]["changed"]
     throughput = Throughput()
     metrics = JsonlLogger(run_dir)
     logger = make_logger(
@@ -81,25 +103,27 @@ def run_session(
         run_name=run_name(config.name, config.model.name, config.loss.name, config.beta),
         folder=run_dir,
         config=resolved,
-        continued=checkpoint is not None,
+        continued=goes_on,
+        run_id=saved.get("wandb_run_id"),
     )
     console = Console()
     exit_code, where = 1, None
     trainer = None
     try:
         same = SameConfig(result["config_hash"])
-        identity = RunIdentity(prepared.identity)
         trainer = make_trainer(
             config,
             prepared.schedule,
             loggers=[metrics] if logger is None else [metrics, logger],
             callbacks=[
-                *(same, MetricRows(metrics), throughput, identity),
+                *(same, MetricRows(metrics), throughput, ExactResume()),
                 *make_callbacks(config.trainer.callbacks),
             ],
             throughput=throughput,
             run_dir=run_dir,
+            manifest={"identity": prepared.identity, "wandb_run_id": logger_run_id(logger)},
         )
+        take_over(trainer, children)
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
         # Beside an adapter most weights are frozen: half of their memory, before they are moved.
@@ -140,7 +164,14 @@ def run_session(
                 prepared.task, prepared.reference_outcome_logps, models.scorer, beta=config.beta
             )
             trainer.callbacks.append(curve)  # type: ignore[attr-defined]
-        module = make_module(config, models, models.reference, prepared.schedule, computation)
+        module = make_module(
+            config,
+            models,
+            models.reference,
+            prepared.schedule,
+            computation,
+            pending_signal=lambda: signals.received,
+        )
         datamodule = make_data_module(
             config,
             data,
@@ -150,15 +181,19 @@ def run_session(
         )
         if trainer.is_global_zero:
             say_if_over(data.train, budget, shared=models.scorer.shared)
+        preemption = Preemption(signals, run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
+        trainer.callbacks.append(preemption)  # type: ignore[attr-defined]
         reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
+        module.require_finite()
         result["memory"] = {"training_peak_bytes": peak_bytes(device)}
         reset_peak(device)
-        if config.checkpoint.last:
-            _save_last(trainer, run_dir / CHECKPOINTS)
+        signals.release()
         if data.eval and module.last_evaluation != trainer.global_step:
             trainer.validate(module, datamodule=datamodule, verbose=False)
         result["reference"] = _count_reference_rows(trainer, module)
+        if prepared.ranks is None:
+            children.release()  # what is left is rank 0's alone
         if trainer.is_global_zero or prepared.ranks is not None:
             report = conclude(
                 config,
@@ -183,6 +218,11 @@ def run_session(
         exit_code = 0
     except DpoLightningError as error:
         exit_code = error.exit_code
+        first = trainer is not None and trainer.is_global_zero
+        if isinstance(error, DivergedError) and error.report and first:
+            write_json(run_dir / DIVERGED_FILE, error.report)
+        if isinstance(error, OutOfMemoryError):
+            raise with_last_checkpoint(error, run_dir) from error
         raise
     except KeyboardInterrupt:
         exit_code = 130
@@ -191,6 +231,7 @@ def run_session(
         exit_code = error.code if isinstance(error.code, int) else 1
         raise
     finally:
+        signals.notice()
         if trainer is not None:
             result["step"] = trainer.global_step
             epoch = steps_per_epoch(len(prepared.data.train), config.data.batch_size)
@@ -318,6 +359,27 @@ def _with_reference(
 # Training ---------------------------------------------------------------------------------------
 
 
+def _allowed_changes(
+    config: Config, saved: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What differs between a checkpoint's experiment and this one, where that is allowed.
+
+    Raises:
+        UserError: Where it is not, naming the first thing that differs.
+    """
+    changed = changed_settings(saved, identity)
+    if changed and not config.resume_changed:
+        key, values = next(iter(changed.items()))
+        raise UserError(
+            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
+            f"{key}={values['to']}; resume with the same, start a new run, or say "
+            "resume_changed=true"
+        )
+    for key, values in changed.items():
+        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
+    return changed
+
+
 def _fit(
     trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule, checkpoint: Path | None
 ) -> None:
@@ -325,26 +387,12 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:
-        if trainer.received_sigterm:
-            raise SystemExit(143) from None
-        # Lightning exits so after Ctrl-C; any other exit is somebody else's.
+        # Lightning exits so where a plugin raised what Ctrl-C does; any other exit means itself.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.received_sigterm:
-        raise SystemExit(143)
-
-
-def _save_last(trainer: pl.Trainer, folder: Path) -> None:
-    """Saves the end of the training, unless its last step was saved on the way."""
-    path = folder / f"step-{trainer.global_step:06d}.ckpt"
-    on_the_way = {
-        getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks
-    }
-    if str(path) not in on_the_way:
-        trainer.save_checkpoint(path)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

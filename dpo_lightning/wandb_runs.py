@@ -53,6 +53,7 @@ def start_run(
     folder: Path,
     config: Mapping[str, Any],
     continued: bool,
+    run_id: str | None = None,
     job_type: str | None = None,
 ) -> Any:
     """Begins a run, or goes on with the one that the folder belongs to.
@@ -63,6 +64,7 @@ def start_run(
         folder: Where its files and its id go.
         config: Its configuration.
         continued: Whether what is logged goes on from what the folder's run had.
+        run_id: The run to go on with where the folder has none.
         job_type: What kind of run it is.
 
     Returns:
@@ -73,7 +75,7 @@ def start_run(
     """
     import wandb
 
-    run_id = _run_id(folder, continued=continued)
+    run_id = _run_id(folder, continued=continued, other=run_id)
 
     def start(mode: Any) -> Any:
         return wandb.init(
@@ -112,15 +114,15 @@ def start_run(
     return run
 
 
-def _run_id(folder: Path, *, continued: bool) -> str | None:
-    """The id of the folder's run where that is continued; else None, for a new one."""
+def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
+    """The id of the folder's run, or the other one, where it is continued; None for a new one."""
     # An agent of wandb's own sweeps has chosen one already.
     if not continued or "WANDB_RUN_ID" in os.environ:
         return None
     try:
-        return (folder / _ID_FILE).read_text().strip() or None
+        return (folder / _ID_FILE).read_text().strip() or other
     except OSError:
-        return None
+        return other
 
 
 def wandb_mode(mode: str) -> str:

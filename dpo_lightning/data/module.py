@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.signals import leave_signals_to_parent
 
 
 def steps_per_epoch(groups: int, batch_size: int) -> int:
@@ -142,6 +143,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             sampler=sampler,
             batch_size=None,  # an item is a batch already
             num_workers=self._num_workers,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=False,
         )
 

@@ -25,7 +25,7 @@ from dpo_lightning.files import hold_lock, write_whole
 log = logging.getLogger(__name__)
 
 # Part of every key: other code may cut other tokens.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def tokenize_once(
@@ -100,12 +100,11 @@ def _packed(tokenized: TokenizedGroups, groups: Sequence[PreferenceGroup]) -> by
         "origin": np.array(list(_origins(tokenized.groups, groups)), dtype=np.int32),
     }
     about = {
-        "digest": _digest(arrays),
         "dropped": json.dumps(tokenized.dropped),
         "changed": json.dumps(tokenized.changed),
         "notes": json.dumps(tokenized.notes),
     }
-    return save(arrays, metadata=about)
+    return save(arrays, metadata=about | {"digest": _digest(arrays, about)})
 
 
 def _origins(made: Iterable[TokenGroup], groups: Sequence[PreferenceGroup]) -> Iterable[int]:
@@ -115,10 +114,14 @@ def _origins(made: Iterable[TokenGroup], groups: Sequence[PreferenceGroup]) -> I
         yield next(i for i in places if groups[i].source == group.source)
 
 
-def _digest(arrays: dict[str, npt.NDArray[Any]]) -> str:
+def _digest(arrays: dict[str, npt.NDArray[Any]], about: dict[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    kept = {key: text for key, text in about.items() if key != "digest"}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -129,7 +132,7 @@ def _read(path: Path, groups: Sequence[PreferenceGroup]) -> TokenizedGroups | No
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about.get("digest") != _digest(arrays):
+        if about.get("digest") != _digest(arrays, about):
             raise ValueError("its content is not what was written")
         return _unpacked(arrays, about, groups)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:

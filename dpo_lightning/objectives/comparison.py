@@ -48,11 +48,17 @@ class Comparison:
         sums: The entries of ``SUMS``, shape (12,), float64 (float32 on MPS), no graph.
         accuracies: Share of each group's pairs that the policy ranks right, a tie counting one
             half, shape (G,), float32, no graph.
+        losses: Loss of each group, shape (G,), no graph.
+        policy_logps: What was compared, shape (N,), no graph.
+        reference_logps: What it was compared with, shape (N,), or None without a reference.
     """
 
     loss: Tensor
     sums: Tensor
     accuracies: Tensor
+    losses: Tensor
+    policy_logps: Tensor
+    reference_logps: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +200,14 @@ def compare_responses(
                 )
             ]
         )
-    return Comparison(loss=loss_sum, sums=sums, accuracies=accuracies)
+    return Comparison(
+        loss=loss_sum,
+        sums=sums,
+        accuracies=accuracies,
+        losses=of_group.detach(),
+        policy_logps=policy,
+        reference_logps=reference_logps,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

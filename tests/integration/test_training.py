@@ -250,7 +250,11 @@ def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, capsys):
 
 def test_checkpoints_hold_the_policy_alone_and_no_pickled_objects(tmp_path):
     run = run_train(tmp_path / "run", *TINY, "trainer.max_steps=2")
-    [path] = (run.folder / "checkpoints").iterdir()
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "step-000002.ckpt",
+        "step-000002.json",
+    ]
+    path = run.folder / "checkpoints" / "step-000002.ckpt"
     state = torch.load(path, weights_only=True)
     assert state["global_step"] == 2
     assert all(name.startswith("policy.") for name in state["state_dict"])
