@@ -112,7 +112,7 @@ def test_a_damaged_file_names_one_that_is_whole(whole: Run, tmp_path):
     assert_same_end(resumed, whole, after=4)
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+def test_what_could_not_be_saved_stops_the_run(tmp_path):
     """A callback keeps a NumPy array, which weights_only=True refuses."""
     import lightning.pytorch as pl
     import numpy as np
