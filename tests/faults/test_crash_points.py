@@ -1,4 +1,4 @@
-"""A process killed at each phase of a save: there is a whole checkpoint, and the run ends exactly."""
+"""Killed at each phase of a save: there is a whole checkpoint, and the run ends exactly."""
 
 import os
 import subprocess

@@ -59,6 +59,21 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(whole: Run, tmp_path
     assert_same_end(resumed, whole, after=12)
 
 
+def test_a_finished_run_goes_on_like_one_that_was_to_be_longer(tmp_path):
+    """With a schedule that does not know the end; the first run ended between two saves."""
+    task = (*LONG[:-1], "optimizer.lr=0.01", "optimizer.schedule=constant", "optimizer.warmup=0")
+    task = (*task, "checkpoint.every_n_steps=5", "trainer.log_every_n_steps=1")
+    longer = run_train(tmp_path / "longer", *task)
+    first = run_train(tmp_path / "run", *task, "trainer.max_epochs=1")
+    assert {path.name for path in (first.folder / "checkpoints").glob("*.ckpt")} == {
+        "step-000005.ckpt",
+        "step-000006.ckpt",
+    }
+    second = run_train(first.folder, *task, "resume=auto")
+    assert second.result["resumed"]["step"] == 6
+    assert_same_end(second, longer, after=6)
+
+
 def test_a_checkpoint_reads_without_running_anything_in_it(whole: Run):
     state = load(checkpoint(whole, 6))
     assert set(state["random_states"][0]) == {"python", "numpy", "torch"}
@@ -112,7 +127,7 @@ def test_a_damaged_file_names_one_that_is_whole(whole: Run, tmp_path):
     assert_same_end(resumed, whole, after=4)
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+def test_what_could_not_be_saved_stops_the_run(tmp_path):
     """A callback keeps a NumPy array, which weights_only=True refuses."""
     import lightning.pytorch as pl
     import numpy as np

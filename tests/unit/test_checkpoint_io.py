@@ -40,7 +40,7 @@ def test_the_file_is_beside_its_target_and_synced_before_it_is_renamed(tmp_path,
     real_fsync, real_replace = os.fsync, Path.replace
 
     def spy_fsync(handle):
-        target = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        target = Path(f"/proc/self/fd/{handle}").readlink()
         size = target.stat().st_size
         calls.append(("sync", "folder" if target == tmp_path else target.suffixes[0], size > 12000))
         real_fsync(handle)

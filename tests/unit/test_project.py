@@ -91,7 +91,8 @@ def test_objectives_import_torch_alone():
     [
         ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py", "header.py",
                        "loggers.py", "session.py", "assembly.py", "experiment.py", "exact_curve.py",
-                       "computation.py", "ranks.py", "strategies.py", "preemption.py"}),
+                       "computation.py", "ranks.py", "strategies.py", "preemption.py",
+                       "checkpoint_io.py", "resume.py"}),
         ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",
                        "sweeps/launch.py"}),
