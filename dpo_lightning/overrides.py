@@ -18,12 +18,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.credentials import is_secret
 from dpo_lightning.errors import UserError
 from dpo_lightning.validation import (
     config_error,
     is_import_name,
     is_known,
-    is_secret,
     settings,
     shown,
     unknown_key,

@@ -5,10 +5,12 @@ Rows are read and judged here, before torch is imported; the rest is in ``experi
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shlex
 import socket
 import time
@@ -21,8 +23,9 @@ from urllib.parse import urlparse
 import dpo_lightning
 from dpo_lightning.config import Config
 from dpo_lightning.consistency import is_local_data
+from dpo_lightning.credentials import redact
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
 from dpo_lightning.results import RESULT_FILE, write_json
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 QUARANTINE_FILE = "quarantine.jsonl"
 _PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "wandb", "numpy")
 _HUB = "https://huggingface.co"
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 
 
@@ -58,7 +62,10 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     is_rank_zero = _is_rank_zero()
     if is_rank_zero:
         # What an earlier run left must not pass for this one's, however this one ends.
-        (run_dir / RESULT_FILE).unlink(missing_ok=True)
+        try:
+            (run_dir / RESULT_FILE).unlink(missing_ok=True)
+        except OSError as caught:
+            raise UserError(disk_fault(caught) or f"{run_dir / RESULT_FILE}: {caught}") from caught
     else:
         logging.getLogger().setLevel(logging.ERROR)
     # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
@@ -103,17 +110,44 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         code = caught.code if isinstance(caught.code, int) and caught.code else 1
         error = "stopped by SIGTERM" if code == 143 else f"ended with exit code {code}"
     except Exception as caught:
-        code, error = 1, f"{type(caught).__name__}: {caught}"
-        log.exception("unexpected error")
+        fault = disk_fault(caught)
+        code, error = (1, f"{type(caught).__name__}: {caught}") if fault is None else (2, fault)
+        if fault is None:
+            log.exception("unexpected error")
+        elif config.debug.traceback:
+            log.exception(fault)
     finally:
         result["status"] = _STATUS.get(code, "failed")
-        result["error"] = None if error is None else " ".join(error.split())
+        result["error"] = None if error is None else redact(" ".join(error.split()))
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
-            write_json(run_dir / RESULT_FILE, result)
+            try:
+                write_json(run_dir / RESULT_FILE, result)
+            except OSError as caught:
+                log.error("error: %s: %s", run_dir / RESULT_FILE, caught.strerror or caught)
+                code = code or 2
     if error is not None and (is_rank_zero or code == 1):
         log.error("error: %s", result["error"])
     return code
+
+
+def disk_fault(error: Exception) -> str | None:
+    """One line for a disk that is full or closed to us; None for any other error.
+
+    Libraries that write for us hide the number of an error in its text.
+    """
+    named = getattr(error, "filename", None)
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        reason = os.strerror(error.errno or 0)
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or int(found.group(1)) not in _DISK_FAULTS:
+            return None
+        reason = os.strerror(int(found.group(1)))
+    return (
+        f"{named or 'a file of this run'}: {reason}; make room there, or name another folder with "
+        "hydra.run.dir="
+    )
 
 
 def _is_rank_zero() -> bool:

@@ -85,9 +85,10 @@ def test_objectives_import_torch_alone():
         ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py", "header.py",
                        "loggers.py", "session.py", "assembly.py", "experiment.py", "exact_curve.py",
                        "computation.py"}),
-        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py"}),
+        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py",
+                   "hydra_node.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",
-                       "sweeps/launch.py"}),
+                       "hydra_node.py", "sweeps/launch.py"}),
         ("wandb", {"wandb_runs.py"}),
     ],
 )  # fmt: skip
