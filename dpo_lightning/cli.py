@@ -203,7 +203,7 @@ def _hydra(args: argparse.Namespace) -> Hydra:
 
 def _overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
     """The settings that were typed, their keys and choices known."""
-    overrides = parse_overrides(args.overrides)
+    overrides = parse_overrides(args.overrides, hydra.config_loader)
 
     def options_of(group: str) -> list[str]:
         return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
@@ -268,7 +268,8 @@ def _check(args: argparse.Namespace) -> _Job:
     if _is(cfg.hydra.sweeper, "BasicSweeper"):
         # The grid may also stand in a file, as hydra.sweeper.params.
         params = (cfg.hydra.sweeper.params or {}).items()
-        overrides = [*parse_overrides(f"{key}={value}" for key, value in params), *overrides]
+        lines = [f"{key}={value}" for key, value in params]
+        overrides = [*parse_overrides(lines, hydra.config_loader), *overrides]
         fixed, swept = _by_sweep(overrides)
         configs = _check_trials(
             hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
@@ -322,7 +323,7 @@ def _check_trials(
     of_hydra = [override for override in grid if override.is_hydra_override()]
     of_task = [override for override in grid if not override.is_hydra_override()]
     configs, problems = [], []
-    for trial in BasicSweeper.split_arguments(of_task, max_batch_size=None)[0]:
+    for trial in _trials(of_task):
         try:
             cfg = _compose(hydra, args, [*_lines(of_hydra), *trial])
             raise_all(hydra_problems(cfg.hydra))
@@ -331,6 +332,21 @@ def _check_trials(
             problems.append(str(error))
     raise_all(problems)
     return configs
+
+
+def _trials(grid: list[Override]) -> list[list[str]]:
+    """The settings of each trial of a grid.
+
+    Raises:
+        UserError: If the sweeper knows no such grid, or it is empty.
+    """
+    try:
+        batches = BasicSweeper.split_arguments(grid, max_batch_size=None)
+    except HydraException as error:
+        raise UserError(f"{hydra_error(error)}; hydra/sweeper= names another sweeper") from error
+    if not batches or not batches[0]:
+        raise UserError(f"{' '.join(_lines(grid))}: no choice is left to run")
+    return [list(trial) for trial in batches[0]]
 
 
 def _through_hydra(
@@ -350,6 +366,18 @@ def _through_hydra(
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # Not out of a job: that lets nothing but an exit and a keyboard interrupt through.
         raise UserError(hydra_error(error)) from error
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if _is_ours(error):
+            raise
+        # Of Hydra's own settings only some have types.
+        raise UserError(f"hydra: {type(error).__name__}: {hydra_error(error)}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error passed through this project's code on its way here."""
+    package = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(package in Path(frame.filename).parents for frame in frames[1:])
 
 
 def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:

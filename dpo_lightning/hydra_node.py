@@ -41,6 +41,9 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
     own = {key: raw[key] for key in raw if key not in ("overrides", "runtime", "help", "choices")}
     yield from map(refusal, dict.fromkeys(secrets_in(own, "hydra")))
     yield from _targets(own, "hydra", _known_targets())
+    for part in ("launcher", "sweeper"):
+        if not isinstance(own.get(part), dict):
+            yield f"hydra.{part}={shown(own.get(part))}: choose one with hydra/{part}="
     for section in ("job_logging", "hydra_logging"):
         yield from _logging(own.get(section), f"hydra.{section}")
     job, subdir = own.get("job") or {}, own.get("output_subdir")

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
@@ -63,13 +64,17 @@ def flag_parser() -> argparse.ArgumentParser:
     return _Parser(parents=[get_args_parser()], add_help=False)
 
 
-def parse_overrides(lines: Iterable[str]) -> list[Override]:
+def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
     """The arguments in Hydra's grammar.
+
+    Args:
+        lines: As they were typed.
+        config_loader: Knows the choices of a group, among which ``model=glob(l*)`` chooses.
 
     Raises:
         UserError: Those that are not ``key=value``, all of them.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=config_loader)
     parsed, problems = [], []
     for line in lines:
         try:
