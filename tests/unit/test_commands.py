@@ -44,6 +44,10 @@ def test_files_of_ones_own(place, content):
         ("hydra.launcher=3", "hydra/launcher="),
         ("hydra.job_logging.handlers=null", "hydra:"),
         ("hydra.verbose=[3]", "hydra:"),
+        ("beta=" + "9" * 5000, "beta=9999"),
+        ("beta=" + "9" * 4000, "beta: int too large"),
+        ("beta=" + "[" * 3000, "cannot be read"),
+        ("beta=" + "[" * 3000 + "]" * 3000, "beta=[[["),
     ],
 )
 def test_what_was_found(place, line, fragment, capsys):
@@ -53,3 +57,4 @@ def test_what_was_found(place, line, fragment, capsys):
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ")
     assert fragment in said
+    assert len(said) < 1000

@@ -32,7 +32,13 @@ def variables(monkeypatch):
     "key",
     [
         *("api_key", "logger.api_key", "WANDB_API_KEY", "+wandb_api_key", "apikey", "token"),
-        *("HF_TOKEN", "hf_token", "HUGGING_FACE_HUB_TOKEN", "huggingface_hub_token", "github_token"),
+        *(
+            "HF_TOKEN",
+            "hf_token",
+            "HUGGING_FACE_HUB_TOKEN",
+            "huggingface_hub_token",
+            "github_token",
+        ),
         *("auth_token", "access_token", "password", "db_passwd", "secret", "client_secret"),
         *("AWS_SECRET_ACCESS_KEY", "credentials", "private_key", "hydra.job.env_set.HF_TOKEN"),
     ],
