@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.credentials import is_secret_text, refusal
 from dpo_lightning.errors import UserError
 from dpo_lightning.overrides import hydra_error
 
@@ -41,6 +42,8 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
         raise UserError(hydra_error(error)) from error
     if not named:
         raise UserError(f"hydra.{key}= has no value: needs a folder")
+    if is_secret_text(named):  # out of a variable of the environment; what is typed was judged
+        raise UserError(refusal(f"hydra.{key}"))
     if Path(named).is_file():
         raise UserError(f"hydra.{key}={named} is a file; needs a folder")
     if is_fixed(cfg, key):
