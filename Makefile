@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults check bench lock clean
+.PHONY: help train test test-faults check audit bench lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(READY) ## ask for known vulnerabilities of the pinned versions
+	@$(BIN)/python .ci/audit.py $(ARGS)
 
 bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]" -c constraints.txt

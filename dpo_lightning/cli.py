@@ -32,14 +32,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.config import CONF, Config, LoggerConfig, register
+from dpo_lightning.credentials import redact, refusal, typed_secrets
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.folders import (
     cannot_write,
     hydra_override,
     is_fixed,
     prepare_folder,
+    refuse_links,
     resumed_sweep,
 )
+from dpo_lightning.hydra_node import hydra_problems
 from dpo_lightning.lifeline import watch_lifeline
 from dpo_lightning.overrides import (
     flag_parser,
@@ -52,7 +55,7 @@ from dpo_lightning.overrides import (
 )
 from dpo_lightning.plugins import load_plugins
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
-from dpo_lightning.terminal import replace_unprintable
+from dpo_lightning.terminal import outlive_terminal
 from dpo_lightning.validation import validate
 
 # Exit codes of a run that a signal ended.
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     watch_lifeline()
-    replace_unprintable()
+    outlive_terminal()
     version.setbase("1.3")
     register()
     try:
@@ -109,13 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception:
-        traceback.print_exc()
+        _show_traceback()
         return 1
     finally:
         GlobalHydra.instance().clear()
 
 
 def _main(argv: list[str]) -> int:
+    # Ahead of all that may repeat what was typed.
+    raise_all(map(refusal, typed_secrets(argv)))
     parser = flag_parser()
     # Not parse_args: that refuses `beta=0.1 -m seed=1,2`, a flag among the settings.
     args = parser.parse_intermixed_args(argv)
@@ -166,8 +171,12 @@ def _never(cfg: DictConfig) -> NoReturn:
 
 
 def _report(error: DpoLightningError, prefix: str = "") -> int:
-    print(f"error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(redact(f"error: {prefix}{' '.join(str(error).split())}"), file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _show_traceback() -> None:
+    print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
 
 
 def _exit_code(stop: SystemExit) -> int:
@@ -194,7 +203,7 @@ def _hydra(args: argparse.Namespace) -> Hydra:
 
 def _overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
     """The settings that were typed, their keys and choices known."""
-    overrides = parse_overrides(args.overrides)
+    overrides = parse_overrides(args.overrides, hydra.config_loader)
 
     def options_of(group: str) -> list[str]:
         return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
@@ -230,7 +239,7 @@ def _check_shown(args: argparse.Namespace) -> None:
     hydra = _hydra(args)
     fixed, swept = _by_sweep(_overrides(args, hydra))
     raise_all(f"{line} gives several values, and one config is shown" for line in _lines(swept))
-    _compose(hydra, args, _lines(fixed))
+    raise_all(hydra_problems(_compose(hydra, args, _lines(fixed)).hydra))
 
 
 def _check(args: argparse.Namespace) -> _Job:
@@ -239,6 +248,7 @@ def _check(args: argparse.Namespace) -> _Job:
     overrides = _overrides(args, hydra)
     fixed, swept = _by_sweep(overrides)
     cfg = _compose(hydra, args, _lines(fixed))
+    raise_all(hydra_problems(cfg.hydra))
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
         config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
@@ -258,7 +268,8 @@ def _check(args: argparse.Namespace) -> _Job:
     if _is(cfg.hydra.sweeper, "BasicSweeper"):
         # The grid may also stand in a file, as hydra.sweeper.params.
         params = (cfg.hydra.sweeper.params or {}).items()
-        overrides = [*parse_overrides(f"{key}={value}" for key, value in params), *overrides]
+        lines = [f"{key}={value}" for key, value in params]
+        overrides = [*parse_overrides(lines, hydra.config_loader), *overrides]
         fixed, swept = _by_sweep(overrides)
         configs = _check_trials(
             hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
@@ -312,14 +323,30 @@ def _check_trials(
     of_hydra = [override for override in grid if override.is_hydra_override()]
     of_task = [override for override in grid if not override.is_hydra_override()]
     configs, problems = [], []
-    for trial in BasicSweeper.split_arguments(of_task, max_batch_size=None)[0]:
+    for trial in _trials(of_task):
         try:
             cfg = _compose(hydra, args, [*_lines(of_hydra), *trial])
+            raise_all(hydra_problems(cfg.hydra))
             configs.append(validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir))
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
     return configs
+
+
+def _trials(grid: list[Override]) -> list[list[str]]:
+    """The settings of each trial of a grid.
+
+    Raises:
+        UserError: If the sweeper knows no such grid, or it is empty.
+    """
+    try:
+        batches = BasicSweeper.split_arguments(grid, max_batch_size=None)
+    except HydraException as error:
+        raise UserError(f"{hydra_error(error)}; hydra/sweeper= names another sweeper") from error
+    if not batches or not batches[0]:
+        raise UserError(f"{' '.join(_lines(grid))}: no choice is left to run")
+    return [list(trial) for trial in batches[0]]
 
 
 def _through_hydra(
@@ -339,6 +366,18 @@ def _through_hydra(
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # Not out of a job: that lets nothing but an exit and a keyboard interrupt through.
         raise UserError(hydra_error(error)) from error
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if _is_ours(error):
+            raise
+        # Of Hydra's own settings only some have types.
+        raise UserError(f"hydra: {type(error).__name__}: {hydra_error(error)}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error passed through this project's code on its way here."""
+    package = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(package in Path(frame.filename).parents for frame in frames[1:])
 
 
 def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
@@ -349,15 +388,17 @@ def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
     try:
         # By now the folder has a fixed name, whoever gave it: resume=auto was judged before.
         config = validate(cfg, multirun=is_trial, explicit_run_dir=True)
-        return _start(config, run_dir=Path(hydra.runtime.output_dir), overrides=overrides)
+        folder = Path(hydra.runtime.output_dir)
+        refuse_links(folder)
+        return _start(config, run_dir=folder, overrides=overrides)
     except DpoLightningError as error:
         if OmegaConf.select(cfg, "debug.traceback"):
-            traceback.print_exc()
+            _show_traceback()
         return _report(error, prefix)
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception:
-        traceback.print_exc()
+        _show_traceback()
         return 1
 
 

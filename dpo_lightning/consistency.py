@@ -48,11 +48,17 @@ def is_local_data(source: str) -> bool:
     )
 
 
+def _is_address(source: str) -> bool:
+    return "://" in source
+
+
 def _row_file(key: str, source: str | None) -> Iterator[str]:
     if source is None:
         return
     path = Path(source)
-    if not is_local_data(source):
+    if _is_address(source):
+        yield f"{key}={source}: addresses are not read; name a file or a data set of the hub"
+    elif not is_local_data(source):
         if not _HUB_ID.fullmatch(source):
             yield f"{key}={source}: no such file, and a hub id has the form owner/name"
     elif path.is_dir():
@@ -67,7 +73,9 @@ def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Itera
     if source is None:
         return
     path = Path(source)
-    if path.is_dir():
+    if _is_address(source):
+        yield f"{key}={source}: addresses are not loaded; name a folder or a hub id (owner/name)"
+    elif path.is_dir():
         if not any((path / name).is_file() for name in needs):
             yield f"{key}={source}: the folder has no {' or '.join(needs)}"
     elif path.exists():
@@ -349,6 +357,11 @@ def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
     if config.resume == "auto":
         if not explicit_run_dir:
             yield "resume=auto looks in the run's folder: name that, hydra.run.dir=<folder>"
+    elif _is_address(config.resume):
+        yield (
+            f"resume={config.resume}: addresses are not loaded; name a checkpoint or a run's "
+            "folder of this machine"
+        )
     elif not Path(config.resume).exists():
         yield (
             f"resume={config.resume}: no such checkpoint or run folder, seen from {Path.cwd()}; "

@@ -7,8 +7,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.credentials import is_secret_text, refusal
 from dpo_lightning.errors import UserError
 from dpo_lightning.overrides import hydra_error
+
+# Folders inside a run's whose files are written by name.
+_WRITTEN_INTO = ("checkpoints", ".hydra", "csv")
 
 
 def is_fixed(cfg: DictConfig, key: str) -> bool:
@@ -38,9 +42,12 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
         raise UserError(hydra_error(error)) from error
     if not named:
         raise UserError(f"hydra.{key}= has no value: needs a folder")
+    if is_secret_text(named):  # out of a variable of the environment; what is typed was judged
+        raise UserError(refusal(f"hydra.{key}"))
     if Path(named).is_file():
         raise UserError(f"hydra.{key}={named} is a file; needs a folder")
     if is_fixed(cfg, key):
+        refuse_links(Path(named))
         return Path(named), []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         raise UserError(
@@ -58,6 +65,30 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
         except OSError as error:
             raise UserError(cannot_write(error, key)) from error
     return folder, [hydra_override(key, folder)]
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuses a folder in which a link would lead what is written into it elsewhere.
+
+    The folder itself may be one: whoever named it chose where it leads. wandb makes links of its
+    own, inside a folder of its own.
+
+    Args:
+        folder: Of a run or a sweep; it need not exist.
+
+    Raises:
+        UserError: If it, or a folder of checkpoints or settings in it, holds a symbolic link.
+    """
+    for part in (folder, *(folder / name for name in _WRITTEN_INTO)):
+        try:
+            links = sorted(path for path in part.iterdir() if path.is_symlink())
+        except OSError:
+            continue  # not there, or not a folder; those who write it will tell
+        if links:
+            raise UserError(
+                f"{links[0]}: a symbolic link to {links[0].readlink()}, and a run writes inside "
+                "its own folder alone; take the link away, or name another folder"
+            )
 
 
 def resumed_sweep(wanted: str, cfg: DictConfig) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +14,17 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.errors import StorageError
 from dpo_lightning.files import write_whole
 from dpo_lightning.results import finite
 from dpo_lightning.wandb_runs import STEP, LoggerSettings, finish_run, start_run
 
+log = logging.getLogger(__name__)
+
 
 class JsonlLogger(Logger):
     """Appends each row of metrics to ``metrics.jsonl``, flushed, and keeps the last of each.
+
+    A disk that is full does not end the run: rows wait in memory until they can be written.
 
     A row is ``{"step", "epoch", "time", ...metrics}``; ``step`` counts the optimizer steps
     completed and ``time`` is in seconds since the epoch.
@@ -33,6 +39,7 @@ class JsonlLogger(Logger):
         self.last: dict[str, float] = {}
         # The newest step and how many rows it has.
         self._newest = (0, 0)
+        self._unwritten: list[bytes] = []
 
     @property
     def name(self) -> str:
@@ -83,18 +90,51 @@ class JsonlLogger(Logger):
         self.last |= values
         row = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
         self._newest = (step or 0, self.rows_of(step or 0) + 1)
+        self._unwritten.append(f"{json.dumps(finite(row), allow_nan=False)}\n".encode())
+        self._write()
+
+    def _write(self) -> None:
+        """Appends what is not in the file yet: whole rows, or nothing where they do not fit."""
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                rows = b"".join(self._unwritten)
+                try:
+                    if file.write(rows) < len(rows):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
         except OSError as error:
-            raise StorageError(
-                f"{self.path}: {error.strerror or error}; make room, or take another folder with "
-                "hydra.run.dir=<folder>"
-            ) from error
+            if len(self._unwritten) == 1:
+                log.warning(
+                    "%s cannot be written (%s): the run goes on, and its rows are kept until it can"
+                    " be",
+                    self.path,
+                    error.strerror or error,
+                )
+        else:
+            self._unwritten.clear()
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration has files of its own."""
+
+
+class _LastingWandbLogger(WandbLogger):
+    """Lightning's, but a run is not ended because wandb's own process was."""
+
+    _failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hands a row of metrics to wandb, or says once that it takes none."""
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # of its own process, pipes and files
+            if not self._failed:
+                self._failed = True
+                log.warning("wandb takes no metrics (%s); metrics.jsonl has them all", error)
 
 
 def make_logger(
@@ -137,7 +177,7 @@ def make_logger(
     run.define_metric(STEP)
     for prefix in ("train", "eval", "controlled", "samples"):
         run.define_metric(f"{prefix}/*", step_metric=STEP)
-    return WandbLogger(experiment=run)
+    return _LastingWandbLogger(experiment=run)
 
 
 def logger_run_id(logger: Logger | None) -> str | None:

@@ -13,22 +13,26 @@ from typing import NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.credentials import is_secret
 from dpo_lightning.errors import UserError
 from dpo_lightning.validation import (
     config_error,
     is_import_name,
     is_known,
-    is_secret,
     settings,
     shown,
     unknown_key,
     unknown_option,
 )
+
+# What is longer is not repeated whole.
+_LONGEST_LINE = 500
 
 
 def raise_all(problems: Iterable[str]) -> None:
@@ -63,17 +67,21 @@ def flag_parser() -> argparse.ArgumentParser:
     return _Parser(parents=[get_args_parser()], add_help=False)
 
 
-def parse_overrides(lines: Iterable[str]) -> list[Override]:
+def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
     """The arguments in Hydra's grammar.
+
+    Args:
+        lines: As they were typed.
+        config_loader: Knows the choices of a group, among which ``model=glob(l*)`` chooses.
 
     Raises:
         UserError: Those that are not ``key=value``, all of them.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=config_loader)
     parsed, problems = [], []
     for line in lines:
         try:
-            override = parser.parse_overrides([line])[0]
+            override = _parse(parser, line)
             if not override.key_or_group:
                 raise HydraException("no key")
             parsed.append(override)
@@ -81,6 +89,13 @@ def parse_overrides(lines: Iterable[str]) -> list[Override]:
             problems.append(_unreadable(line, parser))
     raise_all(problems)
     return parsed
+
+
+def _parse(parser: OverridesParser, line: str) -> Override:
+    try:
+        return parser.parse_overrides([line])[0]
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        raise HydraException(str(error)) from error
 
 
 def _unreadable(line: str, parser: OverridesParser) -> str:
@@ -91,9 +106,11 @@ def _unreadable(line: str, parser: OverridesParser) -> str:
         return unknown_key(key)
     quoted = '{}="{}"'.format(key, value.replace("\\", "\\\\").replace('"', '\\"'))
     try:
-        parser.parse_overrides([quoted])
+        _parse(parser, quoted)
     except HydraException:
-        return f"{line}: cannot be read; settings are written key=value"
+        return f"{shown(line)}: cannot be read; settings are written key=value"
+    if len(line) > _LONGEST_LINE:
+        return f"{shown(line)}: cannot be read; the value needs quotes, or is too long"
     return f"{line}: the value has characters that need quotes; write {shlex.quote(quoted)}"
 
 
@@ -111,7 +128,7 @@ def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
     found: list[object] = []
     for line in lines:
         try:
-            override = parser.parse_overrides([line])[0]
+            override = _parse(parser, line)
         except HydraException:
             continue
         key, value = override.key_or_group, override.value()
@@ -203,4 +220,8 @@ def hydra_error(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     for advice in ("Config search path:", "Search path:", "To append to your", "See https:"):
         message = message.partition(advice)[0]
-    return " ".join(message.split()) or type(error).__name__
+    message = " ".join(message.split())
+    placed = re.fullmatch(r"(.*?) full_key: (\S+)( object_type=\S+)?", message)
+    if placed:
+        message = f"{placed.group(2)}: {placed.group(1)}"
+    return message or type(error).__name__

@@ -5,10 +5,12 @@ Rows are read and judged here, before torch is imported; the rest is in ``experi
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -22,9 +24,9 @@ from urllib.parse import urlparse
 import dpo_lightning
 from dpo_lightning.config import BASE, Config
 from dpo_lightning.consistency import is_local_data
+from dpo_lightning.credentials import redact
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.errors import DpoLightningError, StorageError
-from dpo_lightning.files import NO_ROOM
+from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
 from dpo_lightning.processes import (
@@ -46,6 +48,7 @@ _PACKAGES = (
     *("torch", "lightning", "transformers", "peft", "hydra-core", "datasets", "wandb", "numpy"),
 )
 _HUB = "https://huggingface.co"
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 # How long this process may take to notice that another rank of its run is gone.
 _GRACE_SECONDS = 10.0
@@ -74,8 +77,11 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     is_rank_zero = _is_rank_zero()
     if is_rank_zero:
         # What an earlier run left must not pass for this one's, however this one ends.
-        for name in (RESULT_FILE, DIVERGED_FILE):
-            (run_dir / name).unlink(missing_ok=True)
+        try:
+            for name in (RESULT_FILE, DIVERGED_FILE):
+                (run_dir / name).unlink(missing_ok=True)
+        except OSError as caught:
+            raise UserError(disk_fault(caught) or f"{run_dir / RESULT_FILE}: {caught}") from caught
     else:
         logging.getLogger().setLevel(logging.ERROR)
     # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
@@ -156,29 +162,28 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         error = f"ended with exit code {code}"
         if isinstance(caught, Stopped):
             stopped_by, error = caught.signum, caught.message
-    except OSError as caught:
-        code, error = 1, f"{type(caught).__name__}: {caught}"
-        if caught.errno in NO_ROOM:
-            where = caught.filename or run_dir
-            code, error = StorageError.exit_code, f"{where}: {caught.strerror}; make room"
-        else:
-            log.exception("unexpected error")
     except Exception as caught:
         death = children.death_behind(caught)
+        fault = disk_fault(caught)
         if death is not None:
             code, error = death.code, death.message
         elif signals.received and is_about_ranks(caught):
             code, error = exit_code(signals.received), "stopped while a rank was gone"
+        elif fault is not None:
+            code, error = UserError.exit_code, fault
+            if config.debug.traceback:
+                log.exception(fault)
         else:
             code, error = 1, f"{type(caught).__name__}: {caught}"
             log.exception("unexpected error")
     finally:
         signals.notice()
         result["status"] = _STATUS.get(code, "failed")
-        result["error"] = None if error is None else " ".join(error.split())
+        result["error"] = None if error is None else redact(" ".join(error.split()))
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if is_rank_zero:
-            _write_result(run_dir / RESULT_FILE, result)
+            if not _write_result(run_dir / RESULT_FILE, result):
+                code = code or UserError.exit_code
         if code:
             if is_child():
                 leave_word(run_dir, result["error"])
@@ -193,12 +198,33 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     return code
 
 
-def _write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``; where even that has no room, the run still says how it ended."""
+def _write_result(path: Path, result: dict[str, Any]) -> bool:
+    """Writes ``result.json``; where even that cannot be, the run still says how it ended."""
     try:
         write_json(path, result)
     except OSError as error:
-        log.error("%s cannot be written: %s", path, error.strerror or error)
+        log.error("error: %s: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def disk_fault(error: Exception) -> str | None:
+    """One line for a disk that is full or closed to us; None for any other error.
+
+    Libraries that write for us hide the number of an error in its text.
+    """
+    named = getattr(error, "filename", None)
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        reason = os.strerror(error.errno or 0)
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or int(found.group(1)) not in _DISK_FAULTS:
+            return None
+        reason = os.strerror(int(found.group(1)))
+    return (
+        f"{named or 'a file of this run'}: {reason}; make room there, or name another folder with "
+        "hydra.run.dir="
+    )
 
 
 def _is_rank_zero() -> bool:

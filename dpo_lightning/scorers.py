@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dpo_lightning.data.limits import OutOfBounds, bounded
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.loading import (
     check_reward_model,
@@ -126,7 +127,15 @@ class _RewardModel:
                 [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             )
             messages.append({"role": "assistant", "content": answer.strip()})
-            return self._tokenizer.apply_chat_template(messages, tokenize=False), False
+            try:
+                with bounded():
+                    text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            except OutOfBounds as error:
+                raise UserError(
+                    f"evaluation.scorer={self._source}: its chat template took {error} for one "
+                    "answer, so it was stopped; name another reward model"
+                ) from error
+            return text, False
         if isinstance(prompt, str):
             return prompt + answer, True
         turns = [f"{m['role'].capitalize()}: {m['content']}" for m in prompt]

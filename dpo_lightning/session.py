@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,13 @@ from dpo_lightning.config import Config, run_name
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.module import PreferenceDataModule, steps_per_epoch
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.errors import DivergedError, DpoLightningError, OutOfMemoryError, UserError
+from dpo_lightning.errors import (
+    CorruptArtifactError,
+    DivergedError,
+    DpoLightningError,
+    OutOfMemoryError,
+    UserError,
+)
 from dpo_lightning.evaluation import (
     COLUMNS,
     SHOWN,
@@ -393,6 +400,12 @@ def _fit(
         raise
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    except pickle.UnpicklingError as error:
+        raise CorruptArtifactError(
+            f"resume={checkpoint}: it holds more than numbers, texts and their containers, which "
+            "is never loaded, as it could run code; name a checkpoint that a run of this project "
+            "wrote"
+        ) from error
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

@@ -18,8 +18,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.config import FREE_FORM, LONGEST_NAME, Config, LossConfig, loss_schema, schema
+from dpo_lightning.config import LONGEST_NAME, Config, LossConfig, loss_schema, schema
 from dpo_lightning.consistency import inconsistencies
+from dpo_lightning.credentials import is_secret, refusal, secrets_in
 from dpo_lightning.errors import UserError
 from dpo_lightning.objectives.registry import known_losses
 
@@ -83,12 +84,6 @@ _HABITS = {
     "output_dir": "use hydra.run.dir=<folder>",
 }
 
-_SECRET = re.compile(
-    r"(^|_)(api_?key|passw(or)?d|passwd|secret|credentials?|private_?key)($|_)"
-    r"|^((hf|hub|auth|access|use_auth|wandb|huggingface)_?)?token$",
-    re.IGNORECASE,
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -136,11 +131,6 @@ def _all_settings(_: tuple[str, ...]) -> dict[str, Setting]:
     return dict(_settings(Config, ""))
 
 
-def is_secret(key: str) -> bool:
-    """Whether the key looks like that of a credential, whose value must not be shown or stored."""
-    return any(_SECRET.search(part) for part in key.split("."))
-
-
 def is_known(key: str) -> bool:
     """Whether the schema has the key, or it stands below one whose keys or items are the user's."""
     known = settings()
@@ -158,10 +148,7 @@ def is_known(key: str) -> bool:
 def unknown_key(key: str) -> str:
     """The answer to a key that the schema does not have; it never shows a value."""
     if is_secret(key):
-        return (
-            f"{key}: credentials are no settings, they would be written to the run's folder; "
-            "use `wandb login`, `hf auth login` or their environment variables"
-        )
+        return refusal(key)
     leaf = key.rpartition(".")[2]
     if leaf in _HABITS:
         return f"{key}: unknown key; {_HABITS[leaf]}"
@@ -266,9 +253,6 @@ def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
         elif setting.is_section:
             del raw[key]
             yield wrong_value(dotted, value)
-        elif dotted in FREE_FORM and isinstance(value, dict):
-            names = [f"{dotted}.{name}" for name in value]
-            yield from (unknown_key(name) for name in names if is_secret(name))
 
 
 def is_import_name(name: str) -> bool:
@@ -390,6 +374,9 @@ def validate(cfg: DictConfig, *, multirun: bool = False, explicit_run_dir: bool 
     except OmegaConfBaseException as error:
         raise UserError(config_error(error)) from error
     assert isinstance(raw, dict)
+    # Nothing further is said of such a config: whatever else is wrong, its values may be shown.
+    if secrets := list(secrets_in(raw, "")):
+        raise UserError("; ".join(map(refusal, dict.fromkeys(secrets))))
     problems = list(_misplaced(raw))
     try:
         merged = OmegaConf.merge(schema(), raw)

@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 STEP = "trainer/global_step"
 """Everything is drawn over optimizer steps."""
 
+# How long a run waits for a server that takes it and then says nothing: at its start, and at its
+# end for what is not uploaded yet. What is recorded in its folder can be uploaded later.
+_INIT_SECONDS = 60.0
+_FINISH_SECONDS = 120.0
+
 _ID_FILE = Path("wandb", "id.txt")
 
 
@@ -76,6 +81,7 @@ def start_run(
     import wandb
 
     run_id = _run_id(folder, continued=continued, other=run_id)
+    finish_timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_SECONDS)
 
     def start(mode: Any) -> Any:
         return wandb.init(
@@ -90,7 +96,12 @@ def start_run(
             dir=folder,
             config=dict(config),
             resume="allow",
-            settings=wandb.Settings(silent=True, init_timeout=60),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=finish_timeout,
+                finish_timeout_raises=True,
+            ),
         )
 
     try:
@@ -99,10 +110,13 @@ def start_run(
             return None
         try:
             run = start(mode)
-        except wandb.Error:
-            if mode != "online" or settings.mode == "online":
+        except wandb.Error as error:
+            if mode != "online":
                 raise
-            log.info("wandb: the server refused this run, so it is recorded offline")
+            log.warning(
+                "wandb: the server refused this run, so it is recorded offline (%s)",
+                " ".join(str(error).split()),
+            )
             run = start("offline")
     except Exception as error:  # whatever its environment, files and settings hold
         raise UserError(
@@ -126,27 +140,45 @@ def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
 
 
 def wandb_mode(mode: str) -> str:
-    """Resolves ``logger.mode=auto``: online when logged in and the server answers, else offline.
+    """Resolves ``logger.mode``: online only where one is logged in and the server answers.
 
-    ``WANDB_MODE`` in the environment decides first, as users of wandb expect.
+    A run is not ended for want of its dashboard: it is recorded offline then, and that is said.
+    ``WANDB_MODE`` in the environment decides for ``auto``, as users of wandb expect.
     """
-    if mode != "auto":
+    if mode == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        mode = os.environ["WANDB_MODE"]
+    if mode not in ("auto", "online"):
         return mode
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):
-        log.info("wandb: not logged in, so this run is recorded offline (wandb login changes that)")
+    # Who asked for online should not miss it.
+    level = logging.WARNING if mode == "online" else logging.INFO
+    if not _logged_in(wandb):
+        log.log(
+            level,
+            "wandb: not logged in, so this run is recorded offline (wandb login changes that)",
+        )
         return "offline"
     server = urlparse(wandb.setup().settings.base_url)
     port = server.port or (443 if server.scheme == "https" else 80)
+    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if through_proxy and server.scheme == "https":
+        return "online"
     try:
         socket.create_connection((server.hostname or "", port), timeout=3).close()
     except OSError:
-        log.info("wandb: %s does not answer, so this run is recorded offline", server.hostname)
+        log.log(
+            level, "wandb: %s does not answer, so this run is recorded offline", server.hostname
+        )
         return "offline"
     return "online"
+
+
+def _logged_in(wandb: Any) -> bool:
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.Error:  # such as a key that none can be
+        return False
 
 
 def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
@@ -157,9 +189,15 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
         summary: Values for its summary.
         exit_code: What it ended with.
     """
-    run.summary.update(dict(summary))
-    where = f"wandb sync {run.settings.sync_dir}" if run.offline else run.url
-    run.finish(exit_code=exit_code)
+    sync = f"wandb sync {run.settings.sync_dir}"
+    where = sync if run.offline else run.url
+    try:
+        run.summary.update(dict(summary))
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # of many kinds, and none is worth the result of a run
+        reason = "the server stopped answering" if isinstance(error, TimeoutError) else error
+        log.warning("wandb: %s; what is not uploaded is in the run's folder: %s", reason, sync)
+        return sync
     return str(where)
 
 

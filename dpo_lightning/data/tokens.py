@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpo_lightning.data.limits import OutOfBounds, bounded
 from dpo_lightning.data.records import Message, PreferenceGroup, Text
 from dpo_lightning.errors import UserError
 
@@ -211,11 +212,18 @@ def _renderer(tokenizer: Any, source: str) -> Callable[[tuple[Message, ...], boo
         if not messages:
             return ""
         try:
-            text: str = tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with bounded():
+                text: str = tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": m.content} for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+        except OutOfBounds as error:
+            raise UserError(
+                f"{source}: the chat template took {error} for a conversation of "
+                f"{len(messages)} messages, so it was stopped; name another template with "
+                "data.chat_template="
+            ) from error
         except Exception as error:  # jinja2 raises whatever a template chooses to raise
             raise UserError(
                 f"{source}: the chat template refuses a conversation with the roles "

@@ -26,7 +26,7 @@ from dpo_lightning.sweeps.report_figures import frontier, learning_curves, logra
 from dpo_lightning.sweeps.report_pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report_text import code_block, escape_markdown
 from dpo_lightning.sweeps.results import read_sweep
-from dpo_lightning.terminal import replace_unprintable
+from dpo_lightning.terminal import outlive_terminal
 
 PICTURE = "frontier.png"
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
     parser.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
     arguments = parser.parse_args(argv)
-    replace_unprintable()
+    outlive_terminal()
     try:
         report = write_report(arguments.folder, metric=arguments.metric)
     except UserError as error:

@@ -75,15 +75,6 @@ def test_a_failed_run_is_finished_as_failed(tmp_path):
     assert summary["config"]["beta"] == 0.1
 
 
-def test_online_without_a_login_is_one_line(tmp_path, capfd, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    run = run_train(tmp_path / "run", *TINY, "logger.mode=online", logger="wandb")
-    assert run.code == 2
-    assert "logger.mode=offline" in run.result["error"]
-
-
 def test_csv_and_none(tmp_path):
     csv = run_train(tmp_path / "csv", *TINY, "trainer.max_steps=2", logger="csv")
     text = (csv.folder / "csv" / "metrics.csv").read_text()

@@ -1,6 +1,8 @@
 """The form of the project: pins, import directions, what starts without torch, the README."""
 
 import ast
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +11,8 @@ import tomllib
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.conftest import ROOT
 
@@ -38,6 +42,82 @@ def test_every_direct_dependency_is_pinned():
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     names = {canonical(re.match(r"[A-Za-z0-9._-]+", line).group()) for line in wanted}
     assert names <= {canonical(name) for name in pins()}
+
+
+# Below these, or in these, others were harmed: code from outside ran, or the package was an attack.
+FLOORS = {
+    "lightning": "2.6.6",  # CVE-2026-58659; 2.6.2 and 2.6.3 stole credentials when imported
+    "pytorch-lightning": "2.6.6",
+    "transformers": "5.3",  # CVE-2026-4372
+    "torch": "2.10",  # GHSA-63cw-57p8-fm3p
+    "hydra-core": "1.3.8",  # CVE-2026-106439
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_pins_and_ranges_are_above_what_is_known_to_be_unsafe(name: str):
+    floor = Version(FLOORS[name])
+    assert Version(pins()[name]) >= floor
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    if name in ranges:
+        below = [f"{floor.major}.{floor.minor}.{n}" for n in range(floor.micro)]
+        below += [f"{floor.major}.{n}" for n in range(floor.minor)] + ["0.1"]
+        assert [version for version in below if version in ranges[name]] == []
+        assert str(floor) in ranges[name] or name == "transformers"
+
+
+@pytest.fixture(scope="module")
+def audit():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def report(**vulnerabilities: list[str] | None) -> str:
+    """What pip-audit writes; None stands for a package that the service does not know."""
+    return json.dumps(
+        {
+            "dependencies": [
+                {"name": name, "skip_reason": "not found"}
+                if ids is None
+                else {
+                    "name": name,
+                    "version": "1.0",
+                    "vulns": [{"id": i, "fix_versions": ["1.1"]} for i in ids],
+                }
+                for name, ids in vulnerabilities.items()
+            ]
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (report(a=[], b=[]), 0, "2 of 2 pins audited, none"),
+        (report(a=[], b=None), 0, "not audited: b"),
+        (report(a=["CVE-1"], b=None), 1, "a==1.0: CVE-1, fixed in 1.1"),
+        (report(a=None, b=None), 0, "knows none of 2 pins"),
+        ("", 0, "not reached"),
+        ("Traceback", 0, "not reached"),
+    ],
+)
+def test_the_audit_fails_for_a_vulnerability_alone(audit, text: str, code: int, words: str):
+    lines, found = audit.judge(text)
+    assert found == code
+    assert words in "\n".join(lines)
+
+
+def test_the_audit_ends_by_itself(audit, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "SECONDS", 0.01)
+    assert audit.main([]) == 0
+    assert "not reached" in capsys.readouterr().out
+
+
+def test_continuous_integration_audits():
+    assert "make audit" in (ROOT / ".ci" / "run").read_text()
 
 
 def imports(path) -> set[str]:
@@ -93,9 +173,10 @@ def test_objectives_import_torch_alone():
                        "loggers.py", "session.py", "assembly.py", "experiment.py", "exact_curve.py",
                        "computation.py", "ranks.py", "strategies.py", "preemption.py",
                        "checkpoint_io.py", "resume.py"}),
-        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py"}),
+        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py",
+                    "hydra_node.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",
-                       "sweeps/launch.py"}),
+                       "hydra_node.py", "sweeps/launch.py"}),
         ("wandb", {"wandb_runs.py"}),
     ],
 )  # fmt: skip
