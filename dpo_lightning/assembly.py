@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.optimizers import OptimizerName
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import Reference
 from dpo_lightning.schedule import Schedule
@@ -64,6 +65,9 @@ def make_module(
         log_every_n_steps=schedule.log_every_n_steps,
         starts_from_reference=models.starts_from_reference,
         compute_dtype=computation.weights,
+        optimizer=cast(OptimizerName, config.optimizer.name),
+        stochastic_rounding=config.optimizer.stochastic_rounding,
+        seed=config.seed,
     )
 
 

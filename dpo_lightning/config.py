@@ -178,6 +178,11 @@ class ReferenceConfig:
 class OptimizerConfig:
     """AdamW, clipping and the learning-rate schedule."""
 
+    # adamw_8bit holds both moments in 8 bits.
+    name: str = _setting("adamw", choices=("adamw", "adamw_8bit"))
+    # Round bfloat16 weights up or down by chance, so that steps smaller than half of their last
+    # digit are not lost; null: wherever such weights are trained themselves.
+    stochastic_rounding: bool | None = None
     # null: by what is trained (bundled model 1e-3, any other 5e-7).
     lr: float | None = _setting(None, above=0)
     betas: list[float] = field(

@@ -250,6 +250,7 @@ def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
         "reference.kind": config.reference.kind,
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
+        "optimizer.name": config.optimizer.name,
         "data": hashes["data"],
         "model": hashes["weights"],
     }

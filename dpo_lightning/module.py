@@ -23,6 +23,7 @@ from dpo_lightning.objectives.comparison import (
     metrics_from_sums,
 )
 from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.optimizers import OptimizerName, make_optimizer
 from dpo_lightning.reference import Reference
 
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
@@ -55,6 +56,9 @@ class DPOModule(pl.LightningModule):
             first batch has to show it.
         compute_dtype: What the policy's weights are rounded to while it is trained, with float32
             master weights behind them; None trains the weights themselves.
+        optimizer: Name of the optimizer.
+        stochastic_rounding: Whether trained bfloat16 weights are rounded by chance; None: yes.
+        seed: Of that rounding.
     """
 
     def __init__(
@@ -76,6 +80,9 @@ class DPOModule(pl.LightningModule):
         log_every_n_steps: int,
         starts_from_reference: bool,
         compute_dtype: torch.dtype | None = None,
+        optimizer: OptimizerName = "adamw",
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -91,8 +98,11 @@ class DPOModule(pl.LightningModule):
             self.margin_average: Tensor
             self.register_buffer("margin_average", torch.zeros(()))
         self.total_steps = total_steps
-        self._adamw: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-        self._weight_decay = weight_decay
+        self._optimizer: dict[str, Any] = {
+            **{"name": optimizer, "lr": lr, "betas": betas, "eps": eps},
+            **{"weight_decay": weight_decay, "seed": seed},
+            "stochastic_rounding": stochastic_rounding,
+        }
         self._max_grad_norm = max_grad_norm
         self._schedule = schedule
         self._warmup_steps = warmup_steps
@@ -114,16 +124,7 @@ class DPOModule(pl.LightningModule):
         # By now the policy is on its device, and what a checkpoint held is in it.
         if self._compute_dtype is not None:
             self._masters = MasterWeights(self.policy, self._compute_dtype)
-        trained = self._trained()
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self._weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            fused=self.device.type in ("cpu", "cuda"),
-            **self._adamw,
-        )
+        optimizer = make_optimizer(self._trained(), **self._optimizer)
         scheduler = get_scheduler(
             self._schedule,
             optimizer,
@@ -184,7 +185,7 @@ class DPOModule(pl.LightningModule):
         if self._masters is not None:
             self._masters.publish()
         scheduler: Any = self.lr_schedulers()
-        learning_rate = scheduler.get_last_lr()[0]
+        learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
 
         self._train_sums = sums if self._train_sums is None else self._train_sums + sums
