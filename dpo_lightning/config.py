@@ -227,6 +227,8 @@ class TrainerConfig:
     detect_anomaly: bool = False
     enable_progress_bar: bool = True
     profiler: str | None = _setting(None, choices=("simple", "advanced", "pytorch"))
+    # What happens where the estimate is more than a GPU has; on a CPU stop only warns, too.
+    memory_check: str = _setting("stop", choices=("stop", "warn", "off"))
     # CPU threads of torch; null leaves torch's own choice (one for the bundled model).
     threads: int | None = _setting(None, least=1)
     # Callbacks that plugins registered, by name.

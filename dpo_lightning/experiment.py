@@ -33,6 +33,7 @@ from dpo_lightning.models.setup import (
     set_chat_template,
 )
 from dpo_lightning.objective_settings import objective_settings, own_loss_settings
+from dpo_lightning.preflight import check_fits, estimate_of
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.run import SourceRows
 from dpo_lightning.schedule import Schedule, make_schedule
@@ -72,6 +73,9 @@ def run_experiment(
         torch.set_num_threads(threads)
     task = ControlledTask() if rows is None else None
     data = None if rows is None else _prepare_rows(config, rows, source)
+    # Before anything large is loaded.
+    estimate = estimate_of(config, source.config)
+    check_fits(estimate, config.trainer.memory_check)
     models = _load_models(config, source)
     reference_logps = None
     if task is not None:
@@ -97,6 +101,7 @@ def run_experiment(
         config,
         Prepared(
             source=source,
+            shape=estimate.shape,
             models=models,
             data=data,
             schedule=schedule,

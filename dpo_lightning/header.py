@@ -12,6 +12,7 @@ from dpo_lightning.budget import Budget
 from dpo_lightning.config import Config
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.models.setup import Models, ModelSource
+from dpo_lightning.preflight import Estimate
 from dpo_lightning.reference import NoReference
 from dpo_lightning.schedule import Schedule
 
@@ -25,6 +26,7 @@ def header_facts(
     *,
     trainer: pl.Trainer,
     precision: str,
+    estimate: Estimate,
     budget: Budget,
     folder: Path,
 ) -> dict[str, str]:
@@ -50,7 +52,7 @@ def header_facts(
     elif models.reference is None:
         reference += ", cached"
     devices = f"{trainer.world_size} x {device}"
-    memory = f"up to {budget.tokens:,} tokens at once"
+    memory = f"{estimate.describe()}; up to {budget.tokens:,} tokens at once"
     if budget.checkpointing:
         memory += ", activations computed again in the backward pass"
     facts = {

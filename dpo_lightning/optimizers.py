@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 
 # Entries that a step computes in float32 at a time: a CPU's caches, or enough for a GPU.
 _PIECE = {"cpu": 1 << 18}
-_LARGE_PIECE = 1 << 24
+_LARGE_PIECE = 1 << 23
 
 # Of 8-bit moments: entries of a block at most and at least, and of the smallest tensor.
 _LARGEST_BLOCK, _SMALLEST_BLOCK, _SMALLEST_TENSOR = 256, 32, 4096
@@ -184,7 +184,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         for parameter, number in zip(own, saved, strict=True):
             if number in state_dict["state"]:
                 self.state[parameter] = {
-                    name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
+                    name: value.clone() if name == "step" else _like(value, parameter)
                     for name, value in state_dict["state"][number].items()
                 }
 
@@ -229,6 +229,18 @@ def _write(target: Tensor, values: Tensor, generator: torch.Generator | None) ->
         values = round_stochastically(values, generator)
     if values is not target:
         target.copy_(values)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy where the parameter is; of a whole tensor this process's share, if that is sharded."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
+        )
+    return value.to(parameter.device, copy=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

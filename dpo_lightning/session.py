@@ -46,6 +46,7 @@ from dpo_lightning.models.loading import max_positions
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.plugins import make_callbacks
+from dpo_lightning.preflight import check_fits
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
 from dpo_lightning.reference_cache import ReferenceCache
@@ -101,7 +102,11 @@ def run_session(
         )
         computation = make_computation(config, trainer)
         device = trainer.strategy.root_device
-        budget = make_budget(config, prepared, computation, device, world_size=trainer.world_size)
+        budget, estimate = make_budget(
+            config, prepared, computation, device, world_size=trainer.world_size
+        )
+        check_fits(estimate, config.trainer.memory_check)
+        result["memory"] = {"estimated_bytes": estimate.footprint.parts()}
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -112,6 +117,7 @@ def run_session(
                 prepared.schedule,
                 trainer=trainer,
                 precision=computation.precision,
+                estimate=estimate,
                 budget=budget,
                 folder=run_dir,
             )
@@ -148,7 +154,7 @@ def run_session(
             say_if_over(data.train, budget, shared=models.scorer.shared)
         reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
-        result["memory"] = {"training_peak_bytes": peak_bytes(device)}
+        result["memory"]["training_peak_bytes"] = peak_bytes(device)
         reset_peak(device)
         if config.checkpoint.last:
             _save_last(trainer, run_dir / CHECKPOINTS)

@@ -183,6 +183,12 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
     return model
 
 
+def meta_model(config: Any) -> Any:
+    """A model without weights: the shapes of all that it would hold."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:
     """A randomly initialised model, for tests and benchmarks at any size without a download."""
     with torch.random.fork_rng(devices=[]):

@@ -97,6 +97,22 @@ class Models:
             yield self.make_reference().to(device)
 
 
+def load_model_config(
+    *,
+    pretrained: str | None,
+    revision: str | None,
+    config: str | None,
+    config_overrides: Mapping[str, Any],
+) -> Any:
+    """The policy's config alone; the arguments are those of :func:`resolve_model`."""
+    return load_config(
+        config or pretrained or str(BUNDLED_MODEL),
+        key="model.config" if config is not None else "model.pretrained",
+        revision=revision,
+        overrides=config_overrides,
+    )
+
+
 def resolve_model(
     *,
     pretrained: str | None,
@@ -124,7 +140,9 @@ def resolve_model(
     bundled = pretrained is None and config is None
     key = "model.config" if config is not None else "model.pretrained"
     source = config or pretrained or str(BUNDLED_MODEL)
-    loaded_config = load_config(source, key=key, revision=revision, overrides=config_overrides)
+    loaded_config = load_model_config(
+        pretrained=pretrained, revision=revision, config=config, config_overrides=config_overrides
+    )
     tokenizer_source = tokenizer or (str(Path(source).parent) if Path(source).is_file() else source)
     loaded_tokenizer = load_tokenizer(
         tokenizer_source,
