@@ -28,6 +28,9 @@ Kind = Literal["cpu", "cuda", "mps"]
 # Where nothing is set: what the other places of the settings would take, too.
 _LORA_RANK = 16
 _DEVICES = 8
+# Of a query, where nothing is known of the data.
+_MOST_KEYS = 512
+_EVERY_MICRO_BATCH = "strategy.sync_gradients=micro_batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def estimate_of(
 
     from dpo_lightning.budget import choose_budget, memory_of
     from dpo_lightning.footprint import shape_of_model
-    from dpo_lightning.models.loading import meta_model
+    from dpo_lightning.models.loading import max_positions, meta_model
 
     given = kind is not None
     kind = kind or device_kind(config)
@@ -180,10 +183,11 @@ def estimate_of(
         tokens=config.data.micro_batch_tokens,
         checkpointing=config.model.gradient_checkpointing,
     )
-    keys = (config.data.max_length or budget.tokens) // 2 if kind == "cpu" else 0
+    longest = config.data.max_length or max_positions(model_config) or budget.tokens
+    keys = min(longest // 2, _MOST_KEYS) if kind == "cpu" else 0
     return Estimate(
         shape=shape,
-        training=with_budget(training, budget, longest=0, keys=min(keys, 512)),
+        training=with_budget(training, budget, longest=0, keys=keys),
         kind=kind,
         device_bytes=device_bytes,
         devices=devices,
@@ -241,16 +245,17 @@ def remedies(estimate: Estimate) -> Iterator[tuple[str, int]]:
     if now.trained is None and any(item.name == "peft" for item in fields(Config)):
         lora = replace(now, trained=shape.lora_parameters(_LORA_RANK), whole_gradients=False)
         options["peft=lora"] = lora
+    if now.whole_gradients:
+        options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
     if now.trained is None:
         half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
         options["model.dtype=bfloat16"] = half
-    choices = next(f for f in fields(StrategyConfig) if f.name == "name").metadata["choices"]
-    if now.shards == 1 and "fsdp" in choices:
+    strategies = {item.name: item.metadata for item in fields(StrategyConfig)}
+    if now.shards == 1 and "fsdp" in strategies["name"]["choices"]:
         count = estimate.devices if estimate.devices > 1 else _DEVICES
-        options[f"strategy=fsdp trainer.devices={count}"] = replace(
-            now, shards=count, masters=False, autocast=False, weight_bytes=now.weight_bytes
-        )
+        name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
+        options[name] = replace(now, shards=count, masters=False, autocast=False)
     total = footprint(shape, now).total
     for name, training in options.items():
         size = footprint(shape, training).total
