@@ -53,8 +53,10 @@ def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
     assert "\n" not in message
     assert message.startswith("model.dtype=float32 optimizer=adamw data.micro_batch_tokens=4096")
     assert "of 80.0 GiB: weights 15.0, masters 29.9" in message
-    order = ["data.micro_batch_tokens=1024 (", "model.gradient_checkpointing=true (",
-             "optimizer=adamw_8bit (", "model.dtype=bfloat16 (", "trainer.memory_check=warn"]  # fmt: skip
+    order = [
+        *("data.micro_batch_tokens=1024 (", "model.gradient_checkpointing=true ("),
+        *("optimizer=adamw_8bit (", "model.dtype=bfloat16 (", "trainer.memory_check=warn"),
+    ]
     places = [message.index(name) for name in order]
     assert places == sorted(places)
 
@@ -81,8 +83,8 @@ def test_each_remedy_takes_what_it_says_and_those_that_do_not_help_are_left_out(
     assert found["model.dtype=bfloat16"] == footprint(now.shape, half).total
     assert all(size < now.footprint.total for size in found.values())
     small = dataclasses.replace(half, optimizer="adamw_8bit", checkpointing=True, tokens=1024)
-    assert not {"model.dtype=bfloat16", "optimizer=adamw_8bit", "model.gradient_checkpointing=true",
-                "data.micro_batch_tokens=1024"} & set(dict(remedies(estimate(training=small))))  # fmt: skip
+    keys = ("model.dtype", "optimizer", "model.gradient_checkpointing", "data.micro_batch_tokens")
+    assert not [name for name, _ in remedies(estimate(training=small)) if name.startswith(keys)]
 
 
 def test_remedies_are_settings_that_there_are(monkeypatch):
