@@ -112,7 +112,7 @@ def main() -> None:
             numbers = [results[way][name] for name in ("estimated", "measured", "resident")]
             columns = " | ".join(f"{number / 2**20:,.0f}" for number in numbers)
             print(f"| {way} | {columns} | {numbers[0] / numbers[1] - 1:+.0%} |", flush=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
