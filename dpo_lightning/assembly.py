@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from dpo_lightning.budget import Budget, choose_budget, longest_share, memory_of
+from dpo_lightning.budget import Budget, choose_budget, longest_share, mean_keys, memory_of
 from dpo_lightning.callbacks import LogProgress, Progress, Throughput
 from dpo_lightning.checkpoint_io import Checkpoints, DurableCheckpointIO
 from dpo_lightning.checkpoints import CHECKPOINTS
@@ -26,6 +27,8 @@ from dpo_lightning.models.setup import Models
 from dpo_lightning.module import DPOModule
 from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.optimizers import OptimizerName
+from dpo_lightning.preflight import Estimate, Kind, plan_training, with_budget
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.ranks import refuse_as_user_error, timeout_of
 from dpo_lightning.reference import Reference
@@ -72,6 +75,9 @@ def make_module(
         sync_every_micro_batch=config.strategy.sync_gradients == "micro_batch",
         smaller=memory_settings(config),
         pending_signal=pending_signal,
+        optimizer=cast(OptimizerName, config.optimizer.name),
+        stochastic_rounding=config.optimizer.stochastic_rounding,
+        seed=config.seed,
     )
 
 
@@ -92,8 +98,11 @@ def make_budget(
     device: torch.device,
     *,
     world_size: int,
-) -> Budget:
+) -> tuple[Budget, Estimate]:
     """What the device holds at once, chosen by its memory where the settings leave it open.
+
+    Returns:
+        That, and what the run takes with it.
 
     Raises:
         UserError: If the loss needs a whole step at once and the settings allow less.
@@ -101,33 +110,44 @@ def make_budget(
     groups = [*prepared.data.train, *prepared.data.eval]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
-    weights = list(prepared.models.policy.parameters())
 
-    def choose(tokens: int | None) -> Budget:
-        return choose_budget(
-            prepared.source.config,
+    shape = prepared.shape
+    mixed = computation.precision == "bf16-mixed"
+    training = plan_training(config, shape, device, devices=world_size, mixed=mixed)
+    keys = mean_keys(groups) if device.type == "cpu" else 0
+    training = replace(training, keys=keys)
+
+    def choose(tokens: int | None) -> tuple[Budget, Estimate]:
+        budget = choose_budget(
+            shape,
+            training,
             kind=device.type,
             device_bytes=memory_of(device),
-            trained=sum(p.numel() for p in weights if p.requires_grad),
-            frozen_bytes=sum(p.nbytes for p in weights if not p.requires_grad),
-            width=2 if computation.precision == "bf16-mixed" else 4,
             longest=max(costs),
             tokens=tokens,
             checkpointing=config.model.gradient_checkpointing,
         )
+        estimate = Estimate(
+            shape=shape,
+            training=with_budget(training, budget, longest=max(costs), keys=keys),
+            kind=cast(Kind, device.type),
+            device_bytes=memory_of(device),
+            devices=world_size,
+        )
+        return budget, estimate
 
-    budget = choose(config.data.micro_batch_tokens)
+    budget, estimate = choose(config.data.micro_batch_tokens)
     coupling = [*objective_settings(config.loss).couples]
     coupling += ["adaptive_beta"] if config.loss.adaptive_beta else []
     if not coupling:
-        return budget
+        return budget, estimate
     needed = longest_share(
         costs[: len(prepared.data.train)],
         batch_size=config.data.batch_size,
         world_size=world_size,
     )
     if budget.tokens >= needed:
-        return budget
+        return budget, estimate
     if config.data.micro_batch_tokens is None:
         return choose(needed)
     raise UserError(

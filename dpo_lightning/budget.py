@@ -1,33 +1,31 @@
 """How many tokens a device holds at once, and whether activations are computed again.
 
-An estimate, good for choosing a size: what one token of a decoder leaves in memory for the backward
-pass, against what the device has beside weights, gradients and optimizer state. What happens to be
-free at the moment plays no part: the same run on the same machine is split the same way.
+What one token leaves in memory for the backward pass, against what the device has beside weights,
+gradients and optimizer states (``footprint`` has the formulas). What happens to be free at the
+moment plays no part: the same run on the same machine is split the same way.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.footprint import ModelShape, Training, activation_bytes, footprint
 
 log = logging.getLogger(__name__)
 
-_LEAST_TOKENS = {"cpu": 512, "mps": 1024, "cuda": 1024}
+LEAST_TOKENS = {"cpu": 512, "mps": 1024, "cuda": 1024}
 # Of a GPU's parallelism more than this gains nothing.
 _MOST_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65536}
 # On a CPU it takes less than that: beyond its caches only the memory grows, not the speed.
 _CPU_ACTIVATIONS = 1 << 28
 # The rest is for what the estimate leaves out, and for fragments.
 _USABLE = 0.7
-# Bytes per trained weight: float32 master, gradient and two moments, and a bfloat16 copy.
-_TRAINED_BYTES = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,60 +41,38 @@ class Budget:
     checkpointing: bool
 
 
-def activation_bytes(config: Any, *, width: int, checkpointing: bool) -> int:
-    """What one token leaves in memory for the backward pass.
-
-    Args:
-        config: A transformers config of a decoder.
-        width: Bytes of an activation.
-        checkpointing: Whether only the input of each layer stays.
-    """
-    config = config.get_text_config()
-    hidden: int = config.hidden_size
-    heads = getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or hidden // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    layers: int = config.num_hidden_layers
-    # The layer's input, what its two norms read (in float32) and write, the attention's inputs and
-    # output, and four stages of the feed-forward part.
-    attention = (2 * heads + 2 * keys) * size
-    layer = width * (4 * hidden + 2 * attention + 4 * intermediate) + 2 * 4 * hidden
-    return layers * width * hidden + layer if checkpointing else layers * layer
-
-
 def choose_budget(
-    config: Any,
+    shape: ModelShape,
+    training: Training,
     *,
     kind: str,
     device_bytes: int | None,
-    trained: int,
-    width: int,
     longest: int,
     tokens: int | None,
     checkpointing: bool | None,
-    frozen_bytes: int = 0,
 ) -> Budget:
     """Chooses what the settings leave open.
 
     Args:
-        config: The model's config.
+        shape: The model's shape.
+        training: How it is trained; tokens and checkpointing are chosen here.
         kind: Kind of device: ``cpu``, ``cuda`` or ``mps``.
         device_bytes: Memory of the device; None where nobody knows.
-        trained: Trained weights.
-        width: Bytes of an activation.
         longest: Tokens of the longest group.
         tokens: ``data.micro_batch_tokens``.
         checkpointing: ``model.gradient_checkpointing``.
-        frozen_bytes: Of weights that are not trained.
     """
-    least, most = _LEAST_TOKENS[kind], _MOST_TOKENS[kind]
+    least, most = LEAST_TOKENS[kind], _MOST_TOKENS[kind]
     if device_bytes is None:
         return Budget(tokens or most, bool(checkpointing))
-    usable = max(0.0, _USABLE * (device_bytes - _TRAINED_BYTES * trained - frozen_bytes))
+    fixed = footprint(shape, replace(training, tokens=least)).fixed
+    usable = max(0.0, _USABLE * (device_bytes - fixed))
 
     def fitting(again: bool) -> int:
-        return int(usable / activation_bytes(config, width=width, checkpointing=again))
+        one = activation_bytes(
+            shape, width=training.compute_bytes, checkpointing=again, keys=training.keys
+        )
+        return int(usable / one)
 
     if checkpointing is None:
         # By need alone: computing everything twice costs a third of the speed.
@@ -125,6 +101,20 @@ def memory_of(device: torch.device) -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemTotal:")]
     return 1024 * int(found[0]) if found else None
+
+
+def mean_keys(groups: Sequence[TokenGroup]) -> int:
+    """Keys that a token's query meets, in the mean over all tokens of groups.
+
+    A query of the prompt meets those of the prompt, one of a response those of both.
+    """
+    met = total = 0
+    for group in groups:
+        prompt = len(group.prompt)
+        lengths = [len(response) for response in group.responses]
+        met += prompt * prompt + sum(n * (prompt + n) for n in lengths)
+        total += prompt + sum(lengths)
+    return round(met / max(1, total))
 
 
 def longest_share(costs: Sequence[int], *, batch_size: int, world_size: int) -> int:

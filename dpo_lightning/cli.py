@@ -98,13 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 finished, 1 unexpected or a trial of a sweep failed, 2 config or data, and
         what a run itself ended with.
     """
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Runs a command that composes settings; what goes wrong becomes a line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     watch_lifeline()
     outlive_terminal()
     version.setbase("1.3")
     register()
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return command(argv)
     except DpoLightningError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -118,10 +123,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         GlobalHydra.instance().clear()
 
 
-def _main(argv: list[str]) -> int:
+def compose_one(argv: list[str]) -> Config:
+    """The checked settings of one run, which is not started.
+
+    Args:
+        argv: Arguments as for a run.
+
+    Raises:
+        UserError: If they are wrong, or those of a sweep.
+    """
+    args = _parsed(flag_parser(), argv)
+    hydra = _hydra(args)
+    fixed, swept = _by_sweep(_overrides(args, hydra))
+    raise_all(f"{line} gives several values, and one run is looked at" for line in _lines(swept))
+    cfg = _compose(hydra, args, _lines(fixed))
+    return validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     # Ahead of all that may repeat what was typed.
     raise_all(map(refusal, typed_secrets(argv)))
-    parser = flag_parser()
     # Not parse_args: that refuses `beta=0.1 -m seed=1,2`, a flag among the settings.
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun is not None:
@@ -130,6 +151,12 @@ def _main(argv: list[str]) -> int:
         args.config_path = str((CONF.parent / args.config_path).absolute())
     args.config_name = args.config_name or "config"
     _load_named_plugins(args)
+    return args
+
+
+def _main(argv: list[str]) -> int:
+    parser = flag_parser()
+    args = _parsed(parser, argv)
     if args.shell_completion:
         _through_hydra(args, parser, _never)
         return 0

@@ -219,6 +219,11 @@ class ReferenceConfig:
 class OptimizerConfig:
     """AdamW, clipping and the learning-rate schedule."""
 
+    # adamw_8bit holds both moments in 8 bits.
+    name: str = _setting("adamw", choices=("adamw", "adamw_8bit"))
+    # Round bfloat16 weights up or down by chance, so that steps smaller than half of their last
+    # digit are not lost; null: wherever such weights are trained themselves.
+    stochastic_rounding: bool | None = None
     # null: by what is trained (bundled model 1e-3, LoRA 5e-6, all other weights 5e-7).
     lr: float | None = _setting(None, above=0)
     betas: list[float] = field(
@@ -265,6 +270,8 @@ class TrainerConfig:
     detect_anomaly: bool = False
     enable_progress_bar: bool = True
     profiler: str | None = _setting(None, choices=("simple", "advanced", "pytorch"))
+    # What happens where the estimate is more than a GPU has; on a CPU stop only warns, too.
+    memory_check: str = _setting("stop", choices=("stop", "warn", "off"))
     # CPU threads of torch; null leaves torch's own choice (one for the bundled model).
     threads: int | None = _setting(None, least=1)
     # Callbacks that plugins registered, by name.

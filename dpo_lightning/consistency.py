@@ -323,6 +323,15 @@ def _strategy(config: Config) -> Iterator[str]:
         yield "strategy=fsdp: shards need trainer.accelerator=gpu or cpu, not mps"
 
 
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.stochastic_rounding and config.model.dtype != "bfloat16":
+        yield (
+            f"optimizer.stochastic_rounding=true rounds bfloat16 weights, and "
+            f"model.dtype={config.model.dtype}; set model.dtype=bfloat16 too, or leave it out"
+        )
+
+
 def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
     trainer = config.trainer
     several = []
@@ -397,6 +406,7 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _data(config)
     yield from _objective(config)
     yield from _peft(config)
+    yield from _optimizer(config)
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)

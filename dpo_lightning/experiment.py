@@ -38,6 +38,7 @@ from dpo_lightning.models.setup import (
     set_chat_template,
 )
 from dpo_lightning.objective_settings import objective_settings, own_loss_settings
+from dpo_lightning.preflight import check_fits, estimate_of
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.processes import ChildRanks
 from dpo_lightning.ranks import Ranks, leave_ranks, start_ranks
@@ -85,6 +86,9 @@ def run_experiment(
         torch.set_num_threads(threads)
     task = ControlledTask() if rows is None else None
     data = None if rows is None else _prepare_rows(config, rows, source)
+    # Before anything large is loaded.
+    estimate = estimate_of(config, source.config)
+    check_fits(estimate, config.trainer.memory_check)
     models = _load_models(config, source, ranks)
     reference_logps = None
     if task is not None:
@@ -116,6 +120,7 @@ def run_experiment(
         config,
         Prepared(
             source=source,
+            shape=estimate.shape,
             models=models,
             data=data,
             schedule=schedule,
@@ -335,6 +340,7 @@ def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
         **{f"peft.{name}": value for name, value in peft.items()},
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
+        "optimizer.name": config.optimizer.name,
         "data": hashes["data"],
         "model": hashes["weights"],
     }

@@ -27,7 +27,9 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in NOT_IN_HASH}
     # What the cache holds is keyed by content; where it stands does not matter.
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
-    return kept | {"reference": reference, "loss": own_loss_settings(kept["loss"])}
+    trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
+    own = {"reference": reference, "trainer": trainer}
+    return kept | own | {"loss": own_loss_settings(kept["loss"])}
 
 
 def settings_hash(config: Config) -> str:

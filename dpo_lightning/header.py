@@ -13,6 +13,7 @@ from dpo_lightning.config import BASE, Config
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.models.setup import Models, ModelSource
+from dpo_lightning.preflight import Estimate
 from dpo_lightning.reference import NoReference
 from dpo_lightning.schedule import Schedule
 
@@ -26,6 +27,7 @@ def header_facts(
     *,
     trainer: pl.Trainer,
     precision: str,
+    estimate: Estimate,
     budget: Budget,
     folder: Path,
 ) -> dict[str, str]:
@@ -55,7 +57,7 @@ def header_facts(
     devices = f"{trainer.world_size} x {device}"
     if config.strategy.name != "auto":
         devices += f", {config.strategy.name}"
-    memory = f"up to {budget.tokens:,} tokens at once"
+    memory = f"{estimate.describe()}; up to {budget.tokens:,} tokens at once"
     if budget.checkpointing:
         memory += ", activations computed again in the backward pass"
     facts = {

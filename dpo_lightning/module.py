@@ -34,6 +34,7 @@ from dpo_lightning.objectives.comparison import (
     metrics_from_sums,
 )
 from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.optimizers import OptimizerName, make_optimizer
 from dpo_lightning.out_of_memory import explained
 from dpo_lightning.reference import Reference
 from dpo_lightning.results import DIVERGED_FILE
@@ -84,6 +85,9 @@ class DPOModule(pl.LightningModule):
         stop_signal: Number of the signal that is to stop all ranks after this step, 0 for none;
             the same on all of them.
         skipped_steps: Steps that were passed over.
+        optimizer: Name of the optimizer.
+        stochastic_rounding: Whether trained bfloat16 weights are rounded by chance; None: yes.
+        seed: Of that rounding.
     """
 
     def __init__(
@@ -109,6 +113,9 @@ class DPOModule(pl.LightningModule):
         max_skipped_steps: int = 0,
         smaller: Sequence[str] = (),
         pending_signal: Callable[[], int] = lambda: 0,
+        optimizer: OptimizerName = "adamw",
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -124,8 +131,11 @@ class DPOModule(pl.LightningModule):
             self.margin_average: Tensor
             self.register_buffer("margin_average", torch.zeros(()))
         self.total_steps = total_steps
-        self._adamw: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-        self._weight_decay = weight_decay
+        self._optimizer: dict[str, Any] = {
+            **{"name": optimizer, "lr": lr, "betas": betas, "eps": eps},
+            **{"weight_decay": weight_decay, "seed": seed},
+            "stochastic_rounding": stochastic_rounding,
+        }
         self._max_grad_norm = max_grad_norm
         self._schedule = schedule
         self._warmup_steps = warmup_steps
@@ -166,16 +176,7 @@ class DPOModule(pl.LightningModule):
         else:
             in_shards(self.policy)
             self._trained = [p for p in self.policy.parameters() if p.requires_grad]
-        trained = self._trained
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self._weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            fused=self.device.type in ("cpu", "cuda"),
-            **self._adamw,
-        )
+        optimizer = make_optimizer(self._trained, **self._optimizer)
         scheduler = get_scheduler(
             self._schedule,
             optimizer,
@@ -342,7 +343,7 @@ class DPOModule(pl.LightningModule):
                 self.margin_average.copy_(average)
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
-        learning_rate = scheduler.get_last_lr()[0]
+        learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
 
         step = self.global_step

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.prepare import PreparedData
 from dpo_lightning.evaluation import Score
+from dpo_lightning.footprint import ModelShape
 from dpo_lightning.models.setup import Models, ModelSource
 from dpo_lightning.ranks import Ranks
 from dpo_lightning.schedule import Schedule
@@ -22,6 +23,7 @@ class Prepared:
 
     Attributes:
         source: The model, its tokenizer and limits.
+        shape: The policy's shape, as far as its memory goes.
         models: Policy, reference and scorer.
         data: The groups.
         schedule: The steps.
@@ -34,6 +36,7 @@ class Prepared:
     """
 
     source: ModelSource
+    shape: ModelShape
     models: Models
     data: PreparedData
     schedule: Schedule

@@ -181,9 +181,8 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         result["status"] = _STATUS.get(code, "failed")
         result["error"] = None if error is None else redact(" ".join(error.split()))
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
-        if is_rank_zero:
-            if not _write_result(run_dir / RESULT_FILE, result):
-                code = code or UserError.exit_code
+        if is_rank_zero and not _write_result(run_dir / RESULT_FILE, result):
+            code = code or UserError.exit_code
         if code:
             if is_child():
                 leave_word(run_dir, result["error"])

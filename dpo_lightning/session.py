@@ -62,6 +62,7 @@ from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.out_of_memory import with_last_checkpoint
 from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.preemption import Preemption, take_over
+from dpo_lightning.preflight import check_fits
 from dpo_lightning.prepared import Prepared
 from dpo_lightning.processes import ChildRanks
 from dpo_lightning.reference import CachedReference, LiveReference, with_reference_logps
@@ -135,7 +136,11 @@ def run_session(
         device = trainer.strategy.root_device
         # Beside an adapter most weights are frozen: half of their memory, before they are moved.
         computation.cast(prepared.models.policy)
-        budget = make_budget(config, prepared, computation, device, world_size=trainer.world_size)
+        budget, estimate = make_budget(
+            config, prepared, computation, device, world_size=trainer.world_size
+        )
+        check_fits(estimate, config.trainer.memory_check)
+        result["memory"] = {"estimated_bytes": estimate.footprint.parts()}
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
             facts = header_facts(
@@ -146,6 +151,7 @@ def run_session(
                 prepared.schedule,
                 trainer=trainer,
                 precision=computation.precision,
+                estimate=estimate,
                 budget=budget,
                 folder=run_dir,
             )
@@ -193,7 +199,7 @@ def run_session(
         reset_peak(device)
         _fit(trainer, module, datamodule, checkpoint)
         module.require_finite()
-        result["memory"] = {"training_peak_bytes": peak_bytes(device)}
+        result["memory"]["training_peak_bytes"] = peak_bytes(device)
         reset_peak(device)
         signals.release()
         if data.eval and module.last_evaluation != trainer.global_step:

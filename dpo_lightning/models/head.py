@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class Limits:
     """What a kind of device is given at a time.
 
     Attributes:
@@ -29,7 +29,8 @@ class _Limits:
     kept: int
 
     @classmethod
-    def of(cls, device: torch.device) -> _Limits:
+    def of(cls, device: torch.device) -> Limits:
+        """Those of a device."""
         # A CPU takes a large piece of memory anew from the system each time, page by page, which
         # costs more than what is computed in it.
         return _ON_CPU if device.type == "cpu" else _ELSEWHERE
@@ -40,8 +41,8 @@ class _Limits:
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-_ON_CPU = _Limits(scores=1 << 22, kept=1 << 25)
-_ELSEWHERE = _Limits(scores=1 << 25, kept=1 << 27)
+_ON_CPU = Limits(scores=1 << 22, kept=1 << 25)
+_ELSEWHERE = Limits(scores=1 << 25, kept=1 << 27)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class _TokenLogps(torch.autograd.Function):
         with_collisions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         own = weight.to(states.dtype)
-        limits = _Limits.of(states.device)
+        limits = Limits.of(states.device)
         logps = torch.empty(len(targets), dtype=_wide(states), device=states.device)
         normaliser = torch.empty_like(logps)
         collisions = torch.empty_like(logps) if with_collisions else None
@@ -231,7 +232,7 @@ class _TokenLogps(torch.autograd.Function):
         d_states = torch.zeros(states.shape, dtype=logps.dtype, device=states.device)
         d_weight = torch.empty_like(weight)
         d_bias = None if bias is None else torch.empty_like(bias)
-        for block in _Limits.of(states.device).pieces(len(weight), len(targets)):
+        for block in Limits.of(states.device).pieces(len(weight), len(targets)):
             if kept is None:
                 raw = _products(states, own[block], None if bias is None else bias[block])
             else:

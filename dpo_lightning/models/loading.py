@@ -191,6 +191,12 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
     return model
 
 
+def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """A model without weights: the shapes of all that it would hold."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:
     """A randomly initialised model, for tests and benchmarks at any size without a download."""
     with torch.random.fork_rng(devices=[]):

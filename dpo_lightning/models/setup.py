@@ -25,6 +25,7 @@ from dpo_lightning.models.loading import (
     load_model,
     load_tokenizer,
     max_positions,
+    meta_model,
     random_model,
     weights_hash,
     without_dropout,
@@ -32,7 +33,6 @@ from dpo_lightning.models.loading import (
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.quantization import keep_trainable
 from dpo_lightning.models.scoring import Scorer, ScoringPath
-from dpo_lightning.models.sharding import meta_model
 from dpo_lightning.reference import LiveReference, NoReference, Reference
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,22 @@ class Models:
             yield self.make_reference().to(device)
 
 
+def load_model_config(
+    *,
+    pretrained: str | None,
+    revision: str | None,
+    config: str | None,
+    config_overrides: Mapping[str, Any],
+) -> Any:
+    """The policy's config alone; the arguments are those of :func:`resolve_model`."""
+    return load_config(
+        config or pretrained or str(BUNDLED_MODEL),
+        key="model.config" if config is not None else "model.pretrained",
+        revision=revision,
+        overrides=config_overrides,
+    )
+
+
 def resolve_model(
     *,
     pretrained: str | None,
@@ -152,7 +168,9 @@ def resolve_model(
     bundled = pretrained is None and config is None
     key = "model.config" if config is not None else "model.pretrained"
     source = config or pretrained or str(BUNDLED_MODEL)
-    loaded_config = load_config(source, key=key, revision=revision, overrides=config_overrides)
+    loaded_config = load_model_config(
+        pretrained=pretrained, revision=revision, config=config, config_overrides=config_overrides
+    )
     tokenizer_source = tokenizer or (str(Path(source).parent) if Path(source).is_file() else source)
     loaded_tokenizer = load_tokenizer(
         tokenizer_source,

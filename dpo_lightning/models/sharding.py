@@ -21,8 +21,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
 
+from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import stays_wide
 
 T = TypeVar("T")
@@ -31,12 +31,6 @@ T = TypeVar("T")
 def is_sharded(model: Any) -> bool:
     """Whether a model's weights are shared out, so that all ranks must use it together."""
     return isinstance(model, FSDPModule)
-
-
-def meta_model(config: Any, *, dtype: torch.dtype) -> Any:
-    """A model without weights, to be given its shards of another rank's."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def shard_model(

@@ -8,9 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_lightning.budget import Budget, activation_bytes, choose_budget, memory_of, say_if_over
+from dpo_lightning.budget import Budget, choose_budget, mean_keys, memory_of, say_if_over
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.footprint import Training, shape_of_model
+from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses
 from dpo_lightning.objectives.registry import ObjectiveSettings
@@ -23,34 +25,50 @@ LLAMA_1B = LlamaConfig(
 )  # fmt: skip
 
 
-def budget(**changes) -> Budget:
+SHAPE = shape_of_model(meta_model(LLAMA_1B))
+
+
+def training(**changes) -> Training:
     values = {
-        "kind": "cuda", "device_bytes": 80 * GIB, "trained": 1_236_000_000, "width": 2,
-        "longest": 1000, "tokens": None, "checkpointing": None,
+        "weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False,
+        "optimizer": "adamw", "trained": None, "four_bit": False, "live_reference": False,
+        "shards": 1, "whole_gradients": False, "tokens": 0, "checkpointing": False, "keys": 0,
+        "head_scores": 1 << 25, "head_kept": 1 << 27,
     }  # fmt: skip
-    return choose_budget(LLAMA_1B, **(values | changes))
+    return Training(**(values | changes))
 
 
-def test_what_a_token_leaves_behind():
-    """By hand, in bfloat16, for each layer."""
-    layer = 2 * (4 * 2048 + 2 * 80 * 64 + 4 * 8192) + 8 * 2048
-    assert activation_bytes(LLAMA_1B, width=2, checkpointing=False) == 16 * layer
-    once = 16 * 2 * 2048 + layer
-    assert activation_bytes(LLAMA_1B, width=2, checkpointing=True) == once
+def budget(shape=SHAPE, how=None, **changes) -> Budget:
+    values = {
+        "kind": "cuda", "device_bytes": 80 * GIB, "longest": 1000, "tokens": None,
+        "checkpointing": None,
+    }  # fmt: skip
+    return choose_budget(shape, how or training(), **(values | changes))
 
 
 def test_a_large_gpu_takes_many_tokens_and_computes_nothing_twice():
-    """80 GiB less 18 bytes a weight, 70% of that, over 1.9 MB a token: 23,000, so 16,384."""
+    """1.5 billion weights (head and embeddings apart) of 18 bytes and 0.5 GiB more of gradients.
+
+    80 GiB less 26 GiB, 70% of that, over 1.9 MB a token: 20,500, so 16,384.
+    """
+    assert SHAPE.parameters == 1_498_482_688
     assert budget() == Budget(tokens=16384, checkpointing=False)
 
 
-def test_a_small_one_takes_fewer():
+def test_what_takes_less_leaves_room_for_more():
+    small = {"device_bytes": 40 * GIB}
+    half = training(weight_bytes=2, masters=False)
+    assert budget(how=half, **small).tokens > budget(**small).tokens
+    adapters = training(trained=SHAPE.lora_parameters(16))
+    assert budget(how=adapters, **small).tokens > budget(**small).tokens
     assert budget(device_bytes=32 * GIB).tokens < budget().tokens
 
 
 def test_activations_are_computed_again_only_where_they_would_not_fit():
-    assert budget(device_bytes=24 * GIB, longest=2048) == Budget(tokens=8192, checkpointing=True)
-    assert not budget(device_bytes=24 * GIB, longest=2048, checkpointing=False).checkpointing
+    """At 29 GiB 1.2 GiB are left for 600 tokens, or for 11,000."""
+    tight = {"device_bytes": 29 * GIB, "longest": 2048}
+    assert budget(**tight) == Budget(tokens=4096, checkpointing=True)
+    assert not budget(**tight, checkpointing=False).checkpointing
     assert budget(checkpointing=True).checkpointing
     # More at once than fits: by need.
     assert budget(tokens=60000).checkpointing
@@ -63,13 +81,16 @@ def test_what_is_set_stays():
 
 
 def test_a_cpu_with_room_takes_what_its_caches_like():
-    tiny = choose_budget(
-        tiny_llama_config(), kind="cpu", device_bytes=8 * GIB, trained=10_000, width=4,
-        longest=100, tokens=None, checkpointing=None,
-    )  # fmt: skip
-    assert tiny == Budget(tokens=8192, checkpointing=False)
-    assert budget(kind="cpu", width=4) == Budget(tokens=512, checkpointing=False)
+    single = training(compute_bytes=4, masters=False)
+    tiny = shape_of_model(meta_model(tiny_llama_config()))
+    assert budget(tiny, single, kind="cpu") == Budget(tokens=8192, checkpointing=False)
+    assert budget(how=single, kind="cpu") == Budget(tokens=512, checkpointing=False)
     assert memory_of(torch.device("cpu")) > GIB
+
+
+def test_keys_that_a_query_meets():
+    """(5 * 5 + 2 * 7 + 3 * 8 + 4 * 4 + 1 * 5) / (5 + 2 + 3 + 4 + 1) = 84 / 15 = 5.6."""
+    assert mean_keys([group(5, 2, 3), group(4, 1)]) == 6
 
 
 def group(prompt: int, *responses: int) -> TokenGroup:

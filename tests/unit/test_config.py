@@ -70,7 +70,7 @@ def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 # What a file repeats although it is the default: which choice it is.
 CHOICES = {
     *("model.name", "data.name", "loss.name", "strategy.name", "logger.name"),
-    *("reference.kind", "peft.kind"),
+    *("reference.kind", "peft.kind", "optimizer.name"),
 }
 
 
@@ -182,7 +182,7 @@ def test_optimizer_keys_are_those_of_adamw() -> None:
     import torch
 
     fields = {item.name for item in dataclasses.fields(OptimizerConfig)}
-    own = {"max_grad_norm", "schedule", "warmup"}
+    own = {"max_grad_norm", "schedule", "warmup", "name", "stochastic_rounding"}
     assert own < fields
     assert fields - own <= set(inspect.signature(torch.optim.AdamW.__init__).parameters)
     assert fields - own == {"lr", "betas", "eps", "weight_decay"}

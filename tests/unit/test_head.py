@@ -60,7 +60,7 @@ def gradients(function, tensors, targets, transform):
 def small_chunks(request, monkeypatch):
     """Three tokens at a time, and fifteen words of the vocabulary."""
     kept = (1 << 24) if request.param == "kept" else 0
-    monkeypatch.setattr(head, "_ON_CPU", head._Limits(scores=3 * VOCABULARY, kept=kept))
+    monkeypatch.setattr(head, "_ON_CPU", head.Limits(scores=3 * VOCABULARY, kept=kept))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -161,7 +161,7 @@ def test_huge_scores_stay_finite():
 @pytest.mark.parametrize(("kept", "products"), [(1 << 24, 3), (0, 4)])
 def test_products_are_computed_once_or_once_more(monkeypatch, kept, products):
     """2 n V d FLOPs a product: forward, states, weight, and the scores again where not kept."""
-    monkeypatch.setattr(head, "_ON_CPU", head._Limits(scores=1 << 20, kept=kept))
+    monkeypatch.setattr(head, "_ON_CPU", head.Limits(scores=1 << 20, kept=kept))
     tensors, targets = inputs(torch.float32)
     with FlopCounterMode(display=False) as counter:
         gradients(chunked, tensors, targets, LogitsTransform())

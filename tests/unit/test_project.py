@@ -149,7 +149,7 @@ def test_imports_point_one_way():
         "reference.py": {"objectives", "data", "models", "errors", "reference_cache"},
         "module.py": {
             *("objectives", "data", "models", "errors", "reference"),
-            *("divergence", "out_of_memory", "results"),
+            *("divergence", "out_of_memory", "results", "optimizers"),
         },
         "divergence.py": {"data"},
         "out_of_memory.py": {"data", "errors", "checkpoints"},

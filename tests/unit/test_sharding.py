@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpo_lightning.data.packing import collate_groups
+from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import (
@@ -16,7 +17,6 @@ from dpo_lightning.models.sharding import (
     in_shards,
     is_sharded,
     like_shard,
-    meta_model,
     set_gradient_sync,
     shard_model,
     whole_model,

@@ -1,0 +1,208 @@
+"""What is said of a run that does not fit, what would make it fit, and the command that tells."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dpo_lightning import preflight
+from dpo_lightning.budget import Budget
+from dpo_lightning.config import Config
+from dpo_lightning.errors import UserError
+from dpo_lightning.footprint import GIB, footprint
+from dpo_lightning.preflight import (
+    Estimate,
+    check_fits,
+    estimate_of,
+    main,
+    plan_training,
+    remedies,
+    with_budget,
+)
+from tests.conftest import TINY, run_train
+from tests.memory_page import SHAPES, shape
+from tests.unit.test_budget import training
+
+CUDA = torch.device("cuda")
+
+
+def estimate(**changes) -> Estimate:
+    values = {
+        "shape": shape("8B"), "training": training(tokens=4096), "kind": "cuda",
+        "device_bytes": 80 * GIB, "devices": 1,
+    }  # fmt: skip
+    return Estimate(**(values | changes))
+
+
+def config_of(name: str) -> LlamaConfig:
+    layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
+        tie_word_embeddings=name == "1B",
+    )  # fmt: skip
+
+
+def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
+    with pytest.raises(UserError) as caught:
+        check_fits(estimate(), "stop")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("model.dtype=float32 optimizer=adamw data.micro_batch_tokens=4096")
+    assert "of 80.0 GiB: weights 15.0, masters 29.9" in message
+    order = [
+        *("data.micro_batch_tokens=1024 (", "model.gradient_checkpointing=true ("),
+        *("optimizer=adamw_8bit (", "model.dtype=bfloat16 (", "trainer.memory_check=warn"),
+    ]
+    places = [message.index(name) for name in order]
+    assert places == sorted(places)
+
+
+def test_what_fits_or_is_not_to_be_checked_says_nothing(caplog):
+    check_fits(estimate(device_bytes=800 * GIB), "stop")
+    check_fits(estimate(device_bytes=None), "stop")
+    check_fits(estimate(), "off")
+    assert caplog.text == ""
+    check_fits(estimate(), "warn")
+    assert "training takes about" in caplog.text
+
+
+def test_a_cpu_is_only_warned_of(caplog):
+    check_fits(estimate(kind="cpu"), "stop")
+    assert "training takes about" in caplog.text
+    assert "memory_check" not in caplog.text
+
+
+def test_each_remedy_takes_what_it_says_and_those_that_do_not_help_are_left_out():
+    now = estimate()
+    found = dict(remedies(now))
+    half = dataclasses.replace(now.training, weight_bytes=2, masters=False)
+    assert found["model.dtype=bfloat16"] == footprint(now.shape, half).total
+    assert all(size < now.footprint.total for size in found.values())
+    small = dataclasses.replace(half, optimizer="adamw_8bit", checkpointing=True, tokens=1024)
+    keys = ("model.dtype", "optimizer", "model.gradient_checkpointing", "data.micro_batch_tokens")
+    assert not [name for name, _ in remedies(estimate(training=small)) if name.startswith(keys)]
+
+
+def test_remedies_are_settings_that_there_are(monkeypatch):
+    """peft and fsdp are named where the schema has them."""
+    names = set(dict(remedies(estimate(devices=4))))
+    has_peft = any(item.name == "peft" for item in dataclasses.fields(Config))
+    assert ("peft=lora" in names) == has_peft
+
+    @dataclasses.dataclass
+    class WithPeft(Config):
+        peft: int = 0
+
+    @dataclasses.dataclass
+    class Strategies:
+        name: str = dataclasses.field(default="auto", metadata={"choices": ("ddp", "fsdp")})
+
+    monkeypatch.setattr(preflight, "Config", WithPeft)
+    monkeypatch.setattr(preflight, "StrategyConfig", Strategies)
+    found = dict(remedies(estimate(devices=4)))
+    lora = dataclasses.replace(training(tokens=4096), trained=shape("8B").lora_parameters(16))
+    assert found["peft=lora"] == footprint(shape("8B"), lora).total
+    sharded = "strategy=fsdp strategy.sync_gradients=micro_batch trainer.devices=4"
+    assert found[sharded] < 0.5 * estimate().footprint.total
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "mixed", "expected"),
+    [
+        ({}, 1, False, {"weight_bytes": 4, "compute_bytes": 4, "masters": False}),
+        ({}, 1, True, {"weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False}),
+        ({}, 2, True, {"compute_bytes": 2, "masters": False, "autocast": True, "shards": 1}),
+        ({"model.dtype": "bfloat16"}, 1, False, {"weight_bytes": 2, "compute_bytes": 2}),
+        ({"model.dtype": "bfloat16"}, 1, True, {"weight_bytes": 2, "masters": False}),
+        ({"optimizer.name": "adamw_8bit"}, 1, True, {"optimizer": "adamw_8bit"}),
+        ({"reference.kind": "live"}, 1, True, {"live_reference": True}),
+        ({"strategy.name": "fsdp"}, 8, True,
+         {"shards": 8, "whole_gradients": True, "masters": False, "autocast": False}),
+    ],
+)  # fmt: skip
+def test_settings_come_to_a_way_of_training(changes, devices, mixed, expected):
+    config = Config()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    found = plan_training(config, shape("1B"), CUDA, devices=devices, mixed=mixed)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_adapters_of_the_settings_are_counted():
+    config = Config()
+    config.peft = SimpleNamespace(kind="lora", r=8, quantization="nf4")
+    config.strategy.sync_gradients = "micro_batch"
+    config.strategy.name = "fsdp"
+    found = plan_training(config, shape("1B"), CUDA, devices=8, mixed=True)
+    assert (found.trained, found.four_bit) == (shape("1B").lora_parameters(8), True)
+    assert not found.whole_gradients
+
+
+def test_a_longer_group_is_a_micro_batch_of_its_own():
+    budget = Budget(1000, checkpointing=True)
+    assert with_budget(training(), budget, longest=1500, keys=0).tokens == 1500
+    assert with_budget(training(), budget, longest=500, keys=0).checkpointing
+
+
+def test_an_estimate_needs_no_weights_and_no_gpu():
+    config = Config()
+    found = estimate_of(config, config_of("70B"), device_bytes=80 * GIB, kind="cuda")
+    assert found.shape == shape("70B")
+    assert found.training.masters
+    assert found.footprint.total > 1000 * GIB
+    assert not found.fits
+
+
+def test_the_command_prints_a_table_and_the_refusal(tmp_path, capsys):
+    model, rows = tmp_path / "config.json", tmp_path / "pairs.jsonl"
+    model.write_text(json.dumps({"model_type": "llama"} | config_of("8B").to_diff_dict()))
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    words = [f"model.config={model}", f"data.train={rows}"]
+    assert main([*words, "--gib", "80"]) == 2
+    said = capsys.readouterr()
+    assert "8,030,261,248 parameters" in said.out
+    assert "masters" in said.out
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: model.dtype=float32")
+    assert main([*words, "--gib=80", "model.dtype=bfloat16", "optimizer=adamw_8bit"]) == 0
+    assert "total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gib", "much"], "--gib much: needs the memory of a GPU"),
+        (["--gib"], "needs the memory of a GPU"),
+        (["bta=1"], "did you mean `beta`?"),
+        (["beta=1,2"], "beta=1,2 gives several values"),
+    ],
+)
+def test_a_wrong_command_is_one_line(words, said, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
+    run = run_train(tmp_path / "run", *TINY, "trainer.accelerator=cpu", "trainer.max_steps=1")
+    assert run.code == 0
+    parts = run.result["memory"]["estimated_bytes"]
+    # 74,624 float32 weights and two moments.
+    assert (parts["weights"], parts["optimizer"]) == (298496, 596992)
+    assert "GiB: " in capsys.readouterr().out
+    # As if it were a GPU with less than that; nothing is loaded then.
+    monkeypatch.setattr(preflight, "device_kind", lambda config: "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("dpo_lightning.budget.memory_of", lambda device: 1 << 20)
+    monkeypatch.setattr("dpo_lightning.experiment._load_models", lambda *_: 1 / 0)
+    small = run_train(tmp_path / "small", *TINY, "trainer.accelerator=cpu")
+    assert small.code == 2
+    assert "trainer.memory_check=warn" in small.result["error"]
