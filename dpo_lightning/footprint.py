@@ -82,6 +82,7 @@ class Training:
         four_bit: Whether the frozen linear layers are held in NF4.
         live_reference: Whether a frozen copy of the model is held.
         shards: Devices that share weights, gradients and states (FSDP2); 1 shares nothing.
+        buckets: Whether whole models on several devices average gradients, which DDP copies.
         whole_gradients: Whether each of them adds up whole gradients until the end of a step.
         tokens: Of a micro-batch.
         checkpointing: Whether activations are computed again in the backward pass.
@@ -99,6 +100,7 @@ class Training:
     four_bit: bool
     live_reference: bool
     shards: int
+    buckets: bool
     whole_gradients: bool
     tokens: int
     checkpointing: bool
@@ -216,6 +218,8 @@ def footprint(shape: ModelShape, training: Training) -> Footprint:
             gradients += computed * largest
     else:
         gradients += computed * largest
+        if training.buckets:
+            gradients += held * trained
         if training.autocast and held > computed:
             gathered = computed * all_weights
     return Footprint(

@@ -125,6 +125,7 @@ def plan_training(
         four_bit=adapters and peft.quantization == "nf4",
         live_reference=config.reference.kind == "live",
         shards=devices if sharded else 1,
+        buckets=devices > 1 and not sharded,
         whole_gradients=sharded and getattr(config.strategy, "sync_gradients", "step") == "step",
         tokens=0,
         checkpointing=False,
@@ -255,7 +256,7 @@ def remedies(estimate: Estimate) -> Iterator[tuple[str, int]]:
     if now.shards == 1 and "fsdp" in strategies["name"]["choices"]:
         count = estimate.devices if estimate.devices > 1 else _DEVICES
         name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
-        options[name] = replace(now, shards=count, masters=False, autocast=False)
+        options[name] = replace(now, shards=count, masters=False, autocast=False, buckets=False)
     total = footprint(shape, now).total
     for name, training in options.items():
         size = footprint(shape, training).total

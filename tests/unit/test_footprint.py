@@ -66,6 +66,14 @@ def test_bytes_of_each_trained_weight(changes, each):
     assert found.optimizer == pytest.approx(each[3] * n)
 
 
+def test_what_several_devices_add_to_a_whole_model():
+    """DDP's buckets are the gradients once more; autocast's casts are the weights in 2 bytes."""
+    n = SHAPE.parameters
+    alone = training(masters=False)
+    found = footprint(SHAPE, replace(alone, buckets=True, autocast=True))
+    assert found.total - footprint(SHAPE, alone).total == 4 * n + 2 * n
+
+
 def test_adapters_are_small_and_the_rest_is_frozen():
     """Rank 16 on a layer of 1B: q 4096 + k 2560 + v 2560 + o 4096 + 3 * 10240 sides, times 16."""
     model = shape("1B")
