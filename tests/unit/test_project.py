@@ -85,10 +85,12 @@ def test_objectives_import_torch_alone():
         ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py", "header.py",
                        "loggers.py", "session.py", "assembly.py", "experiment.py", "exact_curve.py",
                        "computation.py"}),
-        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py"}),
+        ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py",
+                   "sweeps/launcher.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",
-                       "sweeps/launch.py"}),
+                       "sweeps/launch.py", "sweeps/launcher.py"}),
         ("wandb", {"wandb_runs.py"}),
+        ("submitit", {"sweeps/slurm_jobs.py"}),
     ],
 )  # fmt: skip
 def test_libraries_stay_in_their_places(package: str, places: set[str]):
