@@ -152,8 +152,7 @@ class Claim:
 
     def note_group(self, group: int) -> None:
         """Notes the process group of the trial."""
-        self._content["group"] = _birth(group)
-        self._write()
+        self._note(group=_birth(group))
 
     def holds(self) -> bool:
         """Whether order and claim are still this runner's."""
@@ -167,13 +166,13 @@ class Claim:
 
     def leave(self) -> None:
         """Notes that the trial's processes are gone, though it has not ended."""
-        self._close(state="left")
+        self._note(state="left")
 
     def end(self, exit_code: int | None, *, reason: str | None = None) -> None:
         """Notes that the trial has ended."""
-        self._close(state="ended", exit_code=exit_code, reason=reason)
+        self._note(state="ended", exit_code=exit_code, reason=reason)
 
-    def _close(self, **content: Any) -> None:
+    def _note(self, **content: Any) -> None:
         # Another runner may hold the folder by now.
         if self._content and read_json(self._folder / _CLAIM).get("run") == self._run:
             self._content |= content
@@ -206,9 +205,12 @@ def _wait_until_gone(claim: dict[str, Any]) -> None:
         # Nothing is seen of it from here; a runner that lives looks at its claim often enough.
         time.sleep(TAKE_OVER_SECONDS)
         return
-    while _is_alive(claim.get("runner")) or _is_alive(claim.get("group"), group=True):
+    group = claim.get("group")
+    while _is_alive(group, group=True) if group else _is_alive(claim.get("runner")):
         if time.monotonic() > deadline:
-            raise Taken(f"process group {claim.get('group')} still writes there")
+            if group:
+                raise Taken(f"process group {group[0]} of an earlier start still writes there")
+            return  # it has no trial, and has looked at its claim by now
         time.sleep(0.1)
 
 

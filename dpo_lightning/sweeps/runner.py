@@ -156,6 +156,9 @@ class Runner:
         process = self._process = self._start(lifeline)
         if self._rank == 0:
             self._claim.note_group(process.pid)
+            if not self._claim.holds():
+                kill_group(process.pid)
+                return STOPPED
         code = self._wait(process)
         if code is None:
             return STOPPED
