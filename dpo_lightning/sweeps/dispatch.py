@@ -185,6 +185,7 @@ class Dispatcher:
                 time.sleep(_POLL_SECONDS)
         for running in list(self._running):
             ending = endings.get(running.trial.folder) or running.attempt.kill()
+            self._notice_start(running)
             self._end(running, ending, stopped=True)
 
 
