@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # Of a cluster that is started for a sweep: only exit codes go through it.
 _OBJECT_STORE_BYTES = 100_000_000
+_ANSWER_SECONDS = 10.0
 
 
 class RaySite:
@@ -126,21 +128,23 @@ def _connect(address: str | None) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The runner hides GPUs itself.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    named, key = address, "hydra.launcher.address"
+    if address in (None, "auto"):
+        named, key = os.environ.get("RAY_ADDRESS") or None, "RAY_ADDRESS"
     ray: Any = importlib.import_module("ray")
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
-    if named != "local":
+    if named is None:
+        named = _running_here()
+    if named not in (None, "local"):
         try:
-            ray.init(address=named or "auto", **options)
+            _check_answer(str(named))
+            ray.init(address=named, **options)
             return ray, False
-        except Exception as error:  # of many kinds: no connection, another version, a bad address
-            if named not in (None, "auto"):
-                key = "hydra.launcher.address" if named == address else "RAY_ADDRESS"
-                raise UserError(
-                    f"{key}={named}: no Ray cluster can be joined there "
-                    f"({type(error).__name__}: {_line(error)}); hydra.launcher.address=local "
-                    "starts one here"
-                ) from error
+        except Exception as error:  # of many kinds: no answer, another version, a bad address
+            raise UserError(
+                f"{key}={named}: no Ray cluster can be joined there ({_line(error)}); "
+                "hydra.launcher.address=local starts one here"
+            ) from error
     ray.init(
         address="local",
         include_dashboard=False,
@@ -148,6 +152,30 @@ def _connect(address: str | None) -> tuple[Any, bool]:
         **options,
     )
     return ray, True
+
+
+def _running_here() -> str | None:
+    """The address of a cluster that this machine belongs to."""
+    # Ray's public way is to try and join it, which takes minutes where a killed one left its
+    # address behind.
+    services: Any = importlib.import_module("ray._private.services")
+    try:
+        address = str(services.canonicalize_bootstrap_address("auto"))
+        _check_answer(address)
+    except OSError:
+        return None
+    return address
+
+
+def _check_answer(address: str) -> None:
+    """Checks that somebody listens there: Ray itself would try for minutes.
+
+    Raises:
+        OSError: If nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
 
 
 def _line(error: BaseException) -> str:
