@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench lock clean
+.PHONY: help train test test-launchers check bench lock clean
 
 help: ## show these lines
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -24,6 +24,10 @@ train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 test: $(READY) ## run the tests: make test ARGS="-k attention"
 	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
+test-launchers: $(READY) ## run sweeps through submitit and on a Ray cluster, which takes minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,slurm,ray]" -c constraints.txt
+	@$(BIN)/python -m pytest -m launchers $(ARGS)
+
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +40,7 @@ bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## write constraints.txt anew from a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,slurm,ray]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from dpo_lightning.sweeps import launcher
 
@@ -45,8 +46,11 @@ class SlurmLauncherConf:
     retries: int = 0
 
 
+_node = OmegaConf.structured(SlurmLauncherConf)
+# Hydra closes the whole tree; the options of sbatch are the user's.
+OmegaConf.set_struct(_node.additional_parameters, False)
 ConfigStore.instance().store(
-    group="hydra/launcher", name="slurm", node=SlurmLauncherConf, provider="dpo_lightning"
+    group="hydra/launcher", name="slurm", node=_node, provider="dpo_lightning"
 )
 
 
