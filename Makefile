@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults check audit bench lock clean
+.PHONY: help train test test-faults test-launchers check audit bench lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ test: $(READY) ## run the tests: make test ARGS="-k attention"
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python -m pytest -n 2 --dist loadscope -m faults $(ARGS)
 
+test-launchers: $(READY) ## run sweeps through submitit and on a Ray cluster, which takes minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,slurm,ray]" -c constraints.txt
+	@$(BIN)/python -m pytest -m launchers $(ARGS)
+
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +46,7 @@ bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## write constraints.txt anew from a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora,slurm,ray]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt

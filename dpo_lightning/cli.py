@@ -292,6 +292,7 @@ def _check(args: argparse.Namespace) -> _Job:
             f"resume={cfg.resume} continues one run; a sweep goes on with sweep.resume=last or "
             "hydra.sweep.dir=<its folder>"
         )
+    configs: list[Config] = []  # those of other sweepers are not known yet
     if _is(cfg.hydra.sweeper, "BasicSweeper"):
         # The grid may also stand in a file, as hydra.sweeper.params.
         params = (cfg.hydra.sweeper.params or {}).items()
@@ -301,10 +302,9 @@ def _check(args: argparse.Namespace) -> _Job:
         configs = _check_trials(
             hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
         )
-        if _is(cfg.hydra.launcher, "DevicesLauncher"):
-            from dpo_lightning.sweeps.launch import check_trials
+    from dpo_lightning.sweeps.launch import check_launcher
 
-            check_trials(cfg.hydra.launcher, configs)
+    check_launcher(cfg.hydra.launcher, configs)
     if swept:
         # A trial's folder is named by what differs between the trials.
         by_key = {line.key_or_group for line in swept}

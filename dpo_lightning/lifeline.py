@@ -1,17 +1,23 @@
-"""The end of a pipe by which a trial knows that its sweep is still there."""
+"""By what a trial knows that the process that started it is still there."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 
 LIFELINE = "DPO_LIGHTNING_LIFELINE"
 """Environment variable with the file descriptor to read from."""
 
+DIE_WITH_PARENT = "DPO_LIGHTNING_DIE_WITH_PARENT"
+"""Environment variable that is set where nothing may outlive the process that started it."""
 
 _GRACE_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
 def watch_lifeline() -> None:
@@ -19,6 +25,9 @@ def watch_lifeline() -> None:
 
     Does nothing outside a sweep. A sweep that ends by itself has ended its trials before.
     """
+    if DIE_WITH_PARENT in os.environ:
+        # It stays there for the ranks that this process starts.
+        _die_with_parent()
     descriptor = os.environ.pop(LIFELINE, None)
     if descriptor is None:
         return
@@ -32,3 +41,10 @@ def watch_lifeline() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Has the system kill this process at once when its parent is gone; Linux alone can."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

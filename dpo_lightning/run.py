@@ -227,10 +227,11 @@ def disk_fault(error: Exception) -> str | None:
 
 
 def _is_rank_zero() -> bool:
-    """Whether this process writes the files; Lightning and torchrun start ranks with these."""
+    """Whether this process writes the files; torchrun, Lightning and srun number them."""
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
-    return {os.environ.get(name, "0") for name in ("LOCAL_RANK", "NODE_RANK")} == {"0"}
+    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return {os.environ.get(name, "0") for name in names} == {"0"}
 
 
 def prefer_cache_without_network(config: Config) -> None:

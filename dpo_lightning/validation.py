@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,10 +27,8 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.objectives.registry import known_losses
 
 # Groups and Hydra's own keys that a typo may have meant, beside the keys of the schema.
-_OTHER_KEYS = (
-    *("experiment", "hydra.run.dir", "hydra.sweep.dir", "hydra.launcher.devices"),
-    *("hydra.launcher.max_failures", "hydra.launcher.retries"),
-)
+_OTHER_KEYS = ("experiment", "hydra.run.dir", "hydra.sweep.dir")
+_LAUNCHER = "hydra/launcher"
 
 _BATCH = (
     "data.batch_size counts the groups of an optimizer step and data.micro_batch_tokens bounds "
@@ -152,7 +152,7 @@ def unknown_key(key: str) -> str:
     leaf = key.rpartition(".")[2]
     if leaf in _HABITS:
         return f"{key}: unknown key; {_HABITS[leaf]}"
-    candidates = [*settings(), *_OTHER_KEYS]
+    candidates = [*settings(), *_OTHER_KEYS, *_launcher_keys()]
     same_leaf = [name for name in candidates if name.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, candidates, n=1)
     if not close:
@@ -162,6 +162,19 @@ def unknown_key(key: str) -> str:
     if not meant:
         return f"{key}: unknown key; `python train.py --cfg job` shows all there are"
     return f"{key}: unknown key; did you mean {meant}?"
+
+
+def _launcher_keys() -> list[str]:
+    """The keys of the project's launchers, which Hydra finds as plugins."""
+    store = ConfigStore.instance()
+    keys: dict[str, None] = {}
+    for name in store.list(_LAUNCHER) if store.get_type(_LAUNCHER) == ObjectType.GROUP else ():
+        found = store.load(f"{_LAUNCHER}/{name}")
+        if found.provider == "dpo_lightning":
+            keys |= dict.fromkeys(
+                f"hydra.launcher.{key}" for key in map(str, found.node) if key[0] != "_"
+            )
+    return list(keys)
 
 
 def unknown_option(group: str, option: str, options: list[str]) -> str:

@@ -1,26 +1,30 @@
 """From what a sweeper asks for to trials that run: composed, checked, placed and dispatched.
 
-This is the part of the launcher that speaks Hydra; the rest of the package does not.
+This is the part of the launchers that speaks Hydra; but for the class that Hydra calls, the rest of
+the package does not.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from dpo_lightning.config import CONF, RANKING_METRICS, Config
 from dpo_lightning.errors import UserError
 from dpo_lightning.fingerprint import settings_hash
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.leases import DevicePool, Kind, device_kind, make_pool, visible_gpus
+from dpo_lightning.sweeps.local_processes import LocalSite
+from dpo_lightning.sweeps.places import Demand, Site, Work
+from dpo_lightning.sweeps.ray_tasks import RaySite
+from dpo_lightning.sweeps.slurm_site import SlurmSite
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from dpo_lightning.sweeps.view import SweepView
 from dpo_lightning.validation import validate
@@ -31,6 +35,12 @@ _NOT_PASSED_ON = (
     *("hydra.mode", "hydra.run.", "hydra.job.config.override_dirname", "sweep.", "sweep="),
 )
 
+_SITES: dict[str, type[Site]] = {
+    "DevicesLauncher": LocalSite,
+    "SlurmLauncher": SlurmSite,
+    "RayLauncher": RaySite,
+}
+
 
 def launch(
     context: HydraContext,
@@ -39,43 +49,37 @@ def launch(
     job_overrides: Sequence[Sequence[str]],
     *,
     first: int,
-    devices: Any,
-    max_failures: int | None,
-    retries: int,
 ) -> list[JobReturn]:
     """Runs one batch of a sweep.
 
     Args:
         context: Hydra's.
-        base: The sweep's config.
+        base: The sweep's config; its ``hydra.launcher`` says where and how.
         task: The task function; its ``trials`` are added to.
         job_overrides: The settings of each trial.
         first: Number of the first one in the sweep.
-        devices: ``auto``, a count or a list.
-        max_failures: After more failed trials than this no other is started.
-        retries: How often a trial that crashed is started again.
 
     Raises:
         UserError: If a setting is wrong, or another sweep is at work in the folder.
     """
     setup_globals()
     configure_log(base.hydra.hydra_logging, base.hydra.verbose)
-    check_options(devices, max_failures, retries)
+    site = find_site(base.hydra.launcher)
+    assert site is not None
+    site.check()
     sweep_dir = Path(str(base.hydra.sweep.dir))
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    gpus = visible_gpus()
-    composed = []
+    composed, demands = [], []
     for number, overrides in enumerate(job_overrides, start=first):
         cfg = context.config_loader.load_sweep_config(base, list(overrides))
         with open_dict(cfg):
             cfg.hydra.job.id = str(number)
             cfg.hydra.job.num = number
-        composed.append((cfg, _plan(cfg, overrides, gpus)))
+        config = validate(cfg, explicit_run_dir=True)
+        demands.append(_demand(config))
+        composed.append((cfg, _plan(cfg, config, overrides, site)))
+    site.check_trials(demands)
     plans = [plan for _, plan in composed]
-    widths: dict[Kind, int] = {}
-    for plan in plans:
-        widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
-    pools = _make_pools(widths, devices, gpus)
     lock = FileLock(sweep_dir / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -88,18 +92,27 @@ def launch(
         trials = place_trials(plans, sweep_dir)
         _add(task.trials, trials)
         failures = sum(trial.failed for trial in task.trials)
-        with SweepView(trials, Console()) as view:
-            Dispatcher(
-                trials,
-                pools=pools,
+        most = site.max_failures
+        if any(trial.status == "waiting" for trial in trials):
+            work = Work(
+                plans=plans,
+                folder=sweep_dir,
                 script=CONF.parent / "train.py",
                 # wandb reads it; a group in the settings wins.
                 environment={"WANDB_RUN_GROUP": sweep_dir.resolve().name},
-                # Those of earlier batches count.
-                max_failures=None if max_failures is None else max_failures - failures,
-                retries=retries,
-                view=view,
-            ).run()
+            )
+            with site.open(work) as place, SweepView(trials, Console()) as view:
+                Dispatcher(
+                    trials,
+                    place=place,
+                    # Those of earlier batches count.
+                    max_failures=None if most is None else most - failures,
+                    retries=site.retries,
+                    view=view,
+                ).run()
+        else:
+            with SweepView(trials, Console()):
+                pass  # it says that all are done
     finally:
         lock.release()
     by_hash = {trial.plan.settings_hash: trial for trial in trials}
@@ -115,49 +128,41 @@ def _add(known: list[Trial], trials: Sequence[Trial]) -> None:
     known[:] = [*(trial for trial in known if trial.folder not in again), *trials]
 
 
-def check_trials(launcher: DictConfig, configs: Sequence[Config]) -> None:
-    """Checks before anything is made that each trial can have the devices it wants.
+def find_site(launcher: DictConfig) -> Site | None:
+    """Where ``hydra.launcher`` runs trials; None for a launcher that is not ours.
 
     Args:
         launcher: ``hydra.launcher``.
-        configs: The settings of all trials.
+    """
+    maker = _SITES.get(str(launcher.get("_target_", "")).rpartition(".")[2])
+    if maker is None:
+        return None
+    options = OmegaConf.to_container(launcher, resolve=True)
+    assert isinstance(options, dict)
+    return maker(**{str(key): value for key, value in options.items() if key != "_target_"})
+
+
+def check_launcher(launcher: DictConfig, configs: Sequence[Config]) -> None:
+    """Checks before anything is made that the launcher can run each trial.
+
+    Args:
+        launcher: ``hydra.launcher``.
+        configs: The settings of all trials that are known.
 
     Raises:
         UserError: If the launcher's own settings are wrong, or a trial would never fit.
     """
-    check_options(launcher.devices, launcher.max_failures, launcher.retries)
-    gpus = visible_gpus()
-    widths: dict[Kind, int] = {}
-    for config in configs:
-        if config.trainer.num_nodes > 1:
-            raise UserError(
-                f"trainer.num_nodes={config.trainer.num_nodes}: this launcher starts trials on "
-                "this machine; use trainer.num_nodes=1"
-            )
-        kind = device_kind(config.trainer.accelerator, gpus)
-        widths[kind] = max(widths.get(kind, 0), _width(config))
-    _make_pools(widths, launcher.devices, gpus)
+    site = find_site(launcher)
+    if site is not None:
+        site.check()
+        site.check_trials([_demand(config) for config in configs])
 
 
-def check_options(devices: Any, max_failures: int | None, retries: int) -> None:
-    """Checks the launcher's own settings.
-
-    Raises:
-        UserError: Naming the first that is wrong.
-    """
-    is_list = not isinstance(devices, str | int) and len(devices) > 0
-    if not (devices == "auto" or is_list or (type(devices) is int and devices > 0)):
-        raise UserError(
-            f"hydra.launcher.devices={devices}: needs auto, a count of at least 1, or a list of "
-            "device numbers such as [0,1]"
-        )
-    for name, value in (("max_failures", max_failures), ("retries", retries)):
-        if value is not None and value < 0:
-            raise UserError(f"hydra.launcher.{name}={value}: needs a whole number, at least 0")
+def _demand(config: Config) -> Demand:
+    return Demand(config.trainer.accelerator, _width(config), config.trainer.num_nodes)
 
 
-def _plan(cfg: DictConfig, overrides: Sequence[str], gpus: Sequence[str]) -> Plan:
-    config = validate(cfg, explicit_run_dir=True)
+def _plan(cfg: DictConfig, config: Config, overrides: Sequence[str], site: Site) -> Plan:
     width = _width(config)
     own = [line for line in overrides if not line.lstrip("+~").startswith(_NOT_PASSED_ON)]
     if isinstance(config.trainer.devices, list):
@@ -176,8 +181,10 @@ def _plan(cfg: DictConfig, overrides: Sequence[str], gpus: Sequence[str]) -> Pla
         overrides=tuple(line for line in own if line.lstrip("+~").split("=")[0] not in not_swept),
         arguments=(*_flags(cfg), *own, *of_hydra),
         settings_hash=settings_hash(config),
-        kind=device_kind(config.trainer.accelerator, gpus),
+        kind=site.kind(config.trainer.accelerator),
         width=width,
+        nodes=config.trainer.num_nodes,
+        accelerator=config.trainer.accelerator,
         facts={
             "beta": config.beta,
             "loss": config.loss.name,
@@ -204,22 +211,6 @@ def _flags(cfg: DictConfig) -> Iterator[str]:
             yield from ("--config-path", path)
         elif source.provider == "command-line":
             yield from ("--config-dir", path)
-
-
-def _make_pools(
-    widths: Mapping[Kind, int], devices: Any, gpus: Sequence[str]
-) -> dict[Kind, DevicePool]:
-    """A pool for each kind of device, as wide as the widest trial of the kind at least."""
-    pools: dict[Kind, DevicePool] = {}
-    for kind, width in widths.items():
-        pools[kind] = make_pool(kind, devices, gpus)
-        there = len(pools[kind].devices)
-        if width > there:
-            raise UserError(
-                f"trainer.devices={width}: the sweep has {there} {kind} devices; lower it, or give "
-                f"it more with hydra.launcher.devices={width}"
-            )
-    return pools
 
 
 def _job_return(cfg: DictConfig, overrides: Sequence[str], trial: Trial) -> JobReturn:

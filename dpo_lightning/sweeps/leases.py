@@ -17,7 +17,8 @@ Kind = Literal["cuda", "mps", "cpu"]
 
 # More processes on one CPU's memory than this only wait for it; each gets more threads instead.
 _MOST_CPU_SLOTS = 4
-_THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""By what the libraries below torch are told how many threads to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,13 @@ class DevicePool:
         self.devices = tuple(devices)
         self._free = list(devices)
 
+    def has(self, width: int) -> bool:
+        """Whether ``width`` devices are free."""
+        return width <= len(self._free)
+
     def take(self, width: int) -> Lease | None:
         """A lease on ``width`` devices, or None while fewer are free."""
-        if width > len(self._free):
+        if not self.has(width):
             return None
         taken, self._free = self._free[:width], self._free[width:]
         return Lease(self.kind, tuple(taken))
@@ -72,7 +77,7 @@ class DevicePool:
         """
         visible = ",".join(lease.devices) if self.kind == "cuda" else ""
         threads = max(1, len(_cores()) // len(self.devices))
-        limits = {name: str(threads) for name in _THREAD_LIMITS if name not in given}
+        limits = {name: str(threads) for name in THREAD_LIMITS if name not in given}
         return {"CUDA_VISIBLE_DEVICES": visible, **limits}
 
 

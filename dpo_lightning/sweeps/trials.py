@@ -45,7 +45,9 @@ class Plan:
         arguments: What follows ``python train.py`` to run it, without its folder.
         settings_hash: Of all settings and input files; a finished trial with it is not run again.
         kind: The device it runs on.
-        width: How many devices it takes.
+        width: How many devices it takes, of each node.
+        nodes: How many machines it runs on at once.
+        accelerator: ``trainer.accelerator``.
         facts: ``beta``, ``loss``, ``seed`` and ``command``, for a result that it cannot write.
         batch_size: Groups of a step, for the live view.
     """
@@ -58,6 +60,8 @@ class Plan:
     width: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 1
+    nodes: int = 1
+    accelerator: str = "auto"
 
 
 @dataclass(slots=True)
@@ -167,29 +171,34 @@ def _as_left(trial: Trial) -> Trial:
     return trial
 
 
-def judge(trial: Trial, exit_code: int, *, stopped: bool) -> None:
+def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | None = None) -> None:
     """Sets the outcome of an attempt that ended, and sees to it that there is a ``result.json``.
 
     Args:
         trial: The trial.
-        exit_code: Of its process; negative for the signal that killed it.
+        exit_code: Of its process; negative for the signal that killed it, None when nobody saw it
+            end.
         stopped: Whether this command stopped it.
+        reason: What is known of an end that nobody saw.
     """
     path = trial.folder / RESULT_FILE
     result = read_json(path)
     trial.exit_code = exit_code
     trial.metrics = result.get("metrics") or {}
     said = result.get("status")
-    if exit_code == 0 and said == "finished":
+    # It says so last of all; what came after it, such as its machine's end, costs nothing.
+    if said == "finished" and exit_code in (0, None):
         trial.status, trial.error = "finished", None
         return
-    if exit_code < 0:
+    if exit_code is None:
+        how = reason or "its process vanished"
+    elif exit_code < 0:
         how = f"killed by signal {-exit_code}"
     elif exit_code == 0:
         how = "the process ended before the run had finished"
     else:
         how = f"ended with exit code {exit_code}"
-    trial.error = result.get("error") or how
+    trial.error = (exit_code is None and reason) or result.get("error") or how
     if stopped or said == "stopped":
         trial.status = "stopped"
     else:

@@ -159,7 +159,8 @@ class SweepView:
 
     def ended(self, trial: Trial, *, again: bool) -> None:
         """A trial's process ended; ``again`` when it will be started once more."""
-        seconds = time.monotonic() - self._began[trial.folder.name]
+        now = time.monotonic()
+        seconds = now - self._began.get(trial.folder.name, now)
         if trial.status == "finished":
             self._say(f"{trial.folder.name}  finished in {duration(seconds)}")
             return

@@ -5,15 +5,12 @@ so what costs time is imported when a sweep begins. It runs this file before Pyt
 by its name, which is why annotations are not put off here: dataclasses would look for them there.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+
+from dpo_lightning.sweeps import launcher
 
 
 @dataclass
@@ -34,46 +31,5 @@ ConfigStore.instance().store(
 )
 
 
-class DevicesLauncher(Launcher):
-    """Runs each trial as `python train.py …` in Hydra's RUN mode.
-
-    Args:
-        devices: ``auto``, a count or a list.
-        max_failures: After more failed trials than this no other is started.
-        retries: How often a trial that crashed is started again.
-    """
-
-    def __init__(self, devices: Any, max_failures: int | None, retries: int) -> None:
-        self.devices = devices
-        self.max_failures = max_failures
-        self.retries = retries
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Takes what Hydra gives every launcher."""
-        self._context = hydra_context
-        self._task = task_function
-        self._config = config
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Runs a batch of trials; every one of them is composed and checked before the first.
-
-        Returns:
-            A result for each; its value is the metric that the report ranks by, None for a trial
-            that did not finish.
-        """
-        from dpo_lightning.sweeps.launch import launch
-
-        return launch(
-            self._context,
-            self._config,
-            self._task,
-            job_overrides,
-            first=initial_job_idx,
-            devices=self.devices,
-            max_failures=self.max_failures,
-            retries=self.retries,
-        )
+class DevicesLauncher(launcher.TrialLauncher):
+    """Trials on devices of this machine."""

@@ -76,6 +76,8 @@ def experiment(name: str, text: str) -> list[str]:
 
 OWN = "data.train=rows.jsonl model.pretrained=model"
 BASIC = "hydra/launcher=basic"
+SLURM = "hydra/launcher=slurm hydra.launcher.cluster=local"
+RAY = "hydra/launcher=ray"
 
 # What is typed; what the one line must name: the key with its value, and the remedy.
 WRONG: list[tuple[str, list[str]]] = [
@@ -173,6 +175,17 @@ WRONG: list[tuple[str, list[str]]] = [
     ("-m beta=1 hydra.launcher.retries=-1", ["hydra.launcher.retries=-1", "at least 0"]),
     ("-m beta=1 hydra.launcher.max_failures=-1", ["hydra.launcher.max_failures=-1"]),
     ("-m beta=1 hydra.launcher.retry=1", ["hydra.launcher.retry", "hydra.launcher.retries"]),
+    (f"-m {SLURM} hydra.launcher.cluster=pbs", ["hydra.launcher.cluster=pbs", "slurm or local"]),
+    (f"-m {SLURM} hydra.launcher.timeout_min=1h", ["hydra.launcher.timeout_min", "1h"]),
+    (f"-m {SLURM} hydra.launcher.partitoin=x", ["partitoin", "hydra.launcher.partition"]),
+    (f"-m {SLURM} hydra.launcher.mem_gb=0", ["hydra.launcher.mem_gb=0", "above 0"]),
+    (f"-m {SLURM} hydra.launcher.setup=[a]", ["hydra.launcher.setup=['a']", "cluster=slurm"]),
+    (f"-m {SLURM} trainer.num_nodes=2", ["trainer.num_nodes=2", "this machine"]),
+    (f"-m {SLURM} beta=1,-1", ["beta=-1", "above 0"]),
+    (f"-m {RAY} hydra.launcher.cpus_per_device=0", ["hydra.launcher.cpus_per_device=0"]),
+    (f"-m {RAY} hydra.launcher.adress=x", ["adress", "hydra.launcher.address"]),
+    (f"-m {RAY} hydra.launcher.address=", ["hydra.launcher.address=''", "null"]),
+    (f"-m {RAY} trainer.num_nodes=2", ["trainer.num_nodes=2", "hydra/launcher=slurm"]),
     ("-m beta=1,2 sweep.resume=nowhere", ["sweep.resume=nowhere", "sweep.resume=last"]),
     ("-m beta=1,2 sweep.resume=last", ["sweep.resume=last", "leave it out"]),
     ("-m beta=1 sweep.resume=last hydra.sweep.dir=s", ["sweep.resume=last", "hydra.sweep.dir=s"]),

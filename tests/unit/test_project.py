@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -39,7 +40,8 @@ def test_constraints_are_exact_unhashed_and_for_every_machine():
 
 def test_every_direct_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["slurm"], *extras["ray"]]
     names = {canonical(re.match(r"[A-Za-z0-9._-]+", line).group()) for line in wanted}
     assert names <= {canonical(name) for name in pins()}
 
@@ -174,10 +176,11 @@ def test_objectives_import_torch_alone():
                        "computation.py", "ranks.py", "strategies.py", "preemption.py",
                        "checkpoint_io.py", "resume.py"}),
         ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py",
-                    "hydra_node.py"}),
+                    "hydra_node.py", "sweeps/launcher.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",
-                       "hydra_node.py", "sweeps/launch.py"}),
+                       "hydra_node.py", "sweeps/launch.py", "sweeps/launcher.py"}),
         ("wandb", {"wandb_runs.py"}),
+        ("submitit", {"sweeps/slurm_jobs.py"}),
     ],
 )  # fmt: skip
 def test_libraries_stay_in_their_places(package: str, places: set[str]):
@@ -202,16 +205,18 @@ def test_the_package_imports_nothing_heavy():
     code = (
         "import sys, dpo_lightning.cli, dpo_lightning.run, dpo_lightning.sweeps.launch;"
         "import dpo_lightning.sweeps.finish, dpo_lightning.sweeps.report;"
-        "print([m for m in ('torch', 'lightning', 'transformers', 'wandb', 'datasets') "
+        "import hydra_plugins.dpo_lightning_slurm, hydra_plugins.dpo_lightning_ray;"
+        "print([m for m in ('torch', 'lightning', 'transformers', 'wandb', 'datasets', 'submitit',"
+        " 'ray') "
         "if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def readme_commands() -> list[str]:
-    """The lines of the README's shell blocks that start our program."""
-    text = (ROOT / "README.md").read_text()
+def readme_commands(page: str = "README.md") -> list[str]:
+    """The lines of the shell blocks of a page that start our program."""
+    text = (ROOT / page).read_text()
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith(("python train.py", "make train"))]
@@ -223,6 +228,15 @@ def check(words: list[str], folder, monkeypatch) -> None:
     from dpo_lightning.sweeps import finish
 
     started = []
+
+    # What the other launchers need: their extras, and to be typed where there is SLURM.
+    for module in ("slurm_site", "ray_tasks"):
+        monkeypatch.setattr(f"dpo_lightning.sweeps.{module}.require_extra", lambda *_: None)
+    for name in ("sbatch", "srun"):
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text("#!/bin/sh\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
 
     def launch(context, config, task, job_overrides, **options):
         started.extend(job_overrides)
@@ -246,7 +260,7 @@ def check(words: list[str], folder, monkeypatch) -> None:
     assert started or {"--cfg", "--help"} & set(words)
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", [*readme_commands(), *readme_commands("docs/scaling.md")])
 def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_path, monkeypatch):
     words = shlex.split(command.partition("#")[0])
     if words[0] == "make":
@@ -277,3 +291,4 @@ def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_
 
 def test_the_readme_names_commands():
     assert len(readme_commands()) >= 8
+    assert len(readme_commands("docs/scaling.md")) >= 8

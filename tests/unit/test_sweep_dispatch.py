@@ -14,6 +14,7 @@ import pytest
 
 from dpo_lightning.sweeps.dispatch import Dispatcher
 from dpo_lightning.sweeps.leases import DevicePool
+from dpo_lightning.sweeps.local_processes import open_local
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.conftest import ROOT
 
@@ -75,13 +76,9 @@ def run(
 ) -> tuple[list[Trial], Silent]:
     trials, view = place_trials(plans, folder), Silent()
     settings = {"max_failures": None, "retries": 0, "environment": {}} | options
-    Dispatcher(
-        trials,
-        pools={"cpu": DevicePool("cpu", [str(n) for n in range(slots)])},
-        script=stand_in(folder),
-        view=view,
-        **settings,
-    ).run()
+    pools = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
+    with open_local(pools, stand_in(folder), settings.pop("environment")) as place:
+        Dispatcher(trials, place=place, view=view, **settings).run()
     return trials, view
 
 
