@@ -118,11 +118,10 @@ class SampleAnswers(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The first answers, of the reference and of the policy as it starts."""
-        if self._before:  # of a run that goes on
+        # Those of a run that goes on came with its checkpoint.
+        if not self._groups or self._before or not self._answers_here(trainer):
             return
         models = self._models
-        if not self._groups or not (trainer.is_global_zero or is_sharded(models.policy)):
-            return
         self._before = self._answers(models.policy)
         if models.starts_from_reference and trainer.global_step == 0:
             self._reference = self._before
@@ -132,13 +131,16 @@ class SampleAnswers(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The same prompts again, and the table of all; the training loop's time is over."""
-        if not trainer.is_global_zero or not self._before:
-            return  # another rank, nothing to ask, or no step to take
+        if not self._before or not self._answers_here(trainer):
+            return  # nothing to ask, no step to take, or another rank
         after = self._answers(self._models.policy)
         text = self._answering.text
         prompts = [text(group.prompt).strip() for group in self._groups]
         preferred = [text(group.responses[0]).strip() for group in self._groups]
         self.rows = list(zip(prompts, preferred, self._reference, self._before, after, strict=True))
+
+    def _answers_here(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero or is_sharded(self._models.policy)
 
     def _answers(self, model: Any) -> list[str]:
         prompts = [group.prompt for group in self._groups]

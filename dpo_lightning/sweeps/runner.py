@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo_lightning.credentials import is_secret
 from dpo_lightning.lifeline import DIE_WITH_PARENT, LIFELINE
 from dpo_lightning.results import RESULT_FILE
 from dpo_lightning.sweeps.claims import CHECK_SECONDS, Claim, Taken
@@ -30,7 +31,6 @@ from dpo_lightning.sweeps.processes import (
     trial_command,
 )
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial
-from dpo_lightning.validation import is_secret
 
 _POLL_SECONDS = 0.2
 # Less than SLURM leaves between SIGTERM and SIGKILL, and less than a take-over waits.
