@@ -44,7 +44,8 @@ def shape(name: str) -> ModelShape:
 
 FULL = Training(
     weight_bytes=4, compute_bytes=2, masters=True, autocast=False, optimizer="adamw",
-    trained=None, four_bit=False, live_reference=False, shards=1, buckets=False, whole_gradients=False,
+    trained=None, four_bit=False, live_reference=False, shards=1, buckets=False,
+    whole_gradients=False,
     tokens=TOKENS, checkpointing=True, keys=0, head_scores=1 << 25, head_kept=1 << 27,
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""LoRA runs from the command line: reference, resume, export, and what is said of wrong adapters."""
+"""LoRA runs from the command line: reference, resume, export, wrong adapters."""
 
 import json
 import math

@@ -32,7 +32,8 @@ def training(**changes) -> Training:
     values = {
         "weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False,
         "optimizer": "adamw", "trained": None, "four_bit": False, "live_reference": False,
-        "shards": 1, "buckets": False, "whole_gradients": False, "tokens": 0, "checkpointing": False, "keys": 0,
+        "shards": 1, "buckets": False, "whole_gradients": False, "tokens": 0,
+        "checkpointing": False, "keys": 0,
         "head_scores": 1 << 25, "head_kept": 1 << 27,
     }  # fmt: skip
     return Training(**(values | changes))

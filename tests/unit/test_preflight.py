@@ -115,13 +115,15 @@ def test_remedies_are_settings_that_there_are(monkeypatch):
     [
         ({}, 1, False, {"weight_bytes": 4, "compute_bytes": 4, "masters": False}),
         ({}, 1, True, {"weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False}),
-        ({}, 2, True, {"compute_bytes": 2, "masters": False, "autocast": True, "shards": 1, "buckets": True}),
+        ({}, 2, True, {"compute_bytes": 2, "masters": False, "autocast": True, "shards": 1,
+                         "buckets": True}),
         ({"model.dtype": "bfloat16"}, 1, False, {"weight_bytes": 2, "compute_bytes": 2}),
         ({"model.dtype": "bfloat16"}, 1, True, {"weight_bytes": 2, "masters": False}),
         ({"optimizer.name": "adamw_8bit"}, 1, True, {"optimizer": "adamw_8bit"}),
         ({"reference.kind": "live"}, 1, True, {"live_reference": True}),
         ({"strategy.name": "fsdp"}, 8, True,
-         {"shards": 8, "whole_gradients": True, "masters": False, "autocast": False, "buckets": False}),
+         {"shards": 8, "whole_gradients": True, "masters": False, "autocast": False,
+          "buckets": False}),
     ],
 )  # fmt: skip
 def test_settings_come_to_a_way_of_training(changes, devices, mixed, expected):
