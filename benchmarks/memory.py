@@ -31,17 +31,16 @@ LEAN = {
     **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
 }
+# A step of so many groups fills its micro-batches.
+LARGE = ("data.micro_batch_tokens=2048", "data.batch_size=64")
 WAYS = {
     "float32": (),
     "bfloat16 behind float32 masters": ("trainer.precision=bf16-mixed",),
     "bfloat16, rounded by chance": ("model.dtype=bfloat16",),
     "float32, 8-bit Adam": ("optimizer=adamw_8bit",),
     "bfloat16, 8-bit Adam": ("model.dtype=bfloat16", "optimizer=adamw_8bit"),
-    "float32, 2,048 tokens": ("data.micro_batch_tokens=2048",),
-    "float32, 2,048 tokens, checkpointing": (
-        "data.micro_batch_tokens=2048",
-        "model.gradient_checkpointing=true",
-    ),
+    "float32, 2,048 tokens": LARGE,
+    "float32, 2,048 tokens, checkpointing": (*LARGE, "model.gradient_checkpointing=true"),
     "float32, live reference": ("reference=live",),
 }
 
@@ -97,7 +96,16 @@ def main() -> None:
         make_work(work)
         for number, way in enumerate(WAYS):
             out = work / f"run-{number}.json"
-            command = [sys.executable, __file__, "--way", way, "--work", folder, "--out", str(out)]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--way",
+                way,
+                "--work",
+                folder,
+                "--out",
+                str(out),
+            ]
             found = []
             for environment in (LEAN, {}):
                 subprocess.run(

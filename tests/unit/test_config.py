@@ -159,7 +159,7 @@ MIRRORED_TRAINER = {
     "enable_progress_bar",
     "profiler",
 }
-OWN_TRAINER = {"max_skipped_steps", "threads"}
+OWN_TRAINER = {"max_skipped_steps", "memory_check", "threads"}
 
 
 def test_trainer_keys_are_those_of_lightning() -> None:
