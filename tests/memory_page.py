@@ -74,6 +74,8 @@ def table() -> list[str]:
             cells = []
             for devices in DEVICES:
                 sharded = replace(alone, shards=devices, masters=alone.masters and devices == 1)
+                if alone.trained is not None and devices > 1:  # whole on each: strategy=ddp
+                    sharded = replace(alone, weight_bytes=2, masters=False, buckets=True)
                 cells.append(in_gib(footprint(model, sharded).total))
             lines.append(f"| {name} | {way} | " + " | ".join(cells) + " |")
     return lines
