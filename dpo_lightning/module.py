@@ -7,48 +7,39 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from dpo_lightning.checkpointed import CheckpointedModule
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.divergence import Scored, report, rows_of_step, what_happened
-from dpo_lightning.errors import DivergedError, UserError
-from dpo_lightning.models.adapters import adapter_dropout_off
+from dpo_lightning.errors import DivergedError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import (
     gathered,
-    gathered_dtype,
     in_shards,
     is_sharded,
     set_gradient_sync,
 )
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
 from dpo_lightning.objectives.comparison import (
-    SUMS,
     Comparison,
     Tokens,
     compare_responses,
-    metrics_from_sums,
 )
 from dpo_lightning.objectives.registry import ObjectiveSettings
 from dpo_lightning.optimizers import OptimizerName, make_optimizer
 from dpo_lightning.out_of_memory import explained
 from dpo_lightning.reference import Reference
 from dpo_lightning.results import DIVERGED_FILE
+from dpo_lightning.same_model import check_same_model
 
 log = logging.getLogger(__name__)
 
-# What a checkpoint holds of the module beside its weights.
-_STATE = "progress"
 
-# Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
-_SAME_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-
-
-class DPOModule(pl.LightningModule):
+class DPOModule(CheckpointedModule):
     """Trains a policy on preferences; one Lightning batch is one optimizer step.
 
     Optimization is manual: a backward pass per micro-batch, gradients synchronised on the last,
@@ -117,19 +108,13 @@ class DPOModule(pl.LightningModule):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(policy, beta_plan)
         self.automatic_optimization = False
-        self.policy = policy
         self.reference = reference
         self.scorer = scorer
         self.objective = objective
-        self.beta_plan = beta_plan
         # Beta of the last training step.
         self._beta: float | Tensor = beta_plan.start
-        if beta_plan.adaptive:
-            # The moving average of mean margins; of a checkpoint too.
-            self.margin_average: Tensor
-            self.register_buffer("margin_average", torch.zeros(()))
         self.total_steps = total_steps
         self._optimizer: dict[str, Any] = {
             **{"name": optimizer, "lr": lr, "betas": betas, "eps": eps},
@@ -147,20 +132,7 @@ class DPOModule(pl.LightningModule):
         self._smaller = smaller
         self._pending_signal = pending_signal
         self.stop_signal = 0
-        self.skipped_steps = 0
-        self._masters: MasterWeights | None = None
-        # What the optimizer trains.
-        self._trained: list[Tensor] = []
-        # Names in a state dict that stay as they were loaded; a checkpoint has the others.
-        self._frozen = _frozen_names(policy)
-        if self._frozen:
-            self.strict_loading = False
-        # The step at which the evaluation groups were last seen.
-        self.last_evaluation = -1
-        self._train_sums: Tensor | None = None
         self._eval_sums: Tensor | None = None
-        # Share of each evaluation group's pairs ranked right, when they were last seen.
-        self.eval_accuracies: Tensor | None = None
 
     # Lightning's hooks ------------------------------------------------------------------------
 
@@ -185,98 +157,6 @@ class DPOModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding, and none else.
-
-        Beside them: the sums of a log interval that has begun, a row per rank, and what the last
-        evaluation found where it was of these weights. On every rank.
-        """
-        self.require_finite()
-        for name in self._frozen:
-            checkpoint["state_dict"].pop(name, None)
-        if self._masters is not None:
-            for name, value in self._masters.state_dict():
-                checkpoint["state_dict"][f"policy.{name}"] = value
-        sums = self._train_sums
-        if sums is not None:
-            everyone: Any = self.trainer.strategy.all_gather(sums)
-            sums = everyone.reshape(-1, len(SUMS)).cpu()
-        evaluated = self.last_evaluation == self.global_step
-        checkpoint[_STATE] = {
-            "train_sums": sums,
-            "skipped_steps": self.skipped_steps,
-            "last_evaluation": self.last_evaluation,
-            "eval_accuracies": self.eval_accuracies if evaluated else None,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the rest of the state; a setting that was changed may need other buffers.
-
-        Raises:
-            UserError: If the policy has weights of other shapes.
-        """
-        weights = checkpoint["state_dict"]
-        if self.beta_plan.adaptive:
-            weights.setdefault("margin_average", self.margin_average)
-        else:
-            weights.pop("margin_average", None)
-        own = {n: v for n, v in self.state_dict().items() if n not in self._frozen}
-        for name in own.keys() & weights.keys():
-            if weights[name].shape != own[name].shape:
-                raise UserError(
-                    f"resume: {name} has the shape {tuple(weights[name].shape)} in the checkpoint "
-                    f"and {tuple(own[name].shape)} in this run's model; take the same model"
-                )
-        differing = sorted(own.keys() ^ weights.keys())
-        if differing:
-            raise UserError(
-                f"resume: the checkpoint has other weights than this run trains ({differing[0]} "
-                f"first of {len(differing)}); resume with the same model= and peft= settings"
-            )
-        state = checkpoint[_STATE]
-        self.skipped_steps = state["skipped_steps"]
-        self.last_evaluation = state["last_evaluation"]
-        self.eval_accuracies = state["eval_accuracies"]
-        sums = state["train_sums"]
-        if sums is not None and len(sums) == self.trainer.world_size:
-            self._train_sums = sums[self.trainer.global_rank]
-        elif sums is not None:
-            self._train_sums = sums.sum(0) * self.trainer.is_global_zero
-
-    def on_train_start(self) -> None:
-        """What a checkpoint held of a log interval goes where the rest of it will be."""
-        if self._train_sums is not None:
-            self._train_sums = self._train_sums.to(self._no_sums())
-
-    @torch.no_grad()
-    def require_finite(self) -> None:
-        """Refuses weights that a finite gradient drove out of bounds, before they are saved.
-
-        Raises:
-            DivergedError: If one of them is not finite.
-        """
-        # A sum is not finite where one of its terms is not; it may also overflow.
-        weights = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trained]
-        sums = [weight.sum(dtype=torch.float32) for weight in weights]
-        bad = 0
-        if not torch.stack(sums).isfinite().all():
-            bad = sum(not bool(weight.isfinite().all()) for weight in weights)
-        if self.trainer.world_size > 1:
-            most = torch.full((), bad, dtype=torch.int64, device=self.device)
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-            bad = int(most)
-        if bad:
-            raise DivergedError(
-                f"step {self.global_step}: after it {bad} of the weights' tensors are not finite, "
-                "so nothing of it is saved: lower optimizer.lr"
-            )
-
-    def restore_weights(self) -> None:
-        """Ends training: the policy has the weights that were trained, in their own type."""
-        if self._masters is not None:
-            self._masters.restore()
-            self._masters = None
-
     def on_fit_start(self) -> None:
         """The reference is no submodule, so nobody else moves it."""
         self.reference.to(self.device)
@@ -297,7 +177,13 @@ class DPOModule(pl.LightningModule):
         """
         optimizer: Any = self.optimizers()
         if self.global_step == 0 and self.starts_from_reference:
-            self._check_same_model(batch)
+            check_same_model(
+                batch,
+                policy=self.policy,
+                reference=self.reference,
+                scorer=self.scorer,
+                reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
+            )
         # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
         scale = self.trainer.world_size / batch.total_weight
         sums = self._no_sums()
@@ -530,74 +416,6 @@ class DPOModule(pl.LightningModule):
         progress.increment_completed()
         if self.trainer.is_global_zero:
             log.warning("%s (%d of at most %d)", said, self.skipped_steps, self._max_skipped_steps)
-
-    @torch.no_grad()
-    def _check_same_model(self, batch: StepBatch) -> None:
-        """Refuses a reference that is not the policy's start: the loss would mean nothing."""
-        sums = torch.zeros(2, device=self.device)
-        asked = self.reference.rows, self.reference.computed
-        for micro_batch in batch.micro_batches[:1]:
-            plan = self.scorer.plan(micro_batch)
-            with adapter_dropout_off(self.policy):
-                policy = self.scorer.logps(self.policy, micro_batch, plan)
-            reference = self.reference.logps(micro_batch, plan)
-            assert reference is not None
-            sums += torch.stack([(policy - reference).abs().sum(), micro_batch.lengths.sum()])
-        # A check is no work of the run's.
-        self.reference.rows, self.reference.computed = asked
-        total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        dtype = self._dtype_computed_in()
-        if not total / tokens <= _SAME_MODEL_TOLERANCE[dtype]:
-            raise UserError(
-                "reference: before the first step the policy and its own starting point differ by "
-                f"{total / tokens:.2g} nats per token (rounding in {dtype} explains "
-                f"{_SAME_MODEL_TOLERANCE[dtype]:g}): the two run with different kernels, dtypes, "
-                "with dropout, or are different models; name the intended one with "
-                "reference.pretrained="
-            )
-
-    def _dtype_computed_in(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        return gathered_dtype(self.policy)
-
-    # Metrics ----------------------------------------------------------------------------------
-
-    def _no_sums(self) -> Tensor:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.zeros(len(SUMS), dtype=dtype, device=self.device)
-
-    def _reduced_metrics(self, sums: Tensor) -> dict[str, float]:
-        reduced: Any = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-        return metrics_from_sums(reduced.tolist(), beta=self.beta_plan.start)
-
-    def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
-        """Sends a row to the loggers, and the values to callbacks that watch them.
-
-        Lightning's own route rounds to float32, and repeats a row after an evaluation in between.
-        """
-        values = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        self.log_dict(values, logger=False, batch_size=1)
-        if prefix == "train" and "loss" in metrics:
-            shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
-            self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        epoch = round(self.global_step / datamodule.steps_per_epoch, 6)
-        for logger in self.loggers:
-            logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
-            logger.save()
-
-
-def _frozen_names(policy: Any) -> frozenset[str]:
-    """Entries of the module's state dict that are not trained; none where all weights are."""
-    trained = [
-        f"policy.{name}"
-        for name, parameter in policy.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    ]
-    if all(parameter.requires_grad for parameter in policy.parameters()):
-        return frozenset()
-    return frozenset(f"policy.{name}" for name in policy.state_dict()).difference(trained)
 
 
 def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:

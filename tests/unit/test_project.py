@@ -152,7 +152,10 @@ def test_imports_point_one_way():
         "module.py": {
             *("objectives", "data", "models", "errors", "reference"),
             *("divergence", "out_of_memory", "results", "optimizers"),
+            *("checkpointed", "same_model"),
         },
+        "checkpointed.py": {"objectives", "models", "errors"},
+        "same_model.py": {"data", "models", "errors", "reference"},
         "divergence.py": {"data"},
         "out_of_memory.py": {"data", "errors", "checkpoints"},
     }
@@ -174,7 +177,7 @@ def test_objectives_import_torch_alone():
         ("lightning", {"module.py", "data/module.py", "callbacks.py", "evaluation.py", "header.py",
                        "loggers.py", "session.py", "assembly.py", "experiment.py", "exact_curve.py",
                        "computation.py", "ranks.py", "strategies.py", "preemption.py",
-                       "checkpoint_io.py", "resume.py"}),
+                       "checkpoint_io.py", "checkpointed.py", "resume.py"}),
         ("hydra", {"config.py", "validation.py", "cli.py", "overrides.py", "sweeps/launch.py",
                     "hydra_node.py", "sweeps/launcher.py"}),
         ("omegaconf", {"config.py", "validation.py", "cli.py", "overrides.py", "folders.py",

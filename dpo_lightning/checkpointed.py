@@ -1,0 +1,182 @@
+"""What the module keeps in a checkpoint beside its weights, which of these, and its metric rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.models.master_weights import MasterWeights
+from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.objectives.comparison import SUMS, metrics_from_sums
+
+# What a checkpoint holds of the module beside its weights.
+_STATE = "progress"
+
+
+class CheckpointedModule(pl.LightningModule):
+    """A policy in training: its state, in memory and in checkpoints, and its metrics.
+
+    Args:
+        policy: A transformers causal language model.
+        beta_plan: Strength of the pull towards the reference, step by step.
+
+    Attributes:
+        skipped_steps: Steps that were passed over.
+        last_evaluation: The step at which the evaluation groups were last seen.
+        eval_accuracies: Share of each evaluation group's pairs ranked right, shape (groups,), when
+            they were last seen.
+    """
+
+    def __init__(self, policy: Any, beta_plan: BetaPlan) -> None:
+        super().__init__()
+        self.policy = policy
+        self.beta_plan = beta_plan
+        if beta_plan.adaptive:
+            # The moving average of mean margins; of a checkpoint too.
+            self.margin_average: Tensor
+            self.register_buffer("margin_average", torch.zeros(()))
+        self.skipped_steps = 0
+        self.last_evaluation = -1
+        self.eval_accuracies: Tensor | None = None
+        self._masters: MasterWeights | None = None
+        # What the optimizer trains.
+        self._trained: list[Tensor] = []
+        # Names in a state dict that stay as they were loaded; a checkpoint has the others.
+        self._frozen = _frozen_names(policy)
+        if self._frozen:
+            self.strict_loading = False
+        self._train_sums: Tensor | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds the weights that are trained, not their rounding, and none else.
+
+        Beside them: the sums of a log interval that has begun, a row per rank, and what the last
+        evaluation found where it was of these weights. On every rank.
+        """
+        self.require_finite()
+        for name in self._frozen:
+            checkpoint["state_dict"].pop(name, None)
+        if self._masters is not None:
+            for name, value in self._masters.state_dict():
+                checkpoint["state_dict"][f"policy.{name}"] = value
+        sums = self._train_sums
+        if sums is not None:
+            everyone: Any = self.trainer.strategy.all_gather(sums)
+            sums = everyone.reshape(-1, len(SUMS)).cpu()
+        evaluated = self.last_evaluation == self.global_step
+        checkpoint[_STATE] = {
+            "train_sums": sums,
+            "skipped_steps": self.skipped_steps,
+            "last_evaluation": self.last_evaluation,
+            "eval_accuracies": self.eval_accuracies if evaluated else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the rest of the state; a setting that was changed may need other buffers.
+
+        Raises:
+            UserError: If the policy has weights of other shapes.
+        """
+        weights = checkpoint["state_dict"]
+        if self.beta_plan.adaptive:
+            weights.setdefault("margin_average", self.margin_average)
+        else:
+            weights.pop("margin_average", None)
+        own = {n: v for n, v in self.state_dict().items() if n not in self._frozen}
+        for name in own.keys() & weights.keys():
+            if weights[name].shape != own[name].shape:
+                raise UserError(
+                    f"resume: {name} has the shape {tuple(weights[name].shape)} in the checkpoint "
+                    f"and {tuple(own[name].shape)} in this run's model; take the same model"
+                )
+        differing = sorted(own.keys() ^ weights.keys())
+        if differing:
+            raise UserError(
+                f"resume: the checkpoint has other weights than this run trains ({differing[0]} "
+                f"first of {len(differing)}); resume with the same model= and peft= settings"
+            )
+        state = checkpoint[_STATE]
+        self.skipped_steps = state["skipped_steps"]
+        self.last_evaluation = state["last_evaluation"]
+        self.eval_accuracies = state["eval_accuracies"]
+        sums = state["train_sums"]
+        if sums is not None and len(sums) == self.trainer.world_size:
+            self._train_sums = sums[self.trainer.global_rank]
+        elif sums is not None:
+            self._train_sums = sums.sum(0) * self.trainer.is_global_zero
+
+    def on_train_start(self) -> None:
+        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        if self._train_sums is not None:
+            self._train_sums = self._train_sums.to(self._no_sums())
+
+    @torch.no_grad()
+    def require_finite(self) -> None:
+        """Refuses weights that a finite gradient drove out of bounds, before they are saved.
+
+        Raises:
+            DivergedError: If one of them is not finite.
+        """
+        # A sum is not finite where one of its terms is not; it may also overflow.
+        weights = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trained]
+        sums = [weight.sum(dtype=torch.float32) for weight in weights]
+        bad = 0
+        if not torch.stack(sums).isfinite().all():
+            bad = sum(not bool(weight.isfinite().all()) for weight in weights)
+        if self.trainer.world_size > 1:
+            most = torch.full((), bad, dtype=torch.int64, device=self.device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            bad = int(most)
+        if bad:
+            raise DivergedError(
+                f"step {self.global_step}: after it {bad} of the weights' tensors are not finite, "
+                "so nothing of it is saved: lower optimizer.lr"
+            )
+
+    def restore_weights(self) -> None:
+        """Ends training: the policy has the weights that were trained, in their own type."""
+        if self._masters is not None:
+            self._masters.restore()
+            self._masters = None
+
+    # Metrics ----------------------------------------------------------------------------------
+
+    def _no_sums(self) -> Tensor:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(len(SUMS), dtype=dtype, device=self.device)
+
+    def _reduced_metrics(self, sums: Tensor) -> dict[str, float]:
+        reduced: Any = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return metrics_from_sums(reduced.tolist(), beta=self.beta_plan.start)
+
+    def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
+        """Sends a row to the loggers, and the values to callbacks that watch them.
+
+        Lightning's own route rounds to float32, and repeats a row after an evaluation in between.
+        """
+        values = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, logger=False, batch_size=1)
+        if prefix == "train" and "loss" in metrics:
+            shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
+            self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        epoch = round(self.global_step / datamodule.steps_per_epoch, 6)
+        for logger in self.loggers:
+            logger.log_metrics(values | {"epoch": epoch}, step=self.global_step)
+            logger.save()
+
+
+def _frozen_names(policy: Any) -> frozenset[str]:
+    """Entries of the module's state dict that are not trained; none where all weights are."""
+    trained = [
+        f"policy.{name}"
+        for name, parameter in policy.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    if all(parameter.requires_grad for parameter in policy.parameters()):
+        return frozenset()
+    return frozenset(f"policy.{name}" for name in policy.state_dict()).difference(trained)
