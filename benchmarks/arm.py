@@ -18,6 +18,7 @@ STARTED = time.perf_counter()
 
 # Ours, from what everybody does to all there is.
 LADDER = ("padded", "flat", "shared", "cached")
+LORA = ("trl_lora", "lora")
 
 
 def process_memory(name: str) -> int:
@@ -94,7 +95,9 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
             *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.max_grad_norm=1.0"),
             *(f"beta={arguments.beta}", f"optimizer.lr={arguments.lr}"),
             f"trainer.threads={arguments.threads}",
-            f"reference={'cached' if arguments.arm == 'cached' else 'live'}",
+            f"reference={'cached' if arguments.arm in ('cached', 'lora') else 'live'}",
+            f"model.dtype={arguments.dtype}",
+            *(["peft=lora", f"peft.adapter={arguments.adapter}"] if arguments.adapter else []),
         ]
     )
     if code:
@@ -151,7 +154,7 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     meter.imported()
     options: dict[str, Any] = {}
-    if arguments.arm == "trl_tuned":
+    if arguments.arm in ("trl_tuned", "trl_lora"):
         options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
     config = DPOConfig(
         output_dir=str(arguments.out.with_suffix("")),
@@ -172,6 +175,13 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         **options,
     )
 
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    if arguments.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, arguments.adapter, is_trainable=True)
+
     class Times(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
@@ -179,7 +189,7 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
             meter.times.append(time.time())
 
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(arguments.model),
+        model=model,
         args=config,
         train_dataset=load_dataset(
             "json", data_files=str(arguments.ordered), split="train", cache_dir=arguments.cache
@@ -201,7 +211,7 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dpo_lightning.budget import choose_budget, memory_of
+    from dpo_lightning.budget import LEAST_TOKENS
     from dpo_lightning.data.packing import make_step_batch
     from dpo_lightning.data.tokens import TokenGroup
     from dpo_lightning.memory import keep_freed_memory
@@ -231,23 +241,13 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         TokenGroup(ids(64), (ids(128), ids(128)), (1, 2), 1.0, f"bench:{i}", str(i))
         for i in range(16)
     ]
-    parameters = sum(p.numel() for p in model.parameters())
-    budget = choose_budget(
-        config,
-        kind="cpu",
-        device_bytes=memory_of(torch.device("cpu")),
-        trained=parameters,
-        width=4,
-        longest=320,
-        tokens=None,
-        checkpointing=None,
-    )
     batch = make_step_batch(
         groups,
         range(16),
         rank=0,
         world_size=1,
-        micro_batch_tokens=budget.tokens,
+        # What a run chooses on a CPU for layers of this width.
+        micro_batch_tokens=LEAST_TOKENS["cpu"],
         shared=scorer.shared,
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -285,13 +285,14 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 def main() -> None:
     """Runs one arm."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=[*LADDER, "trl_default", "trl_tuned", "head"])
+    parser.add_argument("arm", choices=[*LADDER, *LORA, "trl_default", "trl_tuned", "head"])
     parser.add_argument("--out", type=Path, required=True)
-    for name in ("model", "rows", "ordered", "cache"):
+    for name in ("model", "rows", "ordered", "cache", "adapter"):
         parser.add_argument(f"--{name}", type=Path)
     for name in ("steps", "pairs", "threads"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=5e-7)
     arguments = parser.parse_args()

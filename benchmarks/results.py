@@ -16,6 +16,8 @@ NAMES = {
     "flat": "flat: no padding",
     "shared": "shared: prompts once",
     "cached": "cached: reference once",
+    "trl_lora": "TRL, tuned, LoRA",
+    "lora": "LoRA",
 }
 RESAMPLES = 4000
 
@@ -59,7 +61,8 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for (shape, precision, arm), found in runs.items():
         speeds = [run["pairs_per_second"] for run in found]
-        tuned = runs.get((shape, precision, "trl_tuned"))
+        other = "trl_lora" if arm.endswith("lora") else "trl_tuned"
+        tuned = runs.get((shape, precision, other))
         row = {
             "shape": shape,
             "precision": precision,
@@ -126,13 +129,21 @@ def table(report: dict[str, Any]) -> str:
             f"| {speed:.2f} ({low:.2f}–{high:.2f}) | {ratio} | {row['peak_bytes'] / 1e6:,.0f} MB "
             f"| {memory} | {row['utilisation']:.0%} |"
         )
-    equality = report["equality"]
-    lines += [
-        "",
-        f"Before anything was timed: the losses of {equality['steps']} float32 steps on the same "
-        f"rows moved by {equality['moved']:.3f} and differed from TRL's by at most "
-        f"{equality['largest_difference']:.1g}; the first is ln 2 on both sides.",
-    ]
+    if "equality" in report:
+        equality = report["equality"]
+        lines += [
+            "",
+            f"Before anything was timed: the losses of {equality['steps']} float32 steps on the "
+            f"same rows moved by {equality['moved']:.3f} and differed from TRL's by at most "
+            f"{equality['largest_difference']:.1g}; the first is ln 2 on both sides.",
+        ]
+    if "equality_lora" in report:
+        lora = report["equality_lora"]
+        lines += [
+            "",
+            f"With LoRA, from the same adapter: {lora['steps']} steps moved by {lora['moved']:.3f} "
+            f"and differed by at most {lora['largest_difference']:.1g}.",
+        ]
     reported = [
         row["reported_over_outside"] for row in report["summary"] if "reported_over_outside" in row
     ]

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from machine import describe_machine, matrix_rate
 from results import write_results
-from workload import SHAPES, SIZES, Workload
+from workload import SHAPES, SIZES, Workload, make_adapter
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+LORA = ("trl_lora", "lora")
 LADDER = ("trl_default", "trl_tuned", "padded", "flat", "shared", "cached")
 # Largest difference of a step's loss from TRL's, in float32.
 EQUAL = 1e-3
@@ -110,31 +111,44 @@ class Bench:
             "threads": self.threads,
             "lr": lr,
         }
+        if arm in LORA:
+            options["adapter"] = make_adapter(workload.model)
+        if self.size == "8b":
+            options["dtype"] = "bfloat16"
         record = run_arm(arm, out, options=options)
         times = record["times"]
         record["pairs_per_second"] = self.pairs * (len(times) - 1) / (times[-1] - times[0])
         spent = (times[-1] - times[0]) / (len(times) - 1)
-        flops = workload.flops(self.pairs, steps)
+        flops = workload.flops(self.pairs, steps, frozen=arm in LORA)
         record["flops_per_second"] = sum(flops[1:]) / (len(times) - 1) / spent
         return record | {"shape": shape, "precision": precision}
 
-    def check_equal(self, shape: str, *, steps: int = 6) -> dict[str, float]:
+    def check_equal(
+        self, shape: str, *, steps: int = 6, arms: tuple[str, str] = ("trl_tuned", "cached")
+    ) -> dict[str, float]:
         """Refuses to time what does not compute the same.
+
+        Args:
+            shape: Of the rows.
+            steps: How many are compared.
+            arms: TRL's and ours.
 
         Raises:
             SystemExit: If step 0 is not ln 2, or a step's loss is not TRL's.
         """
         # A rate at which the losses move.
-        runs = {a: self.arm(a, shape, "32-true", steps, lr=1e-4) for a in ("trl_tuned", "cached")}
+        lr = 1e-3 if arms == LORA else 1e-4
+        runs = {a: self.arm(a, shape, "32-true", steps, lr=lr) for a in arms}
+        theirs, ours = (runs[arm]["losses"] for arm in arms)
         for arm, run in runs.items():
             if not abs(run["losses"][0] - math.log(2)) < 1e-5:
                 raise SystemExit(f"{arm}: the first loss is {run['losses'][0]}, not ln 2")
-        apart = max(
-            abs(a - b)
-            for a, b in zip(runs["cached"]["losses"], runs["trl_tuned"]["losses"], strict=True)
+        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        moved = abs(ours[-1] - math.log(2))
+        print(
+            f"equality of {' and '.join(arms)}: losses moved by {moved:.3f} and differ by at most "
+            f"{apart:.2g}"
         )
-        moved = abs(runs["cached"]["losses"][-1] - math.log(2))
-        print(f"equality: losses moved by {moved:.3f} and differ by at most {apart:.2g}")
         if not apart <= EQUAL:
             raise SystemExit(f"losses of the same rows differ by {apart:.3g} > {EQUAL}: not timed")
         return {"largest_difference": apart, "moved": moved, "steps": steps}
@@ -215,11 +229,12 @@ class Bench:
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """What is measured."""
     if arguments.gpu:
-        return [Case("lognormal", "bf16-mixed", ("trl_tuned", "shared", "cached"), 6)]
+        return [Case("lognormal", "bf16-mixed", ("trl_tuned", "shared", "cached", *LORA), 6)]
     found = [Case("lognormal", "bf16-mixed", LADDER, 5)]
     if arguments.quick:
         return [Case("lognormal", "bf16-mixed", ("trl_tuned", "cached"), 4)]
     found.append(Case("lognormal", "32-true", ("trl_tuned", "cached"), 4))
+    found += [Case("lognormal", precision, LORA, 4) for precision in ("bf16-mixed", "32-true")]
     for precision in ("bf16-mixed", "32-true"):
         found += [
             Case(shape, precision, ("trl_tuned", "cached"), 3)
@@ -235,22 +250,28 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="a 1B model on one GPU")
     parser.add_argument("--quick", action="store_true", help="one shape, two arms, two rounds")
     parser.add_argument("--add", action="append", help="one more case, such as '64/128 32-true'")
+    parser.add_argument("--lora", action="store_true", help="LoRA alone, into kept results")
+    parser.add_argument("--8b", dest="large", action="store_true", help="LoRA of 8B on a GPU")
     parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
     parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 3 if arguments.gpu else 5)
-    size, pairs = ("1b", 16) if arguments.gpu else ("small", 8)
+    size, pairs = ("1b", 16) if arguments.gpu else ("8b", 16) if arguments.large else ("small", 8)
     rates = {p: matrix_rate(p, threads=arguments.threads) for p in ("bf16-mixed", "32-true")}
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
         bench = Bench(
             Path(folder), size=size, pairs=pairs, threads=arguments.threads, rounds=rounds
         )
-        if arguments.sweep or arguments.add:
+        if arguments.sweep or arguments.add or arguments.lora:
             kept = json.loads((arguments.out / "cpu.json").read_text())
             if arguments.sweep:
                 kept["sweep"] = bench.sweep()
+            if arguments.lora:
+                kept["equality_lora"] = bench.check_equal("lognormal", arms=LORA)
+                for precision in ("bf16-mixed", "32-true"):
+                    bench.measure(Case("lognormal", precision, LORA, 4))
             for case in arguments.add or ():
                 shape, precision = case.split()
                 bench.measure(Case(shape, precision, ("trl_tuned", "cached"), 3))
@@ -261,8 +282,14 @@ def main() -> None:
             "matrix_flops_per_second": rates,
             "model": SIZES[size].describe(),
             "pairs_per_step": pairs,
-            "equality": bench.check_equal("lognormal", steps=3 if arguments.gpu else 6),
         }
+        if arguments.large:
+            # In float32 it is too large: losses are compared with a smaller one, by --gpu.
+            bench.measure(Case("lognormal", "bf16-mixed", LORA, 4))
+            write_results(arguments.out / "8b", report | {"runs": bench.records})
+            return
+        report["equality"] = bench.check_equal("lognormal", steps=3 if arguments.gpu else 6)
+        report["equality_lora"] = bench.check_equal("lognormal", steps=3, arms=LORA)
         if not arguments.gpu:
             report["head"] = bench.head()
         if not (arguments.gpu or arguments.quick):

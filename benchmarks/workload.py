@@ -35,6 +35,8 @@ SIZES = {
     "small": Size(8192, 384, 1024, 8, 6, 6),
     # 1.2 billion, the shape of Llama 3.2 1B with a smaller vocabulary.
     "1b": Size(32768, 2048, 8192, 16, 32, 8),
+    # 7.2 billion, the shape of Llama 3.1 8B with a smaller vocabulary.
+    "8b": Size(32768, 4096, 14336, 32, 32, 8),
 }
 
 
@@ -84,6 +86,23 @@ def make_model(folder: Path, size: Size) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "size.json").write_text(json.dumps(asdict(size)))
+
+
+def make_adapter(model: Path) -> Path:
+    """Writes a LoRA adapter of rank 16 on all linear layers, from which all arms start alike."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = model / "adapter"
+    if not folder.exists():
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        settings = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        get_peft_model(base, settings).save_pretrained(folder)
+    return folder
 
 
 def make_rows(path: Path, shape: Shape, *, count: int, vocabulary: int, seed: int = 0) -> None:
@@ -152,12 +171,13 @@ class Workload:
         """For an arm."""
         return {"model": self.model, "rows": self.rows, "ordered": self.ordered}
 
-    def flops(self, pairs: int, steps: int) -> list[float]:
+    def flops(self, pairs: int, steps: int, *, frozen: bool = False) -> list[float]:
         """FLOPs that each step needs at least: each prompt once, no padding, no reference.
 
         3 (2 N T + 2 H (C + R) + attention) for a pair, with N the weights of the layers and H those
-        of the head.
+        of the head. Frozen weights have no gradient, which takes a third of their products away.
         """
+        passes = 2 if frozen else 3
         size = self.size
         key_width = size.hidden * size.key_heads // size.heads
         layer = 2 * size.hidden * (size.hidden + key_width) + 3 * size.hidden * size.intermediate
@@ -168,6 +188,7 @@ class Workload:
             total = 0.0
             for p, c, r in self.lengths[step * pairs : (step + 1) * pairs]:
                 attention = 2 * size.layers * size.hidden * ((p + c) ** 2 + (p + r) ** 2 - p**2)
-                total += 3 * (2 * weights * (p + c + r) + 2 * head * (c + r) + attention)
+                products = 2 * weights * (p + c + r) + 2 * head * (c + r)
+                total += passes * products + 3 * attention
             found.append(total)
         return found

@@ -83,6 +83,22 @@ def test_the_export_has_the_logps_that_were_reported(polite: Run, shared):
         assert np.mean(logps) == pytest.approx(reported, rel=1e-5)
 
 
+def test_an_adapter_learns_politeness_and_is_the_policy_in_peft(shared, tmp_path):
+    from peft import PeftModel
+
+    run = politeness(shared, tmp_path / "run", "peft=lora", "optimizer.lr=2e-3")
+    assert run.code == 0
+    assert run.values("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert run.result["metrics"]["eval/rewards/accuracies"] >= 0.75
+    base = AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260k")
+    model = PeftModel.from_pretrained(base, run.folder / "model").eval()
+    groups = held_out(shared).eval
+    for name, which in (("chosen", 0), ("rejected", 1)):
+        logps = [plain_logps(model, g.prompt, g.responses[which]) for g in groups]
+        reported = run.result["metrics"][f"eval/logps/{name}"]
+        assert np.mean(logps) == pytest.approx(reported, rel=1e-5)
+
+
 def test_swapped_labels_teach_the_opposite(shared, tmp_path):
     rows = [json.loads(line) for line in (shared / "data" / "politeness.jsonl").open()]
     swapped, original = tmp_path / "swapped.jsonl", tmp_path / "original.jsonl"
