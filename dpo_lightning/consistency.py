@@ -5,10 +5,10 @@ problem. Paths are looked at, nothing is opened; a hub id is only judged by its 
 """
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_lightning.config import BASE, Config, PeftConfig, StrategyConfig
@@ -250,7 +250,7 @@ def _peft(config: Config) -> Iterator[str]:
         yield f"peft.revision={peft.revision} is of a hub id: set peft.adapter= too"
     yield from _adapter_folder("peft.adapter", peft.adapter)
     if peft.quantization == "nf4":
-        if importlib.util.find_spec("bitsandbytes") is None:
+        if find_spec("bitsandbytes") is None:
             yield (
                 "peft.quantization=nf4 needs bitsandbytes, which is not installed: "
                 'pip install "dpo-lightning[qlora]"'

@@ -117,7 +117,7 @@ class Site(Protocol):
         """Raises a ``UserError`` if the launcher's own settings are wrong."""
 
     def check_trials(self, demands: Sequence[Demand]) -> None:
-        """Raises a ``UserError`` if a trial would never fit."""
+        """Raises a ``UserError`` if a trial never fits, or nothing can be started here."""
 
     def kind(self, accelerator: str) -> Kind:
         """The kind of device that ``trainer.accelerator`` means there."""

@@ -78,13 +78,12 @@ class RaySite:
         least = {"node_retries": 0, "max_failures": 0, "retries": 0}
         check_counts(vars(self), {"cpus_per_device": 1, "max_parallel": 1} | least)
         check_texts(vars(self), ["address"])
-        require_extra("ray", "ray", "hydra/launcher=ray")
 
     def check_trials(self, demands: Sequence[Demand]) -> None:
         """Checks what is known here; which devices the nodes have is not.
 
         Raises:
-            UserError: If a trial would never fit.
+            UserError: If a trial would never fit, or Ray is not installed.
         """
         for demand in demands:
             if demand.nodes > 1:
@@ -92,6 +91,7 @@ class RaySite:
                     f"trainer.num_nodes={demand.nodes}: a task of Ray has one node; use "
                     "trainer.num_nodes=1, or hydra/launcher=slurm"
                 )
+        require_extra("ray", "ray", "hydra/launcher=ray")
 
     def kind(self, accelerator: str) -> Kind:
         """GPUs, unless the trial says that it wants none."""

@@ -109,7 +109,7 @@ class SlurmSite:
         self._additional = dict(additional_parameters)
 
     def check(self) -> None:
-        """Checks the launcher's own settings, and that jobs can be submitted from here.
+        """Checks the launcher's own settings.
 
         Raises:
             UserError: Naming the first thing that is wrong.
@@ -134,12 +134,6 @@ class SlurmSite:
             raise UserError(
                 f"hydra.launcher.setup={self._setup}: is for cluster=slurm; run it in this shell"
             )
-        require_extra("submitit", "slurm", "hydra/launcher=slurm")
-        if self.cluster == "slurm" and not all(map(shutil.which, ("sbatch", "srun"))):
-            raise UserError(
-                "hydra/launcher=slurm: there is no sbatch here; type it on a login node, or try it "
-                "out with hydra.launcher.cluster=local"
-            )
 
     def _check_additional(self) -> None:
         for key, value in self._additional.items():
@@ -159,13 +153,19 @@ class SlurmSite:
         """Checks what is known here; whether the nodes have the devices is for SLURM to say.
 
         Raises:
-            UserError: If a trial would never fit.
+            UserError: If a trial would never fit, or jobs cannot be submitted from here.
         """
         wide = max((demand.nodes for demand in demands), default=1)
         if self.cluster == "local" and wide > 1:
             raise UserError(
                 f"trainer.num_nodes={wide}: hydra.launcher.cluster=local is this machine; use "
                 "trainer.num_nodes=1"
+            )
+        require_extra("submitit", "slurm", "hydra/launcher=slurm")
+        if self.cluster == "slurm" and not all(map(shutil.which, ("sbatch", "srun"))):
+            raise UserError(
+                "hydra/launcher=slurm: there is no sbatch here; type it on a login node, or try it "
+                "out with hydra.launcher.cluster=local"
             )
 
     def kind(self, accelerator: str) -> Kind:

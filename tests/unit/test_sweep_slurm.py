@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,15 +103,15 @@ def test_wrong_settings_are_named(options, said):
 def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "dpo-lightning\[slurm\]"'):
-        site().check()
+        site().check_trials([])
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no sbatch here.*cluster=local"):
-        site().check()
-    site(cluster="local").check()
+        site().check_trials([])
+    site(cluster="local").check_trials([])
 
 
-def test_gpus_of_the_nodes_are_not_judged_from_here():
+def test_gpus_of_the_nodes_are_not_judged_from_here(slurm):
     site().check_trials([Demand("gpu", 64, 16)])
     with pytest.raises(UserError, match="num_nodes=2"):
         site(cluster="local").check_trials([Demand("cpu", 1, 2)])
@@ -138,10 +139,12 @@ def slurm(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def run(folder: Path, plans: list[Plan], **options) -> tuple[list[Trial], Silent]:
+def run(
+    folder: Path, plans: list[Plan], *, view: Silent | None = None, **options
+) -> tuple[list[Trial], Silent]:
     sweep_dir = folder / "sweep"
     sweep_dir.mkdir(exist_ok=True)
-    trials, view, where = place_trials(plans, sweep_dir), Silent(), site(**options)
+    trials, view, where = place_trials(plans, sweep_dir), view or Silent(), site(**options)
     work = Work(plans, sweep_dir, stand_in(folder), {"OMP_NUM_THREADS": "1"})
     with where.open(work) as place:
         Dispatcher(
@@ -276,8 +279,6 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, slurm):
 
 def test_a_preempted_trial_saves_itself_is_queued_again_and_goes_on(tmp_path, slurm):
     """submitit's signal, as SLURM sends it before a job is preempted or at its limit."""
-    import threading
-
     act = (
         "if 'resume=auto' in sys.argv:\n"
         "    finish()\n"
@@ -290,15 +291,18 @@ def test_a_preempted_trial_saves_itself_is_queued_again_and_goes_on(tmp_path, sl
         "    print('up', flush=True); time.sleep(60)"
     )
     log, tasks = tmp_path / "sweep" / "a" / "trial.log", slurm / "jobs" / "1000" / "tasks"
+    view = Silent()
 
     def preempt() -> None:
         wait_for(log)
+        while not view.said:  # two starts between two looks at it would be said as one
+            time.sleep(0.05)
         for pid in wait_for(tasks).split():
             os.kill(int(pid), signal.SIGUSR2)
 
-    thread = threading.Thread(target=preempt)
+    thread = threading.Thread(target=preempt, daemon=True)
     thread.start()
-    [trial], view = run(tmp_path, [plan("a", act)])
+    [trial], _ = run(tmp_path, [plan("a", act)], view=view)
     thread.join()
     assert (trial.status, trial.attempts, trial.devices[0]) == ("finished", 2, "slurm:1000")
     assert trial.metrics["resumed"] is True
