@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def start_run(
             group=settings.group,
             job_type=job_type,
             tags=list(settings.tags),
-            dir=folder,
+            # What writes there may be a process of a parent's, which has another current folder.
+            dir=folder.absolute(),
             config=dict(config),
             resume="allow",
             settings=wandb.Settings(
@@ -189,7 +191,7 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
         summary: Values for its summary.
         exit_code: What it ended with.
     """
-    sync = f"wandb sync {run.settings.sync_dir}"
+    sync = f"wandb sync {shlex.quote(_short(Path(run.settings.sync_dir)))}"
     where = sync if run.offline else run.url
     try:
         run.summary.update(dict(summary))
@@ -199,6 +201,11 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
         log.warning("wandb: %s; what is not uploaded is in the run's folder: %s", reason, sync)
         return sync
     return str(where)
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def report_sweep(

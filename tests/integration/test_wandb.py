@@ -83,3 +83,30 @@ def test_csv_and_none(tmp_path):
     none = run_train(tmp_path / "none", *TINY, "trainer.max_steps=2", logger="none")
     assert not (none.folder / "wandb").exists()
     assert none.code == csv.code == 0
+
+
+def test_a_service_that_a_parent_has_started_elsewhere(tmp_path, monkeypatch):
+    """wandb's children take their parent's service, which has a current folder of its own."""
+    code = (
+        "import os, subprocess, sys, wandb\n"
+        "wandb.setup()\n"
+        "assert 'WANDB_SERVICE' in os.environ\n"
+        "os.makedirs('child')\n"
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], cwd='child', check=True)\n"
+    )
+    child = (
+        "from pathlib import Path\n"
+        "from dpo_lightning.wandb_runs import LoggerSettings, finish_run, start_run\n"
+        "settings = LoggerSettings(name='wandb', project='p', entity=None, mode='offline', tags=(),"
+        " group=None)\n"
+        "folder = Path('my run')\n"
+        "folder.mkdir()\n"
+        "run = start_run(settings, run_name='a', folder=folder, config={}, continued=False)\n"
+        "print(finish_run(run, summary={}, exit_code=0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, child], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "child" / "my run").glob("wandb/offline-run-*/run-*.wandb")
+    assert done.stdout.strip() == f"wandb sync '{path.parent.relative_to(tmp_path / 'child')}'"
