@@ -22,7 +22,7 @@ train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 	@$(BIN)/python train.py $(ARGS)
 
 test: $(READY) ## run the tests: make test ARGS="-k attention"
-	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python -m pytest -n 2 --dist loadscope -m faults $(ARGS)

@@ -41,7 +41,7 @@ def is_secret(key: str) -> bool:
 
 def is_secret_text(text: str) -> bool:
     """Whether a text holds a token of a known form, or a secret of the environment."""
-    return _TOKEN.search(text) is not None or any(secret in text for secret in _environment())
+    return _holds_secret(text, _environment())
 
 
 def redact(text: str) -> str:
@@ -66,15 +66,19 @@ def secrets_in(value: Any, key: str) -> Iterator[str]:
         value: A plain value: mappings, lists and scalars.
         key: Its dotted key.
     """
-    if is_secret(key.rpartition(".")[2]) or is_secret_text(key):
+    yield from _secrets_in(value, key, _environment())
+
+
+def _secrets_in(value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
+    if is_secret(key.rpartition(".")[2]) or _holds_secret(key, known):
         yield key
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            yield from secrets_in(item, f"{key}.{name}" if key else str(name))
+            yield from _secrets_in(item, f"{key}.{name}" if key else str(name), known)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
-            yield from secrets_in(item, key)
-    elif isinstance(value, str) and is_secret_text(value):
+            yield from _secrets_in(item, key, known)
+    elif isinstance(value, str) and _holds_secret(value, known):
         yield key
 
 
@@ -84,6 +88,10 @@ def typed_secrets(words: Sequence[str]) -> Iterator[str]:
         if is_secret_text(word):
             key, equals, _ = word.partition("=")
             yield key if equals and not is_secret_text(key) else "an argument"
+
+
+def _holds_secret(text: str, known: Sequence[str]) -> bool:
+    return _TOKEN.search(text) is not None or any(secret in text for secret in known)
 
 
 def _environment() -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT, Run
 from tests.fake_slurm import install
-from tests.integration.test_sweep import Sweep, alive, sweep
+from tests.sweeps import Sweep, alive, sweep
 
 pytestmark = pytest.mark.launchers
 

@@ -91,7 +91,10 @@ def assert_same_weights(one: Run, other: Run, *, exact: bool) -> None:
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.faults)],
+)
 def test_a_signal_finishes_the_step_and_saves_it(whole, tmp_path, signum, code: int):
     folder = tmp_path / "run"
     process = start(folder, *SMALL, *LONG)
@@ -112,7 +115,7 @@ def test_a_signal_finishes_the_step_and_saves_it(whole, tmp_path, signum, code: 
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_signal_to_any_rank_stops_all_at_one_step(whole, tmp_path, rank: int):
     folder = tmp_path / "run"
     process = start(folder, *SMALL, *LONG, *TWO)
