@@ -59,7 +59,7 @@ def test_the_controlled_task_is_learnt_where_the_nearest_rounding_stands_still(t
     the nearest at least 0.3 behind. With 8-bit moments losses are those of float32 to 1e-3.
     """
     task = (
-        "data.controlled.train_groups=4096", "data.controlled.eval_groups=256",
+        "data.controlled.train_groups=4096", "data.controlled.eval_groups=128",
         "evaluation.samples=0", "evaluation.partition_samples=0", "trainer.accelerator=cpu",
         "optimizer.lr=3e-4", "trainer.max_steps=128", "checkpoint.last=false",
     )  # fmt: skip

@@ -96,6 +96,7 @@ def test_a_server_that_refuses(online, server, mode, tmp_path):
     assert list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("server", ["lost"], indirect=True)
 def test_a_server_that_is_lost_on_the_way(online, server, tmp_path):
     """It ends at the first metrics; the run waits 3 s for it at its end, not for ever."""
@@ -117,7 +118,7 @@ def test_no_server(online, mode, tmp_path, monkeypatch):
     assert len(losses(run)) == 4
 
 
-@pytest.mark.parametrize("key", [None, "not a key"])
+@pytest.mark.parametrize("key", [None, pytest.param("not a key", marks=pytest.mark.faults)])
 def test_no_login(online, key, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     if key is not None:
@@ -147,7 +148,14 @@ def test_wandbs_own_process_dies(tmp_path, monkeypatch, capfd):
 # The terminal -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "| head -1",
+        pytest.param(">&- 2>&-", marks=pytest.mark.faults),
+        pytest.param(">/dev/full 2>/dev/full", marks=pytest.mark.faults),
+    ],
+)
 def test_a_terminal_that_is_gone(redirection, tmp_path):
     run = tmp_path / "run"
     words = " ".join((*QUICK, "logger=none", "trainer.threads=1", f"hydra.run.dir={run}"))

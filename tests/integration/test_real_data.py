@@ -143,6 +143,7 @@ def test_every_row_of_real_files_is_accounted_for(shared, tmp_path, file, rows, 
         "trainer.max_steps=2",
         "data.batch_size=8",
         "data.eval_fraction=0.05",
+        "evaluation.samples=0",
         *QUIET,
         *overrides,
     )

@@ -192,7 +192,11 @@ def test_too_little_memory_is_one_line_with_what_to_turn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "code", "status"),
-    [("loss", 3, "diverged"), ("memory", 2, "failed"), ("vanish", 1, "failed")],
+    [
+        ("loss", 3, "diverged"),
+        pytest.param("memory", 2, "failed", marks=pytest.mark.faults),
+        pytest.param("vanish", 1, "failed", marks=pytest.mark.faults),
+    ],
 )
 def test_what_happens_to_one_rank_ends_all(tmp_path, kind: str, code: int, status: str):
     folder = tmp_path / "run"

@@ -25,11 +25,12 @@ def test_a_grid_over_references_and_seeds_is_pooled(tmp_path):
     found = done.report["configurations"]
     assert len(found) == 2
     assert all(c["seeds"] == [1, 2] for c in found)
-    assert {c["label"] for c in found} == {f"β 0.1, reference {kind}" for kind in ("auto", "none")}
+    assert {c["label"] for c in found} == {"reference auto", "reference none"}
     # The evaluation pairs are the same for both seeds, so the error is over groups and seeds.
     assert all(c["value"]["stderr"] is not None for c in found)
 
 
+@pytest.mark.faults
 def test_ranks_of_one_trial_never_meet_those_of_another(tmp_path):
     """Two gloo ranks a trial; the middle one fails on rank 0 while rank 1 waits for it."""
     (tmp_path / "faults.py").write_text(FAULTS)
