@@ -317,6 +317,29 @@ def _with_shards(prepared: Prepared, computation: Computation) -> Prepared:
     return replace(prepared, models=sharded)
 
 
+def reference_facts(
+    *, weights: str, dtype: str, precision: str, device: str, kernel: str
+) -> dict[str, str]:
+    """What a reference's log-probabilities depend on beside the token ids.
+
+    Args:
+        weights: Hash of its weights.
+        dtype: In which they are loaded.
+        precision: In which it is computed.
+        device: The kind of device.
+        kernel: How a micro-batch is scored.
+    """
+    return {
+        "weights": weights,
+        "dtype": dtype,
+        "precision": precision,
+        "device": device,
+        "kernel": kernel,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def _with_reference(
     config: Config,
     prepared: Prepared,
@@ -332,18 +355,14 @@ def _with_reference(
         if isinstance(models.reference, LiveReference):
             computation.cast(models.reference.model)
         return replace(prepared, models=models)
-    cache = ReferenceCache(
-        prepared.cache_dir,
-        {
-            "weights": models.reference_weights,
-            "dtype": str(source.dtype),
-            "precision": computation.name,
-            "device": device.type,
-            "kernel": models.scorer.kernel,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    facts = reference_facts(
+        weights=models.reference_weights,
+        dtype=str(source.dtype),
+        precision=computation.name,
+        device=device.type,
+        kernel=models.scorer.kernel,
     )
+    cache = ReferenceCache(prepared.cache_dir, facts)
 
     def load() -> Any:
         # Before its first step the policy is the reference, and its shards are in memory already.

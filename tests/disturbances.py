@@ -38,6 +38,9 @@ class Disturbance(Callback):
                 if kind == "memory":
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
                 found = compare(batch, **options)
+                if kind == "gradient":
+                    found.loss.register_hook(lambda gradient: gradient * torch.nan)
+                    return found
                 sums = found.sums.clone()
                 sums[0] = torch.nan
                 # A finite gradient beside a loss that is none, or both.

@@ -94,8 +94,13 @@ def test_one_more_row_computes_that_row(train, rows, tmp_path):
     assert counts(train(f"data.train={more}")) == (25, 1)
 
 
-def test_a_changed_weight_template_type_or_length_computes_anew(train, tiny_model, tmp_path):
+def test_a_changed_weight_template_type_or_length_computes_anew(
+    train, tiny_model, tmp_path, monkeypatch
+):
     train()
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_lightning.models.scoring.Scorer.kernel", property(lambda self: "new"))
+        assert counts(train()) == (24, 24)
     changed = tmp_path / "changed"
     shutil.copytree(tiny_model, changed)
     model = AutoModelForCausalLM.from_pretrained(changed)

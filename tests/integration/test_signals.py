@@ -146,7 +146,7 @@ def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
     assert run.result["status"] == "stopped"
 
 
-@pytest.mark.parametrize("kind", ["nan", "loss"])
+@pytest.mark.parametrize("kind", ["nan", "loss", "gradient"])
 def test_a_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch, kind: str):
     monkeypatch.setenv("DISTURB", f"{kind}:3:0")
     run = run_train(tmp_path / "run", *SMALL, *DISTURBED, "checkpoint.every_n_steps=1")

@@ -31,6 +31,26 @@ def pair(prompt: tuple[int, ...], *responses: tuple[int, ...]) -> TokenGroup:
     return TokenGroup(ids(*prompt), tuple(ids(*r) for r in responses), ranks, 1.0, "f:1", "key")
 
 
+def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch):
+    from dpo_lightning.session import reference_facts
+
+    given = {
+        "weights": "w", "dtype": "float32", "precision": "32-true", "device": "cpu",
+        "kernel": "flat",
+    }  # fmt: skip
+
+    def path(**changes: str) -> Path:
+        return ReferenceCache(tmp_path, reference_facts(**(given | changes))).path
+
+    paths = [path(), *(path(**{name: "another"}) for name in given)]
+    for module in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.__version__", "0.0")
+            paths.append(path())
+    assert len(set(paths)) == 1 + len(given) + 2
+    assert path() == paths[0]
+
+
 class CountingScorer:
     """Scores a response by its own ids: -(sum of ids) - prompt ids / 100, and keeps what it saw."""
 

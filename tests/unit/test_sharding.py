@@ -109,6 +109,8 @@ def test_the_head_is_gathered_once_a_step(mesh, monkeypatch):
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     model, scorer = prepared("llama", "flat")
+    layers = len(list(decoder_layers(model)))
+    assert layers >= 2
     sharded = shard_model(model, mesh, CPU, compute_dtype=None)
     gathers = []
     original = FSDPParamGroup._to_unsharded
@@ -124,12 +126,25 @@ def test_the_head_is_gathered_once_a_step(mesh, monkeypatch):
             set_gradient_sync(sharded, last=number == 2, every=False)
             batch = collate_groups(random_groups(3)[number : number + 1], [0])
             scorer.logps(sharded, batch).sum().backward()
-        layers = len(list(decoder_layers(sharded)))
         root = len([n for n, _ in sharded.named_parameters() if ".layers." not in n])
         # Embeddings, last norm and head together, and each layer forth and back; the last layer
         # is still there when the backward pass begins.
         assert gathers.count(root) == 1, (step, gathers)
         assert len(gathers) - 1 >= 3 * (2 * layers - 1)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_gradients_are_reduced_when_they_are_asked_for(mesh, every: bool):
+    """A shard has a gradient once one was reduced: after the last backward pass, or after each."""
+    model, scorer = prepared("llama", "flat")
+    layer = next(decoder_layers(model))
+    sharded = shard_model(model, mesh, CPU, compute_dtype=None)
+    batch = collate_groups(random_groups(1), [0])
+    for last in (False, True):
+        set_gradient_sync(sharded, last=last, every=every)
+        scorer.logps(sharded, batch).sum().backward()
+        reduced = {p.grad is not None for p in layer.parameters() if isinstance(p, DTensor)}
+        assert reduced == {last or every}
 
 
 def test_a_tied_model_comes_back_whole_and_tied(mesh, tmp_path):
