@@ -45,7 +45,7 @@ def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch
     paths = [path(), *(path(**{name: "another"}) for name in given)]
     for module in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"{module}.__version__", "0.0")
+            patch.setattr(f"dpo_lightning.session.{module}.__version__", "0.0")
             paths.append(path())
     assert len(set(paths)) == 1 + len(given) + 2
     assert path() == paths[0]
