@@ -184,7 +184,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     rows = report["summary"]
     first = [row for row in rows if (row["shape"], row["precision"]) == _first_case(rows)]
     ladder = [row for arm in NAMES for row in first if row["arm"] == arm]
-    ours = [row for row in rows if row["arm"] == "cached" and "over_trl_tuned" in row]
+    ours = [row for row in rows if row["arm"] in ("cached", "lora") and "over_trl_tuned" in row]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6), layout="constrained", width_ratios=(3, 2)
     )
@@ -214,7 +214,10 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     left.set_title("{}, {}: what each lever is worth".format(*_first_case(rows)), fontsize=10)
     bars(
         right,
-        [f"{row['shape']}  {row['precision'].split('-')[0]}" for row in ours],
+        [
+            f"{row['shape']}  {row['precision'].split('-')[0]}{' LoRA' * (row['arm'] == 'lora')}"
+            for row in ours
+        ],
         [row["over_trl_tuned"] for row in ours],
         [blue] * len(ours),
     )

@@ -250,7 +250,8 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="a 1B model on one GPU")
     parser.add_argument("--quick", action="store_true", help="one shape, two arms, two rounds")
     parser.add_argument("--add", action="append", help="one more case, such as '64/128 32-true'")
-    parser.add_argument("--lora", action="store_true", help="LoRA alone, into kept results")
+    parser.add_argument("--lora", action="store_true", help="LoRA alone, into results/lora")
+    parser.add_argument("--precision", help="with --lora: bf16-mixed or 32-true (both)")
     parser.add_argument("--8b", dest="large", action="store_true", help="LoRA of 8B on a GPU")
     parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
     parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
@@ -264,14 +265,10 @@ def main() -> None:
         bench = Bench(
             Path(folder), size=size, pairs=pairs, threads=arguments.threads, rounds=rounds
         )
-        if arguments.sweep or arguments.add or arguments.lora:
+        if arguments.sweep or arguments.add:
             kept = json.loads((arguments.out / "cpu.json").read_text())
             if arguments.sweep:
                 kept["sweep"] = bench.sweep()
-            if arguments.lora:
-                kept["equality_lora"] = bench.check_equal("lognormal", arms=LORA)
-                for precision in ("bf16-mixed", "32-true"):
-                    bench.measure(Case("lognormal", precision, LORA, 4))
             for case in arguments.add or ():
                 shape, precision = case.split()
                 bench.measure(Case(shape, precision, ("trl_tuned", "cached"), 3))
@@ -287,6 +284,12 @@ def main() -> None:
             # In float32 it is too large: losses are compared with a smaller one, by --gpu.
             bench.measure(Case("lognormal", "bf16-mixed", LORA, 4))
             write_results(arguments.out / "8b", report | {"runs": bench.records})
+            return
+        if arguments.lora:
+            report["equality_lora"] = bench.check_equal("lognormal", arms=LORA)
+            for precision in [arguments.precision] if arguments.precision else list(rates):
+                bench.measure(Case("lognormal", precision, LORA, 4))
+                write_results(arguments.out / "lora", report | {"runs": bench.records})
             return
         report["equality"] = bench.check_equal("lognormal", steps=3 if arguments.gpu else 6)
         report["equality_lora"] = bench.check_equal("lognormal", steps=3, arms=LORA)

@@ -70,6 +70,13 @@ def test_the_files_of_a_report(results, tmp_path):
     assert (tmp_path / "cpu.png").stat().st_size > 1000
 
 
+def test_a_report_of_adapters_alone(results, tmp_path):
+    runs = [record(arm, speed, 1e9) for arm in ("trl_lora", "lora") for speed in (1.0, 2.0)]
+    results.write_results(tmp_path / "lora", report(runs))
+    assert "| LoRA | 2 |" in (tmp_path / "lora" / "cpu.md").read_text()
+    assert (tmp_path / "lora" / "cpu.png").stat().st_size > 1000
+
+
 def test_rows_have_the_lengths_that_are_counted(tmp_path):
     workload = load("workload")
     made = workload.Workload.make(
