@@ -98,3 +98,8 @@ def test_what_is_kept_is_what_the_readme_says(results):
     best = rows["lognormal", "bf16-mixed", "cached"]
     assert f"{best['over_trl_tuned'][0]:.1f} times" in readme
     assert f"{best['pairs_per_second'][0]:.1f} pairs" in readme
+    kept = json.loads((RESULTS / "lora" / "cpu.json").read_text())
+    assert results.summarise(kept) == kept["summary"]
+    [adapters] = [row for row in kept["summary"] if row["arm"] == "lora"]
+    assert f"{adapters['over_trl_tuned'][0]:.1f} times TRL tuned" in readme
+    assert f"in {adapters['memory_over_trl_tuned']:.0%} of the memory" in readme
