@@ -17,6 +17,7 @@ from dpo_lightning.sweeps.leases import DevicePool
 from dpo_lightning.sweeps.local_processes import open_local
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.conftest import ROOT
+from tests.sweeps import alive
 
 # Does what its last argument but two says, in the folder that it is given, and leaves its times.
 STAND_IN = """
@@ -80,21 +81,6 @@ def run(
     with open_local(pools, stand_in(folder), settings.pop("environment")) as place:
         Dispatcher(trials, place=place, view=view, **settings).run()
     return trials, view
-
-
-def alive(folder: Path) -> list[str]:
-    """Command lines of the processes that have to do with a folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if str(folder) in line and state != "Z":
-                found.append(line)
-    return found
 
 
 def test_uneven_trials_keep_two_slots_busy_and_never_share_one(tmp_path):

@@ -20,7 +20,8 @@ from dpo_lightning.sweeps.slurm_site import SlurmSite
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.conftest import ROOT
 from tests.fake_slurm import install, wait_for
-from tests.unit.test_sweep_dispatch import Silent, alive, plan, stand_in
+from tests.sweeps import alive
+from tests.unit.test_sweep_dispatch import Silent, plan, stand_in
 
 DEFAULTS = {
     "cluster": "slurm", "partition": None, "account": None, "qos": None, "constraint": None,
