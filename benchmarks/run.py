@@ -251,7 +251,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape, two arms, two rounds")
     parser.add_argument("--add", action="append", help="one more case, such as '64/128 32-true'")
     parser.add_argument("--lora", action="store_true", help="LoRA alone, into results/lora")
-    parser.add_argument("--precision", help="with --lora: bf16-mixed or 32-true (both)")
+    parser.add_argument(
+        "--precision", choices=("bf16-mixed", "32-true"), help="with --lora: this one alone"
+    )
     parser.add_argument("--8b", dest="large", action="store_true", help="LoRA of 8B on a GPU")
     parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
     parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
