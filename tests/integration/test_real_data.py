@@ -128,9 +128,9 @@ def test_a_small_beta_moves_farther(shared, tmp_path):
 @pytest.mark.parametrize(
     ("file", "rows", "overrides"),
     [
-        ("hh_harmless_raw.jsonl", 400, []),
+        ("hh_harmless_raw.jsonl", 400, ["data.max_length=256"]),
         ("sharegpt_dpo.json", 300, ["data.format=sharegpt"]),
-        ("openassistant_ranked.jsonl", 212, []),
+        ("openassistant_ranked.jsonl", 212, ["data.max_length=256"]),
     ],
 )
 def test_every_row_of_real_files_is_accounted_for(shared, tmp_path, file, rows, overrides):

@@ -115,7 +115,8 @@ def test_a_signal_finishes_the_step_and_saves_it(whole, tmp_path, signum, code: 
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 1])
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_any_rank_stops_all_at_one_step(whole, tmp_path, rank: int):
     folder = tmp_path / "run"
     process = start(folder, *SMALL, *LONG, *TWO)

@@ -218,6 +218,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
     assert len(rest.trials) == 3
 
 
+@pytest.mark.faults
 def test_a_stopped_trial_goes_on_from_its_checkpoint(tmp_path):
     """With a scorer that stops the whole thing once: the training is not done again."""
     (tmp_path / "once.py").write_text(
