@@ -1,37 +1,14 @@
 """Killed at each phase of a save: there is a whole checkpoint, and the run ends exactly."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint, saved_checkpoints
-from tests.conftest import ROOT, Run, run_train
-from tests.faults.crash import POINTS
-from tests.recovery import DRAWING, assert_same_end, differences, load, rows
+from tests.support.crash import POINTS
+from tests.support.crashes import TASK, drive
+from tests.support.recovery import assert_same_end, differences, load, rows
+from tests.support.runs import Run, run_train
 
 pytestmark = pytest.mark.faults
-
-TASK = (
-    *("data.controlled.train_groups=64", "data.controlled.eval_groups=20", "data.batch_size=16"),
-    *("trainer.max_epochs=2", "evaluation.samples=0", "evaluation.partition_samples=0"),
-    *("checkpoint.every_n_steps=2", "trainer.enable_progress_bar=false", "optimizer.lr=0.01"),
-    *DRAWING,
-)
-
-
-def drive(point: str, step: int, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    arguments = [f"hydra.run.dir={folder}", "logger=none", "trainer.threads=1", *TASK, *overrides]
-    return subprocess.run(
-        [sys.executable, "-m", "tests.faults.crash", point, str(step), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": "/dev/shm", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import pytest
 from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint, find_damage
 from dpo_lightning.data import token_cache
 from dpo_lightning.data.tokens import tokenize_groups
-from tests.conftest import TINY, Run, byte_tokenizer, run_train
-from tests.recovery import assert_same_end, checkpoint
-from tests.unit import test_reference_cache as reference_cache
-from tests.unit.test_token_cache import GROUPS, TEMPLATE, same, tokens
+from tests.support import reference_caches as reference_cache
+from tests.support.models import byte_tokenizer
+from tests.support.recovery import assert_same_end, checkpoint
+from tests.support.runs import TINY, Run, run_train
+from tests.support.token_caches import GROUPS, TEMPLATE, same, tokens
 
 pytestmark = pytest.mark.faults
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint
-from tests.conftest import ROOT, Run, run_train
-from tests.faults.test_crash_points import TASK, drive
-from tests.recovery import assert_same_end
+from tests.support.crashes import TASK, drive
+from tests.support.recovery import assert_same_end
+from tests.support.runs import ROOT, Run, run_train
 
 pytestmark = pytest.mark.faults
 
@@ -64,7 +64,7 @@ def test_a_small_file_system(tmp_path, point: str):
         f"mount -t tmpfs -o size={room}k tmpfs {small} || exit 99; "
         f'"$@"; code=$?; cp -r {small}/run {copy}; exit $code'
     )
-    run = [sys.executable, "-m", "tests.faults.crash", point, "0", *arguments]
+    run = [sys.executable, "-m", "tests.support.crash", point, "0", *arguments]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *run],
         cwd=ROOT,

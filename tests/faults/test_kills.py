@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, Run
-from tests.recovery import DRAWING, assert_same_end, rows
+from tests.support.recovery import DRAWING, assert_same_end, rows
+from tests.support.runs import ROOT, Run
 
 pytestmark = pytest.mark.faults
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, Run
-from tests.recovery import DRAWING, assert_same_end, checkpoint, load
+from tests.support.recovery import DRAWING, assert_same_end, checkpoint, load
+from tests.support.runs import ROOT, Run
 
 pytestmark = pytest.mark.faults
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from tests.conftest import Run, run_train
-from tests.recovery import DRAWING, assert_same_end, checkpoint
+from tests.support.recovery import DRAWING, assert_same_end, checkpoint
+from tests.support.runs import Run, run_train
 
 pytestmark = pytest.mark.faults
 

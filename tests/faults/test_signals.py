@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from tests.conftest import run_train
-from tests.integration.test_signals import (
+from tests.support.runs import run_train
+from tests.support.signals import (
     LONG,
     SMALL,
     TWO,

@@ -19,7 +19,7 @@ from dpo_lightning import cli
 from dpo_lightning.config import Config, register
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.validation import validate
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 
 @dataclass

@@ -1,29 +1,11 @@
 """Two gloo ranks equal one process, on ragged batches, with a rank that has nothing to do."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, Run
-
-
-def launch(folder, *overrides: str) -> Run:
-    command = [sys.executable, "train.py", f"hydra.run.dir={folder}", "logger=none"]
-    arguments = ["trainer.accelerator=cpu", "trainer.threads=1", "evaluation.samples=0"]
-    done = subprocess.run(
-        [*command, *arguments, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Run(done.returncode, folder)
+from tests.support.ranks import launch
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Run, run_train
-from tests.integration.test_ddp import launch
+from tests.support.ranks import launch
+from tests.support.runs import Run, run_train
 
 # Steps of four groups, the last of one; budgets that make several micro-batches, and ranks with
 # fewer of them than others or none; five evaluation groups for two ranks.

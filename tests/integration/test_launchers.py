@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run
-from tests.fake_slurm import install
-from tests.sweeps import Sweep, alive, sweep
+from tests.support.fake_slurm import install
+from tests.support.runs import ROOT, Run
+from tests.support.sweeps import Sweep, alive, sweep
 
 pytestmark = pytest.mark.launchers
 

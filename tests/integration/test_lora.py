@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY, Run, run_train
-from tests.integration.test_ddp import launch
+from tests.support.ranks import launch
+from tests.support.runs import TINY, Run, run_train
 
 LORA = ("peft=lora", "peft.r=4", "optimizer.lr=5e-3", "trainer.accelerator=cpu")
 ROWS = ("data.batch_size=8", "evaluation.samples=0", "evaluation.partition_samples=0", *LORA)

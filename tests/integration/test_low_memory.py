@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, Run, run_train
+from tests.support.runs import TINY, Run, run_train
 
 BF16 = ("model.dtype=bfloat16", "trainer.precision=bf16-mixed")
 EIGHT = ("optimizer=adamw_8bit",)

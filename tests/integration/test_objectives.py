@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES, known_losses
-from tests.conftest import ROOT, TINY, Run, run_train
+from tests.support.runs import ROOT, TINY, Run, run_train
 
 FILES = sorted(path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml"))
 QUICK = (*TINY, "trainer.max_steps=3", "evaluation.partition_samples=0", "checkpoint.last=false")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run, run_train
+from tests.support.runs import ROOT, Run, run_train
 
 BARE = ("evaluation.samples=0", "evaluation.partition_samples=0", "optimizer.warmup=0")
 SIZES = range(1, 10)

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_lightning import loggers
 from dpo_lightning.run import disk_fault
-from tests.conftest import ROOT, TINY, Run, run_train
+from tests.support.runs import ROOT, TINY, Run, run_train
 
 QUICK = (*TINY, "evaluation.partition_samples=0", "trainer.max_steps=4")
 KEY = "a1b2c3d4e5" * 4
@@ -41,7 +41,7 @@ def server(request, monkeypatch, tmp_path):
     log = tmp_path / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "wandb_server.py"), request.param],
+            [sys.executable, str(ROOT / "tests" / "support" / "wandb_server.py"), request.param],
             stdout=subprocess.PIPE,
             text=True,
         )

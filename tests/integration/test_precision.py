@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, Run, run_train
+from tests.support.runs import TINY, Run, run_train
 
 BF16 = (*TINY, "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "optimizer.lr=1e-3")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from tests.conftest import Run, run_train
+from tests.support.runs import Run, run_train
 
 LEARNING = ("optimizer.lr=5e-4", "trainer.max_steps=25", "data.batch_size=16")
 QUIET = ("evaluation.samples=0",)

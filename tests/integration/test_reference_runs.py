@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY, Run, run_train
+from tests.support.runs import TINY, Run, run_train
 
 
 @pytest.fixture(scope="module")

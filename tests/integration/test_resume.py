@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.conftest import TINY, Run, run_train
-from tests.recovery import DRAWING, assert_same_end, checkpoint, load, rows
+from tests.support.recovery import DRAWING, assert_same_end, checkpoint, load, rows
+from tests.support.runs import TINY, Run, run_train
 
 # Six steps a pass. An interval of four steps of metrics is open at every other checkpoint, and an
 # evaluation is due at steps 4, 8 and 12.

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dpo_lightning import cli
-from tests.conftest import ROOT, TINY, run_train
-from tests.unit.commands import own_place
+from tests.support.commands import own_place
+from tests.support.runs import ROOT, TINY, run_train
 
 QUICK = (*TINY, "evaluation.partition_samples=0", "trainer.max_steps=2")
 TOKEN = "hf_" + "aB3" * 11

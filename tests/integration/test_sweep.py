@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TINY, Run
-from tests.sweeps import FAULTS, SMALL, alive, sweep
+from tests.support.runs import ROOT, TINY, Run
+from tests.support.sweeps import FAULTS, SMALL, alive, sweep
 
 # Grids -------------------------------------------------------------------------------------------
 

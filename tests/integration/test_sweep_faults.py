@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, Run
-from tests.sweeps import FAULTS, SMALL, Sweep, alive, sweep
+from tests.support.runs import ROOT, Run
+from tests.support.sweeps import FAULTS, SMALL, Sweep, alive, sweep
 
 # Faults ------------------------------------------------------------------------------------------
 

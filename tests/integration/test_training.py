@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lightning.data.controlled import PROMPTS, word_values
-from tests.conftest import ROOT, TINY, Run, run_train
+from tests.support.runs import ROOT, TINY, Run, run_train
 
 
 def outcomes() -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, Run, run_train
+from tests.support.runs import TINY, Run, run_train
 
 
 def inspect(run: Run, *flags: str) -> str:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForSequenceClassification
 
-from tests.conftest import byte_tokenizer, run_train, tiny_llama_config
+from tests.support.models import byte_tokenizer, tiny_llama_config
+from tests.support.runs import run_train
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ from dpo_lightning.models.loading import without_dropout
 from dpo_lightning.models.master_weights import MasterWeights, cast_frozen
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.sampling import answer_prompts, sampled_divergences
-from tests.conftest import byte_tokenizer, tiny_llama_config
-from tests.unit.test_scoring import FAMILIES, VOCABULARY
+from tests.support.models import FAMILIES, VOCABULARY, byte_tokenizer, tiny_llama_config
 
 NEW = LoraSettings(r=4, alpha=8, target_modules=None, rslora=False, dora=False, gaussian=False)
 VARIANTS = {

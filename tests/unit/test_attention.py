@@ -11,7 +11,7 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.models import attention
 from dpo_lightning.models.attention import AttentionPlan, Sequences, group_attention, varlen_fault
 from dpo_lightning.models.scoring import Scorer
-from tests.conftest import tiny_llama_config
+from tests.support.models import tiny_llama_config
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 

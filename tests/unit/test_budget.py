@@ -10,33 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_lightning.budget import Budget, choose_budget, mean_keys, memory_of, say_if_over
 from dpo_lightning.data.packing import collate_groups
-from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.footprint import Training, shape_of_model
+from dpo_lightning.footprint import shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses
 from dpo_lightning.objectives.registry import ObjectiveSettings
-from tests.conftest import tiny_llama_config
+from tests.support.budgets import SHAPE, group, training
+from tests.support.models import tiny_llama_config
 
 GIB = 1 << 30
-LLAMA_1B = LlamaConfig(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
-
-
-SHAPE = shape_of_model(meta_model(LLAMA_1B))
-
-
-def training(**changes) -> Training:
-    values = {
-        "weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False,
-        "optimizer": "adamw", "trained": None, "four_bit": False, "live_reference": False,
-        "shards": 1, "buckets": False, "whole_gradients": False, "tokens": 0,
-        "checkpointing": False, "keys": 0,
-        "head_scores": 1 << 25, "head_kept": 1 << 27,
-    }  # fmt: skip
-    return Training(**(values | changes))
 
 
 def budget(shape=SHAPE, how=None, **changes) -> Budget:
@@ -92,12 +74,6 @@ def test_a_cpu_with_room_takes_what_its_caches_like():
 def test_keys_that_a_query_meets():
     """(5 * 5 + 2 * 7 + 3 * 8 + 4 * 4 + 1 * 5) / (5 + 2 + 3 + 4 + 1) = 84 / 15 = 5.6."""
     assert mean_keys([group(5, 2, 3), group(4, 1)]) == 6
-
-
-def group(prompt: int, *responses: int) -> TokenGroup:
-    draw = np.random.default_rng(prompt)
-    ids = [draw.integers(3, 200, n).astype(np.int32) for n in (prompt, *responses)]
-    return TokenGroup(ids[0], tuple(ids[1:]), tuple(range(1, len(ids))), 1.0, "f:1", "key")
 
 
 def test_groups_over_the_budget_are_said_once(caplog):

@@ -13,7 +13,7 @@ import torch
 from dpo_lightning.checkpoint_io import Checkpoints, DurableCheckpointIO, save_now
 from dpo_lightning.checkpoints import checkpoint_path, find_damage, manifest_path, read_manifest
 from dpo_lightning.errors import CorruptArtifactError, StorageError, UserError
-from tests.recovery import differences
+from tests.support.recovery import differences
 
 
 def state(step: int = 4) -> dict:

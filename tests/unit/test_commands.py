@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
-from tests.unit.commands import check_command, commands, files, own_place
+from tests.support.commands import check_command, commands, files, own_place
 
 quick = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=30)
 

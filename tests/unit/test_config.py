@@ -21,7 +21,7 @@ from dpo_lightning.config import (
     trial_name,
 )
 from dpo_lightning.validation import settings
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 

@@ -21,9 +21,9 @@ from dpo_lightning.footprint import (
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.probe import choose_path
-from tests.conftest import ROOT
-from tests.memory_page import SHAPES, shape, table, ways
-from tests.unit.test_budget import SHAPE, group, training
+from tests.support.budgets import SHAPE, group, training
+from tests.support.memory_page import SHAPES, shape, table, ways
+from tests.support.runs import ROOT
 
 
 @pytest.mark.parametrize("name", SHAPES)

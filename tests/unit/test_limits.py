@@ -11,7 +11,7 @@ from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.texts import Message
 from dpo_lightning.data.tokens import tokenize_groups
 from dpo_lightning.errors import UserError
-from tests.conftest import byte_tokenizer
+from tests.support.models import byte_tokenizer
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 # Doubles a text 60 times: 2 EiB.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
 from dpo_lightning.objectives.registry import DIVERGENCES
-from tests.unit.test_pairwise import loss
+from tests.support.losses import loss
 
 # Tests of plugins may have registered others in the same process.
 LOSSES = [

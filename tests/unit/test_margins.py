@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dpo_lightning.data.prepare import data_hash
-from tests.unit.test_prepare import token_group
+from tests.support.groups import token_group
 
 
 def test_the_hash_is_of_the_margins():

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dpo_lightning.models.master_weights import MasterWeights, cast_parameters
-from tests.conftest import tiny_llama_config
+from tests.support.models import tiny_llama_config
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

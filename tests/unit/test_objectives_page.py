@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from dpo_lightning import plugins
 from dpo_lightning.objectives import registry
 from dpo_lightning.objectives.listwise import LISTWISE_LOSSES
-from tests.conftest import ROOT
-from tests.unit.test_project import check
+from tests.support.pages import check_command_of_page
+from tests.support.runs import ROOT
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text()
 HEADER = ["loss", "of a pair", "options", "reference", "elsewhere"]
@@ -139,4 +139,4 @@ def place(tmp_path, monkeypatch):
 def test_every_command_composes_and_validates(command: str, place, monkeypatch):
     words = shlex.split(command)
     assert words[:2] == ["python", "train.py"]
-    check(words[2:], place, monkeypatch)
+    check_command_of_page(words[2:], place, monkeypatch)

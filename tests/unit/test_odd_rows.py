@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.models.setup import set_chat_template
-from tests.conftest import byte_tokenizer
-from tests.unit.odd_rows import check_rows, lines, read, rows, tables, write_table
+from tests.support.models import byte_tokenizer
+from tests.support.odd_rows import check_rows, lines, read, rows, tables, write_table
 
 quick = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=40)
 truncations = st.sampled_from(["drop", "prompt", "response"])

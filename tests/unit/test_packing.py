@@ -23,6 +23,7 @@ from dpo_lightning.data.packing import (
     plan_step,
 )
 from dpo_lightning.data.tokens import TokenGroup
+from tests.support.batches import random_groups
 
 
 def test_the_examples_are_true():
@@ -56,18 +57,6 @@ def token_groups(draw, most=9):
 
 
 MANY = st.lists(token_groups(), min_size=1, max_size=8)
-
-
-def random_groups(count, seed=0, most=12):
-    random = np.random.default_rng(seed)
-
-    def ids():
-        return random.integers(0, 30, random.integers(1, most)).astype(np.int32)
-
-    return [
-        TokenGroup(ids(), (ids(), ids()), (1, 2), float(random.integers(1, 4)), "row", "key")
-        for _ in range(count)
-    ]
 
 
 # The flat layout ----------------------------------------------------------------------------------

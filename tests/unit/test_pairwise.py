@@ -6,25 +6,7 @@ import pytest
 import torch
 
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
-
-
-def loss(name="sigmoid", *, policy, reference=None, lengths=((4, 5),), beta=0.1, **options):
-    """Each of `policy`, `reference` and `lengths` is a list of (chosen, rejected)."""
-    dtype = options.pop("dtype", torch.float32)
-    policy = torch.tensor(policy, dtype=dtype)
-    sides = None if reference is None else torch.tensor(reference, dtype=dtype)
-    lengths = torch.tensor(lengths).expand(len(policy), 2)
-    return pairwise_loss(
-        name,
-        policy_chosen_logps=policy[:, 0],
-        policy_rejected_logps=policy[:, 1],
-        reference_chosen_logps=None if sides is None else sides[:, 0],
-        reference_rejected_logps=None if sides is None else sides[:, 1],
-        chosen_lengths=lengths[:, 0],
-        rejected_lengths=lengths[:, 1],
-        beta=beta,
-        **options,
-    )
+from tests.support.losses import loss
 
 
 def test_sigmoid_is_equation_7():

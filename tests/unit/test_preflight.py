@@ -22,9 +22,9 @@ from dpo_lightning.preflight import (
     remedies,
     with_budget,
 )
-from tests.conftest import TINY, run_train
-from tests.memory_page import SHAPES, shape
-from tests.unit.test_budget import training
+from tests.support.budgets import training
+from tests.support.memory_page import SHAPES, shape
+from tests.support.runs import TINY, run_train
 
 CUDA = torch.device("cuda")
 

@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,23 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_lightning.data.prepare import data_hash, prepare_rows, split_by_prompt
 from dpo_lightning.data.records import BadRow, PreferenceGroup, Rows, read_rows
-from dpo_lightning.data.tokens import DROP_REASONS, PLAIN_CHAT_TEMPLATE, TokenGroup
+from dpo_lightning.data.tokens import DROP_REASONS, PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
-
-
-def ids(*values):
-    return np.array(values, dtype=np.int32)
-
-
-def token_group(key="q", number=0):
-    return TokenGroup(
-        prompt=ids(1, 2),
-        responses=(ids(3, 0), ids(4, 5, 0)),
-        ranks=(1, 2),
-        weight=1.0,
-        source=f"rows.jsonl:{number}",
-        prompt_key=key,
-    )
+from tests.support.groups import ids, token_group
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -11,11 +10,11 @@ import sys
 import tomllib
 
 import pytest
-from hydra.core.utils import JobReturn, JobStatus
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.conftest import ROOT
+from tests.support.pages import check_command_of_page
+from tests.support.runs import ROOT
 
 PACKAGE = ROOT / "dpo_lightning"
 
@@ -225,44 +224,6 @@ def readme_commands(page: str = "README.md") -> list[str]:
     return [line for line in lines if line.startswith(("python train.py", "make train"))]
 
 
-def check(words: list[str], folder, monkeypatch) -> None:
-    """Takes a command as far as the front door: its files exist, its keys and values are right."""
-    from dpo_lightning import cli
-    from dpo_lightning.sweeps import finish
-
-    started = []
-
-    # What the other launchers need: their extras, and to be typed where there is SLURM.
-    for module in ("slurm_site", "ray_tasks"):
-        monkeypatch.setattr(f"dpo_lightning.sweeps.{module}.require_extra", lambda *_: None)
-    for name in ("sbatch", "srun"):
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text("#!/bin/sh\n")
-        (folder / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-
-    def launch(context, config, task, job_overrides, **options):
-        started.extend(job_overrides)
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=1.0) for _ in job_overrides]
-
-    monkeypatch.setattr(cli, "_start", lambda config, **_: started.append(config) or 0)
-    # Every trial of a sweep is composed and checked before this.
-    monkeypatch.setattr("dpo_lightning.sweeps.launch.launch", launch)
-    monkeypatch.setattr(finish, "finish_sweep", lambda *_: True)
-    monkeypatch.chdir(folder)
-    # What a user would bring.
-    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    (folder / "my_scorers.py").write_text("def brevity(prompts, answers):\n    return []\n")
-    run = folder / "outputs" / "runs" / "mine" / "checkpoints"
-    run.mkdir(parents=True)
-    (run / "step-000010.ckpt").write_bytes(b"")
-    sweep = folder / "outputs" / "sweeps" / "2026-01-01_00-00-00"
-    sweep.mkdir(parents=True)
-    (sweep / "multirun.yaml").touch()
-    assert cli.main(words) == 0
-    assert started or {"--cfg", "--help"} & set(words)
-
-
 @pytest.mark.parametrize("command", [*readme_commands(), *readme_commands("docs/scaling.md")])
 def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_path, monkeypatch):
     words = shlex.split(command.partition("#")[0])
@@ -271,7 +232,7 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
         words = shlex.split(arguments)
     else:
         words = words[2:]
-    check(words, tmp_path, monkeypatch)
+    check_command_of_page(words, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")))
@@ -280,7 +241,7 @@ def test_every_experiment_composes_and_validates(path, tmp_path, monkeypatch):
     rows = ["data.train=pairs.jsonl"] if path.stem == "preferences" else []
     # The README's own tests compose the whole of this one.
     few = ["beta=0.1,1"] if path.stem == "pref_scan" else []
-    check([f"experiment={path.stem}", *rows, *few], tmp_path, monkeypatch)
+    check_command_of_page([f"experiment={path.stem}", *rows, *few], tmp_path, monkeypatch)
 
 
 def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_path, monkeypatch):
@@ -291,7 +252,7 @@ def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_
     assert sweep["command"][-1] == "${args_no_hyphens}"
     assert "margins" not in sweep["metric"]["name"]
     words = [f"{key}={spec['values'][0]}" for key, spec in sweep["parameters"].items()]
-    check(words, tmp_path, monkeypatch)
+    check_command_of_page(words, tmp_path, monkeypatch)
 
 
 def test_the_readme_names_commands():

@@ -1,42 +1,19 @@
 """Every form of a row, and what its group is."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from dpo_lightning.data.records import (
-    BadRow,
     Message,
     PreferenceGroup,
-    Rows,
-    read_rows,
 )
 from dpo_lightning.errors import UserError
-
-GOOD = {"prompt": "Say hi.", "chosen": " Hello.", "rejected": " Go away."}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
+from tests.support.rows import GOOD, assistant, read_bad, read_lines, user
 
 
 def texts(messages):
     return [(message.role, message.content) for message in messages]
-
-
-def read_lines(folder: Path, *lines: object, format="auto", columns=None) -> Rows:
-    """Reads lines: bytes as they are, anything else as JSON."""
-    path = folder / "rows.jsonl"
-    path.write_bytes(
-        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
-    )
-    options = {"split": None, "subset": None, "revision": None}
-    return read_rows(str(path), format=format, columns=columns or {}, **options)
 
 
 def read_one(folder: Path, row: object, **options) -> PreferenceGroup:
@@ -44,21 +21,6 @@ def read_one(folder: Path, row: object, **options) -> PreferenceGroup:
     assert rows.bad == []
     assert rows.total == 1
     return rows.groups[0]
-
-
-def read_bad(folder: Path, row: object, **options) -> BadRow:
-    """Reads a bad row as line 3, after a good one and a blank line."""
-    good = GOOD
-    if options.get("format") == "sharegpt":
-        turns = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
-        good = {"conversations": [turns[0]], "chosen": turns[1], "rejected": turns[1]}
-    rows = read_lines(folder, good, b"", row, **options)
-    assert rows.total == 2
-    assert [group.source for group in rows.groups] == [f"{folder}/rows.jsonl:1"]
-    (bad,) = rows.bad
-    assert bad.source == f"{folder}/rows.jsonl:3"
-    assert "\n" not in bad.problem
-    return bad
 
 
 # ---------------------------------------------------------------------------------------- forms

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_lightning.data.records import check_bad_rows, write_quarantine
 from dpo_lightning.errors import UserError
-from tests.unit.test_records import GOOD, assistant, read_bad, read_lines, user
+from tests.support.rows import GOOD, assistant, read_bad, read_lines, user
 
 NESTED = b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 LIST = {"prompt": "p", "responses": ["a", "b"]}

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_lightning.data.records import Message
-from tests.unit.test_records import GOOD
-from tests.unit.test_records_sources import read, refused, write
+from tests.support.rows import GOOD
+from tests.support.sources import read, refused, write
 
 NAMES = ("prompt", "chosen", "rejected")
 

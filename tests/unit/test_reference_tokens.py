@@ -17,7 +17,9 @@ from dpo_lightning.reference import (
     with_reference_logps,
 )
 from dpo_lightning.reference_cache import ReferenceCache
-from tests.unit.test_reference_cache import (
+from tests.support.batches import make_groups
+from tests.support.models import make_model
+from tests.support.reference_caches import (
     FACTS,
     GROUPS,
     CountingScorer,
@@ -33,7 +35,6 @@ from tests.unit.test_reference_cache import (
     rewrite,
     truncate,
 )
-from tests.unit.test_scoring import make_groups, make_model
 
 
 class TokenScorer(CountingScorer):

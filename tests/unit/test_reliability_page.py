@@ -3,7 +3,7 @@
 import ast
 import re
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
 

@@ -11,7 +11,7 @@ from dpo_lightning import plugins
 from dpo_lightning.errors import UserError
 from dpo_lightning.plugins import find_scorer, load_plugins
 from dpo_lightning.scorers import make_scorer
-from tests.conftest import byte_tokenizer, tiny_llama_config
+from tests.support.models import byte_tokenizer, tiny_llama_config
 
 
 @pytest.fixture(autouse=True)

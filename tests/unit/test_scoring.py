@@ -5,10 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
-from dpo_lightning.data.packing import GroupBatch, collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models import attention
 from dpo_lightning.models.attention import GROUP_ATTENTION, group_attention
@@ -16,92 +14,8 @@ from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.comparison import compare_responses
 from dpo_lightning.objectives.registry import ObjectiveSettings
-
-VOCABULARY = 97
-
-# Two key heads for four query heads wherever the family has them; windows shorter than the texts.
-_LLAMA_LIKE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
-FAMILIES = {
-    "llama": ("LlamaConfig", _LLAMA_LIKE),
-    "qwen2": ("Qwen2Config", _LLAMA_LIKE),
-    "qwen3": ("Qwen3Config", _LLAMA_LIKE | {"head_dim": 8}),
-    "mistral": ("MistralConfig", _LLAMA_LIKE | {"sliding_window": None}),
-    "mistral-window": ("MistralConfig", _LLAMA_LIKE | {"sliding_window": 5}),
-    "gemma3-text": ("Gemma3TextConfig", _LLAMA_LIKE | {"head_dim": 8, "sliding_window": 5}),
-    "gemma3-capped": (
-        "Gemma3TextConfig",
-        _LLAMA_LIKE | {"head_dim": 8, "final_logit_softcapping": 0.5},
-    ),
-    "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "gpt-neox": (
-        "GPTNeoXConfig",
-        _SMALL | {"num_attention_heads": 4, "intermediate_size": 64},
-    ),
-    "opt": (
-        "OPTConfig",
-        _SMALL
-        | {"num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 16, "pad_token_id": 1},
-    ),
-    "phi3": ("Phi3Config", _LLAMA_LIKE),
-    "olmo2": ("Olmo2Config", _LLAMA_LIKE),
-    "cohere": ("CohereConfig", _LLAMA_LIKE | {"logit_scale": 0.3}),
-    "granite": ("GraniteConfig", _LLAMA_LIKE | {"logits_scaling": 3.0}),
-}
-PADDED_ONLY = {
-    "bloom": (
-        "BloomConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    ),
-    "falcon": ("FalconConfig", _SMALL | {"num_attention_heads": 4}),
-    "gpt-oss": (
-        "GptOssConfig",
-        _LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "gemma2": ("Gemma2Config", _LLAMA_LIKE | {"head_dim": 8}),
-    "mamba": ("MambaConfig", _SMALL),
-}
-
-
-def make_model(family: str, seed: int = 0):
-    """A tiny random model with weights large enough that every mask matters."""
-    from dpo_lightning.models.loading import without_dropout
-
-    name, values = (FAMILIES | PADDED_ONLY)[family]
-    torch.manual_seed(seed)
-    config = without_dropout(getattr(transformers, name)(**values))
-    model = AutoModelForCausalLM.from_config(config).float().train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)
-    return model
-
-
-def make_groups() -> list[TokenGroup]:
-    """K = 2, 3 and 5, prompts from one token on, ties, unequal lengths and weights."""
-    draw = np.random.default_rng(7)
-
-    def ids(n: int) -> np.ndarray:
-        return draw.integers(3, VOCABULARY, n).astype(np.int32)
-
-    return [
-        TokenGroup(ids(7), (ids(5), ids(9)), (1, 2), 1.0, "a", "a"),
-        TokenGroup(ids(1), (ids(1), ids(4), ids(6)), (1, 2, 2), 0.5, "b", "b"),
-        TokenGroup(
-            ids(12), (ids(6), ids(2), ids(3), ids(3), ids(8)), (1, 1, 2, 3, 4), 2.0, "c", "c"
-        ),
-    ]
+from tests.support.batches import batch_of, gradients, make_groups, relative
+from tests.support.models import FAMILIES, PADDED_ONLY, VOCABULARY, make_model
 
 
 def plain_logps(model, groups: list[TokenGroup]) -> torch.Tensor:
@@ -132,22 +46,6 @@ def plain_dpo_loss(policy, reference, groups: list[TokenGroup], beta: float) -> 
         ]
         total = total + group.weight * sum(losses) / len(losses)
     return total / sum(group.weight for group in groups)
-
-
-def gradients(model) -> torch.Tensor:
-    grads = [
-        (p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
-        for p in model.parameters()
-    ]
-    return torch.cat(grads)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def batch_of(groups: list[TokenGroup]) -> GroupBatch:
-    return collate_groups(groups, range(len(groups)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

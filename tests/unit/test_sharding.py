@@ -22,8 +22,8 @@ from dpo_lightning.models.sharding import (
     whole_model,
     whole_tensor,
 )
-from tests.unit.test_packing import random_groups
-from tests.unit.test_scoring import FAMILIES, PADDED_ONLY, make_model
+from tests.support.batches import random_groups
+from tests.support.models import FAMILIES, PADDED_ONLY, make_model
 
 CPU = torch.device("cpu")
 

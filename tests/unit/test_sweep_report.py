@@ -18,8 +18,8 @@ from dpo_lightning.sweeps.report_analysis import analyse
 from dpo_lightning.sweeps.report_figures import smoothed
 from dpo_lightning.sweeps.report_text import error_text, label_of, number_text
 from dpo_lightning.sweeps.results import read_sweep
-from tests.conftest import ROOT
-from tests.unit.sweep_folders import curve, scored, scored_metrics, write_trial
+from tests.support.runs import ROOT
+from tests.support.sweep_folders import curve, scored, scored_metrics, write_trial
 
 
 def reward_trial(sweep, beta: float, reward: float, kl: float, *, seed: int = 1, **more):

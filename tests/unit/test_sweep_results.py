@@ -13,7 +13,7 @@ from dpo_lightning.sweeps.report import main, write_report
 from dpo_lightning.sweeps.report_analysis import Analysis, analyse
 from dpo_lightning.sweeps.report_text import code_block, cut, escape_markdown, own_words, range_text
 from dpo_lightning.sweeps.results import Trial, number, override_key, override_value, read_sweep
-from tests.unit.sweep_folders import scored, scored_metrics, write_trial
+from tests.support.sweep_folders import scored, scored_metrics, write_trial
 
 ACCURACY = "eval/rewards/accuracies"
 

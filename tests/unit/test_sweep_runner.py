@@ -15,9 +15,9 @@ from dpo_lightning.sweeps.claims import claim_of, give_order, withdraw_order
 from dpo_lightning.sweeps.places import Work
 from dpo_lightning.sweeps.runner import STOPPED, Order, Runner, make_order, run_order
 from dpo_lightning.sweeps.trials import Trial
-from tests.conftest import ROOT
-from tests.sweeps import alive
-from tests.unit.test_sweep_dispatch import plan, stand_in
+from tests.support.runs import ROOT
+from tests.support.sweeps import alive
+from tests.support.trials import plan, stand_in
 
 # Beats twenty times a second for as long as it lives, under its own number.
 BEAT = (

@@ -14,25 +14,13 @@ import pytest
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps import places, slurm_jobs
 from dpo_lightning.sweeps.claims import claim_of, order
-from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.places import Demand, Work
-from dpo_lightning.sweeps.slurm_site import SlurmSite
-from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
-from tests.conftest import ROOT
-from tests.fake_slurm import install, wait_for
-from tests.sweeps import alive
-from tests.unit.test_sweep_dispatch import Silent, plan, stand_in
-
-DEFAULTS = {
-    "cluster": "slurm", "partition": None, "account": None, "qos": None, "constraint": None,
-    "timeout_min": 60, "signal_delay_s": 90, "max_timeouts": 3, "cpus_per_task": None,
-    "mem_gb": None, "gpus_per_node": None, "setup": [], "additional_parameters": {},
-    "max_parallel": None, "max_failures": None, "retries": 0,
-}  # fmt: skip
-
-
-def site(**options) -> SlurmSite:
-    return SlurmSite(**(DEFAULTS | options))
+from dpo_lightning.sweeps.places import Demand
+from dpo_lightning.sweeps.trials import Plan
+from tests.support.fake_slurm import install, wait_for
+from tests.support.runs import ROOT
+from tests.support.slurm_sweeps import DEFAULTS, run, site
+from tests.support.sweeps import alive
+from tests.support.trials import Silent, plan
 
 
 def test_the_defaults_above_are_those_of_the_launcher():
@@ -138,24 +126,6 @@ def slurm(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)(delay_s=600))
     monkeypatch.chdir(tmp_path)
     return folder
-
-
-def run(
-    folder: Path, plans: list[Plan], *, view: Silent | None = None, **options
-) -> tuple[list[Trial], Silent]:
-    sweep_dir = folder / "sweep"
-    sweep_dir.mkdir(exist_ok=True)
-    trials, view, where = place_trials(plans, sweep_dir), view or Silent(), site(**options)
-    work = Work(plans, sweep_dir, stand_in(folder), {"OMP_NUM_THREADS": "1"})
-    with where.open(work) as place:
-        Dispatcher(
-            trials,
-            place=place,
-            max_failures=where.max_failures,
-            retries=where.retries,
-            view=view,
-        ).run()
-    return trials, view
 
 
 def test_trials_are_jobs_that_ask_for_what_the_settings_say(tmp_path, slurm):
@@ -316,8 +286,8 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from dpo_lightning.sweeps import slurm_jobs
-from tests.unit.test_sweep_slurm import run
-from tests.unit.test_sweep_dispatch import plan
+from tests.support.slurm_sweeps import run
+from tests.support.trials import plan
 slurm_jobs._STATE_SECONDS = slurm_jobs._STATE_SECONDS_STOPPING = 0.3
 slurm_jobs._LATE_SECONDS = 0.5
 run(Path({folder!r}), [plan(name, {act!r}) for name in "abc"], max_parallel=2)

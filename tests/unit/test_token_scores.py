@@ -6,7 +6,8 @@ import torch
 
 from dpo_lightning.models import scoring
 from dpo_lightning.models.scoring import Scorer, TokenScores
-from tests.unit.test_scoring import batch_of, gradients, make_groups, make_model, relative
+from tests.support.batches import batch_of, gradients, make_groups, relative
+from tests.support.models import make_model
 
 # A plain head, one with a bias or none tied to it, and scores that are capped or scaled behind it.
 FAMILIES = ["llama", "gpt2", "gemma3-capped", "cohere", "granite"]

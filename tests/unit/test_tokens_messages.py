@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_lightning.data.records import Message, read_rows
 from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
-from tests.unit.test_tokens import (
+from tests.support.tokens import (
     ANY_TEXT,
     BEGIN,
     END,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dpo_lightning.plugins import register_callback
-from tests.conftest import Run
+from tests.support.runs import Run
 
 # Nothing of a checkpoint is left out. Of a row of metrics the time is, which is the wall clock's.
 WALL_CLOCK = ("time",)
@@ -26,7 +26,7 @@ class Noise(pl.Callback):
                 parameter.grad += scale * torch.randn_like(parameter.grad)
 
 
-DRAWING = ("plugins=[tests.recovery]", "trainer.callbacks=[noise]")
+DRAWING = ("plugins=[tests.support.recovery]", "trainer.callbacks=[noise]")
 
 
 def checkpoint(run: Run, step: int) -> Path:

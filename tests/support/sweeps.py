@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, TINY, Run
+from tests.support.runs import ROOT, TINY, Run
 
 # A user's module that makes trials fail at their third step for as long as the file "broken" is
 # there. It knows which trial it is in by its command line.

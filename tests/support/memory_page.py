@@ -1,4 +1,4 @@
-"""The table of docs/memory.md, written by the formulas: ``python -m tests.memory_page``."""
+"""The table of docs/memory.md, written by the formulas: ``python -m tests.support.memory_page``."""
 
 from __future__ import annotations
 

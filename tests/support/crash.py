@@ -1,6 +1,6 @@
 """A run that dies, or finds no room, at a named point of the save of a step.
 
-    python tests/faults/crash.py <point> <step> <overrides of train.py …>
+    python tests/support/crash.py <point> <step> <overrides of train.py …>
 
 Nothing of this is in the product: the calls it makes are replaced here.
 """

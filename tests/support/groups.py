@@ -1,0 +1,20 @@
+"""Token groups made by hand."""
+
+import numpy as np
+
+from dpo_lightning.data.tokens import TokenGroup
+
+
+def ids(*values):
+    return np.array(values, dtype=np.int32)
+
+
+def token_group(key="q", number=0):
+    return TokenGroup(
+        prompt=ids(1, 2),
+        responses=(ids(3, 0), ids(4, 5, 0)),
+        ranks=(1, 2),
+        weight=1.0,
+        source=f"rows.jsonl:{number}",
+        prompt_key=key,
+    )

@@ -1,0 +1,48 @@
+"""Runs of the front door in this process, and what they leave."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+SHARED = ROOT.parent / "shared"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as other programs see it."""
+
+    code: int
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def values(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
+
+
+def run_train(folder: Path, *overrides: str, logger: str = "none") -> Run:
+    """Trains in this process, which saves the imports, through the same front door."""
+    from dpo_lightning.cli import main
+
+    arguments = [f"hydra.run.dir={folder}", f"logger={logger}", "trainer.threads=1", *overrides]
+    return Run(main(arguments), folder)
+
+
+# Small and quick, but with every kind of group the task has.
+TINY = (
+    "data.controlled.train_groups=96",
+    "data.controlled.eval_groups=40",
+    "data.batch_size=16",
+    "evaluation.samples=0",
+)

@@ -1,0 +1,73 @@
+"""Trials of a sweep that are stand-ins: a line of Python each."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpo_lightning.sweeps.dispatch import Dispatcher
+from dpo_lightning.sweeps.leases import DevicePool
+from dpo_lightning.sweeps.local_processes import open_local
+from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
+from tests.support.runs import ROOT
+
+# Does what its last argument but two says, in the folder that it is given, and leaves its times.
+STAND_IN = """
+import json, os, pathlib, signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from dpo_lightning.lifeline import watch_lifeline
+watch_lifeline()
+*_, act, folder, mode = [a for a in sys.argv if not a.startswith("resume=")]
+assert mode == "hydra.mode=RUN"
+folder = pathlib.Path(folder.removeprefix("hydra.run.dir=").strip("'"))
+begin = time.time()
+def finish(status="finished"):
+    times = dict(begin=begin, end=time.time(), threads=os.environ["OMP_NUM_THREADS"],
+                 resumed="resume=auto" in sys.argv)
+    result = dict(status=status, metrics=times, settings_hash=folder.name.ljust(32, "0"))
+    (folder / "result.json").write_text(json.dumps(result))
+exec(act)
+"""
+
+
+@dataclass
+class Silent:
+    """Shows nothing and remembers what it was told."""
+
+    said: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def started(self, trial: Trial) -> None:
+        self.said.append((trial.folder.name, ",".join(trial.devices), False))
+
+    def ended(self, trial: Trial, *, again: bool) -> None:
+        self.said.append((trial.folder.name, trial.status, again))
+
+    def refresh(self) -> None:
+        pass
+
+
+def plan(name: str, act: str, *, width: int = 1, kind: str = "cpu") -> Plan:
+    return Plan(
+        name=name,
+        overrides=(name,),
+        arguments=(act,),
+        settings_hash=name.ljust(32, "0"),
+        kind=kind,
+        width=width,
+        facts={"beta": 0.1, "loss": "sigmoid", "seed": 1, "command": "train"},
+    )
+
+
+def stand_in(folder: Path) -> Path:
+    script = folder / "train.py"
+    script.write_text(STAND_IN.format(root=str(ROOT)))
+    return script
+
+
+def run(
+    folder: Path, plans: list[Plan], *, slots: int = 2, **options
+) -> tuple[list[Trial], Silent]:
+    trials, view = place_trials(plans, folder), Silent()
+    settings = {"max_failures": None, "retries": 0, "environment": {}} | options
+    pools = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
+    with open_local(pools, stand_in(folder), settings.pop("environment")) as place:
+        Dispatcher(trials, place=place, view=view, **settings).run()
+    return trials, view
