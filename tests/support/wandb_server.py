@@ -1,7 +1,7 @@
 """A wandb server as far as a run needs one, and its failures: run it, it prints its port.
 
-`python tests/support/wandb_server.py [mode]`: without a mode it takes everything; ``refuse`` answers
-401 to everything; ``lost`` ends when the first metrics arrive.
+`python tests/support/wandb_server.py [mode]`: without a mode it takes everything; ``refuse``
+answers 401 to everything; ``lost`` ends when the first metrics arrive.
 """
 
 import gzip
