@@ -10,13 +10,14 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,9 +27,10 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.config import CONF, Config, LoggerConfig, register
@@ -60,6 +62,19 @@ from dpo_lightning.validation import validate
 
 # Exit codes of a run that a signal ended.
 _STOPPED = (130, 143)
+
+
+class _ComposedOnce(Hydra):
+    """Hydra that runs a config which was composed, and checked, before.
+
+    Composing takes longer than all else that happens ahead of a job.
+    """
+
+    composed: DictConfig | None = None
+
+    def compose_config(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """The config that is to be run; any other one is composed."""
+        return super().compose_config(*args, **kwargs) if self.composed is None else self.composed
 
 
 class _Job:
@@ -158,20 +173,25 @@ def _main(argv: list[str]) -> int:
     parser = flag_parser()
     args = _parsed(parser, argv)
     if args.shell_completion:
-        _through_hydra(args, parser, _never)
+        _show(args, parser)
         return 0
     if args.help or args.hydra_help or args.cfg is not None or args.info is not None:
         _check_shown(args)
-        _through_hydra(args, parser, _never)
+        _show(args, parser)
         return 0
-    job = _check(args)
+    hydra = _hydra(args)
+    checked = _check(args, hydra)
+    job = checked.job
     if job.sweep is None:
-        _through_hydra(args, parser, job)
+        _run(hydra, args, checked)
         return job.codes[0]
     from dpo_lightning.sweeps.finish import finish_sweep, show_stopped
 
     try:
-        _through_hydra(args, parser, job)
+        with _hydra_errors("sweep.dir"):
+            hydra.multirun(
+                config_name=args.config_name, task_function=job, overrides=args.overrides
+            )
     except (KeyboardInterrupt, SystemExit):
         show_stopped(job.sweep, job.trials)
         raise
@@ -212,7 +232,7 @@ def _exit_code(stop: SystemExit) -> int:
     return stop.code if isinstance(stop.code, int) else 1
 
 
-def _hydra(args: argparse.Namespace) -> Hydra:
+def _hydra(args: argparse.Namespace) -> _ComposedOnce:
     """Hydra with the search path of the command line."""
     search_path = create_config_search_path(args.config_path or str(CONF))
     if args.config_dir is not None:
@@ -225,7 +245,9 @@ def _hydra(args: argparse.Namespace) -> Hydra:
             provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery("schema", None)
         )
     GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+    hydra = _ComposedOnce.create_main_hydra2(task_name="train", config_search_path=search_path)
+    assert isinstance(hydra, _ComposedOnce)
+    return hydra
 
 
 def _overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
@@ -269,9 +291,21 @@ def _check_shown(args: argparse.Namespace) -> None:
     raise_all(hydra_problems(_compose(hydra, args, _lines(fixed)).hydra))
 
 
-def _check(args: argparse.Namespace) -> _Job:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Checked:
+    """A command whose settings are right, and whose folder is there.
+
+    Attributes:
+        job: The task that Hydra runs.
+        cfg: The composed settings of a run; those of a sweep are composed again for its trials.
+    """
+
+    job: _Job
+    cfg: DictConfig
+
+
+def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     """Check all that will run, and give it a folder of its own."""
-    hydra = _hydra(args)
     overrides = _overrides(args, hydra)
     fixed, swept = _by_sweep(overrides)
     cfg = _compose(hydra, args, _lines(fixed))
@@ -282,7 +316,7 @@ def _check(args: argparse.Namespace) -> _Job:
         if config.sweep.resume is not None:
             raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
         _with_folder(args, cfg, "run.dir")
-        return _Job(None)
+        return _Checked(_Job(None), cfg)
     args.multirun = True  # also where hydra.mode says it
     in_process = _is(cfg.hydra.launcher, "BasicLauncher")
     cfg = _with_resumed_folder(hydra, args, cfg, _lines(fixed))
@@ -314,7 +348,7 @@ def _check(args: argparse.Namespace) -> _Job:
     logger = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LoggerConfig), cfg.logger))
     assert isinstance(logger, LoggerConfig)
     facts = SweepFacts(folder, named=explicit, metric=cfg.sweep.metric, logger=logger)
-    return _Job(facts, in_process=in_process)
+    return _Checked(_Job(facts, in_process=in_process), cfg)
 
 
 def _with_resumed_folder(
@@ -330,7 +364,11 @@ def _with_resumed_folder(
 
 def _with_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> Path:
     folder, overrides = prepare_folder(cfg, key)
-    args.overrides += overrides
+    if overrides:
+        args.overrides += overrides
+        with read_write(cfg.hydra):
+            OmegaConf.update(cfg.hydra, key, str(folder))
+            cfg.hydra.overrides.hydra += overrides
     return folder
 
 
@@ -376,20 +414,37 @@ def _trials(grid: list[Override]) -> list[list[str]]:
     return [list(trial) for trial in batches[0]]
 
 
-def _through_hydra(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, job: Callable[[DictConfig], object]
-) -> None:
+def _run(hydra: _ComposedOnce, args: argparse.Namespace, checked: _Checked) -> None:
+    """Runs one job in its folder, with the settings that were composed when they were checked."""
+    cfg = checked.cfg
+    with read_write(cfg), open_dict(cfg):
+        cfg.hydra.mode = RunMode.RUN
+    configure_log(cfg.hydra.hydra_logging, cfg.hydra.verbose)
+    hydra.composed = cfg
+    with _hydra_errors("run.dir"):
+        hydra.run(config_name=args.config_name, task_function=checked.job, overrides=args.overrides)
+
+
+def _show(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Has Hydra print what its flags ask for."""
     GlobalHydra.instance().clear()
-    try:
+    with _hydra_errors("run.dir"):
         _run_hydra(
             args=args,
             args_parser=parser,
-            task_function=job,
+            task_function=_never,
             config_path=str(CONF),
             config_name="config",
         )
+
+
+@contextlib.contextmanager
+def _hydra_errors(folder_key: str) -> Iterator[None]:
+    """Turns what Hydra raises for wrong settings into errors of the user."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(cannot_write(error, "sweep.dir" if args.multirun else "run.dir")) from error
+        raise UserError(cannot_write(error, folder_key)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # Not out of a job: that lets nothing but an exit and a keyboard interrupt through.
         raise UserError(hydra_error(error)) from error
@@ -401,10 +456,12 @@ def _through_hydra(
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error passed through this project's code on its way here."""
+    """Whether an error passed through this project's code on its way to this file."""
     package = Path(__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
-    return any(package in Path(frame.filename).parents for frame in frames[1:])
+    return any(
+        package in Path(frame.filename).parents and frame.filename != __file__ for frame in frames
+    )
 
 
 def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:

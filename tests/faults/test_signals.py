@@ -44,7 +44,7 @@ def test_signals_at_random_steps(whole, tmp_path, ranks: int, repetition: int):
     if target == "group":
         os.killpg(process.pid, signum)
     else:
-        os.kill(ranks_of(folder)[target], signum)
+        os.kill(ranks_of(process)[target], signum)
     run = ended(folder, process)
     said = f"seed {seed}, {target}, {folder.with_suffix('.log').read_text()}"
     assert run.code == CODES[signum], said

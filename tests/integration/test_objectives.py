@@ -13,6 +13,7 @@ import pytest
 
 from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES, known_losses
 from tests.support.runs import ROOT, TINY, Run, run_train
+from tests.support.warm import run_apart
 
 FILES = sorted(path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml"))
 QUICK = (*TINY, "trainer.max_steps=3", "evaluation.partition_samples=0", "checkpoint.last=false")
@@ -210,14 +211,7 @@ class Bell(Callback):
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_apart(*arguments, cwd=folder)
 
 
 @pytest.fixture(scope="module")

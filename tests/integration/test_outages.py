@@ -12,6 +12,7 @@ import pytest
 from dpo_lightning import loggers
 from dpo_lightning.run import disk_fault
 from tests.support.runs import ROOT, TINY, Run, run_train
+from tests.support.warm import run_apart
 
 QUICK = (*TINY, "evaluation.partition_samples=0", "trainer.max_steps=4")
 KEY = "a1b2c3d4e5" * 4
@@ -57,20 +58,7 @@ def server(request, monkeypatch, tmp_path):
 
 def train_apart(folder: Path, *overrides: str) -> tuple[Run, str]:
     """In a process of its own, as wandb keeps one server for a process."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "train.py",
-            f"hydra.run.dir={folder}",
-            "trainer.threads=1",
-            *QUICK,
-            *overrides,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run_apart(f"hydra.run.dir={folder}", "trainer.threads=1", *QUICK, *overrides)
     return Run(done.returncode, folder), done.stdout + done.stderr
 
 
@@ -356,15 +344,14 @@ def test_a_cache_whose_disk_is_full(tiny_model, rows, tmp_path, monkeypatch, cap
 def test_no_network(tiny_model, rows, tmp_path, key):
     """The hub's address leads to a closed port; nothing is tried again for half a minute."""
     values = {"model.pretrained": str(tiny_model), "data.train": str(rows)} | {key: "nobody/none"}
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [sys.executable, "train.py", f"hydra.run.dir={tmp_path / 'run'}", "logger=none"]
-        + [f"{name}={value}" for name, value in values.items()],
-        cwd=ROOT,
-        env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    done = run_apart(
+        *(f"hydra.run.dir={tmp_path / 'run'}", "logger=none"),
+        *(f"{name}={value}" for name, value in values.items()),
+        env={
+            "HF_HUB_OFFLINE": None,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path / "hf"),
+        },
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 
 from dpo_lightning import cli
 from tests.support.commands import own_place
-from tests.support.runs import ROOT, TINY, run_train
+from tests.support.runs import TINY, run_train
+from tests.support.warm import run_apart
 
 QUICK = (*TINY, "evaluation.partition_samples=0", "trainer.max_steps=2")
 TOKEN = "hf_" + "aB3" * 11
@@ -375,14 +375,10 @@ def traces(folder: Path, *secrets: str) -> None:
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path):
     """A wandb run that is recorded; the files are read byte by byte, the .wandb file too."""
     key = "0123456789abcdef" * 2 + "01234567"
-    environment = os.environ | {"WANDB_API_KEY": key, "HF_TOKEN": TOKEN, "MY_SECRET": SECRET}
-    done = subprocess.run(
-        [sys.executable, "train.py", f"hydra.run.dir={tmp_path / 'run'}", *QUICK],
-        cwd=ROOT,
-        env=environment | {"WANDB_MODE": "offline", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
+    secrets = {"WANDB_API_KEY": key, "HF_TOKEN": TOKEN, "MY_SECRET": SECRET}
+    done = run_apart(
+        *(f"hydra.run.dir={tmp_path / 'run'}", *QUICK),
+        env=secrets | {"WANDB_MODE": "offline", "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))

@@ -59,7 +59,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(whole, tmp_path, rank: int):
     folder = tmp_path / "run"
     process = start(folder, *SMALL, *LONG, *TWO)
     wait_for_step(folder, process, 5)
-    os.kill(ranks_of(folder)[rank], signal.SIGTERM)
+    os.kill(ranks_of(process)[rank], signal.SIGTERM)
     run = ended(folder, process)
     assert run.code == 143
     assert run.result["status"] == "stopped"

@@ -1,7 +1,6 @@
 """Sweeps of real trials: grids, ranks, samplers, the experiments."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 
 from tests.support.runs import ROOT, TINY, Run
 from tests.support.sweeps import FAULTS, SMALL, alive, sweep
+from tests.support.warm import start_train
 
 # Grids -------------------------------------------------------------------------------------------
 
@@ -66,18 +66,15 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
         port = free.getsockname()[1]
     processes = []
     for rank in range(2):
-        command = [
-            sys.executable, str(ROOT / "train.py"), f"beta=0.{rank + 1}", "hydra.run.dir=run",
-            "logger=none", *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp",
-        ]  # fmt: skip
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-            "NODE_RANK": "0", "LOCAL_RANK": str(rank),
-            "DPO_LIGHTNING_CACHE": str(tmp_path / "cache"),
-        }  # fmt: skip
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+        process = start_train(
+            *(f"beta=0.{rank + 1}", "hydra.run.dir=run", "logger=none", *TINY),
+            *("trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp"),
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                "NODE_RANK": "0", "LOCAL_RANK": str(rank),
+                "DPO_LIGHTNING_CACHE": str(tmp_path / "cache"),
+            },
         )  # fmt: skip
         processes.append(process)
     outputs = [process.communicate(timeout=240)[0] for process in processes]

@@ -4,7 +4,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lightning.data.controlled import PROMPTS, word_values
-from tests.support.runs import ROOT, TINY, Run, run_train
+from tests.support.runs import TINY, Run, run_train
+from tests.support.warm import run_apart, start_train
 
 
 def outcomes() -> list[tuple[int, ...]]:
@@ -53,8 +53,7 @@ def brute_force(folder, prompts: list[list[int]]) -> np.ndarray:
 def default_run(tmp_path_factory) -> Run:
     """The main job as typed, in a process of its own."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    command = [sys.executable, "train.py", "logger=none", f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_apart("logger=none", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return Run(done.returncode, folder)
@@ -311,8 +310,8 @@ def test_gradient_checkpointing_is_on_while_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_stops_with_its_code(tmp_path, signal_name: str, code: int):
-    command = [sys.executable, "-u", "train.py", "logger=none", f"hydra.run.dir={tmp_path / 'run'}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    arguments = ("logger=none", f"hydra.run.dir={tmp_path / 'run'}")
+    with start_train(*arguments, stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             if line.startswith("step 25/"):
                 process.send_signal(getattr(signal, signal_name))

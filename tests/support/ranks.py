@@ -1,22 +1,16 @@
 """Runs on two processes of this machine."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
-from tests.support.runs import ROOT, Run
+from tests.support.runs import Run
+from tests.support.warm import run_apart
 
 
-def launch(folder, *overrides: str) -> Run:
-    command = [sys.executable, "train.py", f"hydra.run.dir={folder}", "logger=none"]
-    arguments = ["trainer.accelerator=cpu", "trainer.threads=1", "evaluation.samples=0"]
-    done = subprocess.run(
-        [*command, *arguments, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+def launch(folder: Path, *overrides: str) -> Run:
+    """A run to its end; the second rank is started by the first one."""
+    done = run_apart(
+        *(f"hydra.run.dir={folder}", "logger=none", "trainer.accelerator=cpu"),
+        *("trainer.threads=1", "evaluation.samples=0", *overrides),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(done.returncode, folder)

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from tests.support.runs import ROOT, TINY, Run
+from tests.support.runs import TINY, Run
+from tests.support.warm import WarmRun, start_train
 
 DISTURBED = ("plugins=[tests.support.disturbances]", "trainer.callbacks=[disturb]")
 
@@ -25,21 +26,22 @@ TWO = ("strategy=ddp", "trainer.devices=2")
 LONG = ("trainer.max_steps=400", "checkpoint.every_n_steps=null")
 
 
-def start(folder, *overrides: str, disturb: str = "") -> subprocess.Popen[bytes]:
-    command = [sys.executable, "train.py", f"hydra.run.dir={folder}", "logger=none"]
+def start(folder: Path, *overrides: str, disturb: str = "") -> WarmRun | subprocess.Popen[str]:
+    """Starts a run in a session of its own; what it says is in a log beside its folder."""
     folder.parent.mkdir(exist_ok=True)
     with folder.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [*command, "trainer.threads=1", *overrides],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DISTURB": disturb, "PYTHONPATH": str(ROOT)},
+        return start_train(
+            *(f"hydra.run.dir={folder}", "logger=none", "trainer.threads=1", *overrides),
+            env={"DISTURB": disturb},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
 
-def wait_for_step(folder, process, step: int, seconds: float = 120) -> None:
+def wait_for_step(
+    folder: Path, process: WarmRun | subprocess.Popen[str], step: int, seconds: float = 120
+) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         with_rows = folder / "metrics.jsonl"
@@ -50,7 +52,7 @@ def wait_for_step(folder, process, step: int, seconds: float = 120) -> None:
     raise AssertionError(folder.with_suffix(".log").read_text())
 
 
-def ended(folder, process, seconds: float = 60) -> Run:
+def ended(folder: Path, process: WarmRun | subprocess.Popen[str], seconds: float = 60) -> Run:
     """The run, when all of its processes are gone."""
     try:
         code = process.wait(seconds)
@@ -58,24 +60,24 @@ def ended(folder, process, seconds: float = 60) -> Run:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(folder.with_suffix(".log").read_text()) from None
     deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and ranks_of(folder):
+    while time.monotonic() < deadline and ranks_of(process):
         time.sleep(0.1)
-    assert not ranks_of(folder)
+    assert not ranks_of(process)
     return Run(code, folder)
 
 
-def ranks_of(folder) -> list[int]:
-    """Process ids of a run, the first rank first."""
+def ranks_of(process: WarmRun | subprocess.Popen[str]) -> list[int]:
+    """Process ids of what is left of a run, the first rank first: they share its session."""
     found = []
-    for path in ROOT.__class__("/proc").glob("[0-9]*"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().decode().split("\0")
-            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            # "pid (name) state ppid pgrp session …"; the name may hold spaces and brackets.
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            environment = (path / "environ").read_bytes()
         except OSError:
             continue
-        if f"hydra.run.dir={folder}" in words and state != "Z":
-            rank = b"LOCAL_RANK=1" in (path / "environ").read_bytes()
-            found.append((rank, int(path.name)))
+        if int(fields[3]) == process.pid and fields[0] != "Z":
+            found.append((b"LOCAL_RANK=1" in environment, int(path.name)))
     return [pid for _, pid in sorted(found)]
 
 

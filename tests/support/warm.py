@@ -1,0 +1,390 @@
+"""Warm process: it has imported everything once, and forks the runs that tests start.
+
+A run that is started cold spends most of its time in imports. The process is spawned, never forked
+from pytest or xdist, which hold threads; it does no tensor work, and a fork is made only while it
+has one thread: after a product on two torch threads a forked child would hang in its first one.
+A run starts cold where a variable of its environment that a library may read when it is imported
+differs from that of the warm process.
+
+This file is also the program of the warm process: ``python warm.py <socket> <module> …``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a run imports; more than that is not kept warm.
+MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment")
+
+# Read when they are needed, not when something is imported: they may differ.
+READ_LATER = (
+    *("DPO_LIGHTNING_CACHE", "DPO_LIGHTNING_LIFELINE", "DPO_LIGHTNING_PARENT", "DISTURB"),
+    *("WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL", "WANDB_API_KEY", "WANDB_SERVICE"),
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST", "PWD", "OLDPWD"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A run that the warm process is asked to fork.
+
+    Attributes:
+        argv: What ``sys.argv`` is; the first is the program.
+        environment: The whole environment.
+        cwd: The working folder.
+        session: Whether it leads a session of its own, or stays in that of the warm process.
+        target: ``module:function`` that is called, with no argument; it returns the exit code.
+        path: Put ahead of where modules are looked for.
+    """
+
+    argv: list[str]
+    environment: dict[str, str]
+    cwd: str
+    session: bool
+    target: str
+    path: list[str]
+
+
+class WarmRun:
+    """A forked run, with what tests use of ``subprocess.Popen``."""
+
+    def __init__(
+        self, warm: WarmProcess, pid: int, stdout: IO[Any] | None, stderr: IO[Any] | None
+    ) -> None:
+        self.pid = pid
+        self.stdout = stdout
+        self.stderr = stderr
+        self.args = "a run of the warm process"
+        self.returncode: int | None = None
+        self._warm = warm
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal's number; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._warm.code_of(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the end.
+
+        Raises:
+            TimeoutExpired: If it does not come.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """What it wrote to its pipes, once it has ended; None where there is none.
+
+        Raises:
+            TimeoutExpired: If it does not end, or what it started holds a pipe open.
+        """
+        pipes = (self.stdout, self.stderr)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            parts = [None if pipe is None else pool.submit(pipe.read) for pipe in pipes]
+            self.wait(timeout)
+            said = [None if part is None else part.result(timeout) for part in parts]
+        for pipe in filter(None, pipes):
+            pipe.close()
+        return said[0], said[1]
+
+    def send_signal(self, signum: int) -> None:
+        """Signals it, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """Kills it."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> WarmRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in filter(None, (self.stdout, self.stderr)):
+            pipe.close()
+        self.wait()
+
+
+class WarmProcess:
+    """The warm process, as the one who spawned it sees it.
+
+    Args:
+        modules: What it imports.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.environment = dict(os.environ)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), *modules],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=self.environment | {"PYTHONPATH": _with_root(self.environment)},
+            )
+        self._socket = ours
+        self._codes: dict[int, int] = {}
+        self._answers: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def start(self, order: Order, stdout: int, stderr: int) -> int:
+        """Has a run forked; returns its process id.
+
+        Args:
+            order: The run.
+            stdout: File descriptor that it writes to.
+            stderr: File descriptor that its errors go to.
+
+        Raises:
+            RuntimeError: If the warm process refuses, since it has more than one thread.
+        """
+        body = json.dumps({name: getattr(order, name) for name in Order.__slots__}).encode()
+        with self._lock:
+            socket.send_fds(self._socket, [body], [stdout, stderr])
+            while not self._answers:
+                self._receive(block=True)
+            answer = self._answers.pop()
+        if "refused" in answer:
+            raise RuntimeError(f"the warm process forks no run: {answer['refused']}")
+        return int(answer["pid"])
+
+    def code_of(self, pid: int) -> int | None:
+        """The exit code of a run that has ended."""
+        with self._lock:
+            while self._receive(block=False):
+                pass
+            return self._codes.pop(pid, None)
+
+    def _receive(self, *, block: bool) -> bool:
+        if not block and not select.select([self._socket], [], [], 0)[0]:
+            return False
+        data = self._socket.recv(1 << 16)
+        if not data:
+            raise RuntimeError(f"the warm process ended with {self._process.wait()}")
+        message = json.loads(data)
+        if "code" in message:
+            self._codes[message["pid"]] = message["code"]
+        else:
+            self._answers.append(message)
+        return True
+
+    def close(self) -> None:
+        """Ends the warm process; runs go on."""
+        self._socket.close()
+        self._process.wait(30)
+
+
+def _with_root(environment: Mapping[str, str]) -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+
+
+@functools.cache
+def warm_process(modules: tuple[str, ...] = MODULES) -> WarmProcess:
+    """The warm process of this process; it is spawned when it is first asked for."""
+    process = WarmProcess(modules)
+    atexit.register(process.close)
+    return process
+
+
+def needs_cold_start(environment: Mapping[str, str], warm: Mapping[str, str]) -> list[str]:
+    """Names of the variables for which a run has to import everything itself."""
+    names = {*environment, *warm} - {*READ_LATER}
+    return sorted(name for name in names if environment.get(name) != warm.get(name))
+
+
+def start_train(
+    *arguments: str,
+    cwd: Path = ROOT,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+    start_new_session: bool = False,
+    env: Mapping[str, str | None] | None = None,
+) -> WarmRun | subprocess.Popen[str]:
+    """Starts ``train.py`` as a process of its own, out of the warm process where that may be.
+
+    Args:
+        arguments: Of its command line.
+        cwd: Its working folder.
+        stdout: As for ``subprocess.Popen``: None, PIPE, DEVNULL or a file; pipes are text.
+        stderr: The same, and STDOUT.
+        start_new_session: Whether it leads a session of its own.
+        env: Added to this process's own environment; None takes a variable away.
+    """
+    changed = os.environ | (env or {})
+    whole = {name: value for name, value in changed.items() if value is not None}
+    program = str(ROOT / "train.py")
+    if needs_cold_start(whole, warm_process().environment):
+        return subprocess.Popen(
+            [sys.executable, "-u", program, *arguments],
+            cwd=cwd,
+            env=whole,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            start_new_session=start_new_session,
+        )
+    order = Order(
+        argv=[program, *arguments],
+        environment=whole,
+        cwd=str(cwd),
+        session=start_new_session,
+        target="dpo_lightning.cli:main",
+        path=[],
+    )
+    with contextlib.ExitStack() as opened:
+        out, read_out = _stream(stdout, 1, opened)
+        err, read_err = _stream(stderr, out if stderr == subprocess.STDOUT else 2, opened)
+        pid = warm_process().start(order, out, err)
+    return WarmRun(warm_process(), pid, read_out, read_err)
+
+
+def _stream(
+    given: int | IO[Any] | None, inherited: int, opened: contextlib.ExitStack
+) -> tuple[int, IO[Any] | None]:
+    """The descriptor that a run writes to, and the end that is read, if it is a pipe."""
+    if given == subprocess.PIPE:
+        reader, writer = os.pipe()
+        opened.callback(os.close, writer)
+        return writer, os.fdopen(reader, "r")
+    if given == subprocess.DEVNULL:
+        return opened.enter_context(Path(os.devnull).open("w")).fileno(), None
+    if given is None or isinstance(given, int):
+        return inherited, None
+    return given.fileno(), None
+
+
+def run_apart(
+    *arguments: str,
+    cwd: Path = ROOT,
+    timeout: float = 300.0,
+    env: Mapping[str, str | None] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``train.py`` as a process of its own to its end.
+
+    Args:
+        arguments: Of its command line.
+        cwd: Its working folder.
+        timeout: Seconds until it is killed.
+        env: Added to this process's own environment; None takes a variable away.
+
+    Raises:
+        TimeoutExpired: If it does not end.
+    """
+    process = start_train(
+        *arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(list(arguments), process.returncode, out, err)
+
+
+# The program of the warm process ------------------------------------------------------------------
+
+
+def _serve(connection: socket.socket) -> Order | None:
+    """Forks runs as they are asked for; returns in a fork with its order, else None at the end."""
+    children: set[int] = set()
+    while True:
+        readable, _, _ = select.select([connection], [], [], 0.01 if children else None)
+        for pid in [*children]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                children.discard(pid)
+                code = os.waitstatus_to_exitcode(status)
+                connection.send(json.dumps({"pid": pid, "code": code}).encode())
+        if not readable:
+            continue
+        body, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+        if not body:
+            return None
+        threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+        if threads > 1:
+            connection.send(json.dumps({"refused": f"{threads} threads"}).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            return _become(Order(**json.loads(body)), *descriptors)
+        children.add(pid)
+        connection.send(json.dumps({"pid": pid}).encode())
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(order: Order, stdout: int, stderr: int) -> Order:
+    """Takes on what a run has that was started by its own command."""
+    if order.session:
+        os.setsid()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for descriptor in {stdout, stderr} - {1, 2}:
+        os.close(descriptor)
+    # Theirs are made for what the warm process writes to.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(order.environment)
+    os.chdir(order.cwd)
+    sys.argv = order.argv
+    sys.path[:0] = order.path
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    package = sys.modules.get("dpo_lightning")
+    if package is not None:
+        package.STARTED = time.perf_counter()  # type: ignore[attr-defined]
+    return order
+
+
+def _main() -> int:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not this file's folder, whose names are those of helpers.
+    del sys.path[0]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    order = _serve(connection)
+    if order is None:
+        return 0
+    module, _, function = order.target.partition(":")
+    call: Callable[[], int] = getattr(importlib.import_module(module), function)
+    # The interpreter ends as usual, so that what is registered for its end runs.
+    return call()
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
