@@ -249,6 +249,7 @@ def test_checkpointing_and_small_budgets_do_not_change_the_run(train):
         assert split.values(name) == pytest.approx(whole.values(name), rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     task = [
         *("data.batch_size=4", "data.controlled.train_groups=21", "data.controlled.eval_groups=5"),

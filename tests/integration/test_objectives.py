@@ -238,6 +238,9 @@ def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
     assert runs["sigmoid"].values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
     assert runs["squared"].result["metrics"]["samples/score"] < 0
     assert "the bell rings" in (elsewhere / "sweep" / "loss-squared" / "trial.log").read_text()
+    report = json.loads((elsewhere / "sweep" / "sweep.json").read_text())
+    assert report["statuses"] == {"finished": 2}
+    assert report["metric"] == "samples/score"
     # One reference pass for both.
     counts = [run.result["reference"]["computed"] for run in runs.values()]
     assert sorted(counts) == [0, 136]
@@ -284,6 +287,7 @@ def test_a_plugin_named_by_an_experiment_file(elsewhere):
     assert run.result["loss"] == "squared"
 
 
+@pytest.mark.slow
 def test_adding_a_loss_inside_as_contributing_says(tmp_path):
     """One function and one file, in a copy of the project; the first loss is (2 - 0)^2."""
     for name in ("dpo_lightning", "conf", "hydra_plugins"):

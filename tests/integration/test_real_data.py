@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.support.runs import Run, run_train
 
+pytestmark = pytest.mark.slow
+
 LEARNING = ("optimizer.lr=5e-4", "trainer.max_steps=25", "data.batch_size=16")
 QUIET = ("evaluation.samples=0",)
 

@@ -12,6 +12,8 @@ from tests.support.runs import ROOT, TINY, Run
 from tests.support.sweeps import FAULTS, SMALL, alive, sweep
 from tests.support.warm import start_train
 
+pytestmark = pytest.mark.slow
+
 # Grids -------------------------------------------------------------------------------------------
 
 

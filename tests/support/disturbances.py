@@ -1,11 +1,13 @@
 """A plugin that disturbs a run: not-a-number losses, too little memory, crashes, slow steps.
 
-``DISTURB=kind:step:rank`` in the environment says which, at which step, and on which rank.
+``DISTURB=kind:step:rank`` in the environment says which, at which step, and on which rank; a pause
+ends when the file of ``DISTURB_GO`` is there.
 """
 
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +28,10 @@ class Disturbance(Callback):
         if kind == "sleep":
             print("asleep", flush=True)
             time.sleep(60)
+        elif kind == "pause":
+            print("paused", flush=True)
+            while not Path(os.environ["DISTURB_GO"]).exists():
+                time.sleep(0.01)
         elif kind == "crash":
             raise ValueError("a fault that nobody foresaw")
         elif kind == "vanish":

@@ -22,6 +22,10 @@ SMALL = (*TINY, "evaluation.partition_samples=0", "trainer.accelerator=cpu")
 TWO = ("strategy=ddp", "trainer.devices=2")
 
 
+# As short as a run may be that is paused at a step.
+SHORT = ("trainer.max_steps=24", "checkpoint.every_n_steps=null")
+
+
 # Long enough that a signal comes in the middle.
 LONG = ("trainer.max_steps=400", "checkpoint.every_n_steps=null")
 
@@ -32,7 +36,7 @@ def start(folder: Path, *overrides: str, disturb: str = "") -> WarmRun | subproc
     with folder.with_suffix(".log").open("ab") as log:
         return start_train(
             *(f"hydra.run.dir={folder}", "logger=none", "trainer.threads=1", *overrides),
-            env={"DISTURB": disturb},
+            env={"DISTURB": disturb, "DISTURB_GO": str(folder.with_suffix(".go"))},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -50,6 +54,19 @@ def wait_for_step(
             return
         time.sleep(0.02)
     raise AssertionError(folder.with_suffix(".log").read_text())
+
+
+def wait_for_word(
+    folder: Path, process: WarmRun | subprocess.Popen[str], word: str, seconds: float = 120
+) -> None:
+    """Waits until the run has said something."""
+    log = folder.with_suffix(".log")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if word in log.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(log.read_text())
 
 
 def ended(folder: Path, process: WarmRun | subprocess.Popen[str], seconds: float = 60) -> Run:

@@ -37,7 +37,8 @@ MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment")
 
 # Read when they are needed, not when something is imported: they may differ.
 READ_LATER = (
-    *("DPO_LIGHTNING_CACHE", "DPO_LIGHTNING_LIFELINE", "DPO_LIGHTNING_PARENT", "DISTURB"),
+    *("DPO_LIGHTNING_CACHE", "DPO_LIGHTNING_LIFELINE", "DPO_LIGHTNING_PARENT"),
+    *("DISTURB", "DISTURB_GO"),
     *("WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL", "WANDB_API_KEY", "WANDB_SERVICE"),
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST", "PWD", "OLDPWD"),
