@@ -24,8 +24,16 @@ def whole(tmp_path_factory) -> Run:
     return run
 
 
-def test_the_start_is_ln_2_and_the_rest_close_to_float32(whole: Run, tmp_path):
-    single = run_train(tmp_path / "run", *TINY, "trainer.accelerator=cpu", "optimizer.lr=1e-3")
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Run:
+    """The same run in float32."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    run = run_train(folder, *TINY, "trainer.accelerator=cpu", "optimizer.lr=1e-3")
+    assert run.code == 0
+    return run
+
+
+def test_the_start_is_ln_2_and_the_rest_close_to_float32(whole: Run, single: Run):
     assert whole.values("train/loss")[0] == pytest.approx(math.log(2), abs=1e-3)
     for name, tolerance in (("train/loss", 0.01), ("train/logps/chosen", 0.02)):
         assert whole.values(name) == pytest.approx(single.values(name), rel=tolerance), name
@@ -66,11 +74,17 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole: Run, tmp_path, step: 
         assert torch.equal(value, weights(whole)[name]), name
 
 
-def test_micro_batches_do_not_change_the_step(whole: Run, tmp_path):
+def test_micro_batches_do_not_change_the_step(whole: Run, single: Run, tmp_path):
+    """Other micro-batches round otherwise, by no more than bfloat16 itself differs from float32.
+
+    A step whose gradients nearly cancel is rounded by some per cent, on one processor more than on
+    another; the bound of 0.5% holds for the others.
+    """
     split = run_train(tmp_path / "run", *BF16, "data.micro_batch_tokens=40")
     assert split.values("train/loss") == pytest.approx(whole.values("train/loss"), rel=5e-3)
-    norms = whole.values("train/grad_norm")
-    assert split.values("train/grad_norm") == pytest.approx(norms, rel=3e-2)
+    norms = np.array([run.values("train/grad_norm") for run in (split, whole, single)])
+    rounding = np.abs(norms[1] - norms[2])
+    assert (np.abs(norms[0] - norms[1]) <= 5e-3 * norms[1] + 2 * rounding).all(), norms
 
 
 def test_a_live_reference_is_rounded_like_the_policy(tmp_path):
