@@ -1,9 +1,9 @@
 """The command line: Hydra composes, every setting is checked, and only then something starts.
 
 Hydra makes a run's folder before it calls anything of ours, and reports its own errors as several
-lines with exit code 1. So the config is composed once ahead of Hydra's own run and checked there: a
-wrong setting is one line, exit code 2, and leaves no folder. Of a sweep in this process every
-trial is checked before the first one starts.
+lines with exit code 1. So the settings are composed and checked before Hydra makes anything, and
+Hydra runs what was composed: a wrong setting is one line, exit code 2, and leaves no folder. Of a
+sweep in this process every trial is checked before the first one starts.
 
 Hydra has no public way to parse its flags and compose with all of them; the few internals used here
 are those that ``hydra.main`` itself calls, and the version of Hydra is pinned to its minor release.

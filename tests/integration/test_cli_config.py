@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import cli
 from dpo_lightning.config import Config, register
@@ -629,3 +630,25 @@ def test_shell_completion_is_offered() -> None:
     ended = train("-sc", "install=bash")
     assert ended.returncode == 0
     assert "complete" in ended.stdout
+
+
+def test_the_settings_of_a_run_are_composed_once(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composing takes longer than all else that happens before a run."""
+    compose, composed = ConfigLoaderImpl.load_configuration, []
+
+    def counted(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        composed.append(kwargs["overrides"])
+        return compose(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    assert cli.main(["beta=0.2", "name=mine"]) == 0
+    assert composed == [["beta=0.2", "name=mine"]]
+    # What ran is what was composed, with the folder that it was then given.
+    [folder] = Path("outputs/runs").iterdir()
+    saved = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+    assert saved.hydra.run.dir == f"outputs/runs/{folder.name}"
+    assert saved.hydra.overrides.hydra == [f"hydra.run.dir='outputs/runs/{folder.name}'"]
+    assert saved.hydra.mode == "RUN"
+    assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == ["beta=0.2", "name=mine"]
