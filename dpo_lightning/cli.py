@@ -11,7 +11,9 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import itertools
 import os
 import sys
 import traceback
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path
@@ -283,6 +286,50 @@ def _compose(hydra: Hydra, args: argparse.Namespace, lines: list[str]) -> DictCo
         raise UserError(hydra_error(error)) from error
 
 
+class _GridComposer:
+    """Composes the trials of a grid; files are merged once for every choice of files.
+
+    Merging them is nearly all of the work, and most trials differ in values alone, which Hydra too
+    sets in what was merged.
+
+    Args:
+        hydra: With the search path of the command line.
+        args: What was typed.
+    """
+
+    def __init__(self, hydra: Hydra, args: argparse.Namespace) -> None:
+        self._hydra = hydra
+        self._args = args
+        self._merged: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, lines: list[str]) -> DictConfig:
+        """The config of the trial with these overrides; Hydra's node is that of its files.
+
+        Raises:
+            UserError: If they are wrong.
+        """
+        overrides = parse_overrides(lines, self._hydra.config_loader)
+        chooses = [self._chooses_files(override) for override in overrides]
+        files = tuple(itertools.compress(_lines(overrides), chooses))
+        if files not in self._merged:
+            self._merged[files] = _compose(self._hydra, self._args, [*files])
+        cfg = copy.deepcopy(self._merged[files])
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config(
+                [o for o, is_choice in zip(overrides, chooses, strict=True) if not is_choice], cfg
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(hydra_error(error)) from error
+        return cfg
+
+    def _chooses_files(self, override: Override) -> bool:
+        loader = self._hydra.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        is_group = loader.repository.group_exists(override.key_or_group)
+        is_choice = is_group and not isinstance(override.value(), dict)
+        return is_choice or override.is_hydra_override()
+
+
 def _check_shown(args: argparse.Namespace) -> None:
     """Check that what Hydra is asked to show can be composed; values are not judged."""
     hydra = _hydra(args)
@@ -387,10 +434,11 @@ def _check_trials(
     """The settings of every trial of a grid; what is wrong with any of them is raised at once."""
     of_hydra = [override for override in grid if override.is_hydra_override()]
     of_task = [override for override in grid if not override.is_hydra_override()]
+    compose = _GridComposer(hydra, args)
     configs, problems = [], []
     for trial in _trials(of_task):
         try:
-            cfg = _compose(hydra, args, [*_lines(of_hydra), *trial])
+            cfg = compose([*_lines(of_hydra), *trial])
             raise_all(hydra_problems(cfg.hydra))
             configs.append(validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir))
         except UserError as error:

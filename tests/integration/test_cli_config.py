@@ -652,3 +652,33 @@ def test_the_settings_of_a_run_are_composed_once(
     assert saved.hydra.overrides.hydra == [f"hydra.run.dir='outputs/runs/{folder.name}'"]
     assert saved.hydra.mode == "RUN"
     assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == ["beta=0.2", "name=mine"]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "beta=0.1,0.2 seed=1,2",
+        "experiment=frontier beta=0.1,1 loss=sigmoid,ipo,odpo data.batch_size=4",
+        "data.train=rows.jsonl model.pretrained=model +data.columns={prompt:q} seed=1,2 beta=1",
+        "peft={kind:lora} peft.r=4,8 hydra.job.config.override_dirname.kv_sep=:",
+        "beta=1 beta=2 seed=3,4",
+    ],
+)
+def test_a_trial_of_a_grid_is_checked_with_what_hydra_composes(
+    typed: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are merged once for all trials that choose the same; values come on top."""
+    seen = []
+
+    def judged(cfg: DictConfig, **options: Any) -> Config:
+        seen.append(
+            OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
+        )
+        return validate(cfg, **options)
+
+    monkeypatch.setattr(cli, "validate", judged)
+    arguments = ["-m", "hydra/launcher=basic", *typed.split()]
+    assert cli.main(arguments) == 0
+    # The second half is composed by Hydra's own sweeper, trial by trial.
+    assert len(seen) >= 4
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
