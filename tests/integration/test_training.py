@@ -56,6 +56,8 @@ def default_run(tmp_path_factory) -> Run:
     command = [sys.executable, "train.py", "logger=none", f"hydra.run.dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # Nor what libraries say, of kernels that are missing and of each other's changes.
+    assert done.stderr == ""
     (folder / "stdout").write_text(done.stdout)
     return Run(done.returncode, folder)
 

@@ -210,9 +210,10 @@ def test_moments_of_8_bits_follow_those_of_32(dtype):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_is_that_of_torchao(signed: bool):
-    theirs = pytest.importorskip("torchao.optim.quant_utils").create_dynamic_map
+    from torchao.optim.quant_utils import create_dynamic_map
+
     numbers = optimizers._numbers(signed, torch.device("cpu"))
-    torch.testing.assert_close(numbers, torch.tensor(theirs(signed)))
+    torch.testing.assert_close(numbers, torch.tensor(create_dynamic_map(signed)))
 
 
 def test_steps_with_8_bits_are_those_of_torchao():
@@ -220,11 +221,12 @@ def test_steps_with_8_bits_are_those_of_torchao():
 
     Of a moment that is a code off both optimizers go on differently, so nearly all are compared.
     """
-    adamw = pytest.importorskip("torchao.optim").AdamW8bit
+    from torchao.optim import AdamW8bit
+
     start = torch.randn(256, 256, generator=seeded(0))
     one, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
     own = LowMemoryAdamW([one], lr=1e-2, weight_decay=0.01, eight_bit=True)
-    theirs = adamw([other], lr=1e-2, weight_decay=0.01)
+    theirs = AdamW8bit([other], lr=1e-2, weight_decay=0.01)
     with torch.compiler.set_stance("force_eager"):
         for _ in range(5):
             take_steps([one], own, range(1))
