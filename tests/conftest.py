@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import byte_tokenizer, tiny_llama_config
+from tests.support.properties import register_profiles
 from tests.support.runs import SHARED
+
+# Before any test says how many examples it takes.
+register_profiles()
 
 
 @pytest.fixture(scope="session", autouse=True)

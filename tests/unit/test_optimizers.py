@@ -16,6 +16,7 @@ from dpo_lightning.optimizers import (
     quantise,
     round_stochastically,
 )
+from tests.support.properties import examples
 
 # The shapes of a small model; 64 x 128 and 256 x 32 are quantised, the others are too small.
 SHAPES = ((64, 128), (256, 32), (128,), (3, 5))
@@ -47,7 +48,7 @@ def take_steps(weights: list, optimizer, steps: range) -> None:
 # Rounding ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(
     value=st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: abs(x) > 2.0**-100),
     seed=st.integers(0, 2**31),
@@ -236,7 +237,7 @@ def test_steps_with_8_bits_are_those_of_torchao():
     assert close.float().mean().item() > 0.999
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(
     signed=st.booleans(), seed=st.integers(0, 99), size=st.floats(2.0**-60, 2.0**60),
     block=st.sampled_from([32, 256]),

@@ -18,6 +18,7 @@ from dpo_lightning.data.records import (
     write_quarantine,
 )
 from dpo_lightning.errors import UserError
+from tests.support.properties import examples
 
 # So that the columns of the file as a whole are right.
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -100,7 +101,7 @@ def check_group(group: PreferenceGroup) -> None:
     group.prompt_key.encode()
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=300)
+@settings(suppress_health_check=list(HealthCheck), max_examples=examples(300))
 @given(st.lists(lines, max_size=6), st.sampled_from(FORMATS))
 @example([b"\xef\xbb\xbf{}", b"\x0c", b"\xff\xfe"], "auto")
 @example([b'{"": null}', b'{"\\ud800": 1, "chosen": "\\ud800"}'], "rows")
@@ -117,7 +118,7 @@ def test_lines(found, format):
         assert sorted(numbers) == kept
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=200)
+@settings(suppress_health_check=list(HealthCheck), max_examples=examples(200))
 @given(st.lists(rows_of_fields | values, max_size=6), st.sampled_from(FORMATS))
 def test_elements(found, format):
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +127,7 @@ def test_elements(found, format):
         check(read(path, format), len(found) + 1, Path(folder))
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=100)
+@settings(suppress_health_check=list(HealthCheck), max_examples=examples(100))
 @given(st.binary(max_size=60) | lines, st.sampled_from(["jsonl", "json", "parquet"]))
 def test_any_file_is_read_or_refused(content, suffix):
     with tempfile.TemporaryDirectory() as folder:
