@@ -63,7 +63,7 @@ fuzz: $(READY) ## run the property tests on many times the examples, other ones 
 
 coverage: $(READY) ## branches that the tests of test-all reach, in every process they start
 	@$(BIN)/python -m coverage erase
-	@$(BIN)/python -m coverage run $(PYTEST) -m "$(EVERY)" $(ARGS)
+	@$(BIN)/python -m coverage run $(PYTEST) -m "$(EVERY)" --timeout=900 $(ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
