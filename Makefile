@@ -1,35 +1,74 @@
-# Everything runs in a virtual environment that the first command builds from constraints.txt.
+# Everything runs in virtual environments that the first command builds from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench
+LAUNCHERS := .venv-launchers
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+EVERY := not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults test-launchers check audit bench lock clean
+.PHONY: help train test test-slow test-all test-faults test-launchers fuzz coverage mutations \
+	check audit bench lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml constraints.txt
+# $(call environment,FOLDER,EXTRAS): the package with what those extras name, in an environment.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; name one with PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python $(INSTALL) -e ".[$(2)]"
+endef
+
+# Tests run the losses of TRL beside ours; what else TRL depends on they do without.
+$(READY): pyproject.toml constraints.txt
+	$(call environment,$(VENV),dev)
+	$(BIN)/python $(INSTALL) --no-deps trl
+	@touch $@
+
+# What the launchers and the benchmark need stays out of the environment of the tests.
+$(LAUNCHERS)/.ready: pyproject.toml constraints.txt
+	$(call environment,$(LAUNCHERS),$(strip dev,slurm,ray))
+	@touch $@
+
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	$(call environment,$(BENCH),bench)
 	@touch $@
 
 train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 	@$(BIN)/python train.py $(ARGS)
 
-test: $(READY) ## run the tests: make test ARGS="-k attention"
-	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+test: $(READY) ## run the tests but the slow ones: make test ARGS="-k attention"
+	@$(BIN)/python $(PYTEST) $(ARGS)
+
+test-slow: $(READY) ## run the slow tests alone
+	@$(BIN)/python $(PYTEST) -m "slow and $(EVERY)" $(ARGS)
+
+test-all: $(READY) ## run both
+	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
-	@$(BIN)/python -m pytest -n 2 --dist loadscope -m faults $(ARGS)
+	@$(BIN)/python $(PYTEST) -m faults $(ARGS)
 
-test-launchers: $(READY) ## run sweeps through submitit and on a Ray cluster, which takes minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,slurm,ray]" -c constraints.txt
-	@$(BIN)/python -m pytest -m launchers $(ARGS)
+test-launchers: $(LAUNCHERS)/.ready ## run sweeps through submitit and on a Ray cluster, which takes minutes
+	@$(LAUNCHERS)/bin/python -m pytest -m launchers $(ARGS)
+
+fuzz: $(READY) ## run the property tests on many times the examples, other ones each time
+	@$(BIN)/python $(PYTEST) -m "hypothesis and $(EVERY)" --hypothesis-profile=long --timeout=3600 $(ARGS)
+
+coverage: $(READY) ## branches that the tests of test-all reach, in every process they start
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run $(PYTEST) -m "$(EVERY)" --timeout=900 $(ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+
+mutations: $(READY) ## change the code in small ways and see that a test notices each
+	@$(BIN)/python -m tests.support.mutate $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .
@@ -39,9 +78,8 @@ check: $(READY) ## lint, format and types
 audit: $(READY) ## ask for known vulnerabilities of the pinned versions
 	@$(BIN)/python .ci/audit.py $(ARGS)
 
-bench: $(READY) ## measure speed beside TRL: make bench ARGS="--quick"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]" -c constraints.txt
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(BENCH)/.ready ## measure speed beside TRL: make bench ARGS="--quick"
+	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## write constraints.txt anew from a clean environment
@@ -52,6 +90,7 @@ lock: ## write constraints.txt anew from a clean environment
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt
 	rm -rf $(VENV)-lock
 
-clean: ## remove the environment and caches; outputs/ stays
-	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the environments and caches; outputs/ stays
+	rm -rf $(VENV) $(VENV)-lock $(BENCH) $(LAUNCHERS) build dist *.egg-info .pytest_cache .mypy_cache \
+		.ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

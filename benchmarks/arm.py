@@ -119,7 +119,10 @@ def _take_away(arm: str) -> None:
         from dpo_lightning.models import setup
         from dpo_lightning.models.scoring import Scorer
 
-        setup.choose_path = lambda *_, **__: (Scorer("padded"), "the benchmark asks for it")
+        setup.choose_path = lambda *_, **__: (  # type: ignore[attr-defined]
+            Scorer("padded"),
+            "the benchmark asks for it",
+        )
     elif arm == "flat":
         from dpo_lightning.data import packing
         from dpo_lightning.models.scoring import Scorer
@@ -135,8 +138,8 @@ def _take_away(arm: str) -> None:
             ]
             layout = collate(alone, range(len(alone)))
             whole = collate(groups, rows)
-            names = ("group", "rank", "weight", "chosen", "rejected", "rows", "best")
-            names += ("pair_share", "target_margin")
+            names = ["group", "rank", "weight", "chosen", "rejected", "rows", "best"]
+            names += ["pair_share", "target_margin"]
             return dataclasses.replace(layout, **{name: getattr(whole, name) for name in names})
 
         packing.collate_groups = apart
@@ -176,7 +179,7 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     )
 
     dtype = getattr(torch, arguments.dtype)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     if arguments.adapter:
         from peft import PeftModel
 

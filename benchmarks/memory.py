@@ -106,7 +106,7 @@ def main() -> None:
                 "--out",
                 str(out),
             ]
-            found = []
+            runs = []
             for environment in (LEAN, {}):
                 subprocess.run(
                     command,
@@ -115,8 +115,8 @@ def main() -> None:
                     timeout=1200,
                     env=os.environ | environment,
                 )
-                found.append(json.loads(out.read_text()))
-            results[way] = found[0] | {"resident": found[1]["measured"]}
+                runs.append(json.loads(out.read_text()))
+            results[way] = runs[0] | {"resident": runs[1]["measured"]}
             numbers = [results[way][name] for name in ("estimated", "measured", "resident")]
             columns = " | ".join(f"{number / 2**20:,.0f}" for number in numbers)
             print(f"| {way} | {columns} | {numbers[0] / numbers[1] - 1:+.0%} |", flush=True)

@@ -101,7 +101,7 @@ def make_adapter(model: Path) -> Path:
         settings = LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        get_peft_model(base, settings).save_pretrained(folder)
+        get_peft_model(base, settings).save_pretrained(str(folder))
     return folder
 
 

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import logging
 import os
 import sys
 import traceback
@@ -65,6 +66,8 @@ from dpo_lightning.validation import validate
 
 # Exit codes of a run that a signal ended.
 _STOPPED = (130, 143)
+# PEFT imports these where they are installed; they tell of kernels that nobody asked for.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 class _ComposedOnce(Hydra):
@@ -122,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Runs a command that composes settings; what goes wrong becomes a line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     watch_lifeline()
     outlive_terminal()
     version.setbase("1.3")

@@ -135,9 +135,6 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
-        # PEFT imports these where they are installed; they tell of kernels that nobody asked for.
-        for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         from dpo_lightning.experiment import run_experiment
 
         run_experiment(

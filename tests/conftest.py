@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import byte_tokenizer, tiny_llama_config
+from tests.support.plugin import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.support.plugin import pytest_terminal_summary as pytest_terminal_summary
+from tests.support.properties import register_profiles
 from tests.support.runs import SHARED
+
+# Before any test says how many examples it takes.
+register_profiles()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,17 +13,18 @@ from dpo_lightning.models.setup import set_chat_template
 from tests.support.commands import check_command, commands, files, own_place
 from tests.support.models import byte_tokenizer
 from tests.support.odd_rows import check_rows, lines, read, rows, tables, write_table
+from tests.support.properties import examples
 
 pytestmark = pytest.mark.faults
 
 TRUNCATIONS = st.sampled_from(["drop", "prompt", "response"])
 
 
-def thorough(examples: int) -> settings:
+def thorough(count: int) -> settings:
     return settings(
-        deadline=None,
         suppress_health_check=list(HealthCheck),
-        max_examples=examples,
+        max_examples=examples(count),
+        derandomize=False,  # other ones each time
         database=None,
         phases=[Phase.generate, Phase.shrink],
     )

@@ -131,7 +131,6 @@ def check_all_finished(done: Sweep, place: Path, resumed: list[str]) -> None:
 
 def test_a_sweep_through_submitit_with_all_that_may_happen_to_a_job(place):
     """One trial crashes, one is preempted, one loses its whole job; all four finish."""
-    pytest.importorskip("submitit")
     process = start(
         place, *GRID, "hydra/launcher=slurm", "hydra.launcher.cluster=local",
         "hydra.launcher.max_parallel=2", "hydra.launcher.retries=1",
@@ -161,7 +160,6 @@ def parent(pid: int) -> int:
 
 def test_two_ranks_of_a_trial_are_tasks_of_its_job(place):
     """Lightning takes the ranks from SLURM's environment; one process alone gives the numbers."""
-    pytest.importorskip("submitit")
     slurm = install(place / "slurm")
     short = ("beta=0.3", *LONG[:7], "trainer.max_steps=6")
     done = sweep(
@@ -188,7 +186,6 @@ def test_two_ranks_of_a_trial_are_tasks_of_its_job(place):
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator:
     """A head that runs nothing, and two nodes of one core each."""
-    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -264,7 +261,6 @@ def test_ctrl_c_ends_the_trials_of_a_cluster_that_stays(place, cluster):
 
 
 def test_a_sweep_without_a_cluster_starts_and_stops_its_own(place):
-    pytest.importorskip("ray")
     (place / "crash.py").write_text(
         "import os, sys\nfrom pathlib import Path\nfrom dpo_lightning.module import DPOModule\n\n"
         "step = DPOModule.training_step\n\n"

@@ -264,7 +264,7 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 
 def test_weights_in_four_bits_are_trained_beside(train):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     run = train("peft=qlora", "trainer.max_steps=3")
     assert run.code == 0
     assert run.values("train/loss")[0] == pytest.approx(LN2, abs=1e-5)

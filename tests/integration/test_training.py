@@ -55,6 +55,8 @@ def default_run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("default") / "run"
     done = run_apart("logger=none", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
+    # Nor what libraries say, of kernels that are missing and of each other's changes.
+    assert done.stderr == ""
     (folder / "stdout").write_text(done.stdout)
     return Run(done.returncode, folder)
 

@@ -1,5 +1,7 @@
 """A model's shape and a training, for tests of what fits into memory."""
 
+from typing import Any
+
 import numpy as np
 from transformers import LlamaConfig
 
@@ -17,7 +19,7 @@ SHAPE = shape_of_model(meta_model(LLAMA_1B))
 
 
 def training(**changes) -> Training:
-    values = {
+    values: dict[str, Any] = {
         "weight_bytes": 4, "compute_bytes": 2, "masters": True, "autocast": False,
         "optimizer": "adamw", "trained": None, "four_bit": False, "live_reference": False,
         "shards": 1, "buckets": False, "whole_gradients": False, "tokens": 0,

@@ -83,8 +83,8 @@ def arm(point: str, step: int) -> None:
                 die()
         return real_unlink(self, *args, **kwargs)
 
-    _Hashed.write, os.fsync = write, fsync
-    Path.replace, Path.unlink = replace, unlink
+    for owner, call in ((_Hashed, write), (os, fsync), (Path, replace), (Path, unlink)):
+        setattr(owner, call.__name__, call)
 
 
 def limit(step: int, size: int) -> None:

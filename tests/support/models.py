@@ -46,7 +46,7 @@ VOCABULARY = 97
 
 
 # Two key heads for four query heads wherever the family has them; windows shorter than the texts.
-_LLAMA_LIKE = {
+_LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -59,10 +59,10 @@ _LLAMA_LIKE = {
 }
 
 
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+_SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 
 
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA_LIKE),
     "qwen2": ("Qwen2Config", _LLAMA_LIKE),
     "qwen3": ("Qwen3Config", _LLAMA_LIKE | {"head_dim": 8}),
@@ -90,7 +90,7 @@ FAMILIES = {
 }
 
 
-PADDED_ONLY = {
+PADDED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": (
         "BloomConfig",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},

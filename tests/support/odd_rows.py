@@ -1,5 +1,6 @@
 """Rows, lines and files of every kind, and what must become of each: a group, a bad row, a line."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -11,15 +12,31 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from dpo_lightning.data.prepare import PreparedData, prepare_rows
-from dpo_lightning.data.records import Rows, check_bad_rows, read_rows
+from dpo_lightning.data.records import (
+    Message,
+    PreferenceGroup,
+    Rows,
+    check_bad_rows,
+    read_rows,
+    write_quarantine,
+)
 from dpo_lightning.errors import UserError
+
+# So that the columns of a file as a whole are right.
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+GOOD_TURNS = {
+    "conversations": [{"from": "human", "value": "p"}],
+    "chosen": {"from": "gpt", "value": "a"},
+    "rejected": {"from": "gpt", "value": "b"},
+}
 
 WORDS = ["p", "p a", "p b", "", " ", "\n", "\x00", "a\x00b", "é", "​", "﷽", "🤖", "</s>", "<s>"]
 # JSON has lone surrogates, NaN and integers of any size, and so has Python's reader of it.
 strings = (
     st.sampled_from(WORDS)
     | st.text(st.characters(), max_size=12)
-    | st.sampled_from(["x" * 5000, "é" * 3000, "\n\nHuman: a\n\nAssistant: b", "\ud800", "a\udfff"])
+    | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "\ud800", "a\udfff"])
+    | st.sampled_from([("x", 5000), ("é", 3000)]).map(lambda long: long[0] * long[1])
 )
 numbers = st.integers(-3, 3) | st.integers() | st.floats() | st.sampled_from([10**400, -(10**400)])
 messages = st.fixed_dictionaries(
@@ -147,6 +164,32 @@ def read(path: Path, format: str = "auto") -> Rows | None:
     return found[0] if found else None
 
 
+def check_read(found: Rows, folder: Path) -> None:
+    """What was read is whole: every row is a right group, or a bad row that can be shown."""
+    assert found.total == len(found.groups) + len(found.bad)
+    for group in found.groups:
+        _check_group(group)
+    for bad in found.bad:
+        assert f"{bad.field}{bad.problem}{bad.source}".isprintable()
+    write_quarantine(folder / "quarantine.jsonl", found.bad)
+    written = (folder / "quarantine.jsonl").read_bytes().decode().split("\n")
+    assert [json.loads(line)["source"] for line in written[:-1]] == [b.source for b in found.bad]
+    stops = refusal(lambda: check_bad_rows(found, on_bad_row="stop"))
+    assert (stops is not None) == bool(found.bad)
+
+
+def _check_group(group: PreferenceGroup) -> None:
+    texts = (group.prompt, *group.responses)
+    assert len({type(text) for text in texts}) == 1
+    for text in texts:
+        assert isinstance(text, str) or (text and all(isinstance(m, Message) for m in text))
+    assert len(group.responses) == len(group.ranks) >= 2
+    assert group.ranks[0] == 1
+    assert {b - a for a, b in itertools.pairwise(group.ranks)} <= {0, 1}
+    assert 0 < group.weight < float("inf")
+    group.prompt_key.encode()
+
+
 def check_rows(found: Rows | None, tokenizer: Any, *, truncation: str) -> int:
     """Takes what was read through the tokenizer; every row is accounted for.
 
@@ -155,30 +198,30 @@ def check_rows(found: Rows | None, tokenizer: Any, *, truncation: str) -> int:
     """
     if found is None:
         return 0
-    assert found.total == len(found.groups) + len(found.bad)
-    stops = refusal(lambda: check_bad_rows(found, on_bad_row="stop"))
-    assert (stops is not None) == bool(found.bad)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):  # computed, and found again
-            made: list[PreparedData] = []
-            said = refusal(
-                lambda made=made: made.append(
-                    prepare_rows(
-                        found,
-                        None,
-                        tokenizer,
-                        max_length=64,
-                        truncation=truncation,
-                        eval_fraction=0.2,
-                        split_seed=0,
-                        max_dropped=1.0,
-                        cache=Path(folder),
-                    )
+        check_read(found, Path(folder))
+        made: list[PreparedData] = []
+
+        def prepare() -> None:
+            made.append(
+                prepare_rows(
+                    found,
+                    None,
+                    tokenizer,
+                    max_length=64,
+                    truncation=truncation,
+                    eval_fraction=0.2,
+                    split_seed=0,
+                    max_dropped=1.0,
+                    cache=Path(folder, "tokens"),
                 )
             )
-            assert (said is None) == bool(made)
-            for data in made:
-                _check_tokens(data, found.total, len(tokenizer))
+
+        said = [refusal(prepare) for _ in range(2)]  # computed, and found again
+        assert said[0] == said[1]
+        assert len(made) == said.count(None)
+        for data in made:
+            _check_tokens(data, found.total, len(tokenizer))
     return found.total
 
 

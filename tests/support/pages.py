@@ -21,11 +21,15 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
         (folder / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
 
+    def start(config, **_):
+        started.append(config)
+        return 0
+
     def launch(context, config, task, job_overrides, **options):
         started.extend(job_overrides)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=1.0) for _ in job_overrides]
 
-    monkeypatch.setattr(cli, "_start", lambda config, **_: started.append(config) or 0)
+    monkeypatch.setattr(cli, "_start", start)
     # Every trial of a sweep is composed and checked before this.
     monkeypatch.setattr("dpo_lightning.sweeps.launch.launch", launch)
     monkeypatch.setattr(finish, "finish_sweep", lambda *_: True)

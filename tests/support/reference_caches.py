@@ -3,6 +3,7 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +56,12 @@ def expected(group: TokenGroup) -> list[float]:
 
 
 def fill(cache: ReferenceCache, *parts: list[TokenGroup], scorer=None, budget: int = 8):
+    stand_in: Any = scorer or CountingScorer()
     return with_reference_logps(
         parts,
         cache,
         load=lambda: torch.nn.Linear(1, 1),
-        scorer=scorer or CountingScorer(),
+        scorer=stand_in,
         device=torch.device("cpu"),
         precision=contextlib.nullcontext,
         micro_batch_tokens=budget,
@@ -75,8 +77,9 @@ GROUPS = [
 
 def check(parts: list[list[TokenGroup]]) -> None:
     for group in (group for part in parts for group in part):
+        assert group.reference_logps is not None
         assert group.reference_logps.dtype == np.float32
-        np.testing.assert_allclose(group.reference_logps, expected(group), rtol=1e-6)
+        np.testing.assert_allclose(group.reference_logps, np.array(expected(group)), rtol=1e-6)
 
 
 def only_part(cache: ReferenceCache) -> Path:

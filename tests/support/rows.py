@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dpo_lightning.data.records import (
     BadRow,
@@ -9,7 +10,7 @@ from dpo_lightning.data.records import (
     read_rows,
 )
 
-GOOD = {"prompt": "Say hi.", "chosen": " Hello.", "rejected": " Go away."}
+GOOD: dict[str, Any] = {"prompt": "Say hi.", "chosen": " Hello.", "rejected": " Go away."}
 
 
 def user(content):
@@ -26,13 +27,14 @@ def read_lines(folder: Path, *lines: object, format="auto", columns=None) -> Row
     path.write_bytes(
         b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
     )
-    options = {"split": None, "subset": None, "revision": None}
-    return read_rows(str(path), format=format, columns=columns or {}, **options)
+    return read_rows(
+        str(path), format=format, columns=columns or {}, split=None, subset=None, revision=None
+    )
 
 
 def read_bad(folder: Path, row: object, **options) -> BadRow:
     """Reads a bad row as line 3, after a good one and a blank line."""
-    good = GOOD
+    good: dict[str, Any] = GOOD
     if options.get("format") == "sharegpt":
         turns = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
         good = {"conversations": [turns[0]], "chosen": turns[1], "rejected": turns[1]}

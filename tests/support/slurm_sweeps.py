@@ -1,6 +1,7 @@
 """Sweeps of stand-ins through the SLURM launcher."""
 
 from pathlib import Path
+from typing import Any
 
 from dpo_lightning.sweeps.dispatch import Dispatcher
 from dpo_lightning.sweeps.places import Work
@@ -8,7 +9,7 @@ from dpo_lightning.sweeps.slurm_site import SlurmSite
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.support.trials import Silent, stand_in
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "cluster": "slurm", "partition": None, "account": None, "qos": None, "constraint": None,
     "timeout_min": 60, "signal_delay_s": 90, "max_timeouts": 3, "cpus_per_task": None,
     "mem_gb": None, "gpus_per_node": None, "setup": [], "additional_parameters": {},

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from dpo_lightning.data.rows import Message, PreferenceGroup
+from dpo_lightning.data.rows import PreferenceGroup
+from dpo_lightning.data.texts import Message
 from dpo_lightning.data.token_cache import tokenize_once
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
+from tests.support.properties import examples
 
 betas = st.floats(1e-3, 10)
 
@@ -35,7 +36,7 @@ def test_cosine_by_hand():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @given(start=betas, end=betas, steps=st.integers(2, 5000))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(50))
 def test_it_starts_and_ends_where_it_is_said_and_is_monotone_between(schedule, start, end, steps):
     plan = BetaPlan(start=start, end=end, schedule=schedule, total_steps=steps)
     assert plan.at(0) == start

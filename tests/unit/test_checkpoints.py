@@ -25,6 +25,7 @@ from dpo_lightning.checkpoints import (
 )
 from dpo_lightning.errors import CorruptArtifactError
 from dpo_lightning.files import staged_name
+from tests.support.properties import examples
 
 
 def content(data: bytes) -> Content:
@@ -63,7 +64,7 @@ def test_a_truncated_file_is_found_out(tmp_path, at: int):
 
 
 @given(place=st.integers(0, 199), bit=st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_a_flipped_bit_is_found_out(tmp_path_factory, place: int, bit: int):
     path = save(tmp_path_factory.mktemp("flip"), 1, bytes(range(200)))
     data = bytearray(path.read_bytes())

@@ -23,6 +23,7 @@ from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.probe import choose_path
 from tests.support.budgets import SHAPE, group, training
 from tests.support.memory_page import SHAPES, shape, table, ways
+from tests.support.properties import examples
 from tests.support.runs import ROOT
 
 
@@ -183,7 +184,7 @@ def test_checkpointing_and_8_bits_take_less_and_a_live_reference_no_less(how):
     assert footprint(SHAPE, replace(plain, live_reference=True)).total >= total
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(HOW, st.sampled_from(sorted(SHAPES)), st.integers(3, 10))
 def test_more_devices_take_less_of_each(how, name, power):
     """From 8 on: two already gather layers, which can be more than they share out."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dpo_lightning.objectives.listwise import LISTWISE_LOSSES, listwise_loss
 from dpo_lightning.objectives.pairwise import pairwise_loss
+from tests.support.properties import examples
 
 NAMES = ("softmax", "plackett_luce")
 
@@ -97,7 +98,7 @@ RESPONSES = st.lists(st.tuples(st.floats(-30, 30), st.integers(1, 4)), min_size=
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(groups=st.lists(RESPONSES, min_size=1, max_size=5))
 def test_any_groups_equal_the_plain_loop(name, groups):
     expected = [by_loop(name, responses) for responses in groups]
@@ -105,7 +106,7 @@ def test_any_groups_equal_the_plain_loop(name, groups):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(responses=RESPONSES, shift=st.floats(-1e3, 1e3), draw=st.randoms(use_true_random=False))
 def test_only_differences_and_ranks_matter(name, responses, shift, draw):
     """A prompt's constant (its beta log Z), the order of a group, the ranks' own numbers."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
 from dpo_lightning.objectives.registry import DIVERGENCES
 from tests.support.losses import loss
+from tests.support.properties import examples
 
 # Tests of plugins may have registered others in the same process.
 LOSSES = [
@@ -39,7 +40,7 @@ ALPHAS = (-0.5, 0.5, 2.0)
 FLIP = 0.2
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
-hypothesis_settings = settings(max_examples=25, deadline=None, derandomize=True)
+hypothesis_settings = settings(max_examples=examples(25))
 
 
 def other_options(name):

@@ -1,6 +1,7 @@
-"""The losses against those of TRL 1.16.0, whose own code is run where it is installed.
+"""The losses against those of TRL 1.16.0: its own code is run.
 
-Where it is not, the numbers that it gave stand in for it: `PINNED`, the mean loss of one batch.
+The numbers that it gave are pinned too, `PINNED`, the mean loss of one batch: a new version of TRL
+that computes something else is seen as such.
 TRL's code runs here without its models: `_compute_loss` of an object that has the settings of a
 trainer, and of a "model" that returns given log-probabilities of tokens. It computes in float64 but
 for the alpha divergence, which it knows in half and single precision alone.
@@ -31,7 +32,6 @@ Another definition, or nothing to compare with:
   delta 1; its `ipo` without a reference is on logps per token, as `ipo` is here.
 """
 
-import importlib.util
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -42,10 +42,6 @@ import torch
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
 from dpo_lightning.objectives.comparison import Tokens, compare_responses
 from dpo_lightning.objectives.registry import ObjectiveSettings
-
-has_trl = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="trl is not installed (pip install -e .[bench])"
-)
 
 # Log-probabilities of the tokens of four pairs of responses, of unequal lengths.
 CHOSEN = [
@@ -292,7 +288,8 @@ def padded(tokens):
 
 def trls(name, options, composed):
     """The same of TRL's own code."""
-    trainer_module = pytest.importorskip("trl.trainer.dpo_trainer")
+    from trl.trainer.dpo_trainer import DPOTrainer
+
     dtype = dtype_of(composed)
     tokens = flat(CHOSEN, REJECTED, dtype=dtype).requires_grad_()
     policy = Given(padded(tokens))
@@ -329,7 +326,7 @@ def trls(name, options, composed):
         "attention_mask": torch.ones(mask.shape, dtype=torch.long),
         "completion_mask": mask.long(),
     }
-    loss = trainer_module.DPOTrainer._compute_loss(trainer, policy, inputs, False)
+    loss = DPOTrainer._compute_loss(trainer, policy, inputs, False)
     loss.backward()
     assert tokens.grad is not None
     return loss.item(), tokens.grad
@@ -347,7 +344,6 @@ def test_the_numbers_that_trl_gave(case):
     assert value == pytest.approx(PINNED[case], rel=max(tolerance(name, composed), 1e-9))
 
 
-@has_trl
 @pytest.mark.parametrize("case", CASES)
 def test_trls_own_code(case):
     """The mean of the batch, and the gradient that each token gets of it."""
@@ -418,7 +414,8 @@ def test_the_numbers_of_trls_cpo(name):
 
 
 def cpo_of_trl(name):
-    cpo = pytest.importorskip("trl.experimental.cpo")
+    from trl.experimental.cpo import CPOTrainer
+
     kind, beta, smoothing, per_token = EXPERIMENTAL[name]
     trainer = SimpleNamespace(
         alpha=0.0,
@@ -430,10 +427,9 @@ def cpo_of_trl(name):
     )
     sides = (CHOSEN_MEANS, REJECTED_MEANS) if per_token else (CHOSEN_LOGPS, REJECTED_LOGPS)
     sides = (torch.tensor(side, dtype=torch.float64) for side in sides)
-    return cpo.CPOTrainer.cpo_loss(trainer, *sides)[0]
+    return CPOTrainer.cpo_loss(trainer, *sides)[0]
 
 
-@has_trl
 @pytest.mark.parametrize("name", EXPERIMENTAL)
 def test_trls_own_cpo(name):
     torch.testing.assert_close(
@@ -451,13 +447,13 @@ def test_the_numbers_of_trls_orpo():
 
 
 def orpo_of_trl():
-    orpo = pytest.importorskip("trl.experimental.orpo")
+    from trl.experimental.orpo import ORPOTrainer
+
     trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device=torch.device("cpu")))
     sides = (torch.tensor(side, dtype=torch.float64) for side in (CHOSEN_MEANS, REJECTED_MEANS))
-    return -orpo.ORPOTrainer.odds_ratio_loss(trainer, *sides)[0]
+    return -ORPOTrainer.odds_ratio_loss(trainer, *sides)[0]
 
 
-@has_trl
 def test_trls_own_orpo():
     torch.testing.assert_close(orpo_of_trl().double(), odds_of_ours(), rtol=1e-6, atol=1e-7)
 
@@ -476,7 +472,6 @@ def test_sft_weighs_responses_where_trl_weighs_tokens():
     assert abs(value - 1.271667) > 0.09
 
 
-@has_trl
 def test_sft_of_trl_is_the_mean_over_tokens():
     value, _ = trls("sft", {}, {})
     assert value == pytest.approx(1.271667, abs=1e-6)

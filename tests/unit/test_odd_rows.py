@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from dpo_lightning.models.setup import set_chat_template
 from tests.support.models import byte_tokenizer
 from tests.support.odd_rows import check_rows, lines, read, rows, tables, write_table
+from tests.support.properties import examples
 
-quick = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=40)
+quick = settings(suppress_health_check=list(HealthCheck), max_examples=examples(40))
 truncations = st.sampled_from(["drop", "prompt", "response"])
 endings = st.sampled_from([b"\n", b"\r\n"])
 

@@ -24,6 +24,7 @@ from dpo_lightning.data.packing import (
 )
 from dpo_lightning.data.tokens import TokenGroup
 from tests.support.batches import random_groups
+from tests.support.properties import examples
 
 
 def test_the_examples_are_true():
@@ -95,7 +96,7 @@ def slow_layout(groups):
     return out
 
 
-@settings(max_examples=80, deadline=None, database=None)
+@settings(max_examples=examples(80))
 @given(MANY)
 def test_the_layout_is_that_of_a_slow_loop(groups):
     batch = collate_groups(groups, range(10, 10 + len(groups)))
@@ -161,7 +162,7 @@ def should_see(groups) -> dict[int, set[int]]:
     }
 
 
-@settings(max_examples=80, deadline=None, database=None)
+@settings(max_examples=examples(80))
 @given(st.lists(token_groups(most=20), min_size=1, max_size=8))
 def test_buckets_let_each_token_see_what_it_should(groups):
     batch = collate_groups(groups, range(len(groups)))
@@ -216,7 +217,7 @@ def first_fit(costs: list[int], budget: int) -> int:
     return len(room)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300))
 @given(costs=COSTS, world_size=st.integers(1, 6), budget=st.integers(1, 120))
 def test_ranks_may_be_asked_for_as_many_micro_batches(costs, world_size, budget):
     """The same groups on the same ranks; only who shares a pass changes, and never over budget."""
@@ -230,7 +231,7 @@ def test_ranks_may_be_asked_for_as_many_micro_batches(costs, world_size, budget)
         assert [] not in one or max(map(len, one)) <= 1
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=examples(200))
 @given(
     n=st.integers(1, 60), batch=st.integers(1, 9), seed=st.integers(0, 9), epoch=st.integers(0, 4)
 )
@@ -266,7 +267,7 @@ def test_micro_batches_of_a_rank_are_even():
     assert [len(micro) for micro in plan] == [2, 2]
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300))
 @given(costs=COSTS, world_size=st.integers(1, 6), budget=st.integers(1, 120))
 def test_any_plan(costs, world_size, budget):
     plan = plan_step(costs, world_size=world_size, micro_batch_tokens=budget)
@@ -417,7 +418,7 @@ def test_a_step_is_carried_unchanged(carry):
 
 
 @given(n=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 50))
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=examples(50))
 def test_an_order_is_a_permutation_that_repeats(n, seed, epoch):
     order = epoch_order(n, seed=seed, epoch=epoch)
     assert sorted(order) == list(range(n))

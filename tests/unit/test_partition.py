@@ -18,6 +18,7 @@ from dpo_lightning.objectives.partition import (
     log_partition,
     optimal_logps,
 )
+from tests.support.properties import examples
 
 
 def test_log_partition_of_two_groups():
@@ -133,7 +134,7 @@ def test_what_the_reference_never_says_the_optimum_never_says():
     assert optimum.exp().tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     logratios=st.lists(st.floats(-800, 800), min_size=1, max_size=16),
     beta=st.floats(0.01, 1.0),
@@ -305,7 +306,7 @@ def stream(reference, rewards, beta, sizes):
     return streamed
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=8).filter(sum),
     beta=st.floats(0.05, 5.0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig
 
 from dpo_lightning import preflight
 from dpo_lightning.budget import Budget
+from dpo_lightning.cli import guarded
 from dpo_lightning.config import Config
 from dpo_lightning.errors import UserError
 from dpo_lightning.footprint import GIB, footprint
@@ -189,6 +191,19 @@ def test_a_wrong_command_is_one_line(words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_what_kernels_of_others_say_when_they_are_imported_is_not_shown(caplog):
+    """PEFT imports torchao where it is installed, which tells of files that it cannot load."""
+
+    def command(argv: list[str]) -> int:
+        for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+            logging.getLogger(name).warning("Failed to load %s", name)
+        logging.getLogger("dpo_lightning.preflight").warning("our own")
+        return 0
+
+    assert guarded(command, []) == 0
+    assert caplog.messages == ["our own"]
 
 
 def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):

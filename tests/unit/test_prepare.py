@@ -15,6 +15,7 @@ from dpo_lightning.data.records import BadRow, PreferenceGroup, Rows, read_rows
 from dpo_lightning.data.tokens import DROP_REASONS, PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
 from tests.support.groups import ids, token_group
+from tests.support.properties import examples
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_what_was_changed_is_counted(tokenizer):
 _WORDS = st.text("ab ", max_size=4)
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=examples(150))
 @given(
     train=st.lists(st.tuples(_WORDS, _WORDS, _WORDS), min_size=1, max_size=12),
     evaluation=st.none() | st.lists(st.tuples(_WORDS, _WORDS, _WORDS), min_size=1, max_size=6),
@@ -249,7 +250,7 @@ def test_nothing_is_held_out_of_one_prompt_and_that_is_said(tokenizer):
 # The split ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=examples(200))
 @given(
     keys=st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60),
     fraction=st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9]),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps import places, slurm_jobs
@@ -107,8 +108,6 @@ def test_gpus_of_the_nodes_are_not_judged_from_here(slurm):
 
 
 # Jobs --------------------------------------------------------------------------------------------
-
-submitit = pytest.importorskip("submitit")
 
 GOOD = "time.sleep(0.1); finish()"
 

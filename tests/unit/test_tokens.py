@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.data.tokens import DROP_REASONS
+from tests.support.properties import examples
 from tests.support.tokens import (
     ANY_TEXT,
     BEGIN,
@@ -277,9 +278,7 @@ def _groups(draw):
     return make_group(draw(ANY_TEXT), *responses, ranks=ranks[: len(responses)])
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @example(
     group=make_group("0000000l", "l", "", "0", ranks=[1, 1, 2]),
     begins=True,

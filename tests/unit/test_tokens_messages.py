@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_lightning.data.records import Message, read_rows
 from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
+from tests.support.properties import examples
 from tests.support.tokens import (
     ANY_TEXT,
     BEGIN,
@@ -127,7 +128,7 @@ def test_a_template_that_refuses_is_answered_in_one_line(plain_tokenizer):
     assert message.endswith("data.chat_template=")
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=examples(60))
 @given(
     prompt=st.lists(
         st.tuples(st.sampled_from(["system", "user", "assistant"]), ANY_TEXT),
