@@ -39,9 +39,15 @@ MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment")
 READ_LATER = (
     *("DPO_LIGHTNING_CACHE", "DPO_LIGHTNING_LIFELINE", "DPO_LIGHTNING_PARENT"),
     *("DISTURB", "DISTURB_GO"),
-    *("WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL", "WANDB_API_KEY", "WANDB_SERVICE"),
+    *("WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL", "WANDB_API_KEY"),
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST", "PWD", "OLDPWD"),
+)
+
+# Runs in this process leave them behind; no shell has them.
+LEFT_BEHIND = (
+    *("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHINDUCTOR_CACHE_DIR"),
+    *("PYTORCH_NVML_BASED_CUDA_CHECK", "WANDB_SERVICE"),
 )
 
 
@@ -145,7 +151,7 @@ class WarmProcess:
 
     def __init__(self, modules: Sequence[str]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environment = dict(os.environ)
+        self.environment = own_environment()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), *modules],
@@ -205,6 +211,11 @@ class WarmProcess:
         self._process.wait(30)
 
 
+def own_environment() -> dict[str, str]:
+    """The environment of this process, as a shell would have it."""
+    return {name: value for name, value in os.environ.items() if name not in LEFT_BEHIND}
+
+
 def _with_root(environment: Mapping[str, str]) -> str:
     return os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
 
@@ -241,7 +252,7 @@ def start_train(
         start_new_session: Whether it leads a session of its own.
         env: Added to this process's own environment; None takes a variable away.
     """
-    changed = os.environ | (env or {})
+    changed: dict[str, str | None] = {**own_environment(), **(env or {})}
     whole = {name: value for name, value in changed.items() if value is not None}
     program = str(ROOT / "train.py")
     if needs_cold_start(whole, warm_process().environment):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.recovery import rows
-from tests.support.runs import TINY, Run
+from tests.support.runs import TINY, Run, run_train
 from tests.support.warm import (
     MODULES,
     ROOT,
@@ -16,6 +16,7 @@ from tests.support.warm import (
     WarmProcess,
     WarmRun,
     needs_cold_start,
+    own_environment,
     run_apart,
     start_train,
     warm_process,
@@ -58,13 +59,16 @@ def test_a_warm_run_is_the_cold_one_to_the_bit(tmp_path):
     assert runs[0].result["metrics"] == runs[1].result["metrics"]
 
 
-def test_a_variable_that_is_read_at_import_starts_cold():
+def test_a_variable_that_is_read_at_import_starts_cold(tmp_path):
     process = start_train("--help", stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "2"})
     assert isinstance(process, subprocess.Popen)
     assert process.wait(120) == 0
     process = start_train("--help", stdout=subprocess.DEVNULL, env={"DISTURB": "x", "RANK": "0"})
     assert isinstance(process, WarmRun)
     assert ended(process) == 0
+    # What a run in this process leaves behind is no reason.
+    assert run_train(tmp_path / "run", "trainer.max_steps=1", *TINY).code == 0
+    assert needs_cold_start(own_environment(), warm_process().environment) == []
     base = {"A": "1", "WANDB_DIR": "x"}
     assert needs_cold_start(base, base | {"WANDB_DIR": "y"}) == []
     assert needs_cold_start(base, {"A": "2", "B": "3"}) == ["A", "B"]
