@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_lightning.config import Config, StrategyConfig
+from dpo_lightning.config import Config
 from dpo_lightning.errors import UserError
 from dpo_lightning.footprint import GIB, Footprint, ModelShape, Training, footprint, in_gib
 
@@ -110,8 +110,8 @@ def plan_training(
 
     half = config.model.dtype == "bfloat16"
     sharded = config.strategy.name == "fsdp" and devices > 1
-    peft: Any = getattr(config, "peft", None)
-    adapters = peft is not None and peft.kind == "lora"
+    peft = config.peft
+    adapters = peft.kind == "lora"
     alone = devices == 1 and config.strategy.name != "fsdp"
     limits = Limits.of(device)
     return Training(
@@ -126,7 +126,7 @@ def plan_training(
         live_reference=config.reference.kind == "live",
         shards=devices if sharded else 1,
         buckets=devices > 1 and not sharded,
-        whole_gradients=sharded and getattr(config.strategy, "sync_gradients", "step") == "step",
+        whole_gradients=sharded and config.strategy.sync_gradients == "step",
         tokens=0,
         checkpointing=False,
         keys=0,
@@ -243,17 +243,24 @@ def remedies(estimate: Estimate) -> Iterator[tuple[str, int]]:
     if now.tokens > least:
         options[f"data.micro_batch_tokens={least}"] = replace(now, tokens=least)
     options["model.gradient_checkpointing=true"] = replace(now, checkpointing=True)
-    if now.trained is None and any(item.name == "peft" for item in fields(Config)):
-        lora = replace(now, trained=shape.lora_parameters(_LORA_RANK), whole_gradients=False)
-        options["peft=lora"] = lora
+    if now.trained is None:
+        # Adapters are trained with the whole model on each device.
+        name = "peft=lora" if now.shards == 1 else "peft=lora strategy=ddp"
+        options[name] = replace(
+            now,
+            trained=shape.lora_parameters(_LORA_RANK),
+            shards=1,
+            buckets=estimate.devices > 1,
+            autocast=now.autocast or (now.shards > 1 and now.compute_bytes < now.weight_bytes),
+            whole_gradients=False,
+        )
     if now.whole_gradients:
         options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
     if now.trained is None:
         half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
         options["model.dtype=bfloat16"] = half
-    strategies = {item.name: item.metadata for item in fields(StrategyConfig)}
-    if now.shards == 1 and "fsdp" in strategies["name"]["choices"]:
+    if now.trained is None and now.shards == 1:
         count = estimate.devices if estimate.devices > 1 else _DEVICES
         name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
         options[name] = replace(now, shards=count, masters=False, autocast=False, buckets=False)

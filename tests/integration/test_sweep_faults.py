@@ -140,10 +140,17 @@ def test_a_rerun_does_only_what_is_missing(mended: Sweep):
 
 @pytest.mark.slow
 def test_a_finished_sweep_is_left_as_it_is(mended: Sweep, place: Path):
-    begin = time.monotonic()
+    """No trial is started, so none of their files is written."""
+
+    def written() -> dict[Path, int]:
+        files = [path for path in mended.folder.glob("beta-*/**/*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = written()
+    assert len({path.relative_to(mended.folder).parts[0] for path in before}) == 6
     again = sweep(place, *GRID)
     assert again.code == 0
-    assert time.monotonic() - begin < 30
+    assert written() == before
     assert again.stdout.count("not run again") == 6
     # Another grid in the same folder is another set of trials.
     more = sweep(place, "beta=0.1", "seed=9", "trainer.max_steps=2", *SMALL)

@@ -1,6 +1,6 @@
 """Training through the command line, on the embedded task."""
 
-import json
+import dataclasses
 import math
 import signal
 import subprocess
@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_lightning.config import Config
 from dpo_lightning.data.controlled import PROMPTS, word_values
+from dpo_lightning.validation import validate
 from tests.support.runs import TINY, Run, run_train
 from tests.support.warm import run_apart, start_train
 
@@ -258,7 +260,7 @@ def test_checkpoints_hold_the_policy_alone_and_no_pickled_objects(tmp_path):
     path = run.folder / "checkpoints" / "step-000002.ckpt"
     state = torch.load(path, weights_only=True)
     assert state["global_step"] == 2
-    assert all(name.startswith("policy.") for name in state["state_dict"])
+    assert {name.partition(".")[0] for name in state["state_dict"]} == {"policy"}
 
 
 def test_a_diverged_run_stops_before_the_step(tmp_path):
@@ -338,10 +340,16 @@ def test_a_grid_in_one_process_keeps_its_trials_apart(tmp_path):
     assert rewards[1] > rewards[0]
 
 
-def test_the_resolved_config_is_on_disk(tmp_path):
+def test_the_resolved_config_on_disk_is_a_config_again(tmp_path):
+    """Every setting with the value that ran; what was left to the run is what it chose."""
     import yaml
+    from omegaconf import OmegaConf
 
     run = run_train(tmp_path / "run", *TINY, "trainer.max_steps=1", "beta=0.25")
-    config = yaml.safe_load((run.folder / "config.yaml").read_text())
-    assert config["beta"] == 0.25
-    assert json.dumps(config)
+    text = (run.folder / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert dataclasses.asdict(validate(OmegaConf.create(config), explicit_run_dir=True)) == config
+    assert (config["beta"], config["trainer"]["max_steps"]) == (0.25, 1)
+    assert Config().data.max_length is None
+    assert config["data"]["max_length"] == 16
+    assert "${" not in text

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import numpy as np
 from transformers import LlamaConfig
 
-from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.footprint import Training, shape_of_model
 from dpo_lightning.models.loading import meta_model
 
@@ -27,9 +25,3 @@ def training(**changes) -> Training:
         "head_scores": 1 << 25, "head_kept": 1 << 27,
     }  # fmt: skip
     return Training(**(values | changes))
-
-
-def group(prompt: int, *responses: int) -> TokenGroup:
-    draw = np.random.default_rng(prompt)
-    ids = [draw.integers(3, 200, n).astype(np.int32) for n in (prompt, *responses)]
-    return TokenGroup(ids[0], tuple(ids[1:]), tuple(range(1, len(ids))), 1.0, "f:1", "key")

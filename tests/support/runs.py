@@ -28,7 +28,10 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def values(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows if name in row]
+        """A metric over the run; that no row has it is never what a test compares."""
+        found = [row[name] for row in self.rows if name in row]
+        assert found, f"no row has {name}"
+        return found
 
 
 def run_train(folder: Path, *overrides: str, logger: str = "none") -> Run:

@@ -11,6 +11,7 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.models import attention
 from dpo_lightning.models.attention import AttentionPlan, Sequences, group_attention, varlen_fault
 from dpo_lightning.models.scoring import Scorer
+from tests.support.groups import group
 from tests.support.models import tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -57,19 +58,12 @@ def top_left(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size,
 
 
 def batch():
-    groups = [
-        attention._probe_group(5, 3, 4),
-        attention._probe_group(2, 1),
-        attention._probe_group(1, 6, 2, 2),
-    ]
-    return collate_groups(groups, [0, 1, 2])
+    return collate_groups([group(5, 3, 4), group(2, 1), group(1, 6, 2, 2)], [0, 1, 2])
 
 
 def test_the_sequences_of_a_micro_batch():
     """A prompt's keys are its own, a response's the prompt's and its own."""
-    found = Sequences.of(
-        collate_groups([attention._probe_group(2, 1, 2), attention._probe_group(1, 1)], [0, 1])
-    )
+    found = Sequences.of(collate_groups([group(2, 1, 2), group(1, 1)], [0, 1]))
     assert found.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 5, 6]
     assert found.query_ends.tolist() == [0, 2, 3, 5, 6, 7]
     assert found.key_ends.tolist() == [0, 2, 5, 9, 10, 12]

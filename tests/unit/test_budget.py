@@ -15,7 +15,8 @@ from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses
 from dpo_lightning.objectives.registry import ObjectiveSettings
-from tests.support.budgets import SHAPE, group, training
+from tests.support.budgets import SHAPE, training
+from tests.support.groups import group
 from tests.support.models import tiny_llama_config
 
 GIB = 1 << 30

@@ -21,7 +21,8 @@ from dpo_lightning.footprint import (
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.probe import choose_path
-from tests.support.budgets import SHAPE, group, training
+from tests.support.budgets import SHAPE, training
+from tests.support.groups import group
 from tests.support.memory_page import SHAPES, shape, table, ways
 from tests.support.properties import examples
 from tests.support.runs import ROOT

@@ -82,7 +82,9 @@ def top(names: set[str]) -> set[str]:
 
 
 def modules(pattern: str):
-    return sorted(PACKAGE.glob(pattern))
+    found = sorted(PACKAGE.glob(pattern))
+    assert found, pattern
+    return found
 
 
 def test_imports_point_one_way():

@@ -1,5 +1,7 @@
 """The rules that the tests themselves keep."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +72,94 @@ def test_property_tests_draw_the_same_examples_each_time(pytestconfig):
         assert settings().derandomize
         assert settings().database is None
     assert settings().deadline is None
+
+
+# What no test does -------------------------------------------------------------------------------
+
+CLOCKS = {"time", "monotonic", "perf_counter", "process_time"}
+MAY_BE_MISSING = {"bitsandbytes"}
+BY_PROFILE = {"deadline", "derandomize", "database"}
+
+
+def called(node: ast.AST) -> str:
+    """The last word of what a call calls: ``b`` of ``a.b()``."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def reads_clock(node: ast.AST) -> bool:
+    return any(called(part) in CLOCKS for part in ast.walk(node))
+
+
+def never_fails(test: ast.expr) -> bool:
+    """Whether an asserted expression is true whatever the code does."""
+    if isinstance(test, ast.Constant):
+        return bool(test.value)
+    if isinstance(test, ast.Tuple | ast.List | ast.Set | ast.Dict):
+        return bool(getattr(test, "elts", getattr(test, "keys", ())))
+    if isinstance(test, ast.JoinedStr | ast.Lambda | ast.GeneratorExp):
+        return True
+    return called(test) in {"dumps", "repr", "str", "format", "join"}
+
+
+def faults(code: str, name: str = "test_it.py") -> list[str]:
+    """What a file of tests does against the rules."""
+    found = []
+    in_faults = "faults/" in name
+    for node in ast.walk(ast.parse(code)):
+        imported = [getattr(node, "module", None) or ""] if isinstance(node, ast.ImportFrom) else []
+        imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(re.match(r"tests\.(?!support\b)", module) for module in imported):
+            found.append("imports from another test")
+        if called(node) == "importorskip" and not (
+            isinstance(node.args[0], ast.Constant) and node.args[0].value in MAY_BE_MISSING
+        ):
+            found.append("skips where a dependency is missing")
+        if isinstance(node, ast.Assert):
+            if never_fails(node.test):
+                found.append("asserts what cannot be false")
+            for part in ast.walk(node.test):
+                if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Sub):
+                    found += ["asserts a wall time"] if reads_clock(part) else []
+        if called(node) == "settings" and not in_faults:
+            pinned = {keyword.arg for keyword in node.keywords}
+            found += ["pins what a profile says"] if pinned & BY_PROFILE else []
+            counts = [k.value for k in node.keywords if k.arg == "max_examples"]
+            if any(called(count) != "examples" for count in counts):
+                found.append("pins its number of examples")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("from tests.unit.test_a import helper", "imports from another test"),
+        ("import tests.integration.test_b", "imports from another test"),
+        ("from tests.support.runs import ROOT\nimport pytest", None),
+        ('pytest.importorskip("torchao")', "skips where a dependency is missing"),
+        ('pytest.importorskip("bitsandbytes", reason="why")', None),
+        ("assert time.monotonic() - begin < 30", "asserts a wall time"),
+        ("assert 0 < perf_counter() - begin", "asserts a wall time"),
+        ("while True:\n    assert time.monotonic() < deadline", None),
+        ("assert json.dumps(config)", "asserts what cannot be false"),
+        ('assert (1 == 2, "why")', "asserts what cannot be false"),
+        ('assert f"{x}"', "asserts what cannot be false"),
+        ("assert [x for x in y]", None),
+        ("@settings(max_examples=30)\ndef test(): ...", "pins its number of examples"),
+        ("@settings(max_examples=examples(30))\ndef test(): ...", None),
+        ("quick = settings(deadline=None)", "pins what a profile says"),
+    ],
+)
+def test_each_rule_sees_what_it_is_about(code: str, fault: str | None):
+    assert faults(code) == ([] if fault is None else [fault])
+
+
+def test_no_test_does_what_none_does():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 80
+    found = {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
+    assert {name: faults(code, name) for name, code in found.items() if faults(code, name)} == {}
+
+
+def test_nothing_is_skipped_for_an_empty_list(pytestconfig):
+    assert pytestconfig.getini("empty_parameter_set_mark") == "fail_at_collect"
