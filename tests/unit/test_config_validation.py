@@ -1,5 +1,6 @@
 """What a composed config must be: each problem is a clause that names key, value and remedy."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -289,11 +290,28 @@ def test_devices_have_one_form(given: Any, normal: Any) -> None:
     assert validate(composed(trainer__devices=given)).trainer.devices == normal
 
 
-def test_home_is_expanded(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(Path(own["data__train"]).parent))
-    config = validate(composed(data__train="~/rows.jsonl", model__pretrained="~/model"))
-    assert config.data.train == own["data__train"]
-    assert config.model.pretrained == own["model__pretrained"]
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model.pretrained", "model.tokenizer", "model.config", "peft.adapter", "resume"),
+        *("reference.pretrained", "reference.adapter", "reference.cache_dir", "evaluation.scorer"),
+        *("data.train", "data.eval", "data.chat_template"),
+    ],
+)
+def test_every_path_may_begin_at_home(
+    key: str, own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("tokenizer.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "model" / name).touch()
+    is_file = key in ("data.train", "data.eval", "data.chat_template")
+    if key == "model.config":
+        own["model__pretrained"] = None
+    if "adapter" in key:
+        own["peft__kind"] = "lora"
+    name = "rows.jsonl" if is_file else "model"
+    config = validate(composed(**{**own, key.replace(".", "__"): f"~/{name}"}))
+    assert functools.reduce(getattr, key.split("."), config) == str(tmp_path / name)
 
 
 def test_own_rows_and_model_are_valid(own: dict[str, Any]) -> None:
