@@ -5,7 +5,7 @@ import errno
 import os
 import pickle
 import shutil
-from collections import namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -166,11 +166,21 @@ class Level(enum.IntEnum):
     HIGH = 3
 
 
+Best = namedtuple("Best", "step loss")
+
+
 @pytest.mark.parametrize(
-    ("value", "kind"), [(np.float64(1.5), "float64"), (Level.HIGH, "Level"), (np.str_("a"), "str_")]
+    ("value", "kind"),
+    [
+        (np.float64(1.5), "float64"),
+        (Level.HIGH, "Level"),
+        (np.str_("a"), "str_"),
+        (defaultdict(int, a=1), "defaultdict"),
+        (Best(4, 0.5), "Best"),
+    ],
 )
-def test_a_number_or_text_of_another_library_is_named_before_it_is_lost(tmp_path, value, kind):
-    """They are floats, whole numbers and texts to Python, and no plain ones to who loads them."""
+def test_what_is_almost_a_plain_value_is_named_before_it_is_lost(tmp_path, value, kind):
+    """Numbers, texts, dicts and tuples to Python, and no plain ones to who loads them."""
     checkpoint = state() | {"callbacks": {"Mine": {"best": value}}}
     with pytest.raises(UserError, match=rf"callbacks\.Mine\.best, a {kind};"):
         DurableCheckpointIO({}).save_checkpoint(checkpoint, checkpoint_path(tmp_path, 1))
@@ -178,6 +188,26 @@ def test_a_number_or_text_of_another_library_is_named_before_it_is_lost(tmp_path
     torch.save({"best": value}, tmp_path / "by_hand.ckpt")
     with pytest.raises(CorruptArtifactError):
         DurableCheckpointIO({}).load_checkpoint(tmp_path / "by_hand.ckpt")
+
+
+def test_a_key_that_could_not_be_loaded_again_is_named(tmp_path):
+    checkpoint = state() | {"callbacks": {"Mine": {Path("x"): 1}}}
+    with pytest.raises(UserError, match=r"callbacks\.Mine\.x, a PosixPath"):
+        DurableCheckpointIO({}).save_checkpoint(checkpoint, checkpoint_path(tmp_path, 1))
+
+
+def test_every_plain_kind_comes_back(tmp_path):
+    plain = {
+        "values": [True, 3, 1.5, 2j, "a", b"b", None, torch.Size([2]), torch.float32],
+        "kinds": (OrderedDict(a=1), Counter("aab"), {1: {(2, 3): [()]}}),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    path = checkpoint_path(tmp_path, 1)
+    DurableCheckpointIO({}).save_checkpoint({"global_step": 1, "rest": plain}, path)
+    loaded = DurableCheckpointIO({}).load_checkpoint(path)["rest"]
+    assert loaded["values"] == plain["values"]
+    assert loaded["kinds"] == plain["kinds"]
+    assert torch.equal(loaded["parameter"], plain["parameter"])
 
 
 @pytest.mark.parametrize(
