@@ -131,6 +131,11 @@ MODELS = [
         "optimizer.stochastic_rounding=true model.dtype=bfloat16",
     ),
     Row(
+        "optimizer.stochastic_rounding=true",
+        "set model.dtype=bfloat16 too, or leave it out",
+        "optimizer.stochastic_rounding=false",
+    ),
+    Row(
         f"{OWN} evaluation.scorer=org/model evaluation.samples=0",
         "nothing to score with evaluation.samples=0",
         f"{OWN} evaluation.scorer=org/model evaluation.samples=1",

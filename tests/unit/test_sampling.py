@@ -270,6 +270,19 @@ def test_scores_win_rates_and_errors(policy, reference, scorer, tokenizer):
     assert [row["reference"] for row in rows] == [a.strip() for a in calls[1][1]]
 
 
+def test_the_answers_of_both_models_are_their_own(policy, reference, scorer, tokenizer):
+    """Drawn with the seed of the run, the same for both, as each model by itself draws them."""
+    rows, _ = evaluate(
+        policy, reference, scorer, tokenizer, count=8, score=lambda _, answers: [1.0] * len(answers)
+    )
+    said = {}
+    for name, model in (("policy", policy), ("reference", reference)):
+        drawn = draw(model, scorer, tokenizer, prompt_ids(), seed=1)
+        said[name] = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn]
+        assert [row[name] for row in rows] == said[name]
+    assert said["policy"] != said["reference"]
+
+
 def test_without_samples_nothing_is_said(policy, reference, scorer, tokenizer):
     assert evaluate(policy, reference, scorer, tokenizer, count=0) == ([], {})
     rows, metrics = evaluate(policy, reference, scorer, tokenizer, count=1)
