@@ -61,23 +61,23 @@ def test_marks_that_are_no_numbers_do_not_count_as_nothing(tmp_path, missing):
 
 
 def test_seeds_and_items_both_widen_the_error(tmp_path):
-    """Two seeds with 0.9 and 0.7 of 400 groups right, every group of its own.
+    """Two seeds with 0.9 and 0.7 of 40 groups right, every group of its own.
 
     Of two drawn seeds both are the first in a quarter of the draws, and both the second in another.
     So the mean is 0.9, 0.7 or else 0.8: variance 0.1^2 / 2 = 0.005. An item varies by
     0.9 * 0.1 = 0.09 with the first alone and by 0.7 * 0.3 = 0.21 with the second; with both it is 1
-    for 280 items, 1/2 for 80 and 0 for 40: 0.7 + 0.2 / 4 - 0.8^2 = 0.11. The mean of 400 drawn
-    items adds (0.09 / 4 + 0.21 / 4 + 0.11 / 2) / 400 = 0.000325 to the variance. The root
-    of their sum 0.005325 is 0.07297.
+    for 28 items, 1/2 for 8 and 0 for 4: 0.7 + 0.2 / 4 - 0.8^2 = 0.11. The mean of 40 drawn items
+    adds (0.09 / 4 + 0.21 / 4 + 0.11 / 2) / 40 = 0.00325 to the variance. The root of their sum
+    0.00825 is 0.0908; of the seeds' part alone it is 0.0707, of the items' 0.0570.
     """
-    for seed, right in ((1, 360), (2, 280)):
+    for seed, right in ((1, 36), (2, 28)):
         write_trial(
-            tmp_path, f"s{seed}", "beta=0.1", f"seed={seed}", metrics={ACCURACY: right / 400},
-            evaluation={"accuracies": [1.0] * right + [0.0] * (400 - right), "samples": []},
+            tmp_path, f"s{seed}", "beta=0.1", f"seed={seed}", metrics={ACCURACY: right / 40},
+            evaluation={"accuracies": [1.0] * right + [0.0] * (40 - right), "samples": []},
         )  # fmt: skip
     [found] = analysed(tmp_path).configurations
     assert found.value.mean == pytest.approx(0.8)
-    assert found.value.stderr == pytest.approx(0.07297, rel=0.05)
+    assert found.value.stderr == pytest.approx(0.0908, rel=0.05)
 
 
 # Seeds -------------------------------------------------------------------------------------------
