@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,6 +34,7 @@ _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None)),
     *(torch.Size, torch.dtype, torch.device),
 )
+_DICTS = (dict, OrderedDict, Counter)
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -194,10 +196,13 @@ def _bytes_of(checkpoint: Mapping[str, Any]) -> int:
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
+    """All that is in dicts and lists; other kinds of these are leaves, which are not loaded."""
+    if type(value) in _DICTS:
         for key, item in value.items():
-            yield from _leaves(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+            place = f"{where}.{key}" if where else str(key)
+            yield from _leaves(key, place)
+            yield from _leaves(item, place)
+    elif type(value) in (list, tuple):
         for number, item in enumerate(value):
             yield from _leaves(item, f"{where}[{number}]")
     else:

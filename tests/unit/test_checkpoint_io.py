@@ -1,12 +1,15 @@
 """The writer of checkpoints: durable, or the old one and one line; and what it refuses to load."""
 
+import enum
 import errno
 import os
 import pickle
 import shutil
-from collections import namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +160,80 @@ def test_what_could_not_be_loaded_again_is_named(tmp_path):
     checkpoint = state() | {"callbacks": {"Mine": {"path": [Path("x")]}}}
     with pytest.raises(UserError, match=r"callbacks\.Mine\.path\[0\], a PosixPath"):
         DurableCheckpointIO({}).save_checkpoint(checkpoint, checkpoint_path(tmp_path, 1))
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+Best = namedtuple("Best", "step loss")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float64(1.5), "float64"),
+        (Level.HIGH, "Level"),
+        (np.str_("a"), "str_"),
+        (defaultdict(int, a=1), "defaultdict"),
+        (Best(4, 0.5), "Best"),
+    ],
+)
+def test_what_is_almost_a_plain_value_is_named_before_it_is_lost(tmp_path, value, kind):
+    """Numbers, texts, dicts and tuples to Python, and no plain ones to who loads them."""
+    checkpoint = state() | {"callbacks": {"Mine": {"best": value}}}
+    with pytest.raises(UserError, match=rf"callbacks\.Mine\.best, a {kind};"):
+        DurableCheckpointIO({}).save_checkpoint(checkpoint, checkpoint_path(tmp_path, 1))
+    assert list(tmp_path.iterdir()) == []
+    torch.save({"best": value}, tmp_path / "by_hand.ckpt")
+    with pytest.raises(CorruptArtifactError):
+        DurableCheckpointIO({}).load_checkpoint(tmp_path / "by_hand.ckpt")
+
+
+def test_a_key_that_could_not_be_loaded_again_is_named(tmp_path):
+    checkpoint = state() | {"callbacks": {"Mine": {Path("x"): 1}}}
+    with pytest.raises(UserError, match=r"callbacks\.Mine\.x, a PosixPath"):
+        DurableCheckpointIO({}).save_checkpoint(checkpoint, checkpoint_path(tmp_path, 1))
+
+
+def test_every_plain_kind_comes_back(tmp_path):
+    plain = {
+        "values": [True, 3, 1.5, 2j, "a", b"b", None, torch.Size([2]), torch.float32],
+        "kinds": (OrderedDict(a=1), Counter("aab"), {1: {(2, 3): [()]}}),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    path = checkpoint_path(tmp_path, 1)
+    DurableCheckpointIO({}).save_checkpoint({"global_step": 1, "rest": plain}, path)
+    loaded = DurableCheckpointIO({}).load_checkpoint(path)["rest"]
+    assert loaded["values"] == plain["values"]
+    assert loaded["kinds"] == plain["kinds"]
+    assert torch.equal(loaded["parameter"], plain["parameter"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "free_mib", "fits"),
+    [
+        # Two names of one tensor of 4 MiB are written once: 5 MiB with what comes beside it.
+        (lambda w: {"w": w, "tied": w}, 6, True),
+        (lambda w: {"w": w, "other": w.clone()}, 6, False),
+        # Of a part of a tensor the whole is written.
+        (lambda w: {"part": w[:10]}, 3, False),
+        (lambda w: {"part": w[:10].clone()}, 3, True),
+    ],
+)
+def test_a_checkpoint_takes_what_is_behind_its_tensors_once(
+    tmp_path, monkeypatch, tensors, free_mib: int, fits: bool
+):
+    usage = namedtuple("usage", "total used free")
+    free = free_mib << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    path = checkpoint_path(tmp_path, 1)
+    checkpoint = {"global_step": 1, "state_dict": tensors(torch.randn(1 << 20))}
+    with nullcontext() if fits else pytest.raises(StorageError, match="GiB free"):
+        DurableCheckpointIO({}).save_checkpoint(checkpoint, path)
+    assert path.exists() == fits
+    if fits:
+        assert path.stat().st_size <= free
 
 
 class _Strategy:

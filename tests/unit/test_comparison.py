@@ -89,6 +89,26 @@ def test_sft_counts_each_best_response_once():
     assert loss == pytest.approx((1 / 2 + 2 / 3) / 2 + 3 * 7 / 5, abs=1e-6)
 
 
+def test_the_added_likelihood_counts_each_best_response_once():
+    """RPO by hand: sigmoid plus 0.4 times the nats per token of the best, two of them tied.
+
+    Group 1 has the best responses 1 and 2, of 1/2 and 2/3 nats per token, mean 7/12, and the pairs
+    (1, 3) and (2, 3) with margins 1.5 and 1: the mean of log(1 + e^-0.75) = 0.386871 and
+    log(1 + e^-0.5) = 0.474077 is 0.430474. Group 2 has 7/5 nats per token and margin 0: ln 2. Its
+    weight is 3.
+    """
+    tied = {
+        "rank": torch.tensor([1, 1, 2, 1, 2]),
+        "chosen": torch.tensor([0, 1, 3]),
+        "rejected": torch.tensor([2, 2, 4]),
+    }
+    objective = ObjectiveSettings(terms={"sigmoid": 1.0}, rpo_alpha=0.4)
+    found = compare_responses(objective, **(BATCH | tied))
+    first, second = 0.430474 + 0.4 * 7 / 12, math.log(2) + 0.4 * 7 / 5
+    assert found.losses.tolist() == pytest.approx([first, second], abs=1e-5)
+    assert found.loss.item() == pytest.approx(first + 3 * second, abs=1e-5)
+
+
 def test_sums_of_parts_are_the_sums_of_the_whole():
     whole = torch.tensor(list(compare()[1].values()))
     parts = torch.zeros_like(whole)

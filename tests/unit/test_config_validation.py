@@ -1,5 +1,6 @@
 """What a composed config must be: each problem is a clause that names key, value and remedy."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -289,11 +290,28 @@ def test_devices_have_one_form(given: Any, normal: Any) -> None:
     assert validate(composed(trainer__devices=given)).trainer.devices == normal
 
 
-def test_home_is_expanded(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(Path(own["data__train"]).parent))
-    config = validate(composed(data__train="~/rows.jsonl", model__pretrained="~/model"))
-    assert config.data.train == own["data__train"]
-    assert config.model.pretrained == own["model__pretrained"]
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model.pretrained", "model.tokenizer", "model.config", "peft.adapter", "resume"),
+        *("reference.pretrained", "reference.adapter", "reference.cache_dir", "evaluation.scorer"),
+        *("data.train", "data.eval", "data.chat_template"),
+    ],
+)
+def test_every_path_may_begin_at_home(
+    key: str, own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("tokenizer.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "model" / name).touch()
+    is_file = key in ("data.train", "data.eval", "data.chat_template")
+    if key == "model.config":
+        own["model__pretrained"] = None
+    if "adapter" in key:
+        own["peft__kind"] = "lora"
+    name = "rows.jsonl" if is_file else "model"
+    config = validate(composed(**{**own, key.replace(".", "__"): f"~/{name}"}))
+    assert functools.reduce(getattr, key.split("."), config) == str(tmp_path / name)
 
 
 def test_own_rows_and_model_are_valid(own: dict[str, Any]) -> None:
@@ -301,85 +319,13 @@ def test_own_rows_and_model_are_valid(own: dict[str, Any]) -> None:
     validate(composed(**own, data__eval=own["data__train"], model__tokenizer="a/b"))
 
 
-@pytest.mark.parametrize(
-    ("values", "fragment"),
-    [
-        ({"model__pretrained": None}, "model.pretrained="),
-        ({"data__train": None}, "data.train="),
-        ({"data__train": "missing.jsonl"}, "data.train=missing.jsonl: no such file"),
-        ({"data__train": "./missing"}, "data.train=./missing"),
-        ({"data__train": "rows.csv"}, ".jsonl, .json, .parquet"),
-        ({"data__train": "/"}, "is a folder"),
-        ({"data__train": "a/b/c"}, "owner/name"),
-        ({"data__eval": "missing.parquet"}, "data.eval=missing.parquet: no such file"),
-        ({"data__eval_split": "test"}, "data.eval_split=test is of a hub data set"),
-        ({"data__subset": "en"}, "data.subset=en is of a hub data set"),
-        ({"data__chat_template": "missing.jinja"}, "data.chat_template=missing.jinja"),
-        ({"model__pretrained": "./missing"}, "model.pretrained=./missing: no such folder"),
-        ({"model__pretrained": "a/b/c"}, "model.pretrained=a/b/c: no such folder"),
-        ({"model__tokenizer": "a b"}, "model.tokenizer=a b: no such folder"),
-        ({"model__config": "a/b"}, "give one of the two"),
-        ({"model__config_overrides": {"hidden_size": 8}}, "model.config, which is null"),
-        ({"model__pretrained": None, "model__revision": "main"}, "model.revision=main"),
-        ({"reference__kind": "none", "reference__pretrained": "a/b"}, "reference=none"),
-        ({"reference__revision": "main"}, "reference.pretrained="),
-        ({"reference__pretrained": "/nowhere"}, "reference.pretrained=/nowhere"),
-        ({"loss__name": "sft", "loss__label_smoothing": 0.1}, "loss.label_smoothing=0.1"),
-        ({"loss__name": "sft", "reference__kind": "live"}, "reference=live"),
-        ({"loss__name": "sft", "reference__pretrained": "a/b"}, "reference.pretrained=a/b"),
-        ({"resume": "missing.ckpt"}, "resume=missing.ckpt: no such checkpoint"),
-        ({"resume": "auto"}, "hydra.run.dir="),
-        ({"trainer__accelerator": "cpu", "trainer__devices": [0, 1]}, "use trainer.devices=2"),
-    ],
-)
-def test_what_does_not_fit_together_is_refused(
-    own: dict[str, Any], values: dict[str, Any], fragment: str
-) -> None:
-    assert fragment in problem(composed(**{**own, **values}))
-
-
-def test_the_bundled_model_has_no_other_tokenizer() -> None:
-    assert "model.tokenizer=a/b" in problem(composed(model__tokenizer="a/b"))
-
-
-def test_held_out_rows_need_training_rows() -> None:
-    assert "data.eval=a/b" in problem(composed(data__eval="a/b"))
-
-
-def test_the_row_preset_needs_rows() -> None:
-    assert "data.train=" in problem(composed(data__name="rows"))
-
-
-def test_a_model_folder_must_hold_a_model(own: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    folder = str(tmp_path / "empty")
-    assert "no config.json" in problem(composed(**{**own, "model__pretrained": folder}))
-    assert "no tokenizer.json" in problem(composed(**own, model__tokenizer=folder))
-    weights = tmp_path / "model.safetensors"
-    weights.touch()
-    assert "is a file" in problem(composed(**{**own, "model__pretrained": str(weights)}))
-
-
-def test_a_random_model_takes_a_folder_or_a_file(own: dict[str, Any]) -> None:
-    folder = own.pop("model__pretrained")
-    for shape in (folder, f"{folder}/config.json"):
-        overrides = {"num_hidden_layers": 2}
-        validate(composed(**own, model__config=shape, model__config_overrides=overrides))
-
-
-def test_template_text_is_no_path(own: dict[str, Any], tmp_path: Path) -> None:
-    validate(composed(**own, data__chat_template="{% for m in messages %}{{ m }}{% endfor %}"))
-    (tmp_path / "chat.jinja").touch()
-    validate(composed(**own, data__chat_template=str(tmp_path / "chat.jinja")))
-
-
-def test_hub_sets_have_splits(own: dict[str, Any]) -> None:
-    hub = {**own, "data__train": "org/name", "data__eval_split": "test", "data__subset": "en"}
-    validate(composed(**hub))
+def test_what_does_not_fit_together_is_refused(own: dict[str, Any]) -> None:
+    assert "model.config=a/b makes a random model" in problem(composed(**own, model__config="a/b"))
 
 
 def test_resume_auto_wants_a_folder_that_stays() -> None:
     assert validate(composed(resume="auto"), explicit_run_dir=True).resume == "auto"
+    assert "hydra.run.dir=" in problem(composed(resume="auto"))
 
 
 @pytest.mark.parametrize(
@@ -398,40 +344,6 @@ def test_auto_devices_are_one_in_a_sweep() -> None:
     assert validate(composed()).trainer.devices == "auto"
 
 
-def test_options_of_ddp_are_not_lost_on_auto() -> None:
-    text = problem(composed(strategy__find_unused_parameters=True))
-    assert "strategy.find_unused_parameters=True" in text
-    assert "strategy=ddp" in text
-    validate(composed(strategy__name="ddp", strategy__find_unused_parameters=True))
-
-
 def test_several_problems_are_one_line() -> None:
     text = problem(composed(beta=-1, seed=-1, trainer__max_steps=0))
     assert text.count("; ") == 2
-
-
-def test_a_strategy_has_only_its_own_options():
-    text = problem(composed(strategy__name="ddp", strategy__sync_gradients="micro_batch"))
-    assert "strategy.sync_gradients=micro_batch: strategy=ddp has no use for it" in text
-    assert "add strategy=fsdp" in text
-    text = problem(composed(strategy__name="fsdp", strategy__find_unused_parameters=True))
-    assert "strategy.find_unused_parameters=True: strategy=fsdp has no use for it" in text
-    validate(composed(strategy__name="fsdp", strategy__sync_gradients="micro_batch"))
-
-
-def test_shards_are_refused_on_devices_that_have_none():
-    assert "not mps" in problem(composed(strategy__name="fsdp", trainer__accelerator="mps"))
-
-
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto_pair"])
-def test_a_loss_that_compares_a_whole_step_is_refused_on_several_devices(name: str):
-    text = problem(composed(loss__name=name, trainer__devices=2, strategy__name="fsdp"))
-    assert f"trainer.devices=2: loss={name}" in text
-    assert "trainer.devices=1" in text
-    validate(composed(loss__name=name, trainer__devices=1, strategy__name="fsdp"))
-
-
-def test_an_adapter_is_not_shared_out():
-    text = problem(composed(strategy__name="fsdp", peft__kind="lora"))
-    assert "strategy=fsdp: peft=lora" in text
-    assert "strategy=ddp" in text

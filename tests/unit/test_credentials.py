@@ -99,6 +99,12 @@ def test_secrets_of_the_environment(monkeypatch):
     assert redact(text) == text
 
 
+def test_a_secret_that_holds_another_is_hidden_whole(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "plain-looking-value")
+    monkeypatch.setenv("OTHER_TOKEN", "plain-looking-value-with-more")
+    assert redact("it is plain-looking-value-with-more") == "it is [hidden]"
+
+
 def test_places_of_secrets():
     config = {
         "name": "x",

@@ -412,21 +412,3 @@ def test_a_step_is_carried_unchanged(carry):
         assert torch.equal(after[path], tensor), path
         assert after[path].dtype == tensor.dtype
     assert carried.total_weight == step.total_weight
-
-
-# The order of an epoch ----------------------------------------------------------------------------
-
-
-@given(n=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 50))
-@settings(max_examples=examples(50))
-def test_an_order_is_a_permutation_that_repeats(n, seed, epoch):
-    order = epoch_order(n, seed=seed, epoch=epoch)
-    assert sorted(order) == list(range(n))
-    assert all(type(i) is int for i in order)
-    assert order == epoch_order(n, seed=seed, epoch=epoch)
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(epoch_order(50, seed=s, epoch=e)) for s in range(4) for e in range(4)}
-    assert len(orders) == 16
-    assert tuple(range(50)) not in orders

@@ -132,6 +132,20 @@ def test_right_log_probabilities_pass(models, drawn, caplog):
     assert total(models, right) == pytest.approx(1, abs=1e-4)
 
 
+def test_as_much_is_looked_at_as_half_of_the_sample_counts_for(models, drawn):
+    """All weights of a model over itself are 1: whole answers count, of up to four tokens."""
+    _, _, reference, scorer, _ = models
+    prompts, answers = drawn[0][::64], drawn[1][::64]
+    assert max(map(len, answers)) == 4
+    found = check_partition(reference, reference, scorer, prompts, answers)
+    assert found == {
+        "partition/self_check": 0.0,
+        "partition/self_check_stderr": 0.0,
+        "partition/self_check_ess": 1.0,
+        "partition/self_check_tokens": 4.0,
+    }
+
+
 @pytest.mark.parametrize("fault", [prompt_token, shifted])
 def test_faults_that_the_check_sees(models, drawn, caplog, fault):
     caplog.set_level(logging.WARNING)

@@ -165,6 +165,40 @@ def test_the_same_model_is_nowhere_away_from_itself(reference, scorer, tokenizer
     assert divergences(reference, reference, scorer, prompts, answers) == [0.0] * 8
 
 
+def test_a_token_that_cannot_come_adds_nothing(policy, reference, scorer):
+    """By hand: the policy never says token 7, the reference either says it or never does, too.
+
+    The next-token distributions are softmaxes over the other tokens, or over all of the reference;
+    the answer has one token, so the estimate is the sum of p log(p / q) where p is not 0.
+    """
+    with scorer.plain(policy), scorer.plain(reference), torch.no_grad():
+        prompt = prompt_ids()[2]
+        row = torch.tensor(prompt[None]).long()
+        p, q = (model(input_ids=row).logits[0, -1].double() for model in (policy, reference))
+    others = [token for token in range(len(p)) if token != 7]
+    answer = [np.array([1], dtype=np.int32)]
+    for mute, logits in ((without_token_7(reference), q[others]), (reference, q)):
+        logps, theirs = p[others].log_softmax(-1), logits.log_softmax(-1)
+        theirs = theirs if len(theirs) == len(others) else theirs[others]
+        expected = (logps.exp() * (logps - theirs)).sum().item()
+        [value] = divergences(without_token_7(policy), mute, scorer, [prompt], answer)
+        assert value == pytest.approx(expected, rel=1e-4)
+        assert value > 0.01
+
+
+def without_token_7(model):
+    """The model with a bias that token 7 does not survive."""
+    mute = copy.deepcopy(model)
+    head = mute.get_output_embeddings()
+    biased = torch.nn.Linear(head.in_features, head.out_features)
+    with torch.no_grad():
+        biased.weight.copy_(head.weight)
+        biased.bias.zero_()
+        biased.bias[7] = -torch.inf
+    mute.set_output_embeddings(biased)
+    return mute
+
+
 def test_padding_and_batches_do_not_change_it(policy, reference, scorer, monkeypatch):
     from dpo_lightning import sampling
 
@@ -234,6 +268,19 @@ def test_scores_win_rates_and_errors(policy, reference, scorer, tokenizer):
     assert calls[0][0] == calls[1][0] == [*PROMPTS, *PROMPTS[:2]]
     assert [row["policy"] for row in rows] == [a.strip() for a in calls[0][1]]
     assert [row["reference"] for row in rows] == [a.strip() for a in calls[1][1]]
+
+
+def test_the_answers_of_both_models_are_their_own(policy, reference, scorer, tokenizer):
+    """Drawn with the seed of the run, the same for both, as each model by itself draws them."""
+    rows, _ = evaluate(
+        policy, reference, scorer, tokenizer, count=8, score=lambda _, answers: [1.0] * len(answers)
+    )
+    said = {}
+    for name, model in (("policy", policy), ("reference", reference)):
+        drawn = draw(model, scorer, tokenizer, prompt_ids(), seed=1)
+        said[name] = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn]
+        assert [row[name] for row in rows] == said[name]
+    assert said["policy"] != said["reference"]
 
 
 def test_without_samples_nothing_is_said(policy, reference, scorer, tokenizer):

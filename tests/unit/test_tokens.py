@@ -197,6 +197,15 @@ def test_responses_that_become_the_same_leave_nothing_to_compare():
     assert not result.changed
 
 
+def test_a_response_that_becomes_a_sibling_is_removed_and_nothing_was_truncated():
+    """Cut to two tokens the third is the first one to the last token, its EOS included."""
+    _, responses, result = tokenize_one(
+        "q", "a", "b", f"a{END}c", max_length=4, truncation="response"
+    )
+    assert [spell(ids) for ids in responses] == [["a", END], ["b", END]]
+    assert result.changed == {"removed_response": 1}
+
+
 def test_of_siblings_that_become_the_same_the_best_stays():
     _, responses, result = tokenize_one(
         "q", "y", "xxy", "xxz", "z", max_length=4, truncation="response"

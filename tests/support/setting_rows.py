@@ -1,0 +1,367 @@
+"""Settings that may not stand together, clause by clause, each beside a right neighbour."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two lines of settings, in a folder with the files of ``FILES``.
+
+    Attributes:
+        refused: Settings that one clause refuses.
+        message: A piece of what it says.
+        accepted: Their neighbour, which nothing refuses.
+        without: A package that is missing while the first line is checked.
+    """
+
+    refused: str
+    message: str
+    accepted: str
+    without: str = ""
+
+
+# What stands in the working folder.
+FILES = (
+    *("rows.jsonl", "rows.csv", "a.json", "chat.jinja", "model/config.json"),
+    *("model/tokenizer.json", "empty/.keep", "base/.keep", "bare/adapter_config.json"),
+    *("pickled/adapter_config.json", "pickled/adapter_model.bin"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+)
+
+# Rows and a model of one's own.
+OWN = "data.train=rows.jsonl model.pretrained=model"
+LORA = "peft.kind=lora"
+NF4 = f"{LORA} peft.quantization=nf4"
+SFT = "loss.name=sft"
+HUB = "data.train=org/rows model.pretrained=model"
+
+SOURCES = [
+    Row("data.train=https://x/rows.jsonl model.pretrained=model", "addresses are not read", HUB),
+    Row(f"{OWN} data.eval=s3://x/rows.jsonl", "data.eval=s3://x", f"{OWN} data.eval=org/rows"),
+    Row("data.train=a/b/c model.pretrained=model", "a hub id has the form owner/name", HUB),
+    Row("data.train=empty model.pretrained=model", "data.train=empty is a folder; name", OWN),
+    Row("data.train=rows.csv model.pretrained=model", "end in .jsonl, .json, .parquet", OWN),
+    *(
+        # A file of rows in another form is no data set of the hub, there or not.
+        Row(f"data.train=nope{suffix} model.pretrained=model", "rows are read from files", HUB)
+        for suffix in (
+            *(".csv", ".tsv", ".txt", ".gz", ".zst", ".zip"),
+            *(".arrow", ".yaml", ".pkl", ".ndjson"),
+        )
+    ),
+    Row("data.train=./nope model.pretrained=model", "data.train=./nope: rows are read from", OWN),
+    Row("data.train=~/nope model.pretrained=model", "data.train=~/nope: rows are read from", OWN),
+    Row("data.train=/nope/x model.pretrained=model", "data.train=/nope/x: rows are read", OWN),
+    Row("data.train=nope.jsonl model.pretrained=model", "data.train=nope.jsonl: no such file", OWN),
+    Row(f"{OWN} data.eval=nope.parquet", "nope.parquet: no such file", f"{OWN} data.eval=a.json"),
+    Row(
+        "data.train=rows.jsonl model.pretrained=http://x/model",
+        "addresses are not loaded; name a folder",
+        "data.train=rows.jsonl model.pretrained=org/model",
+    ),
+    Row("data.train=rows.jsonl model.pretrained=empty", "the folder has no config.json", OWN),
+    Row(
+        f"{OWN} model.tokenizer=empty",
+        "has no tokenizer.json or tokenizer_config.json",
+        f"{OWN} model.tokenizer=model",
+    ),
+    Row("data.train=rows.jsonl model.pretrained=model/config.json", "is a file; name the", OWN),
+    Row(
+        "data.train=rows.jsonl model.config=rows.jsonl",
+        "model.config=rows.jsonl is a file",
+        "data.train=rows.jsonl model.config=model/config.json",
+    ),
+    Row("data.train=rows.jsonl model.pretrained=./nope", "=./nope: no such folder, seen", OWN),
+    Row(
+        "data.train=rows.jsonl model.pretrained=a/b/c",
+        "=a/b/c: no such folder",
+        "data.train=rows.jsonl model.pretrained=a/b",
+    ),
+    Row("reference.pretrained=./nope", "reference.pretrained=./nope", "reference.pretrained=model"),
+    Row(
+        f"{OWN} data.chat_template=nope.jinja",
+        "data.chat_template=nope.jinja: no such file",
+        f"{OWN} data.chat_template=chat.jinja",
+    ),
+    Row(
+        f"{OWN} data.chat_template=messages",
+        "a template itself has {{ }} or {% %}",
+        f"{OWN} data.chat_template='{{{{messages}}}}'",
+    ),
+    Row("resume=auto", "resume=auto looks in the run's folder", "resume=auto hydra.run.dir=r"),
+    Row("resume=s3://x/run", "resume=s3://x/run: addresses are not loaded", "resume=empty"),
+    Row("resume=nope.ckpt", "no such checkpoint or run folder", "resume=model/config.json"),
+]
+
+MODELS = [
+    Row(f"{OWN} model.config=a/b", "model.config=a/b makes a random model and", OWN),
+    Row(
+        f"{OWN} model.config_overrides.hidden_size=8",
+        "changes the model of model.config, which is null",
+        "data.train=rows.jsonl model.config=model model.config_overrides.hidden_size=8",
+    ),
+    Row("model.revision=main", "set model.pretrained= too", f"{OWN} model.revision=main"),
+    Row("data.train=rows.jsonl", "=rows.jsonl: the bundled model speaks only", OWN),
+    Row("data.train=rows.jsonl", "the controlled task", "data.train=rows.jsonl model.config=a/b"),
+    Row("model.tokenizer=model", "speaks only through its own", f"{OWN} model.tokenizer=model"),
+    Row("data.name=rows", "data=rows needs rows", f"{OWN} data.name=rows"),
+    Row("model.pretrained=model", "model.pretrained=model: the controlled task is spoken", OWN),
+    Row(
+        "model.config=model",
+        "model.config=model: the controlled task is spoken only by",
+        "data.train=a/b model.config=model",
+    ),
+    Row("data.eval=org/rows", "data.eval=org/rows needs training", f"{OWN} data.eval=org/rows"),
+    Row(f"{OWN} data.subset=en", "data.subset=en is of a hub", f"{HUB} data.subset=en"),
+    Row(f"{OWN} data.revision=v", "data.revision=v is of a hub", f"{HUB} data.revision=v"),
+    Row(f"{OWN} data.eval_split=test", "split=test is of a hub", f"{HUB} data.eval_split=test"),
+    Row(
+        f"{OWN} data.subset=en data.eval=a.json",
+        "data.subset=en is of a hub data set, data.train=rows.jsonl is a file",
+        f"{OWN} data.subset=en data.eval=org/rows",
+    ),
+    Row(
+        f"{OWN} data.revision=v data.eval_split=test data.eval=a.json",
+        "data.revision=v is of a hub",
+        f"{OWN} data.eval_split=test data.eval=a.json",
+    ),
+    Row(
+        "optimizer.stochastic_rounding=true",
+        "rounds bfloat16 weights, and model.dtype=float32",
+        "optimizer.stochastic_rounding=true model.dtype=bfloat16",
+    ),
+    Row(
+        "optimizer.stochastic_rounding=true",
+        "set model.dtype=bfloat16 too, or leave it out",
+        "optimizer.stochastic_rounding=false",
+    ),
+    Row(
+        f"{OWN} evaluation.scorer=org/model evaluation.samples=0",
+        "nothing to score with evaluation.samples=0",
+        f"{OWN} evaluation.scorer=org/model evaluation.samples=1",
+    ),
+    Row("evaluation.scorer=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.scorer=./nope", "evaluation.scorer=./nope", "evaluation.scorer=model"),
+    Row(
+        "evaluation.scorer=a/b/c",
+        "evaluation.scorer=a/b/c",
+        "evaluation.scorer=a/b/c plugins=[my_scorers]",
+    ),
+]
+
+OBJECTIVES = [
+    Row("loss.name=sigmod", "did you mean loss.name=sigmoid?", "loss.name=sigmoid"),
+    Row(
+        "loss.name=qqqqq", "loss.name=qqqqq: needs one of sigmoid, ", "loss.name=x loss.terms.ipo=1"
+    ),
+    Row("loss.terms.ipo=[1]", "needs a number for each loss", "loss.terms.ipo=0.5"),
+    Row("loss.terms.ipo=true", "needs a number for each loss", "loss.terms.ipo=1"),
+    Row("loss.terms.ipo=-1", "loss.terms.ipo=-1: needs a finite weight", "loss.terms.ipo=0"),
+    Row(f"{SFT} loss.label_smoothing=0.1", "loss.label_smoothing=0.1", "loss.label_smoothing=0.1"),
+    Row(f"{SFT} reference.kind=live", "reference=live: loss=sft uses no", "reference.kind=live"),
+    Row(f"{SFT} reference.kind=cached", "use reference=auto", f"{SFT} reference.kind=none"),
+    Row(
+        f"{SFT} reference.pretrained=a/b",
+        "reference.pretrained=a/b: loss=sft uses no reference; leave it out",
+        "reference.pretrained=a/b",
+    ),
+    Row(
+        "loss.name=bco_pair reference.kind=none",
+        "reference=none: loss=bco_pair compares each response with the reference",
+        "loss.name=sigmoid reference.kind=none",
+    ),
+    Row(
+        "loss.f_divergence=forward_kl reference.kind=none",
+        "reference=none: loss.f_divergence=forward_kl is a distance from the reference",
+        "loss.f_divergence=reverse_kl reference.kind=none",
+    ),
+    Row(
+        "loss.name=softmax data.controlled.population=true",
+        "data.controlled.population=true weighs pairs, which loss=softmax does not compare",
+        "loss.name=sigmoid data.controlled.population=true",
+    ),
+    Row(
+        "loss.terms.plackett_luce=1 loss.terms.sigmoid=1 data.controlled.population=true",
+        "data.controlled.population=true weighs pairs",
+        "loss.name=plackett_luce data.controlled.population=false",
+    ),
+    Row(
+        "loss.beta_end=0.05",
+        "loss.beta_end=0.05: beta stays as it is; add loss.beta_schedule=linear or cosine",
+        "loss.beta_end=0.05 loss.beta_schedule=linear",
+    ),
+    Row(
+        "loss.beta_schedule=cosine",
+        "loss.beta_schedule=cosine needs loss.beta_end=",
+        "loss.beta_end=0.05 loss.beta_schedule=cosine",
+    ),
+    Row(
+        f"{SFT} loss.adaptive_beta=0.5",
+        "loss.adaptive_beta=0.5 follows the margins of pairs, which loss=sft does not compare",
+        "loss.terms.sft=1 loss.terms.sigmoid=1 loss.adaptive_beta=0.5",
+    ),
+    Row("loss.name=softmax loss.adaptive_beta=0.5", "margins of pairs", "loss.adaptive_beta=0.5"),
+    Row(
+        "reference.kind=none reference.pretrained=a/b",
+        "reference.pretrained=a/b with reference=none: use reference=live",
+        "reference.kind=live reference.pretrained=a/b",
+    ),
+    Row(
+        "reference.revision=main",
+        "reference.revision=main: set reference.pretrained= or",
+        "reference.revision=main reference.pretrained=a/b",
+    ),
+    Row(
+        f"{LORA} reference.revision=main reference.adapter=base",
+        "reference.revision=main: set",
+        f"{LORA} reference.revision=main reference.adapter=a/b",
+    ),
+]
+
+ADAPTERS = [
+    Row("peft.r=8", "peft.r=8: peft=none trains all weights; add peft=lora", f"{LORA} peft.r=8"),
+    Row("peft.merge=true", "peft.merge=True: peft=none", f"{LORA} peft.merge=true"),
+    Row(
+        "reference.adapter=base",
+        "reference.adapter=base is for LoRA: add peft=lora",
+        f"{LORA} reference.adapter=base",
+    ),
+    *(
+        Row(
+            f"{LORA} peft.target_modules=[q_proj,{head}]",
+            f"{head} is the model's head, which stays frozen",
+            f"{LORA} peft.target_modules=[q_proj,{head}_proj]",
+        )
+        for head in ("lm_head", "model.lm_head", "embed_out", "output_layer")
+    ),
+    *(
+        Row(
+            f"{LORA} peft.adapter=a/b peft.{key}={value}",
+            "the adapter of peft.adapter=a/b has its own; leave one of the two out",
+            f"{LORA} peft.adapter=a/b peft.dropout=0.1",
+        )
+        for key, value in {
+            "r": 8,
+            "alpha": 8,
+            "target_modules": "[q_proj]",
+            "rslora": "true",
+            "dora": "true",
+            "init": "gaussian",
+        }.items()
+    ),
+    Row(
+        f"{LORA} peft.revision=main",
+        "peft.revision=main is of a hub id: set peft.adapter= too",
+        f"{LORA} peft.revision=main peft.adapter=a/b",
+    ),
+    Row(f"{LORA} peft.adapter=empty", "has no adapter_config", f"{LORA} peft.adapter=adapter"),
+    Row(
+        f"{LORA} peft.adapter=pickled",
+        "adapter_model.bin is a pickle and is not loaded; needs adapter_model.safetensors",
+        f"{LORA} peft.adapter=adapter",
+    ),
+    Row(f"{LORA} peft.adapter=bare", "peft.adapter=bare: no weights; needs", f"{LORA} peft.r=1"),
+    Row(NF4, 'pip install "dpo-lightning[qlora]"', NF4, without="bitsandbytes"),
+    Row(NF4, "needs bitsandbytes, which is not installed", LORA, without="bitsandbytes"),
+    Row(
+        f"{NF4} data.train=rows.jsonl model.config=model",
+        "model.config=model has random weights",
+        f"{NF4} {OWN}",
+    ),
+    Row(f"{NF4} peft.merge=true", "peft.merge=true: weights in 4 bits", f"{LORA} peft.merge=true"),
+    *(
+        Row(
+            f"{LORA} reference.adapter='{word}'",
+            "the model without any adapter is reference.adapter=base",
+            f"{LORA} reference.adapter=base",
+        )
+        for word in ("none", "null", "off")
+    ),
+    Row(
+        f"{LORA} reference.adapter=a/b reference.pretrained=a/c",
+        "is an adapter on the policy's own base model and reference.pretrained=a/c another",
+        f"{LORA} reference.pretrained=a/c",
+    ),
+    Row(
+        f"{LORA} reference.adapter=a/b reference.kind=none",
+        "reference.adapter=a/b with reference=none: use reference=auto",
+        f"{LORA} reference.adapter=a/b reference.kind=live",
+    ),
+    Row(
+        f"{LORA} reference.adapter=base {SFT}",
+        "reference.adapter=base: loss=sft uses no reference; leave it out",
+        f"{LORA} reference.adapter=base loss.name=ipo",
+    ),
+    Row(
+        f"{LORA} reference.adapter=bare",
+        "reference.adapter=bare: no weights",
+        f"{LORA} reference.adapter=adapter",
+    ),
+]
+
+DEVICES = [
+    Row(
+        "strategy.find_unused_parameters=true",
+        "strategy.find_unused_parameters=True: strategy=auto has no use for it; add strategy=ddp",
+        "strategy.find_unused_parameters=true strategy.name=ddp",
+    ),
+    Row(
+        "strategy.name=fsdp strategy.find_unused_parameters=true",
+        "strategy=fsdp has no use for it",
+        "strategy.name=ddp strategy.timeout_minutes=1",
+    ),
+    Row(
+        "strategy.name=ddp strategy.sync_gradients=micro_batch",
+        "strategy.sync_gradients=micro_batch: strategy=ddp has no use for it; add strategy=fsdp",
+        "strategy.name=fsdp strategy.sync_gradients=micro_batch",
+    ),
+    Row(
+        "strategy.timeout_minutes=1",
+        "add strategy=ddp or strategy=fsdp",
+        "strategy.name=fsdp strategy.timeout_minutes=1",
+    ),
+    Row(f"strategy.name=fsdp {LORA}", "strategy=fsdp: peft=lora is", f"strategy.name=ddp {LORA}"),
+    Row(
+        "strategy.name=fsdp trainer.accelerator=mps",
+        "shards need trainer.accelerator=gpu or cpu, not mps",
+        "strategy.name=fsdp trainer.accelerator=gpu",
+    ),
+    Row("strategy.name=fsdp trainer.accelerator=mps", "not mps", "trainer.accelerator=mps"),
+    Row(
+        "trainer.accelerator=cpu trainer.devices=[0,1]",
+        "processes on the CPU are only counted; use trainer.devices=2",
+        "trainer.accelerator=cpu trainer.devices=2",
+    ),
+    Row(
+        "trainer.accelerator=cpu trainer.devices=[3]",
+        "use trainer.devices=1",
+        "trainer.accelerator=gpu trainer.devices=[3]",
+    ),
+    *(
+        Row(
+            f"loss.name={name} trainer.devices=2",
+            f"trainer.devices=2: loss={name} compares all pairs of a step",
+            f"loss.name={name} trainer.devices=1",
+        )
+        for name in ("aot", "aot_unpaired", "kto_pair")
+    ),
+    Row(
+        "loss.terms.aot=1 loss.terms.kto_pair=1 trainer.num_nodes=2",
+        "trainer.num_nodes=2: loss=aot,kto_pair compares all pairs",
+        "loss.name=sigmoid trainer.num_nodes=2",
+    ),
+    Row(
+        "loss.name=aot trainer.devices=[0,1] trainer.num_nodes=2",
+        "trainer.devices=[0, 1] trainer.num_nodes=2: loss=aot",
+        "loss.name=aot trainer.devices=[0]",
+    ),
+    Row(
+        "-m trainer.devices=2",
+        "trainer.devices=2: the trials of hydra/launcher=basic share one process",
+        "trainer.devices=2",
+    ),
+    Row("-m trainer.devices=[0,1]", "use hydra/launcher=devices", "-m trainer.devices=[0]"),
+    Row("-m trainer.num_nodes=2", "trainer.num_nodes=2: the trials", "-m trainer.devices=1"),
+]
+
+ROWS = [*SOURCES, *MODELS, *OBJECTIVES, *ADAPTERS, *DEVICES]

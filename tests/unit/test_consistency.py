@@ -1,0 +1,106 @@
+"""Settings that may not stand together: for each clause a line that it refuses, and one it lets be.
+
+The accepted line of a row is the nearest that is right, so that no clause is wider than it should
+be. Every clause of ``consistency.py`` is found in its source and must be that of some row.
+"""
+
+import ast
+import functools
+import re
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from dpo_lightning.config import Config
+from dpo_lightning.consistency import inconsistencies
+from tests.support.runs import ROOT
+from tests.support.setting_rows import FILES, ROWS, Row
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with what the rows name; bitsandbytes is there."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    installed = ModuleType("bitsandbytes")
+    installed.__spec__ = ModuleSpec("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", installed)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(line: str) -> list[str]:
+    """The clauses about settings as a command line has them; ``-m`` is a sweep in this process."""
+    config = Config()
+    words = line.split()
+    for word in words:
+        if word in ("-m", "hydra.run.dir=r"):
+            continue
+        key, _, text = word.partition("=")
+        *sections, leaf = key.split(".")
+        section = functools.reduce(getattr, sections, config)
+        value = yaml.safe_load(text)
+        if isinstance(section, dict):
+            section[leaf] = value
+        else:
+            assert hasattr(section, leaf), key
+            setattr(section, leaf, value)
+    return list(
+        inconsistencies(config, multirun="-m" in words, explicit_run_dir="hydra.run.dir=r" in words)
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.refused)
+def test_a_clause_refuses_its_line_and_not_the_nearest_right_one(
+    row: Row, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said(row.accepted) == []
+    if row.without:
+        monkeypatch.setitem(sys.modules, row.without, None)
+    [clause] = said(row.refused)
+    assert row.message in clause
+    assert "\n" not in clause
+
+
+# Every clause has a row -------------------------------------------------------------------------
+
+
+def clauses() -> dict[str, re.Pattern[str]]:
+    """What each clause may say, by the place where it stands."""
+    source = (ROOT / "dpo_lightning" / "consistency.py").read_text()
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Yield):
+            message = node.value
+        elif isinstance(node, ast.YieldFrom) and isinstance(node.value, ast.GeneratorExp):
+            message = node.value.elt
+        else:
+            assert not isinstance(node, ast.Raise), f"line {node.lineno}: a clause is yielded"
+            continue
+        assert isinstance(message, ast.Constant | ast.JoinedStr), f"line {node.lineno}: no text"
+        parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+        pattern = "".join(
+            re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts
+        )
+        found[f"line {node.lineno}: {ast.unparse(message)}"] = re.compile(pattern)
+    return found
+
+
+def test_every_clause_is_that_of_some_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the clauses whose words a message has, the one with the most of them said it."""
+    known = clauses()
+    assert len(known) > 50
+    spoken = set()
+    for row in ROWS:
+        with monkeypatch.context() as patch:
+            if row.without:
+                patch.setitem(sys.modules, row.without, None)
+            [clause] = said(row.refused)
+        fitting = [where for where, pattern in known.items() if pattern.fullmatch(clause)]
+        spoken.add(max(fitting, key=lambda where: len(known[where].pattern)))
+    assert sorted(known.keys() - spoken) == []
