@@ -224,13 +224,18 @@ def test_a_step_that_ends_a_run_is_reported_whole_on_every_rank(tmp_path):
     assert [row["loss"] for row in one["rows"]] == pytest.approx(losses, rel=1e-5)
 
 
-def _signal_on_two(rank: int, folder) -> int:
+def _signal_on_two(rank: int, folder, received: list[int]) -> int:
     taken = take_steps(
-        folder / "run", step_of_four(), batch_size=4, ranks=2, pending_signal=lambda: 15 * rank
+        folder / "run",
+        step_of_four(),
+        batch_size=4,
+        ranks=2,
+        pending_signal=lambda: received[rank],
     )
     return taken.module.stop_signal
 
 
-def test_a_signal_to_one_rank_stops_all(tmp_path):
-    """Both know of it after the same step, so that neither goes on alone."""
-    assert on_ranks(_signal_on_two, tmp_path, tmp_path) == [15, 15]
+@pytest.mark.parametrize("received", [[0, 15], [2, 15], [0, 0]])
+def test_a_signal_to_one_rank_is_that_of_all(tmp_path, received: list[int]):
+    """Both know of it after the same step, so that neither goes on alone; of two the larger one."""
+    assert on_ranks(_signal_on_two, tmp_path, tmp_path, received) == [max(received)] * 2
