@@ -105,6 +105,7 @@ def take_steps(
     batch_size: int = 1,
     micro_batch_tokens: int = 1000,
     ranks: int = 1,
+    equal_counts: bool = False,
     beta: float = 0.1,
     plan: dict[str, Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -122,6 +123,7 @@ def take_steps(
         batch_size: Groups of a step.
         micro_batch_tokens: Most tokens of a micro-batch.
         ranks: Processes that share each step; this is one of them (see :func:`on_ranks`).
+        equal_counts: Whether all ranks take as many micro-batches.
         beta: Of the first step.
         plan: What else the plan of betas has.
         callbacks: Lightning's.
@@ -154,6 +156,7 @@ def take_steps(
         seed=SEED,
         shared=True,
         num_workers=0,
+        equal_counts=equal_counts,
     )
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -113,4 +113,5 @@ def test_only_frozen_weights_are_cast_beside_an_adapter():
     assert layer.mlp.up_proj.weight.dtype == torch.float32
     assert model.model.norm.weight.dtype == torch.float32
     assert layer.input_layernorm.weight.dtype == torch.bfloat16
+    assert layer.mlp.down_proj.weight.dtype == torch.uint8
     assert torch.equal(layer.mlp.down_proj.weight, codes)

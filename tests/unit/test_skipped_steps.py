@@ -11,7 +11,14 @@ import torch
 from dpo_lightning.errors import DivergedError
 from tests.support.models import make_model
 from tests.support.ranks import on_ranks
-from tests.support.steps import in_turn, pair, take_steps, with_logratios
+from tests.support.steps import (
+    ids,
+    in_turn,
+    pair,
+    plain_logps,
+    take_steps,
+    with_logratios,
+)
 
 BETA = 0.5
 # Nothing moves: each group's margin is what it was made with, whatever step it is in.
@@ -97,6 +104,28 @@ def test_more_skipped_steps_than_allowed_are_the_end(tmp_path):
     assert (report["step"], report["loss"], report["grad_norm"]) == (3, "nan", "nan")
     [row] = report["rows"]
     assert (row["source"], row["finite"], row["response_tokens"]) == ("rows:3", False, [2, 4])
+
+
+def test_the_rows_of_a_step_are_reported_with_their_own_numbers(tmp_path):
+    """One step of a pair, of three responses and of a broken pair: the broken one comes first."""
+    model = make_model("llama")
+    three = replace(pair(2), responses=(ids(5, 6), ids(7, 8, 9), ids(4)), ranks=(1, 2, 3))
+    groups = [group(1, 1.0, -0.5), with_logratios(model, three, 0.5, 1.0, -1.0), broken(3)]
+    with pytest.raises(DivergedError, match="not finite in rows:3, and the gradient") as caught:
+        take_steps(tmp_path, groups, batch_size=3, **STILL)
+    rows = caught.value.report["rows"]
+    assert [row["row"] for row in rows] == [2, 0, 1]
+    assert [row["finite"] for row in rows] == [False, True, True]
+    assert rows[0]["reference_logps"] == ["nan", -1.0]
+    for row, own in zip(rows[1:], groups, strict=False):
+        expected = [logp.item() for logp in plain_logps(model, own)]
+        assert row["policy_logps"] == pytest.approx(expected, rel=1e-4)
+        assert row["reference_logps"] == own.reference_logps.tolist()
+        assert row["response_tokens"] == [len(response) for response in own.responses]
+        assert row["prompt_tokens"] == 3
+    # Pairs have their own margins; of three responses the mean of margins -0.5, 1.5 and 2.0.
+    losses = [loss(1.5), (loss(-0.5) + loss(1.5) + loss(2.0)) / 3]
+    assert [row["loss"] for row in rows[1:]] == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path):
