@@ -149,8 +149,10 @@ class DPOModule(CheckpointedModule):
             in_shards(self.policy)
             self._trained = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = make_optimizer(self._trained, **self._optimizer)
+        # The constant one by that name would begin at its peak.
+        warming_up = {"constant": "constant_with_warmup"}
         scheduler = get_scheduler(
-            self._schedule,
+            warming_up.get(self._schedule, self._schedule),
             optimizer,
             num_warmup_steps=self._warmup_steps,
             num_training_steps=self.total_steps,

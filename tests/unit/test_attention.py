@@ -101,10 +101,16 @@ def test_float32_never_takes_it(monkeypatch):
     )
 
 
+def without_windows(*inputs, window_size, **options):
+    """A kernel that sees everything behind a query, whatever the window."""
+    return plain_varlen(*inputs, window_size=(-1, window_size[1]), **options)
+
+
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
         (plain_varlen, None),
+        (without_windows, "it differs from plain attention"),
         (top_left, "it differs from plain attention"),
         (lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")), "no kernel"),
         (lambda q, k, v, *_, **__: (q + 0 * (k.sum() + v.sum())) * float("nan"), "differs"),
@@ -114,7 +120,47 @@ def test_float32_never_takes_it(monkeypatch):
 def test_a_kernel_is_trusted_only_after_it_was_right(monkeypatch, kernel, said):
     monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
     fault = varlen_fault(CPU, torch.bfloat16, heads=4, key_heads=2, size=16)
-    assert fault is None if said is None else said in fault
+    assert fault is None if said is None else said in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_what_a_layer_asks_for_and_is_not_here_is_refused(asked, said):
+    """A number without it would be another model's."""
+    micro = batch()
+    query = torch.randn(1, 2, len(micro.input_ids), 8)
+    call = {"group_plan": AttentionPlan(micro)}
+    with pytest.raises(NotImplementedError, match=f"^attention with {said}$"):
+        group_attention(torch.nn.Identity(), query, query, query, None, **call, **asked)
+    # Not asked for in so many words is not asked for.
+    nothing = dict.fromkeys(asked, 0.0 if "dropout" in asked else None)
+    group_attention(torch.nn.Identity(), query, query, query, None, **call, **nothing)
+
+
+def test_scores_are_scaled_as_the_layer_says():
+    """Two tokens with scores s and 2 s of a query and values 0 and 1: sigmoid(s) for s = 4 scale.
+
+    Without a scale of its own a layer has 1 / sqrt(4).
+    """
+    micro = collate_groups([attention._probe_group(2, 1)], [0])
+    query = torch.full((1, 1, 3, 4), 1.0)
+    key = torch.tensor([1.0, 2.0, -100.0])[None, None, :, None].expand(1, 1, 3, 4)
+    value = torch.tensor([0.0, 1.0, 0.0])[None, None, :, None].expand(1, 1, 3, 4)
+    for scaling, scale in ((0.25, 0.25), (None, 0.5)):
+        output, _ = group_attention(
+            torch.nn.Identity(), query, key, value, None, scaling=scaling,
+            group_plan=AttentionPlan(micro),
+        )  # fmt: skip
+        expected = torch.tensor(4 * scale).sigmoid().item()
+        assert output[0, 1, 0].tolist() == pytest.approx([expected] * 4)
 
 
 def test_there_is_none_on_a_cpu():

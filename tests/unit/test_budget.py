@@ -1,5 +1,6 @@
 """How many tokens at once, when activations are computed again, and what a step computes."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -8,8 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_lightning.budget import Budget, choose_budget, mean_keys, memory_of, say_if_over
-from dpo_lightning.data.packing import collate_groups
+from dpo_lightning.budget import (
+    Budget,
+    choose_budget,
+    longest_share,
+    mean_keys,
+    memory_of,
+    say_if_over,
+)
+from dpo_lightning.data.packing import collate_groups, plan_step
 from dpo_lightning.footprint import shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
@@ -75,6 +83,25 @@ def test_a_cpu_with_room_takes_what_its_caches_like():
 def test_keys_that_a_query_meets():
     """(5 * 5 + 2 * 7 + 3 * 8 + 4 * 4 + 1 * 5) / (5 + 2 + 3 + 4 + 1) = 84 / 15 = 5.6."""
     assert mean_keys([group(5, 2, 3), group(4, 1)]) == 6
+
+
+def test_the_most_that_a_step_brings_to_a_rank_by_hand():
+    """Three of (5, 1, 9, 4) have at most 18 tokens; of four ranks one has 18 / 4 and 9 more."""
+    costs = [5, 1, 9, 4]
+    assert longest_share(costs, batch_size=3, world_size=1) == 18
+    assert longest_share(costs, batch_size=3, world_size=4) == 4 + 9
+    assert longest_share(costs, batch_size=9, world_size=1) == 19
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_no_step_brings_more_to_a_rank(batch_size: int, world_size: int):
+    """Whichever groups meet, as the plan of a step shares them out."""
+    costs = [3, 8, 2, 9, 9, 1, 20]
+    most = longest_share(costs, batch_size=batch_size, world_size=world_size)
+    for step in itertools.combinations(costs, batch_size):
+        for rank in plan_step(step, world_size=world_size, micro_batch_tokens=1000):
+            assert sum(step[i] for micro in rank for i in micro) <= most
 
 
 def test_groups_over_the_budget_are_said_once(caplog):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_lightning.models import head
@@ -14,6 +13,7 @@ from dpo_lightning.models.head import (
     token_logps,
     token_logps_and_collisions,
 )
+from tests.support.operations import Results
 
 VOCABULARY, SIZE, TOKENS = 53, 8, 11
 TRANSFORMS = {
@@ -124,18 +124,44 @@ def test_bfloat16_states_keep_float32_sums(small_chunks):
         assert (one.double() - other).norm() <= 0.02 * other.norm()
 
 
-def test_the_gradient_of_a_likely_token_is_not_lost_in_bfloat16():
-    """p = 1 - 4e-4 or so: the gradient W[y] - sum_v p_v W[v] is the small rest of large terms."""
-    draw = torch.Generator().manual_seed(1)
-    weight = torch.randn(VOCABULARY, SIZE, generator=draw).to(torch.bfloat16).requires_grad_()
-    states = (weight.detach()[:TOKENS] * 1.9).requires_grad_()
-    targets = torch.arange(TOKENS)
-    wide = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]
-    expected, expected_gradients = gradients(plain, wide, targets, LogitsTransform())
-    _, found = gradients(chunked, [states, weight], targets, LogitsTransform())
-    assert expected.max() > -2e-3
-    for one, other in zip(found, expected_gradients, strict=True):
-        assert (one.double() - other).norm() <= 0.03 * other.norm()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_of_a_likely_token_is_not_lost_beside_large_scores(dtype, frozen: bool):
+    """Scores 128 * 16 = 2048 of the target and 128 * 15.9375 = 2040 of one rival, 0 of the others.
+
+    So 1 - p = 1 / (1 + e^8) = 3.3535e-4, the state's gradient is (1 - p) (16 - 15.9375) = 2.096e-5
+    and those of the two rows of the weight are (1 - p) 128 = 0.042925 and its negative. In float32
+    the log-sum-exp is 2048.000244 for 2048.000335: 1 - p taken from it is wrong by a quarter, and
+    the difference of the two rows by far more.
+    """
+    weight = torch.zeros(VOCABULARY, 2, dtype=dtype)
+    weight[4, 0], weight[9, 0] = 16, 15.9375
+    states = torch.tensor([[128.0, 0.0]], dtype=dtype, requires_grad=True)
+    weight.requires_grad_(not frozen)
+    value = token_logps(states, weight, None, torch.tensor([4]), LogitsTransform())
+    value.sum().backward()
+    left = 1 / (1 + math.exp(8))
+    assert value.item() == pytest.approx(-left, rel=1e-3)
+    # The rival's own p is off by 9e-5 of it, of which the difference of the rows makes 255 times.
+    assert states.grad[0].tolist() == pytest.approx([left * 0.0625, 0], rel=0.05)
+    if not frozen:
+        assert weight.grad[4].tolist() == pytest.approx([128 * left, 0], rel=0.01)
+        assert weight.grad[9].tolist() == pytest.approx([-128 * left, 0], rel=0.01)
+
+
+def test_the_gradient_of_a_bias_is_added_up_in_float32():
+    """259 tokens, all of them the first of 64 that are as likely: 259 * 63 / 64 and -259 / 64.
+
+    A bfloat16 holds 1 / 64 and 63 / 64, but neither of the sums, which take more than eight bits.
+    """
+    states, weight = torch.zeros(259, SIZE), torch.zeros(64, SIZE)
+    bias = torch.zeros(64, requires_grad=True)
+    targets = torch.zeros(259, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = token_logps(states, weight, bias, targets, LogitsTransform())
+    values.sum().backward()
+    assert bias.grad[0].item() == 259 * 63 / 64
+    assert bias.grad[1:].tolist() == [-259 / 64] * 63
 
 
 def test_autocast_computes_products_in_bfloat16_and_gives_float32_weights_theirs():
@@ -257,21 +283,6 @@ def test_who_does_not_ask_for_collisions_pays_for_none(monkeypatch):
         with_collisions(tensors, targets, LogitsTransform())
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most entries that any operation gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.entries = max(self.entries, value.numel())
-        return result
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
     """2,048 tokens over 131,072: 268 million scores, of which 4 million stand at a time."""
@@ -279,7 +290,7 @@ def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
     states = torch.randn(n, size, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(vocabulary, size), requires_grad=not frozen)
     targets = torch.randint(vocabulary, (n,))
-    with LargestTensor() as largest:
+    with Results() as largest:
         token_logps(states, weight, None, targets, LogitsTransform()).sum().backward()
     assert 1 << 20 < largest.entries <= 1 << 22
     assert weight.numel() < 1 << 22

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dpo_lightning.models.master_weights import MasterWeights, cast_parameters
+from dpo_lightning.models.master_weights import MasterWeights, cast_frozen, cast_parameters
 from tests.support.models import tiny_llama_config
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -96,3 +96,22 @@ def test_frozen_weights_are_rounded_and_not_trained():
     masters = MasterWeights(model, torch.bfloat16)
     assert len(masters.parameters) == len(list(model.parameters())) - 1
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_only_frozen_weights_are_cast_beside_an_adapter():
+    """But for those that a family keeps in float32, and codes of 4 bits, which are no numbers."""
+    model = make_model()
+    model._keep_in_fp32_modules = ["norm"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    layer = model.model.layers[0]
+    layer.mlp.up_proj.weight.requires_grad_(True)
+    codes = torch.arange(8, dtype=torch.uint8)
+    layer.mlp.down_proj.weight = torch.nn.Parameter(codes.clone(), requires_grad=False)
+    assert cast_frozen(model, torch.bfloat16) is model
+    assert layer.self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert layer.mlp.up_proj.weight.dtype == torch.float32
+    assert model.model.norm.weight.dtype == torch.float32
+    assert layer.input_layernorm.weight.dtype == torch.bfloat16
+    assert layer.mlp.down_proj.weight.dtype == torch.uint8
+    assert torch.equal(layer.mlp.down_proj.weight, codes)

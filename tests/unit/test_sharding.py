@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -9,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpo_lightning.data.packing import collate_groups
+from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.scoring import Scorer
@@ -89,6 +91,52 @@ def test_weights_are_gathered_in_the_type_that_is_computed_in(mesh):
     logps.sum().backward()
     assert {p.dtype for p in sharded.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in sharded.parameters()} == {torch.float32}
+
+
+def test_gradients_of_micro_batches_are_added_up_in_float32(mesh):
+    """The sum of two bfloat16 gradients to the bit; most sums have more bits than a bfloat16.
+
+    Each is that of a model whose weights are bfloat16, of one micro-batch alone.
+    """
+    model, scorer = prepared("llama", "flat")
+    rounded = cast_parameters(copy.deepcopy(model), torch.bfloat16)
+    sharded = shard_model(model, mesh, CPU, compute_dtype=torch.bfloat16)
+    batches = [collate_groups([group], [0]) for group in random_groups(2)]
+    expected = [torch.zeros(p.shape) for p in rounded.parameters()]
+    for number, batch in enumerate(batches):
+        set_gradient_sync(sharded, last=number == 1, every=False)
+        scorer.logps(sharded, batch).sum().backward()
+        rounded.zero_grad()
+        scorer.logps(rounded, batch).sum().backward()
+        for total, parameter in zip(expected, rounded.parameters(), strict=True):
+            total += parameter.grad.float()
+    in_shards(sharded)
+    found = [parameter.grad.full_tensor() for parameter in sharded.parameters()]
+    for gradient, total in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, total, rtol=1e-6, atol=0)
+    lost = [(total != total.bfloat16().float()).float().mean() for total in expected]
+    assert max(lost) > 0.5
+
+
+def test_a_sharded_model_makes_one_forward_pass_whatever_the_widths(mesh):
+    """Ranks meet in each forward pass of the padded path: the number must not follow the rows."""
+    model, scorer = prepared("bloom", "padded")
+    sharded = shard_model(copy.deepcopy(model), mesh, CPU, compute_dtype=None)
+    passes = []
+    for each in (model, sharded):
+        each.register_forward_pre_hook(lambda module, *_: passes.append(is_sharded(module)))
+    for widths in ((1, 1), (2, 40), (1, 6, 60)):
+        responses = tuple(np.full(width, 5, dtype=np.int32) for width in widths)
+        ranks = tuple(range(1, len(widths) + 1))
+        group = TokenGroup(np.array([3, 4], dtype=np.int32), responses, ranks, 1.0, "row", "key")
+        batch = collate_groups([group], [0])
+        passes.clear()
+        with torch.no_grad():
+            found = scorer.logps(sharded, batch)
+            assert passes == [True]
+            torch.testing.assert_close(found, scorer.logps(model, batch), rtol=1e-5, atol=1e-5)
+        # One process alone takes rows of like widths together, each width in a pass of its own.
+        assert passes.count(False) == (1 if widths == (1, 1) else len(widths))
 
 
 def test_what_a_family_keeps_in_float32_stays_so(mesh):
