@@ -25,7 +25,8 @@ class Disturbance(Callback):
             return
         if kind == "sleep":
             print("asleep", flush=True)
-            time.sleep(60)
+            while True:
+                time.sleep(1)
         elif kind == "crash":
             raise ValueError("a fault that nobody foresaw")
         elif kind == "vanish":

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import torch
 from safetensors.torch import load_file
 
 from tests.support.runs import ROOT, TINY, Run
+from tests.support.waiting import until
 
 DISTURBED = ("plugins=[tests.support.disturbances]", "trainer.callbacks=[disturb]")
 
@@ -39,29 +39,26 @@ def start(folder, *overrides: str, disturb: str = "") -> subprocess.Popen[bytes]
         )
 
 
-def wait_for_step(folder, process, step: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
+def wait_for_step(folder, process, step: int) -> None:
+    def is_there() -> bool:
         with_rows = folder / "metrics.jsonl"
         lines = with_rows.read_text().splitlines() if with_rows.exists() else []
-        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(folder.with_suffix(".log").read_text())
+        return len(lines) > 1 and json.loads(lines[-2])["step"] >= step
+
+    log = folder.with_suffix(".log")
+    until(lambda: is_there() or process.poll() is not None, log.read_text)
+    assert is_there(), log.read_text()
 
 
-def ended(folder, process, seconds: float = 60) -> Run:
+def ended(folder, process) -> Run:
     """The run, when all of its processes are gone."""
     try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
+        until(lambda: process.poll() is not None, folder.with_suffix(".log").read_text)
+    except AssertionError:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(folder.with_suffix(".log").read_text()) from None
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and ranks_of(folder):
-        time.sleep(0.1)
-    assert not ranks_of(folder)
-    return Run(code, folder)
+        raise
+    until(lambda: not ranks_of(folder), lambda: ranks_of(folder))
+    return Run(process.returncode, folder)
 
 
 def ranks_of(folder) -> list[int]:
