@@ -44,7 +44,7 @@ def give_order(folder: Path) -> str:
         What names it.
     """
     attempt = uuid.uuid4().hex
-    write_json(folder / _ORDER, {"attempt": attempt})
+    write_json(folder / _ORDER, {"attempt": attempt, "given": time.time()})
     return attempt
 
 
@@ -58,8 +58,22 @@ def withdraw_order(folder: Path) -> None:
     write_json(folder / _ORDER, {"attempt": None})
 
 
+def stop_other(folder: Path) -> None:
+    """Has an earlier command's job that is at work in a folder stop, and waits until it is gone.
+
+    Raises:
+        Taken: If its processes do not end.
+    """
+    if order(folder).get("attempt") is None:
+        return
+    withdraw_order(folder)
+    claim = read_json(folder / _CLAIM)
+    if claim.get("state") == "open":
+        _wait_until_gone(claim)
+
+
 def order(folder: Path) -> dict[str, Any]:
-    """The folder's order: ``attempt`` and ``job``, each where known."""
+    """The folder's order: ``attempt``, and when it was ``given`` or, once known, its ``job``."""
     return read_json(folder / _ORDER)
 
 
@@ -148,6 +162,9 @@ class Claim:
         self._write()
         if other.get("state") == "open":
             _wait_until_gone(other)
+            now = read_json(self._folder / _CLAIM)
+            if now.get("run") == other.get("run") and now.get("state") != "ended":
+                self._write()  # the other noted something between its last look and its end
         return starts + 1
 
     def note_group(self, group: int) -> None:
@@ -155,9 +172,26 @@ class Claim:
         self._note(group=_birth(group))
 
     def holds(self) -> bool:
-        """Whether order and claim are still this runner's."""
+        """Whether order and claim are still this runner's.
+
+        A runner whose order was given anew while it took the folder may have put its claim there;
+        that is put right.
+        """
+        if not self.is_ordered():
+            return False
+        if read_json(self._folder / _CLAIM).get("run", self._run) != self._run:
+            if not self._may_write():
+                return False
+            self._write()
+        return True
+
+    def _may_write(self) -> bool:
+        """Whether the claim in the folder is this runner's, or of an order that does not count."""
         claim = read_json(self._folder / _CLAIM)
-        return claim.get("run", self._run) == self._run and self.is_ordered()
+        return bool(
+            claim.get("run") == self._run
+            or claim.get("attempt") != self._attempt == order(self._folder).get("attempt")
+        )
 
     def is_open(self) -> bool:
         """Whether the runner of the first rank has begun this start and not ended it."""
@@ -174,7 +208,7 @@ class Claim:
 
     def _note(self, **content: Any) -> None:
         # Another runner may hold the folder by now.
-        if self._content and read_json(self._folder / _CLAIM).get("run") == self._run:
+        if self._content and self._may_write():
             self._content |= content
             self._write()
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from dpo_lightning.results import RESULT_FILE
 from dpo_lightning.sweeps.places import Attempt, Ending, Place
-from dpo_lightning.sweeps.trials import Trial, judge
+from dpo_lightning.sweeps.trials import Trial, as_left, judge
 
 # Exit codes after which the same start would end the same way.
 _NOT_RETRIED = (2, 3)
@@ -110,13 +110,20 @@ class Dispatcher:
 
     def _start(self, trial: Trial) -> None:
         attempt = self._place.find(trial)
-        if attempt is None:
-            trial.folder.mkdir(parents=True, exist_ok=True)
-            # An earlier attempt's must not pass for this one's.
-            (trial.folder / RESULT_FILE).unlink(missing_ok=True)
-            attempt = self._place.start(trial)
-        running = _Running(trial, attempt)
-        self._running.append(running)
+        if attempt is None and as_left(trial).status == "finished":
+            # An earlier command's came to its end since this one looked.
+            self._view.ended(trial, again=False)
+            return
+        with _undisturbed():
+            if attempt is None:
+                trial.folder.mkdir(parents=True, exist_ok=True)
+                # Whatever happens from now on, the folder is this trial's and no other's.
+                trial.save()
+                # An earlier attempt's must not pass for this one's.
+                (trial.folder / RESULT_FILE).unlink(missing_ok=True)
+                attempt = self._place.start(trial)
+            running = _Running(trial, attempt)
+            self._running.append(running)
         self._tries[trial.folder] = self._tries.get(trial.folder, 0) + 1
         trial.devices = attempt.labels
         if not self._notice_start(running):
@@ -169,12 +176,12 @@ class Dispatcher:
 
     def _stop_all(self) -> None:
         """Ends every trial: asks as Ctrl-C does, waits, and kills what is left."""
-        for running in self._running:
-            running.attempt.ask()
-        deadline = time.monotonic() + self._place.grace_seconds
         endings: dict[Path, Ending] = {}
         # A second Ctrl-C means now.
         with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            for running in self._running:
+                running.attempt.ask()
+            deadline = time.monotonic() + self._place.grace_seconds
             while time.monotonic() < deadline and len(endings) < len(self._running):
                 for running in self._running:
                     folder = running.trial.folder
@@ -187,6 +194,23 @@ class Dispatcher:
             ending = endings.get(running.trial.folder) or running.attempt.kill()
             self._notice_start(running)
             self._end(running, ending, stopped=True)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts an interrupt off to its end: a trial that is being started could not be stopped."""
+    came: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handled = {signum: handler for signum, handler in before.items() if callable(handler)}
+    for signum in handled:
+        signal.signal(signum, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for signum, handler in handled.items():
+            signal.signal(signum, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _exit_143(signum: int, frame: object) -> None:

@@ -6,10 +6,12 @@ see the pipe close and stop. Imports no torch.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.lifeline import LIFELINE
+from dpo_lightning.sweeps.claims import Taken, stop_other
 from dpo_lightning.sweeps.leases import (
     DevicePool,
     Kind,
@@ -28,6 +31,12 @@ from dpo_lightning.sweeps.leases import (
 from dpo_lightning.sweeps.places import Attempt, Demand, Ending, Place, Work, check_counts
 from dpo_lightning.sweeps.processes import clear_group, signal_group, trial_command
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial
+
+# Below a trial's folder: locked by its process, so that the lock goes with it and not before.
+_LOCK_FILE = ".process.lock"
+# How long the trial of a sweep that is gone may take to end; its lifeline gives it less.
+_ENDING_SECONDS = 60.0
+_POLL_SECONDS = 0.2
 
 
 class LocalSite:
@@ -160,7 +169,20 @@ class LocalProcesses:
         return self._pools[trial.plan.kind].has(trial.plan.width)
 
     def find(self, trial: Trial) -> Attempt | None:
-        """None: trials of this machine end with the sweep that started them."""
+        """None: trials of this machine end with the sweep that started them.
+
+        One that is about to end, or a job that another launcher left, is waited for: two of them
+        must not write one folder.
+
+        Raises:
+            UserError: If it does not end.
+        """
+        if trial.folder.is_dir():
+            try:
+                stop_other(trial.folder)
+            except Taken as error:
+                raise UserError(f"{trial.folder}: {error}; end it first") from error
+            os.close(_lock(trial.folder))
         return None
 
     def start(self, trial: Trial) -> Attempt:
@@ -170,17 +192,49 @@ class LocalProcesses:
         assert lease is not None
         environment = os.environ | self._environment
         environment |= pool.environment(lease, environment)
-        with (trial.folder / LOG_FILE).open("ab") as log:
+        lock = _lock(trial.folder)
+        with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 trial_command(self._script, trial.plan.arguments, trial.folder),
                 env=environment | {LIFELINE: str(self._lifeline)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=[self._lifeline],
+                pass_fds=[self._lifeline, lock],
                 process_group=0,
             )
         return _LocalAttempt(process, lease, pool)
+
+
+def _lock(folder: Path) -> int:
+    """Waits until no process of an earlier sweep is at work in a trial's folder.
+
+    Returns:
+        The descriptor of a lock that is held until whoever inherits it is gone.
+
+    Raises:
+        UserError: If one does not end.
+    """
+    handle = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + _ENDING_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder}: a process of an earlier sweep is still at work there; end it "
+                        "first"
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+            except OSError:
+                return handle  # a file system without locks
+            else:
+                return handle
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 class _LocalAttempt:

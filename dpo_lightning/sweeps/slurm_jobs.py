@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -27,16 +28,18 @@ from dpo_lightning.sweeps.claims import (
 )
 from dpo_lightning.sweeps.places import Attempt, Ending, Work
 from dpo_lightning.sweeps.runner import Order, Runner, make_order
+from dpo_lightning.sweeps.slurm_queue import (
+    cancel_named,
+    find_number,
+    is_alive,
+    job_name,
+    queue_states,
+)
 from dpo_lightning.sweeps.trials import Plan, Trial
 
 JOBS_DIR = ".submitit"
 """Below the sweep's folder: what submitit writes of each job."""
 
-# States of a job that may still run, beside those in which it does.
-_ALIVE = (
-    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED"),
-    *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "READY"),
-)
 _STATE_SECONDS = 20.0
 _STATE_SECONDS_STOPPING = 4.0
 # How long a job may be over before what it wrote is seen here, and how long one that lost its node
@@ -149,24 +152,36 @@ class SlurmJobs:
         return most is None or len(self._jobs) < most
 
     def find(self, trial: Trial) -> Attempt | None:
-        """The job of an earlier command, which ended without it; it is gone on with."""
+        """The job of an earlier command, which ended without it; it is gone on with.
+
+        Raises:
+            UserError: If SLURM does not say whether there is one.
+        """
         given = order(trial.folder)
-        attempt, number = given.get("attempt"), given.get("job")
-        if not self._terms.on_slurm or not (attempt and number):
+        attempt = given.get("attempt")
+        if not self._terms.on_slurm or not attempt:
             return None
         if claim_of(trial.folder, attempt).get("state") == "ended":
+            return None
+        number = given.get("job") or find_number(trial.folder)
+        if number is None:
             return None
         from submitit import SlurmJob
 
         job: Any = SlurmJob(self._folder, number, tasks=range(trial.plan.width * trial.plan.nodes))
         found = self._follow(job, trial, attempt)
-        if not _is_alive(self.state(job, seconds=0)):
+        if not is_alive(self.state(job, seconds=0)):
             self.forget(job)
             return None
+        if not given.get("job"):
+            note_job(trial.folder, attempt, number)
         return found
 
     def start(self, trial: Trial) -> Attempt:
         """Submits the job of a trial.
+
+        The order is written first and the job has its name, so that a command that is killed at
+        any moment leaves no job that the next one would not find.
 
         Raises:
             UserError: If SLURM does not take it.
@@ -179,13 +194,46 @@ class SlurmJobs:
             threads=self._terms.threads,
             max_starts=None,
         )
-        self._executor.update_parameters(
-            **{k: v for k, v in self._terms.parameters(trial.plan).items() if v is not None}
-        )
-        job = _submit(self._executor, TrialJob(order))
-        if self._terms.on_slurm:
-            note_job(trial.folder, attempt, job.job_id)
+        asked = {k: v for k, v in self._terms.parameters(trial.plan).items() if v is not None}
+        try:
+            if self._terms.on_slurm:
+                job = self._submit_named(TrialJob(order), attempt, asked)
+                note_job(trial.folder, attempt, job.job_id)
+            else:
+                self._executor.update_parameters(**asked)
+                job = _submit(self._executor, TrialJob(order))
+        except BaseException:
+            self._disown(trial.folder, attempt)
+            raise
         return self._follow(job, trial, attempt)
+
+    def _submit_named(self, function: TrialJob, attempt: str, asked: dict[str, Any]) -> Any:
+        """Submits a job that needs nothing more from this process to be found and to run.
+
+        submitit gives a job's file its name when sbatch has answered; a job whose command was
+        killed before that would wait for it in vain, and takes a copy of its own.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        sent = self._folder / f"{attempt}.pkl"
+        sent.parent.mkdir(parents=True, exist_ok=True)
+        submission = DelayedSubmission(function)
+        submission.set_timeout(asked["timeout_min"], self._terms.max_timeouts)
+        submission.dump(sent)
+        needed = f'{shlex.quote(str(self._folder))}/"${{SLURM_JOB_ID}}_submitted.pkl"'
+        take = f"[ -e {needed} ] || cp {shlex.quote(str(sent))} {needed}"
+        asked["name"] = job_name(asked["name"], attempt)
+        asked["slurm_setup"] = [take, *asked["slurm_setup"]]
+        self._executor.update_parameters(**asked)
+        job = _submit(self._executor, function)
+        sent.unlink(missing_ok=True)
+        return job
+
+    def _disown(self, folder: Path, attempt: str) -> None:
+        """Cancels a job that may be in the queue though its submission failed."""
+        withdraw_order(folder)
+        if self._terms.on_slurm:
+            cancel_named(attempt)
 
     def _follow(self, job: Any, trial: Trial, attempt: str) -> Attempt:
         self._jobs[job.job_id] = job
@@ -212,7 +260,7 @@ class SlurmJobs:
             job.watcher.update()  # sacct, for all that submitit knows
             states = {name: str(job.watcher.get_state(name, mode="cache")) for name in self._jobs}
             if "UNKNOWN" in states.values():
-                states = _queue_states(states)
+                states = queue_states(states)
             self._states = states
         return self._states.get(job.job_id, "UNKNOWN")
 
@@ -232,24 +280,6 @@ def _submit(executor: Any, function: TrialJob) -> Any:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-def _queue_states(states: Mapping[str, str]) -> dict[str, str]:
-    """Asks squeue about jobs that sacct knows nothing of: not all clusters keep accounts."""
-    command = ["squeue", "--noheader", "--states=all", "--me", "--format=%i %T"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return dict(states)
-    queue = dict(line.split()[:2] for line in said.stdout.splitlines() if len(line.split()) > 1)
-    return {
-        name: queue.get(name, "GONE") if state == "UNKNOWN" else state
-        for name, state in states.items()
-    }
-
-
-def _is_alive(state: str) -> bool:
-    return state.partition(" ")[0] in (*_ALIVE, "UNKNOWN")
 
 
 class _SlurmAttempt:
@@ -290,7 +320,7 @@ class _SlurmAttempt:
         if self._on_slurm:
             seconds = _STATE_SECONDS_STOPPING if self._stopping else _STATE_SECONDS
             state = self._jobs.state(self._job, seconds=seconds)
-            alive = _is_alive(state)
+            alive = is_alive(state)
         else:
             alive, state = not self._job.done(), "over"
         now = time.monotonic()

@@ -35,6 +35,7 @@ _OWN_OPTIONS = {
     "nodes": "trainer.num_nodes",
     "ntasks": "trainer.devices",
     "ntasks_per_node": "trainer.devices",
+    "job_name": "the launcher",
     "array": "the launcher",
     "output": "the launcher",
     "error": "the launcher",

@@ -145,7 +145,7 @@ def place_trials(plans: Iterable[Plan], sweep_dir: Path) -> list[Trial]:
         else:
             folder = candidates[0] if owners[0] is None else candidates[1]
         if folder not in trials:
-            trials[folder] = _as_left(Trial(plan, folder))
+            trials[folder] = as_left(Trial(plan, folder))
     return list(trials.values())
 
 
@@ -159,7 +159,7 @@ def _owner(folder: Path, trials: Mapping[Path, Trial]) -> str | None:
     return None
 
 
-def _as_left(trial: Trial) -> Trial:
+def as_left(trial: Trial) -> Trial:
     """The trial as an earlier command left it: finished, or still to be done."""
     result = read_json(trial.folder / RESULT_FILE)
     if (

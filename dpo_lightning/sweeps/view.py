@@ -142,7 +142,7 @@ class SweepView:
             self._live.start()
         for trial in self._trials:
             if trial.skipped:
-                self._say(f"{trial.folder.name}  finished already, not run again")
+                self.ended(trial, again=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,6 +159,9 @@ class SweepView:
 
     def ended(self, trial: Trial, *, again: bool) -> None:
         """A trial's process ended; ``again`` when it will be started once more."""
+        if trial.skipped:
+            self._say(f"{trial.folder.name}  finished already, not run again")
+            return
         now = time.monotonic()
         seconds = now - self._began.get(trial.folder.name, now)
         if trial.status == "finished":

@@ -119,26 +119,29 @@ def test_a_reference_file_with_any_byte_flipped_is_never_used(tmp_path):
 def test_a_killed_holder_of_the_token_lock_is_followed_by_another(tmp_path, tokenizer):
     """It is killed in the middle of its work; the next one finds no lock and does it."""
     context = multiprocessing.get_context("fork")
-    started = context.Event()
+    started, waits = context.Event(), context.Event()
 
     def hold() -> None:
         def endless(*args, **kwargs):
             started.set()
-            time.sleep(600)
+            while True:
+                time.sleep(1)
 
         token_cache.tokenize_groups = endless
         tokens(tmp_path, tokenizer)
 
-    holder = context.Process(target=hold)
-    waiting = context.Process(target=tokens, args=(tmp_path, tokenizer))
+    def wait() -> None:
+        token_cache._say_waiting = waits.set
+        tokens(tmp_path, tokenizer)
+
+    holder, waiting = context.Process(target=hold), context.Process(target=wait)
     holder.start()
-    assert started.wait(60)
+    assert started.wait(120)
     waiting.start()
-    waiting.join(1)
-    assert waiting.is_alive()
+    assert waits.wait(120)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    waiting.join(60)
+    waiting.join(120)
     assert waiting.exitcode == 0
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     expected = tokenize_groups(GROUPS, tokenizer, max_length=60, truncation="drop")

@@ -1,5 +1,6 @@
 """A run on real rows, killed five times at random moments, ends like an undisturbed one."""
 
+import functools
 import json
 import os
 import random
@@ -11,10 +12,15 @@ import pytest
 
 from tests.support.recovery import DRAWING, assert_same_end, rows
 from tests.support.runs import ROOT, Run
+from tests.support.signals import DISTURBED
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.faults
 
 STEPS, KILLS = 60, 5
+
+# A run that is to be killed comes no further, however late that is done.
+BRAKE = "sleep:57:0"
 
 
 def command(shared, folder, *overrides: str) -> list[str]:
@@ -28,12 +34,13 @@ def command(shared, folder, *overrides: str) -> list[str]:
         *("evaluation.samples=4", "evaluation.max_new_tokens=8"),
         "evaluation.partition_samples=0",
         *DRAWING,
+        *DISTURBED,
         *overrides,
     ]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def environment(disturb: str = "sleep:0:0") -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DISTURB": disturb}
 
 
 def newest_step(folder) -> int:
@@ -42,6 +49,11 @@ def newest_step(folder) -> int:
         return json.loads(lines[-1])["step"]
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def is_at(step: int, folder, process: subprocess.Popen) -> bool:
+    """Whether a run is at a step, or over."""
+    return newest_step(folder) >= step or process.poll() is not None
 
 
 def test_five_kills(shared, tmp_path):
@@ -58,14 +70,11 @@ def test_five_kills(shared, tmp_path):
             process = subprocess.Popen(
                 command(shared, folder, "resume=auto"),
                 cwd=ROOT,
-                env=environment(),
+                env=environment(BRAKE),
                 stdout=log,
                 stderr=log,
             )
-            deadline = time.monotonic() + 200
-            while newest_step(folder) < target and process.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
+            until(functools.partial(is_at, target, folder, process))
             time.sleep(delay)
             process.kill()
             assert process.wait() == -9, (tmp_path / "log").read_text()

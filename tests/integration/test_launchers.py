@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from tests.support.fake_slurm import install
 from tests.support.runs import ROOT, Run
 from tests.support.sweeps import Sweep, alive, sweep
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.launchers
 
@@ -71,8 +71,8 @@ def start(place: Path, *overrides: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def end(process: subprocess.Popen, place: Path, seconds: float = 400) -> Sweep:
-    stdout, stderr = process.communicate(timeout=seconds)
+def end(process: subprocess.Popen, place: Path) -> Sweep:
+    stdout, stderr = process.communicate(timeout=400)
     return Sweep(process.returncode, place / "sweep", stdout, stderr)
 
 
@@ -84,15 +84,15 @@ def beats(place: Path, name: str) -> list[tuple[str, float, int]]:
 
 def wait_for_step(process: subprocess.Popen, place: Path, names: list[str], step: int) -> str:
     """The first of the trials to be at a step."""
-    deadline = time.monotonic() + 180
-    while True:
-        for name in names:
-            taken = beats(place, name)
-            if taken and taken[-1][2] >= step:
-                return name
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    found = []
+
+    def is_there() -> bool:
+        found[:] = [name for name in names if (t := beats(place, name)) and t[-1][2] >= step]
+        return bool(found)
+
+    until(lambda: is_there() or process.poll() is not None)
+    assert found, process.communicate()
+    return found[0]
 
 
 def claim(place: Path, name: str) -> dict:
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_the_trials_of_a_cluster_that_stays(place, cluster):
     for name in ("beta-0.1", "beta-0.2"):
         wait_for_step(process, place, [name], 15)
     os.killpg(process.pid, signal.SIGINT)
-    done = end(process, place, seconds=90)
+    done = end(process, place)
     assert done.code == 130, done.stdout + done.stderr
     assert "the same command goes on from here" in done.stdout
     assert alive(place) == []

@@ -12,6 +12,7 @@ import pytest
 from dpo_lightning import loggers
 from dpo_lightning.run import disk_fault
 from tests.support.runs import ROOT, TINY, Run, run_train
+from tests.support.waiting import until
 from tests.support.warm import run_apart
 
 QUICK = (*TINY, "evaluation.partition_samples=0", "trainer.max_steps=4")
@@ -68,7 +69,7 @@ def test_a_server_that_works(online, server, tmp_path):
     assert run.code == 0
     assert "offline" not in said
     assert "/me/p/runs/" in said
-    assert "train/loss" in server.read_text()
+    until(lambda: "train/loss" in server.read_text())
     # The key is for the header of a request alone.
     assert KEY not in server.read_text()
 

@@ -27,7 +27,8 @@ class Disturbance(Callback):
             return
         if kind == "sleep":
             print("asleep", flush=True)
-            time.sleep(60)
+            while True:
+                time.sleep(1)
         elif kind == "pause":
             print("paused", flush=True)
             while not Path(os.environ["DISTURB_GO"]).exists():

@@ -26,16 +26,21 @@ def pair(prompt: tuple[int, ...], *responses: tuple[int, ...]) -> TokenGroup:
 
 
 class CountingScorer:
-    """Scores a response by its own ids: -(sum of ids) - prompt ids / 100, and keeps what it saw."""
+    """Scores a response by its own ids: -(sum of ids) - prompt ids / 100, and keeps what it saw.
+
+    With `most` it never comes back when it has seen as many.
+    """
 
     shared = True
 
-    def __init__(self, log: Path | None = None, *, seconds: float = 0.0) -> None:
+    def __init__(self, log: Path | None = None, *, most: int | None = None) -> None:
         self.seen: list[tuple[tuple[int, ...], ...]] = []
         self._log = log
-        self._seconds = seconds
+        self._most = most
 
     def logps(self, model, batch, plan=None):
+        while self._most is not None and len(self.seen) >= self._most:
+            time.sleep(1)
         values, cursor = [], 0
         for shape in batch.segments:
             parts = batch.input_ids[cursor : cursor + sum(shape)].split(list(shape))
@@ -47,7 +52,6 @@ class CountingScorer:
                 if self._log is not None:
                     with self._log.open("a") as file:
                         file.write(f"{prompt} {response}\n")
-        time.sleep(self._seconds)
         return torch.tensor(values)
 
 

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from tests.support.runs import TINY, Run
+from tests.support.waiting import until
 from tests.support.warm import WarmRun, start_train
 
 DISTURBED = ("plugins=[tests.support.disturbances]", "trainer.callbacks=[disturb]")
@@ -43,44 +43,36 @@ def start(folder: Path, *overrides: str, disturb: str = "") -> WarmRun | subproc
         )
 
 
-def wait_for_step(
-    folder: Path, process: WarmRun | subprocess.Popen[str], step: int, seconds: float = 120
-) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
+def wait_for_step(folder: Path, process: WarmRun | subprocess.Popen[str], step: int) -> None:
+    """Waits until the run has logged a step."""
+
+    def is_there() -> bool:
         with_rows = folder / "metrics.jsonl"
         lines = with_rows.read_text().splitlines() if with_rows.exists() else []
-        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(folder.with_suffix(".log").read_text())
+        return len(lines) > 1 and json.loads(lines[-2])["step"] >= step
+
+    log = folder.with_suffix(".log")
+    until(lambda: is_there() or process.poll() is not None, log.read_text)
+    assert is_there(), log.read_text()
 
 
-def wait_for_word(
-    folder: Path, process: WarmRun | subprocess.Popen[str], word: str, seconds: float = 120
-) -> None:
+def wait_for_word(folder: Path, process: WarmRun | subprocess.Popen[str], word: str) -> None:
     """Waits until the run has said something."""
     log = folder.with_suffix(".log")
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        if word in log.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(log.read_text())
+    until(lambda: word in log.read_text() or process.poll() is not None, log.read_text)
+    assert word in log.read_text(), log.read_text()
 
 
-def ended(folder: Path, process: WarmRun | subprocess.Popen[str], seconds: float = 60) -> Run:
+def ended(folder: Path, process: WarmRun | subprocess.Popen[str]) -> Run:
     """The run, when all of its processes are gone."""
     try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
+        until(lambda: process.poll() is not None, folder.with_suffix(".log").read_text)
+    except AssertionError:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(folder.with_suffix(".log").read_text()) from None
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and ranks_of(process):
-        time.sleep(0.1)
-    assert not ranks_of(process)
-    return Run(code, folder)
+        raise
+    until(lambda: not ranks_of(process), lambda: ranks_of(process))
+    assert process.returncode is not None
+    return Run(process.returncode, folder)
 
 
 def ranks_of(process: WarmRun | subprocess.Popen[str]) -> list[int]:

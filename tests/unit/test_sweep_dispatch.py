@@ -1,28 +1,46 @@
 """The dispatcher with quick stand-ins for trials: leases, failures, retries, interrupts."""
 
+import fcntl
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from dpo_lightning.sweeps import local_processes
+from dpo_lightning.sweeps.dispatch import Dispatcher
+from dpo_lightning.sweeps.leases import DevicePool
+from dpo_lightning.sweeps.local_processes import open_local
+from dpo_lightning.sweeps.trials import Trial, place_trials
+from dpo_lightning.sweeps.view import SweepView
 from tests.support.runs import ROOT
 from tests.support.sweeps import alive
-from tests.support.trials import plan, run
+from tests.support.trials import Silent, plan, run, stand_in
+from tests.support.waiting import until
+
+
+def finish_after(name: str) -> str:
+    """A trial that finishes when another one has."""
+    path = f"folder.parent / {name!r} / 'result.json'"
+    return f"while not ({path}).exists(): time.sleep(0.02)\nfinish()"
 
 
 def test_uneven_trials_keep_two_slots_busy_and_never_share_one(tmp_path):
-    """Lengths 3, 0.2, 0.2, 0.2, 0.5 s on two slots: while any waits, both slots are at work.
+    """The first of five outlasts the others: while any waits, both slots are at work.
 
     Round robin would put the first, third and fifth on one slot and leave the other idle.
     """
-    lengths = [3, 0.2, 0.2, 0.2, 0.5]
-    plans = [plan(f"t{i}", f"time.sleep({s}); finish()") for i, s in enumerate(lengths)]
+    plans = [plan("t0", finish_after("t4"))]
+    plans += [plan(f"t{i}", "finish()") for i in range(1, 5)]
     trials, view = run(tmp_path, plans)
     assert [trial.status for trial in trials] == ["finished"] * 5
     spans = [(t.metrics["begin"], t.metrics["end"], t.devices) for t in trials]
@@ -44,9 +62,9 @@ def test_uneven_trials_keep_two_slots_busy_and_never_share_one(tmp_path):
 
 def test_a_trial_takes_as_many_slots_as_it_has_devices(tmp_path):
     plans = [
-        plan("one", "time.sleep(0.5); finish()"),
-        plan("two", "time.sleep(0.2); finish()", width=2),
-        plan("three", "time.sleep(0.2); finish()"),
+        plan("one", finish_after("three")),
+        plan("two", "finish()", width=2),
+        plan("three", "finish()"),
     ]
     trials, _ = run(tmp_path, plans)
     one, two, three = trials
@@ -117,7 +135,7 @@ def test_max_failures_stops_starting(tmp_path, most, started):
 
 def test_what_a_trial_leaves_behind_is_ended_with_it(tmp_path):
     """A rank whose first rank died would hold its device and wait for ever."""
-    act = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', str(folder)])"
+    act = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)', str(folder)])"
     [trial], _ = run(tmp_path, [plan("a", f"{act}; os._exit(1)")])
     assert trial.status == "failed"
     assert alive(tmp_path) == []
@@ -129,24 +147,64 @@ def test_the_environment_and_the_threads_of_a_trial(tmp_path):
     assert (trial.status, trial.metrics["threads"]) == ("finished", os.environ["OMP_NUM_THREADS"])
 
 
+def test_a_trial_that_an_earlier_command_finishes_meanwhile_is_not_run_again(tmp_path):
+    """It had not finished when this command looked, and has when its turn comes."""
+    trials, said = place_trials([plan("a", "finish()")], tmp_path), io.StringIO()
+    assert trials[0].status == "waiting"
+    run(tmp_path, [plan("a", "finish()")])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    view = SweepView(trials, Console(file=said))
+    with open_local({"cpu": DevicePool("cpu", ["0"])}, stand_in(tmp_path), {}) as place:
+        Dispatcher(trials, place=place, max_failures=None, retries=0, view=view).run()
+    assert (trials[0].status, trials[0].skipped) == ("finished", True)
+    assert said.getvalue() == "a  finished already, not run again\n"
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    assert after.items() >= before.items()
+
+
+def test_a_folder_is_its_trials_before_anything_is_started_in_it(tmp_path):
+    """Other settings of the same name get another folder, though the first trial never ran."""
+
+    class Fails:
+        grace_seconds = 0.0
+
+        def fits(self, trial: Trial) -> bool:
+            return True
+
+        def find(self, trial: Trial) -> None:
+            return None
+
+        def start(self, trial: Trial) -> None:
+            raise OSError("no process could be started")
+
+    trials = place_trials([plan("a", "finish()")], tmp_path)
+    with pytest.raises(OSError, match="no process"):
+        Dispatcher(trials, place=Fails(), max_failures=None, retries=0, view=Silent()).run()
+    other = replace(plan("a", "finish()"), settings_hash="other".ljust(32, "0"))
+    assert [t.folder.name for t in place_trials([other], tmp_path)] == ["a-other000"]
+    assert [t.folder.name for t in place_trials([plan("a", "finish()")], tmp_path)] == ["a"]
+
+
+# A trial says when it was asked to end; a stubborn one does not care.
 SWEEP = """
 import pathlib, sys
 sys.path.insert(0, {root!r})
+from dpo_lightning.sweeps.local_processes import LocalProcesses
 from tests.support.trials import plan
 from tests.support.trials import run
-act = "signal.signal(signal.SIGINT, signal.SIG_IGN); " * {stubborn}
-act += "(folder / 'up').touch(); time.sleep(99)"
+LocalProcesses.grace_seconds = 3600
+act = "stubborn = {stubborn}\\n"
+act += "def asked(*_):\\n    (folder / 'asked').touch()\\n    stubborn or sys.exit(130)\\n"
+act += "signal.signal(signal.SIGINT, asked)\\n"
+act += "(folder / 'up').touch()\\nwhile True: time.sleep(1)"
 run(pathlib.Path({folder!r}), [plan("a", act), plan("b", act), plan("c", act)])
 """
 
 
 def start_sweep(folder: Path, *, stubborn: bool = False) -> subprocess.Popen:
-    code = SWEEP.format(root=str(ROOT), folder=str(folder), stubborn=int(stubborn))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not all((folder / name / "up").exists() for name in "ab"):
-        assert time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
+    code = SWEEP.format(root=str(ROOT), folder=str(folder), stubborn=stubborn)
+    process = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: all((folder / name / "up").exists() for name in "ab"))
     return process
 
 
@@ -154,7 +212,7 @@ def start_sweep(folder: Path, *, stubborn: bool = False) -> subprocess.Popen:
 def test_a_signal_ends_all_and_leaves_nothing_running(tmp_path, signum, code):
     process = start_sweep(tmp_path)
     process.send_signal(signum)
-    process.communicate(timeout=20)
+    process.wait(120)
     assert process.returncode in (code, 128 + signal.SIGINT if signum == signal.SIGINT else code)
     assert alive(tmp_path) == []
     for name in "ab":
@@ -163,20 +221,98 @@ def test_a_signal_ends_all_and_leaves_nothing_running(tmp_path, signum, code):
 
 
 def test_a_second_interrupt_does_not_wait_for_stubborn_trials(tmp_path):
+    """They would be waited for an hour."""
     process = start_sweep(tmp_path, stubborn=True)
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    until(lambda: all((tmp_path / name / "asked").exists() for name in "ab"))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
+    process.wait(120)
     assert alive(tmp_path) == []
+    for name in "ab":
+        assert json.loads((tmp_path / name / "trial.json").read_text())["status"] == "stopped"
 
 
 def test_trials_stop_when_the_dispatcher_is_killed(tmp_path):
     process = start_sweep(tmp_path)
     process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 10
-    while alive(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process.wait()
+    until(lambda: alive(tmp_path) == [])
+
+
+@pytest.mark.parametrize("how", ["stopped", "finished"])
+def test_the_trial_of_a_killed_sweep_has_ended_before_the_next_sweep_starts_it_again(
+    tmp_path, monkeypatch, how
+):
+    """It takes its time to end, until the next sweep has seen that it is at work."""
+    slow = (
+        "if (folder / 'up').exists():\n"
+        "    assert (folder / 'saved').exists(), 'two at once'\n"
+        "    finish(); sys.exit()\n"
+        "def save(*_):\n"
+        "    while not (folder / 'seen').exists(): time.sleep(0.02)\n"
+        f"    finish({how!r}); (folder / 'saved').touch(); os._exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(folder / 'up').touch()\nwhile True: time.sleep(1)"
+    )
+    sweep = multiprocessing.get_context("fork").Process(
+        target=run, args=(tmp_path, [plan("a", slow)])
+    )
+    sweep.start()
+    until((tmp_path / "a" / "up").exists)
+    sweep.kill()
+    sweep.join()
+
+    def flock(handle: int, how: int) -> None:
+        try:
+            fcntl.flock(handle, how)
+        except BlockingIOError:
+            (tmp_path / "a" / "seen").touch()
+            raise
+
+    monkeypatch.setattr(local_processes, "fcntl", SimpleNamespace(**vars(fcntl) | {"flock": flock}))
+    [trial], _ = run(tmp_path, [plan("a", slow)])
+    (tmp_path / "a" / "seen").touch()
+    assert trial.status == "finished", (trial.folder / "trial.log").read_text()
+    # One that came to its end after all is not run again.
+    assert trial.skipped == (how == "finished")
+    until(lambda: alive(tmp_path) == [])
+
+
+def interrupt(*_: object, **__: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_a_trial_is_being_started_stops_it(tmp_path, monkeypatch):
+    """It comes when the process is there and the sweep does not know of it yet."""
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            interrupt()
+
+    monkeypatch.setattr(local_processes.subprocess, "Popen", Popen)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [plan("a", "time.sleep(600)")])
+    assert json.loads((tmp_path / "a" / "trial.json").read_text())["status"] == "stopped"
+    assert alive(tmp_path) == []
+
+
+def test_a_second_interrupt_while_trials_are_asked_to_end_leaves_none_behind(tmp_path, monkeypatch):
+    class Interrupted(Silent):
+        refresh = interrupt
+
+    asked = local_processes.signal_group
+
+    def ask(group: int, signum: int) -> None:
+        if signum == signal.SIGINT:
+            interrupt()
+        asked(group, signum)
+
+    monkeypatch.setattr(local_processes, "signal_group", ask)
+    trials = place_trials([plan(name, "time.sleep(600)") for name in "ab"], tmp_path)
+    pools = {"cpu": DevicePool("cpu", ["0", "1"])}
+    with open_local(pools, stand_in(tmp_path), {}) as place, pytest.raises(KeyboardInterrupt):
+        Dispatcher(trials, place=place, max_failures=None, retries=0, view=Interrupted()).run()
+    assert [trial.status for trial in trials] == ["stopped"] * 2
     assert alive(tmp_path) == []

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from dpo_lightning.sweeps.runner import STOPPED, Order, Runner, make_order, run_
 from dpo_lightning.sweeps.trials import Trial
 from tests.support.runs import ROOT
 from tests.support.sweeps import alive
-from tests.support.trials import plan, stand_in
+from tests.support.trials import plan, run, stand_in
+from tests.support.waiting import until
 
 # Beats twenty times a second for as long as it lives, under its own number.
 BEAT = (
@@ -51,13 +51,6 @@ def order(folder: Path, act: str, *, attempt: str | None = None, **options) -> O
 
 def result(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
-
-
-def wait_for(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def beats(folder: Path) -> dict[str, list[float]]:
@@ -146,9 +139,9 @@ def test_a_trial_whose_order_is_withdrawn_is_asked_to_end(folder):
     )
     given = order(folder, act)
     thread = Thread(given)
-    wait_for(lambda: beats(folder))
+    until(lambda: beats(folder))
     withdraw_order(folder)
-    thread.join(20)
+    thread.join(120)
     assert (thread.code, result(folder)["status"]) == (STOPPED, "stopped")
     assert claim_of(folder, given.attempt)["state"] == "ended"
     assert alive(folder) == []
@@ -159,13 +152,13 @@ def test_a_second_start_waits_until_the_first_one_is_gone(folder, same_attempt):
     """The first is alive and well: Ray may think its node lost, a sweep may be typed anew."""
     first = order(folder, BEAT)
     one = Thread(first)
-    wait_for(lambda: beats(folder))
+    until(lambda: beats(folder))
     second = order(folder, BEAT, attempt=first.attempt if same_attempt else None)
     two = start_runner(second)
-    wait_for(lambda: len(beats(folder)) == 2)
+    until(lambda: len(beats(folder)) == 2)
     (folder / "enough").touch()
-    assert two.wait(20) == 0
-    one.join(20)
+    assert two.wait(120) == 0
+    one.join(120)
     assert one.code == STOPPED
     (earlier, later) = beats(folder).values()
     assert max(earlier) < min(later)
@@ -188,10 +181,66 @@ def test_what_is_not_seen_from_here_is_waited_for(folder, monkeypatch):
     assert len(waits) == 1
 
 
+def test_a_note_of_one_that_was_taken_over_does_not_undo_it(folder, monkeypatch):
+    """The other looked at the claim, was overtaken, and only then wrote its own note into it."""
+    given = order(folder, "finish()")
+    path, first = folder / ".claim.json", {"attempt": given.attempt, "run": "x", "starts": 1}
+    second = claims.Claim(folder, given.attempt, "y")
+
+    def take(*, meanwhile: dict) -> bool:
+        """Whether the second holds the folder after the other's last moments."""
+        path.write_text(json.dumps(first | {"state": "open", "machine": "far"}))
+        late = json.dumps(first | meanwhile)
+        monkeypatch.setattr(claims.time, "sleep", lambda seconds: path.write_text(late))
+        second.take(["here"])
+        return second.holds()
+
+    assert take(meanwhile={"state": "open", "machine": "far", "group": [1, 0]})
+    assert take(meanwhile={"state": "left"})
+    # What has come to its end is not begun again, and who overtakes this one in turn may.
+    assert not take(meanwhile={"state": "ended", "exit_code": 0})
+    assert not take(meanwhile={"state": "open", "run": "z"})
+
+
+def test_a_runner_whose_order_was_given_anew_takes_the_folder_from_nobody(folder, monkeypatch):
+    """It had looked at its order before that, and at the claim after another had taken it."""
+    monkeypatch.setattr(claims, "TAKE_OVER_SECONDS", 0.0)
+    old, given = order(folder, "finish()"), order(folder, "finish()")
+    right, late = (claims.Claim(folder, o.attempt, n) for o, n in ((given, "right"), (old, "late")))
+    right.take(["here"])
+    late.take(["here"])
+    assert not late.holds()
+    assert right.holds()
+    assert claim_of(folder, given.attempt)["run"] == "right"
+    late.take(["here"])
+    right.end(0)
+    late.end(1)
+    assert claim_of(folder, given.attempt)["exit_code"] == 0
+
+
+def test_a_trial_of_this_machine_waits_for_the_job_of_another_launcher(folder):
+    """The job of a killed sweep is at work there; its order ends when the trial starts here."""
+    job = start_runner(order(folder, BEAT))
+    until(lambda: beats(folder))
+    try:
+        [trial], _ = run(folder.parent, [plan("trial", "finish()")])
+        last = len(beats(folder).popitem()[1])
+        until(lambda: job.poll() is not None or len(beats(folder).popitem()[1]) > last)
+        assert job.poll() == STOPPED
+    finally:
+        job.kill()
+        job.wait()
+    assert trial.status == "finished"
+    [times] = beats(folder).values()
+    assert max(times) < trial.metrics["begin"]
+
+
 def test_a_trial_is_never_started_beside_one_that_stays(folder, monkeypatch):
     """Its runner is dead, it lives: on a system that does not let it die with its parent."""
     monkeypatch.setattr(claims, "TAKE_OVER_SECONDS", 0.5)
-    stays = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+    stays = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], process_group=0
+    )
     given = order(folder, "finish()")
     first = claims.Claim(folder, given.attempt, "x")
     first.take(["here"])
@@ -221,32 +270,37 @@ def start_runner(given: Order) -> subprocess.Popen:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_trial_dies_at_once_with_its_runner_and_takes_its_ranks_along(folder):
-    """SIGKILL to the runner, as when a machine is lost; the trial ignores every request to end."""
+    """SIGKILL to the runner, as when a machine is lost; the trial ignores every request to end.
+
+    It would be given an hour to end by itself.
+    """
     rank = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); "
         "from dpo_lightning.lifeline import watch_lifeline; watch_lifeline(); "
-        f"open('{folder}/rank', 'w').write(str(os.getpid())); time.sleep(99)"
+        f"open('{folder}/rank', 'w').write(str(os.getpid())); time.sleep(999)"
     )
     act = (
+        "import dpo_lightning.lifeline; dpo_lightning.lifeline._GRACE_SECONDS = 3600\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         f"subprocess.Popen([sys.executable, '-c', {rank!r}])\n"
         f"{BEAT}"
     )
     runner = start_runner(order(folder, act))
-    wait_for(lambda: beats(folder) and (folder / "rank").exists() and alive(folder))
+    rank_file = folder / "rank"
+    until(lambda: beats(folder) and rank_file.exists() and rank_file.read_text())
     runner.kill()
     runner.wait()
-    wait_for(lambda: not alive(folder.parent / "train.py"), seconds=3)
-    pid = int((folder / "rank").read_text())
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), seconds=3)
+    until(lambda: not alive(folder.parent / "train.py"))
+    pid = int(rank_file.read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_runner_that_is_interrupted_leaves_its_folder_to_the_next(folder):
     given = order(folder, f"exec({BEAT!r})")
     runner = start_runner(given)
-    wait_for(lambda: beats(folder))
+    until(lambda: beats(folder))
     runner.send_signal(signal.SIGINT)
-    runner.wait(20)
+    runner.wait(120)
     assert claim_of(folder, given.attempt)["state"] == "left"
     assert alive(folder) == []
     (folder / "enough").touch()
@@ -271,7 +325,7 @@ def test_the_tasks_of_a_job_end_together(folder, monkeypatch):
     monkeypatch.setattr("dpo_lightning.sweeps.runner._OTHER_RANKS_SECONDS", 0.2)
     act = (
         "if 'hydra.output_subdir=null' in sys.argv: sys.exit(5)\n"
-        "print('first', flush=True); time.sleep(60)"
+        "print('first', flush=True); time.sleep(600)"
     )
     given = order(folder, act)
     (folder.parent / "train.py").write_text(
@@ -282,8 +336,8 @@ def test_the_tasks_of_a_job_end_together(folder, monkeypatch):
     )  # fmt: skip
     one = Thread(given, run="7.0")
     two = Thread(given, run="7.0", rank=1)
-    one.join(20)
-    two.join(20)
+    one.join(120)
+    two.join(120)
     assert (one.code, two.code) == (5, 5)
     assert claim_of(folder, given.attempt)["exit_code"] == 5
     assert "first" in (folder / "trial.log").read_text()

@@ -7,21 +7,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import submitit
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps import places, slurm_jobs
-from dpo_lightning.sweeps.claims import claim_of, order
+from dpo_lightning.sweeps.claims import order
 from dpo_lightning.sweeps.places import Demand
 from dpo_lightning.sweeps.trials import Plan
-from tests.support.fake_slurm import install, wait_for
+from tests.support.fake_slurm import cancel_all, jobs, set_state, wait_for
 from tests.support.runs import ROOT
-from tests.support.slurm_sweeps import DEFAULTS, run, site
+from tests.support.slurm_sweeps import DEFAULTS, run, site, slurm_here
 from tests.support.sweeps import alive
 from tests.support.trials import Silent, plan
+from tests.support.waiting import until
 
 
 def test_the_defaults_above_are_those_of_the_launcher():
@@ -80,6 +81,7 @@ def test_a_job_asks_for_a_task_and_a_gpu_per_device(options, changes, expected):
         ({"timeout_min": 1, "signal_delay_s": 60}, "signal_delay_s=60: needs less than"),
         ({"additional_parameters": {"time": 3}}, "hydra.launcher.timeout_min decides it"),
         ({"additional_parameters": {"ntasks-per-node": 3}}, "trainer.devices decides it"),
+        ({"additional_parameters": {"job-name": "x"}}, "job-name=x: the launcher decides it"),
         ({"additional_parameters": {"reservation": [1]}}, "reservation=[1]: needs a text"),
         ({"cluster": "local", "setup": ["module load cuda"]}, "setup=['module load cuda']"),
     ],
@@ -113,18 +115,10 @@ GOOD = "time.sleep(0.1); finish()"
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
+def slurm(tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder of a SLURM whose jobs run here."""
-    folder = tmp_path / "slurm"
-    for name, value in install(folder).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(slurm_jobs, "_STATE_SECONDS", 0.3)
-    monkeypatch.setattr(slurm_jobs, "_STATE_SECONDS_STOPPING", 0.3)
-    monkeypatch.setattr(slurm_jobs, "_LATE_SECONDS", 0.5)
-    # What an earlier test's jobs were is another SLURM's.
-    monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)(delay_s=600))
-    monkeypatch.chdir(tmp_path)
-    return folder
+    yield slurm_here(tmp_path, monkeypatch)
+    cancel_all()
 
 
 def test_trials_are_jobs_that_ask_for_what_the_settings_say(tmp_path, slurm):
@@ -136,10 +130,14 @@ def test_trials_are_jobs_that_ask_for_what_the_settings_say(tmp_path, slurm):
     assert [trial.devices[0] for trial in trials] == ["slurm:1000", "slurm:1001"]
     script = (slurm / "jobs" / "1000" / "script.sh").read_text()
     for line in ("--partition=fast", "--mem=2560MB", "--time=60", "--signal=USR2@90", "--nodes=1",
-                 "--ntasks-per-node=1", "--reservation='r 1'", "--job-name=a"):  # fmt: skip
+                 "--ntasks-per-node=1", "--reservation='r 1'"):  # fmt: skip
         assert f"#SBATCH {line}\n" in script
     assert "export FROM_SETUP=1" in script
+    # Its name is the trial's, and that of the order by which it is found again.
+    attempt = order(trials[0].folder)["attempt"]
+    assert f"#SBATCH --job-name=a.{attempt}\n" in script
     logs = tmp_path / "sweep" / ".submitit"
+    assert not list(logs.glob(f"{attempt}*"))
     assert (logs / "1000_0_log.out").exists()
     # What was sent is a name and plain values: nothing of a config, nothing of torch.
     sent = (logs / "1000_submitted.pkl").read_bytes()
@@ -178,43 +176,42 @@ def test_a_crashed_trial_is_a_new_job_that_goes_on_from_its_checkpoint(tmp_path,
 
 
 def test_max_parallel_and_max_failures(tmp_path, slurm):
-    span = "(folder / 'span').write_text(str(time.time())); sys.exit(1)"
-    plans = [plan(name, span) for name in "abcd"]
+    plans = [plan(name, "sys.exit(1)") for name in "abcd"]
     trials, view = run(tmp_path, plans, max_parallel=1, max_failures=1)
     assert [trial.status for trial in trials] == ["failed", "failed", "waiting", "waiting"]
     assert [name for name, *_ in view.said] == ["a", "a", "b", "b"]
 
 
-HANG = "print('up', flush=True); time.sleep(60)"
+HANG = "print('up', flush=True); time.sleep(600)"
 
 
 def lose(slurm: Path, state: str) -> None:
     """The job's processes go without a word, and SLURM says so."""
-    jobs = slurm / "jobs" / "1000"
-    for pid in wait_for(jobs / "tasks").split():
+    folder = slurm / "jobs" / "1000"
+    tasks = wait_for(folder / "tasks").split()
+    set_state(folder, state)
+    for pid in tasks:
         os.kill(int(pid), signal.SIGKILL)
-    (jobs / "state").write_text(state)
 
 
-@pytest.mark.parametrize("accounts", [True, False])
 @pytest.mark.parametrize(
-    ("state", "said"),
+    ("state", "asked", "said"),
     [
-        ("CANCELLED by 1000", "SLURM: job 1000 is CANCELLED by 1000"),
-        ("NODE_FAIL", "is NODE_FAIL"),
-        ("OUT_OF_MEMORY", "is OUT_OF_MEMORY; give it more with hydra.launcher.mem_gb="),
-        ("TIMEOUT", "hydra.launcher.timeout_min="),
+        ("CANCELLED by 1000", "sacct", "SLURM: job 1000 is CANCELLED by 1000"),
+        ("NODE_FAIL", "sacct", "is NODE_FAIL"),
+        ("OUT_OF_MEMORY", "sacct", "is OUT_OF_MEMORY; give it more with hydra.launcher.mem_gb="),
+        ("TIMEOUT", "squeue", "is TIMEOUT; give it more with hydra.launcher.timeout_min="),
+        ("FAILED", "nobody", "SLURM knows nothing of its job 1000 any more"),
     ],
 )
 def test_a_job_that_vanishes_is_a_failed_row_with_the_reason(
-    tmp_path, slurm, monkeypatch, accounts, state, said
+    tmp_path, slurm, monkeypatch, state, asked, said
 ):
-    if not accounts:
+    if asked != "sacct":
         (slurm / "no-accounts").touch()
-        said = "SLURM knows nothing of its job 1000 any more"
+    if asked == "nobody":
+        (slurm / "forgetful").touch()
     monkeypatch.setattr(slurm_jobs, "_REQUEUE_SECONDS", 1.0)
-    import threading
-
     log = tmp_path / "sweep" / "a" / "trial.log"
     thread = threading.Thread(target=lambda: (wait_for(log), lose(slurm, state)))
     thread.start()
@@ -225,17 +222,21 @@ def test_a_job_that_vanishes_is_a_failed_row_with_the_reason(
     assert "1000_0_log.err" in trial.error
     result = json.loads((trial.folder / "result.json").read_text())
     assert (result["status"], result["error"]) == ("failed", trial.error)
-    assert alive(tmp_path / "sweep" / "a") == []
+    until(lambda: alive(tmp_path / "sweep" / "a") == [])
 
 
 def test_a_job_that_never_starts_and_is_cancelled_is_no_hang(tmp_path, slurm):
-    import threading
-
     (slurm / "hold").touch()
-    state = slurm / "jobs" / "1000" / "state"
-    thread = threading.Thread(target=lambda: (wait_for(state), state.write_text("CANCELLED by 0")))
+    job = slurm / "jobs" / "1000"
+
+    def cancel() -> None:
+        wait_for(job / "state")
+        set_state(job, "CANCELLED by 0")
+
+    thread = threading.Thread(target=cancel)
     thread.start()
     [trial], _ = run(tmp_path, [plan("a", HANG)], retries=5)
+    thread.join()
     # Somebody meant it: it is not started again.
     assert (trial.status, trial.attempts) == ("failed", 0)
     assert "CANCELLED" in trial.error
@@ -245,6 +246,11 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, slurm):
     (slurm / "refuse").touch()
     with pytest.raises(UserError, match=r"sbatch does not take the job: .*Invalid account"):
         run(tmp_path, [plan("a", GOOD)])
+    # Nothing is in the queue: nothing is looked for, and the trial has its folder.
+    (slurm / "refuse").unlink()
+    (slurm / "no-queue").touch()
+    [trial], _ = run(tmp_path, [plan("a", GOOD)])
+    assert (trial.status, trial.folder.name) == ("finished", "a")
 
 
 def test_a_preempted_trial_saves_itself_is_queued_again_and_goes_on(tmp_path, slurm):
@@ -258,7 +264,7 @@ def test_a_preempted_trial_saves_itself_is_queued_again_and_goes_on(tmp_path, sl
         "        (folder / 'checkpoints' / 'step-000003.ckpt').touch()\n"
         "        finish('stopped'); sys.exit(143)\n"
         "    signal.signal(signal.SIGTERM, save)\n"
-        "    print('up', flush=True); time.sleep(60)"
+        "    print('up', flush=True); time.sleep(600)"
     )
     log, tasks = tmp_path / "sweep" / "a" / "trial.log", slurm / "jobs" / "1000" / "tasks"
     view = Silent()
@@ -304,11 +310,10 @@ def start_sweep(folder: Path, act: str) -> subprocess.Popen:
 def test_ctrl_c_cancels_the_jobs(tmp_path, slurm):
     process = start_sweep(tmp_path, HANG)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=40)
+    process.communicate(timeout=120)
     assert process.returncode in (-2, 130)
-    states = [path.read_text() for path in sorted((slurm / "jobs").glob("*/state"))]
-    assert states == ["CANCELLED by 1000"] * 2
-    assert alive(tmp_path / "sweep") == []
+    assert list(jobs().values()) == ["CANCELLED by 1000"] * 2
+    until(lambda: alive(tmp_path / "sweep") == [])
     for name in "ab":
         about = json.loads((tmp_path / "sweep" / name / "trial.json").read_text())
         assert about["status"] == "stopped"
@@ -318,19 +323,19 @@ def test_ctrl_c_cancels_the_jobs(tmp_path, slurm):
 def test_jobs_outlive_a_sweep_that_is_killed_and_the_same_command_goes_on_with_them(
     tmp_path, slurm
 ):
+    """They may be at work, or have just come to their end, when the next command looks."""
     act = (
-        "print('up', flush=True)\n"
+        "(folder / 'runs').open('a').write('once\\n'); print('up', flush=True)\n"
         "while not (folder.parent / 'enough').exists(): time.sleep(0.05)\n"
         "finish()"
     )
     process = start_sweep(tmp_path, act)
     process.kill()
     process.communicate()
-    given = order(tmp_path / "sweep" / "a")
-    time.sleep(1.5)
-    assert claim_of(tmp_path / "sweep" / "a", given["attempt"])["state"] == "open"
     (tmp_path / "sweep" / "enough").touch()
     trials, _ = run(tmp_path, [plan(name, act) for name in "abc"])
     assert [trial.status for trial in trials] == ["finished"] * 3
-    # No job was submitted a second time.
-    assert len(list((slurm / "jobs").iterdir())) == 3
+    # No job was submitted a second time, and none was ended for another.
+    assert len(jobs()) == 3
+    for trial in trials:
+        assert (trial.folder / "runs").read_text() == "once\n"

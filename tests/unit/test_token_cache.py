@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -166,15 +165,18 @@ def test_of_two_processes_one_makes_them(tmp_path, tokenizer):
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
-    calls = context.Queue()
+    calls, waiting = context.SimpleQueue(), context.Semaphore(0)
 
     def work() -> None:
         def slow(groups, *args, **kwargs):
             calls.put(len(groups))
-            time.sleep(0.5)
+            # Both others wait for the lock by then.
+            for _ in range(2):
+                assert waiting.acquire(timeout=120)
             return tokenize_groups(groups, *args, **kwargs)
 
         token_cache.tokenize_groups = slow
+        token_cache._say_waiting = waiting.release
         assert len(tokens(tmp_path, tokenizer).groups) == 3
 
     workers = [context.Process(target=work) for _ in range(3)]
@@ -183,6 +185,5 @@ def test_of_two_processes_one_makes_them(tmp_path, tokenizer):
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    assert calls.get(timeout=5) == 5
-    time.sleep(0.1)
+    assert calls.get() == 5
     assert calls.empty()
