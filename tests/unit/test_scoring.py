@@ -198,3 +198,7 @@ def test_a_plain_forward_is_possible_inside_a_context():
         assert not plain.training
     assert model.training
     assert model.config._attn_implementation == GROUP_ATTENTION
+    model.eval()
+    with scorer.plain(model):
+        pass
+    assert not model.training
