@@ -1,5 +1,6 @@
 """What a composed config must be: each problem is a clause that names key, value and remedy."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,9 @@ GOOD_VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), GOOD_VALUES)
-def test_a_value_at_the_edge_is_taken(key: str, value: Any) -> None:
-    validate(composed(**{key.replace(".", "__"): value}))
+def test_a_value_at_the_edge_is_taken_as_it_is(key: str, value: Any) -> None:
+    config = validate(composed(**{key.replace(".", "__"): value}))
+    assert functools.reduce(getattr, key.split("."), config) == value
 
 
 @pytest.mark.parametrize(
@@ -297,8 +299,10 @@ def test_home_is_expanded(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_own_rows_and_model_are_valid(own: dict[str, Any]) -> None:
-    validate(composed(**own))
-    validate(composed(**own, data__eval=own["data__train"], model__tokenizer="a/b"))
+    config = validate(composed(**own))
+    assert (config.data.train, config.model.pretrained) == tuple(own.values())
+    config = validate(composed(**own, data__eval=own["data__train"], model__tokenizer="a/b"))
+    assert (config.data.eval, config.model.tokenizer) == (own["data__train"], "a/b")
 
 
 @pytest.mark.parametrize(
@@ -364,18 +368,21 @@ def test_a_random_model_takes_a_folder_or_a_file(own: dict[str, Any]) -> None:
     folder = own.pop("model__pretrained")
     for shape in (folder, f"{folder}/config.json"):
         overrides = {"num_hidden_layers": 2}
-        validate(composed(**own, model__config=shape, model__config_overrides=overrides))
+        config = validate(composed(**own, model__config=shape, model__config_overrides=overrides))
+        assert (config.model.config, config.model.config_overrides) == (shape, overrides)
 
 
 def test_template_text_is_no_path(own: dict[str, Any], tmp_path: Path) -> None:
-    validate(composed(**own, data__chat_template="{% for m in messages %}{{ m }}{% endfor %}"))
     (tmp_path / "chat.jinja").touch()
-    validate(composed(**own, data__chat_template=str(tmp_path / "chat.jinja")))
+    for template in ("{% for m in messages %}{{ m }}{% endfor %}", str(tmp_path / "chat.jinja")):
+        config = validate(composed(**own, data__chat_template=template))
+        assert config.data.chat_template == template
 
 
 def test_hub_sets_have_splits(own: dict[str, Any]) -> None:
     hub = {**own, "data__train": "org/name", "data__eval_split": "test", "data__subset": "en"}
-    validate(composed(**hub))
+    config = validate(composed(**hub))
+    assert (config.data.train, config.data.eval_split) == ("org/name", "test")
 
 
 def test_resume_auto_wants_a_folder_that_stays() -> None:
