@@ -111,14 +111,13 @@ def test_a_pickled_adapter(model, pairs_file, tmp_path, canary, capfd):
     about["base_model_name_or_path"] = str(model)
     (model / "adapter_config.json").write_text(json.dumps(about))
     torch.save({"x": Evil(canary)}, model / "adapter_model.bin")
-    run = outcome(model, pairs_file, tmp_path)
-    assert run.code in (0, 2)
-    assert run.code == 0 or "model.pretrained" in one_line(capfd)
+    assert outcome(model, pairs_file, tmp_path).code == 2
+    assert "model.pretrained" in one_line(capfd)
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_beside_a_model(model, pairs_file, tmp_path, canary, capfd, part):
-    """An ``auto_map`` names it; the architecture itself is one that is known."""
+def test_code_beside_a_model(model, pairs_file, tmp_path, canary, part):
+    """An ``auto_map`` names it; the architecture is one that is known, whose own code is used."""
     name = "config.json" if part == "model" else "tokenizer_config.json"
     values = json.loads((model / name).read_text())
     classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
@@ -126,9 +125,7 @@ def test_code_beside_a_model(model, pairs_file, tmp_path, canary, capfd, part):
         classes = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     (model / name).write_text(json.dumps(values | {"auto_map": classes}))
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
-    run = outcome(model, pairs_file, tmp_path)
-    assert run.code in (0, 2)
-    assert run.code == 0 or "model.pretrained" in one_line(capfd)
+    assert outcome(model, pairs_file, tmp_path).code == 0
 
 
 @pytest.mark.parametrize(

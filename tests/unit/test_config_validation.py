@@ -255,8 +255,9 @@ GOOD_VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), GOOD_VALUES)
-def test_a_value_at_the_edge_is_taken(key: str, value: Any) -> None:
-    validate(composed(**{key.replace(".", "__"): value}))
+def test_a_value_at_the_edge_is_taken_as_it_is(key: str, value: Any) -> None:
+    config = validate(composed(**{key.replace(".", "__"): value}))
+    assert functools.reduce(getattr, key.split("."), config) == value
 
 
 @pytest.mark.parametrize(
@@ -315,8 +316,10 @@ def test_every_path_may_begin_at_home(
 
 
 def test_own_rows_and_model_are_valid(own: dict[str, Any]) -> None:
-    validate(composed(**own))
-    validate(composed(**own, data__eval=own["data__train"], model__tokenizer="a/b"))
+    config = validate(composed(**own))
+    assert (config.data.train, config.model.pretrained) == tuple(own.values())
+    config = validate(composed(**own, data__eval=own["data__train"], model__tokenizer="a/b"))
+    assert (config.data.eval, config.model.tokenizer) == (own["data__train"], "a/b")
 
 
 def test_what_does_not_fit_together_is_refused(own: dict[str, Any]) -> None:

@@ -23,8 +23,6 @@ from dpo_lightning.data.controlled import (
     word_values,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def task() -> ControlledTask:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,23 @@ def test_no_test_does_what_none_does():
     assert len(files) > 80
     found = {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
     assert {name: faults(code, name) for name, code in found.items() if faults(code, name)} == {}
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_a_deprecation_that_our_calls_cause_is_an_error(kind: type[Warning]):
+    """Or one of a library that we call most; what others do to each other is only shown."""
+
+    def warn(module: str, message: str = "it will be gone") -> None:
+        warnings.warn_explicit(message, kind, "file.py", 1, module=module)
+
+    for module in ("dpo_lightning.cli", "hydra_plugins.x", "tests.unit.test_a", "torch.nn.modules"):
+        with pytest.raises(kind):
+            warn(module)
+    for module in ("torch", "lightning.pytorch.trainer", "transformers.modeling_utils", "peft.x"):
+        with pytest.raises(kind):
+            warn(module)
+    with pytest.warns(kind):
+        warn("torchmetrics.metric")
 
 
 def test_nothing_is_skipped_for_an_empty_list(pytestconfig):
