@@ -7,11 +7,12 @@ BENCH := .venv-bench
 LAUNCHERS := .venv-launchers
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+SLOW := (slow or docs) and not launchers and not faults
 EVERY := not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-all test-faults test-launchers fuzz coverage mutations \
+.PHONY: help train test test-slow test-docs test-all test-faults test-launchers fuzz coverage mutations \
 	check audit bench lock clean
 
 help: ## show these lines
@@ -46,8 +47,11 @@ train: $(READY) ## run an experiment: make train ARGS="model=llama beta=0.1"
 test: $(READY) ## run the tests but the slow ones: make test ARGS="-k attention"
 	@$(BIN)/python $(PYTEST) $(ARGS)
 
-test-slow: $(READY) ## run the slow tests alone
-	@$(BIN)/python $(PYTEST) -m "slow and $(EVERY)" $(ARGS)
+test-slow: $(READY) ## run the slow tests, and those of the pages, alone
+	@$(BIN)/python $(PYTEST) -m "$(SLOW)" $(ARGS)
+
+test-docs: $(READY) ## take each command of the README and of docs/ as far as the front door
+	@$(BIN)/python $(PYTEST) -m docs $(ARGS)
 
 test-all: $(READY) ## run both
 	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)

@@ -472,9 +472,9 @@ def _run(hydra: _ComposedOnce, args: argparse.Namespace, checked: _Checked) -> N
     cfg = checked.cfg
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.mode = RunMode.RUN
-    configure_log(cfg.hydra.hydra_logging, cfg.hydra.verbose)
     hydra.composed = cfg
     with _hydra_errors("run.dir"):
+        configure_log(cfg.hydra.hydra_logging, cfg.hydra.verbose)
         hydra.run(config_name=args.config_name, task_function=checked.job, overrides=args.overrides)
 
 

@@ -451,9 +451,14 @@ def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
 
 
 def schema() -> DictConfig:
-    """The schema of all settings."""
+    """The schema of all settings, shared by all who ask: to be merged into, never changed."""
+    return _schema(loss_schema())
+
+
+@functools.cache
+def _schema(loss: type[LossConfig]) -> DictConfig:
     node: DictConfig = OmegaConf.structured(Config)
-    node.loss = OmegaConf.structured(loss_schema())
+    node.loss = OmegaConf.structured(loss)
     for key in FREE_FORM:
         # Hydra closes the whole tree; these stay open without a `+` before the key.
         OmegaConf.set_struct(OmegaConf.select(node, key), False)

@@ -1,10 +1,15 @@
 """Fixtures that tests of several folders share."""
 
+import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.support.models import byte_tokenizer, tiny_llama_config
 from tests.support.plugin import pytest_collection_modifyitems as pytest_collection_modifyitems
@@ -22,6 +27,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["DPO_LIGHTNING_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Files of settings are parsed once for all runs in this process: a third of composing."""
+    load, parsed = OmegaConf.load, {}
+
+    def load_once(file: Any) -> Any:
+        text = file.read()
+        file.seek(0)
+        if text not in parsed:
+            parsed[text] = load(file)
+        return copy.deepcopy(parsed[text])
+
+    def load_any(file: Any) -> Any:
+        return load_once(file) if hasattr(file, "read") else load(file)
+
+    with mock.patch.object(OmegaConf, "load", load_any):
+        yield
 
 
 @pytest.fixture(scope="session")

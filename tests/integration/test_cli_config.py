@@ -658,7 +658,10 @@ def test_the_settings_of_a_run_are_composed_once(
     "typed",
     [
         "beta=0.1,0.2 seed=1,2",
-        "experiment=frontier beta=0.1,1 loss=sigmoid,ipo,odpo data.batch_size=4",
+        pytest.param(
+            "experiment=frontier beta=0.1,1 loss=sigmoid,ipo,odpo data.batch_size=4",
+            marks=pytest.mark.slow,
+        ),
         "data.train=rows.jsonl model.pretrained=model +data.columns={prompt:q} seed=1,2 beta=1",
         "peft={kind:lora} peft.r=4,8 hydra.job.config.override_dirname.kv_sep=:",
         "beta=1 beta=2 seed=3,4",

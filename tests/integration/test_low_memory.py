@@ -42,7 +42,9 @@ def test_the_losses_are_close_to_those_of_float32(whole, tmp_path):
     assert run.values("train/learning_rate") == single.values("train/learning_rate")
 
 
-@pytest.mark.parametrize(("first", "then"), [(EIGHT, ()), ((), EIGHT)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(EIGHT, ()), pytest.param((), EIGHT, marks=pytest.mark.slow)]
+)
 def test_a_run_is_not_resumed_with_another_optimizer(first, then, tmp_path):
     short = (*COMMON, "trainer.max_steps=1", "data.controlled.eval_groups=4")
     run = run_train(tmp_path / "one", *short, *first)

@@ -63,6 +63,7 @@ def train_apart(folder: Path, *overrides: str) -> tuple[Run, str]:
     return Run(done.returncode, folder), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["works"], indirect=True)
 def test_a_server_that_works(online, server, tmp_path):
     run, said = train_apart(tmp_path / "run", "logger.mode=online")
@@ -98,6 +99,7 @@ def test_a_server_that_is_lost_on_the_way(online, server, tmp_path):
     assert f"wandb sync {path.parent}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", pytest.param("auto", marks=pytest.mark.faults)])
 def test_no_server(online, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -107,6 +109,7 @@ def test_no_server(online, mode, tmp_path, monkeypatch):
     assert len(losses(run)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, pytest.param("not a key", marks=pytest.mark.faults)])
 def test_no_login(online, key, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
@@ -137,6 +140,7 @@ def test_wandbs_own_process_dies(tmp_path, monkeypatch, capfd):
 # The terminal -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirection",
     [

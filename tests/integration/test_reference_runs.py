@@ -62,6 +62,7 @@ def counts(run: Run) -> tuple[int, int]:
     return reference["rows"], reference["computed"]
 
 
+@pytest.mark.slow
 def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, rows, tmp_path):
     first = train()
     assert counts(first) == (24, 24)

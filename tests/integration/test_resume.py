@@ -59,6 +59,7 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(whole: Run, tmp_path
     assert_same_end(resumed, whole, after=12)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_like_one_that_was_to_be_longer(tmp_path):
     """With a schedule that does not know the end; the first run ended between two saves."""
     task = (*LONG[:-1], "optimizer.lr=0.01", "optimizer.schedule=constant", "optimizer.warmup=0")
@@ -147,6 +148,7 @@ def test_what_could_not_be_saved_stops_the_run(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_run_in_wandb(tmp_path):
     short = (*TINY, "checkpoint.every_n_steps=2", "checkpoint.keep=9")
     first = run_train(tmp_path / "a", *short, "trainer.max_steps=4", logger="wandb")

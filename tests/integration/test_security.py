@@ -371,6 +371,7 @@ def traces(folder: Path, *secrets: str) -> None:
             assert not any(secret.encode() in content for secret in secrets), path
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path):
     """A wandb run that is recorded; the files are read byte by byte, the .wandb file too."""
     key = "0123456789abcdef" * 2 + "01234567"

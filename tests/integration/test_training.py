@@ -208,7 +208,7 @@ def test_label_smoothing_acts(tmp_path):
     assert smooth.values("train/loss")[-1] > plain.values("train/loss")[-1] + 1e-3
 
 
-@pytest.mark.parametrize("micro", [8, 40])
+@pytest.mark.parametrize("micro", [pytest.param(8, marks=pytest.mark.slow), 40])
 def test_micro_batches_do_not_change_the_step(tmp_path, micro: int):
     whole = run_train(tmp_path / "a", *TINY)
     split = run_train(tmp_path / "b", *TINY, f"data.micro_batch_tokens={micro}")
@@ -216,6 +216,7 @@ def test_micro_batches_do_not_change_the_step(tmp_path, micro: int):
         assert split.values(name) == pytest.approx(whole.values(name), rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
     """Two passes of six steps, stopped at 4, at the pass's end (6) and in the second pass (9)."""
     long = [*TINY, "trainer.max_epochs=2", "checkpoint.every_n_steps=1", "checkpoint.keep=20"]
@@ -312,7 +313,9 @@ def test_gradient_checkpointing_is_on_while_training(tmp_path, monkeypatch):
     assert counts[1] == counts[0] + 2
 
 
-@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("signal_name", "code"), [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)]
+)
 def test_a_signal_stops_with_its_code(tmp_path, signal_name: str, code: int):
     arguments = ("logger=none", f"hydra.run.dir={tmp_path / 'run'}")
     with start_train(*arguments, stdout=subprocess.PIPE) as process:

@@ -15,6 +15,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -25,15 +26,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a run imports; more than that is not kept warm.
-MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment")
+# What a run imports, and the functions of tests that are ranks; more is not kept warm.
+MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment", "pytest")
 
 # Read when they are needed, not when something is imported: they may differ.
 READ_LATER = (
@@ -389,13 +391,35 @@ def _main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    # Else the first collection in a fork copies every page that holds an object.
+    gc.collect()
+    gc.freeze()
     order = _serve(connection)
     if order is None:
         return 0
-    module, _, function = order.target.partition(":")
-    call: Callable[[], int] = getattr(importlib.import_module(module), function)
-    # The interpreter ends as usual, so that what is registered for its end runs.
-    return call()
+    _end(_call(order.target))
+
+
+def _call(target: str) -> int:
+    """Calls the function of an order as a program; returns its exit code."""
+    module, _, function = target.partition(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)() or 0)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _end(code: int) -> NoReturn:
+    """Ends as the interpreter does, but that it takes no module apart: that takes a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

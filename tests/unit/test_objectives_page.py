@@ -135,6 +135,7 @@ def place(tmp_path, monkeypatch):
         entries.update(old)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("command", commands())
 def test_every_command_composes_and_validates(command: str, place, monkeypatch):
     words = shlex.split(command)

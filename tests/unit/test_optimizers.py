@@ -17,6 +17,7 @@ from dpo_lightning.optimizers import (
     round_stochastically,
 )
 from tests.support.properties import examples
+from tests.support.ranks import on_ranks
 
 # The shapes of a small model; 64 x 128 and 256 x 32 are quantised, the others are too small.
 SHAPES = ((64, 128), (256, 32), (128,), (3, 5))
@@ -379,8 +380,7 @@ def _train(model, name: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _train_sharded(rank: int, world: int, folder: str) -> None:
-    from torch import distributed
+def _train_sharded(rank: int) -> list[dict[str, torch.Tensor]]:
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
         set_optimizer_state_dict,
@@ -388,10 +388,7 @@ def _train_sharded(rank: int, world: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (2,))
     found = []
     for name, dtype in SHARDED:
         model = fully_shard(_linear(dtype), mesh=mesh)
@@ -413,9 +410,7 @@ def _train_sharded(rank: int, world: int, folder: str) -> None:
                 getattr(before[key], "to_local", before[key].clone)(),
             )
         found.append({"weight": model.weight.full_tensor().detach(), **whole})
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 def test_shards_are_stepped_like_the_whole(tmp_path):
@@ -423,8 +418,7 @@ def test_shards_are_stepped_like_the_whole(tmp_path):
 
     Three steps of 0.05 against neighbours that are 2^-8 apart on average: less than a tenth.
     """
-    torch.multiprocessing.spawn(_train_sharded, (2, str(tmp_path)), nprocs=2)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found, _ = on_ranks(_train_sharded, tmp_path)
     for (name, dtype), values in zip(SHARDED, found, strict=True):
         model = _linear(dtype)
         start = model.weight.detach().float().clone()

@@ -172,6 +172,7 @@ def readme_commands(page: str = "README.md") -> list[str]:
     return [line for line in lines if line.startswith(("python train.py", "make train"))]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("command", [*readme_commands(), *readme_commands("docs/scaling.md")])
 def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_path, monkeypatch):
     words = shlex.split(command.partition("#")[0])
@@ -183,6 +184,7 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
     check_command_of_page(words, tmp_path, monkeypatch)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_composes_and_validates(path, tmp_path, monkeypatch):
     # The first one is a template for rows that the user names.

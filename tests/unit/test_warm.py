@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ import pytest
 from tests.support.recovery import rows
 from tests.support.runs import TINY, Run, run_train
 from tests.support.warm import (
-    MODULES,
-    ROOT,
     Order,
     WarmProcess,
     WarmRun,
@@ -110,15 +107,3 @@ def test_two_threads_fork_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="2 threads"):
         forked(warm, "sys:exit", tmp_path)
     warm.close()
-
-
-def test_its_imports_leave_one_thread():
-    code = (
-        "import importlib, sys\nfrom pathlib import Path\n"
-        f"[importlib.import_module(name) for name in {MODULES!r}]\n"
-        "print(len(list(Path('/proc/self/task').iterdir())), 'lightning' in sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
-    assert done.stdout.split() == ["1", "True"]
