@@ -452,13 +452,13 @@ def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
 
 def schema() -> DictConfig:
     """The schema of all settings, shared by all who ask: to be merged into, never changed."""
-    return _schema(loss_schema())
+    return _schema(known_losses())
 
 
 @functools.cache
-def _schema(loss: type[LossConfig]) -> DictConfig:
+def _schema(losses: tuple[str, ...]) -> DictConfig:
     node: DictConfig = OmegaConf.structured(Config)
-    node.loss = OmegaConf.structured(loss)
+    node.loss = OmegaConf.structured(_loss_schema(losses))
     for key in FREE_FORM:
         # Hydra closes the whole tree; these stay open without a `+` before the key.
         OmegaConf.set_struct(OmegaConf.select(node, key), False)

@@ -12,7 +12,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         limits = [LONGER[mark.name] for mark in item.iter_markers() if mark.name in LONGER]
         if limits and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(max(limits)))
+            typed = item.config.getoption("timeout") or 0
+            item.add_marker(pytest.mark.timeout(max(*limits, typed)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -103,18 +103,33 @@ def never_fails(test: ast.expr) -> bool:
     return called(test) in {"dumps", "repr", "str", "format", "join"}
 
 
+def imported(node: ast.AST) -> list[str]:
+    """What an import names, in full; nothing of any other node."""
+    if isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        return [f"{module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def skips_without_a_package(node: ast.AST) -> bool:
+    """Whether a test is skipped where a package is missing that every developer has."""
+    inside = [called(part) for part in ast.walk(node)]
+    if called(node) == "importorskip":
+        name = node.args[0]
+        return not (isinstance(name, ast.Constant) and name.value in MAY_BE_MISSING)
+    if called(node) == "skipif":
+        return "find_spec" in inside
+    return isinstance(node, ast.ExceptHandler) and "skip" in inside
+
+
 def faults(code: str, name: str = "test_it.py") -> list[str]:
     """What a file of tests does against the rules."""
     found = []
     in_faults = "faults/" in name
     for node in ast.walk(ast.parse(code)):
-        imported = [getattr(node, "module", None) or ""] if isinstance(node, ast.ImportFrom) else []
-        imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if any(re.match(r"tests\.(?!support\b)", module) for module in imported):
+        if any(re.match(r"\.|tests\.(?!support\b)", full) for full in imported(node)):
             found.append("imports from another test")
-        if called(node) == "importorskip" and not (
-            isinstance(node.args[0], ast.Constant) and node.args[0].value in MAY_BE_MISSING
-        ):
+        if skips_without_a_package(node):
             found.append("skips where a dependency is missing")
         if isinstance(node, ast.Assert):
             if never_fails(node.test):
@@ -136,9 +151,17 @@ def faults(code: str, name: str = "test_it.py") -> list[str]:
     [
         ("from tests.unit.test_a import helper", "imports from another test"),
         ("import tests.integration.test_b", "imports from another test"),
+        ("from tests import unit", "imports from another test"),
+        ("from .test_a import helper", "imports from another test"),
         ("from tests.support.runs import ROOT\nimport pytest", None),
         ('pytest.importorskip("torchao")', "skips where a dependency is missing"),
         ('pytest.importorskip("bitsandbytes", reason="why")', None),
+        ('pytest.mark.skipif(find_spec("trl") is None)', "skips where a dependency is missing"),
+        (
+            "try:\n    import trl\nexcept ImportError:\n    pytest.skip()",
+            "skips where a dependency is missing",
+        ),
+        ('pytest.mark.skipif(which("chromium") is None, reason="no Chromium")', None),
         ("assert time.monotonic() - begin < 30", "asserts a wall time"),
         ("assert 0 < perf_counter() - begin", "asserts a wall time"),
         ("while True:\n    assert time.monotonic() < deadline", None),
