@@ -7,10 +7,12 @@ from safetensors.torch import load_file
 
 from tests.support.ranks import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("batch_size", "groups"),
-    [(4, 21), pytest.param(1, 5, marks=pytest.mark.slow)],
+    [(4, 21), (1, 5)],
     ids=["the last step has one group", "one group a step"],
 )
 def test_two_ranks_equal_one_process(tmp_path, batch_size: int, groups: int):
@@ -38,7 +40,6 @@ def test_two_ranks_equal_one_process(tmp_path, batch_size: int, groups: int):
     assert len({row["step"] for row in two.rows}) == len(two.values("train/loss"))
 
 
-@pytest.mark.slow
 def test_an_adapted_beta_is_that_of_all_ranks(tmp_path):
     """Six groups a step on two ranks: the margins of both make one beta."""
     task = [

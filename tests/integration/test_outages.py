@@ -345,6 +345,7 @@ def test_a_cache_whose_disk_is_full(tiny_model, rows, tmp_path, monkeypatch, cap
 # The hub ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model.pretrained", "data.train"])
 def test_no_network(tiny_model, rows, tmp_path, key):
     """The hub's address leads to a closed port; nothing is tried again for half a minute."""
