@@ -187,6 +187,7 @@ def _main(argv: list[str]) -> int:
         _check_shown(args)
         _show(args, parser)
         return 0
+    raise_all(_flag_problems(args))
     hydra = _hydra(args)
     checked = _check(args, hydra)
     job = checked.job
@@ -198,7 +199,9 @@ def _main(argv: list[str]) -> int:
     try:
         with _hydra_errors("sweep.dir"):
             hydra.multirun(
-                config_name=args.config_name, task_function=job, overrides=args.overrides
+                config_name=args.config_name,
+                task_function=job,
+                overrides=[*args.overrides, "hydra.mode=MULTIRUN"],
             )
     except (KeyboardInterrupt, SystemExit):
         show_stopped(job.sweep, job.trials)
@@ -209,6 +212,14 @@ def _main(argv: list[str]) -> int:
         raise
     finished = finish_sweep(job.sweep, job.trials)
     return 0 if finished and not any(job.codes) else 1
+
+
+def _flag_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Flags that do not go with a run or a sweep, one clause each."""
+    if args.run and args.multirun:
+        yield "--run and --multirun exclude each other: give one of them"
+    if args.resolve:
+        yield "--resolve is for what --cfg shows: add --cfg job"
 
 
 def _load_named_plugins(args: argparse.Namespace) -> None:

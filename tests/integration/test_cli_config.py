@@ -685,3 +685,25 @@ def test_a_trial_of_a_grid_is_checked_with_what_hydra_composes(
     # The second half is composed by Hydra's own sweeper, trial by trial.
     assert len(seen) >= 4
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+@pytest.mark.parametrize(
+    ("typed", "fragment"),
+    [
+        ("--run -m beta=1,2", "--run and --multirun exclude each other"),
+        ("--resolve beta=1", "--resolve is for what --cfg shows: add --cfg job"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    typed: str, fragment: str, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(typed.split()) == 2
+    assert fragment in one_error(capsys.readouterr().err)
+    assert recorder.starts == []
+
+
+def test_a_sweep_says_that_it_is_one(recorder: Recorder) -> None:
+    """Sweepers and users' own interpolations read ``hydra.mode``."""
+    assert cli.main(["-m", "hydra/launcher=basic", "beta=1,2", "hydra.sweep.dir=s"]) == 0
+    assert OmegaConf.load("s/multirun.yaml").hydra.mode == "MULTIRUN"
+    assert OmegaConf.load("s/beta-1/.hydra/hydra.yaml").hydra.mode == "MULTIRUN"

@@ -192,6 +192,9 @@ def main(arguments: Sequence[str]) -> int:
         for mutation in read_mutations(ROOT)
         if not arguments or any(word in mutation.file + mutation.test for word in arguments)
     ]
+    if not mutations:
+        print(f"mutations: no file and no test of {LIST} has {' or '.join(arguments)} in its name")
+        return 1
     with tempfile.TemporaryDirectory() as name:
         benches: queue.Queue[Bench] = queue.Queue()
         for number in range(WORKERS):
