@@ -65,7 +65,7 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import lightning.pytorch as pl
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
-    import dpo_lightning.experiment  # noqa: F401
+    import dpo_lightning.run.prepare  # noqa: F401
     from dpo_lightning.cli import main
 
     meter.imported()
@@ -116,7 +116,7 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 def _take_away(arm: str) -> None:
     """Takes levers away, for the ladder."""
     if arm == "padded":
-        from dpo_lightning.models import setup
+        from dpo_lightning.models import source as setup
         from dpo_lightning.models.scoring import Scorer
 
         setup.choose_path = lambda *_, **__: (  # type: ignore[attr-defined]
@@ -214,10 +214,10 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dpo_lightning.budget import LEAST_TOKENS
     from dpo_lightning.data.packing import make_step_batch
     from dpo_lightning.data.tokens import TokenGroup
-    from dpo_lightning.memory import keep_freed_memory
+    from dpo_lightning.memory.budget import LEAST_TOKENS
+    from dpo_lightning.memory.peaks import keep_freed_memory
     from dpo_lightning.models.probe import choose_path
     from dpo_lightning.objectives.comparison import compare_responses
     from dpo_lightning.objectives.registry import ObjectiveSettings

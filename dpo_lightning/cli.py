@@ -37,10 +37,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.config import CONF, Config, LoggerConfig, register
-from dpo_lightning.credentials import redact, refusal, typed_secrets
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.folders import (
+from dpo_lightning.plugins import load_plugins
+from dpo_lightning.processes.lifeline import watch_lifeline
+from dpo_lightning.settings.credentials import redact, refusal, typed_secrets
+from dpo_lightning.settings.folders import (
     cannot_write,
     hydra_override,
     is_fixed,
@@ -48,9 +49,8 @@ from dpo_lightning.folders import (
     refuse_links,
     resumed_sweep,
 )
-from dpo_lightning.hydra_node import hydra_problems
-from dpo_lightning.lifeline import watch_lifeline
-from dpo_lightning.overrides import (
+from dpo_lightning.settings.hydra_node import hydra_problems
+from dpo_lightning.settings.overrides import (
     flag_parser,
     hydra_error,
     named_plugins,
@@ -59,10 +59,10 @@ from dpo_lightning.overrides import (
     parse_overrides,
     raise_all,
 )
-from dpo_lightning.plugins import load_plugins
+from dpo_lightning.settings.schema import CONF, Config, LoggerConfig, register
+from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
-from dpo_lightning.terminal import outlive_terminal
-from dpo_lightning.validation import validate
+from dpo_lightning.tracking.terminal import outlive_terminal
 
 # Exit codes of a run that a signal ended.
 _STOPPED = (130, 143)
@@ -552,7 +552,7 @@ def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
 
 def _start(config: Config, *, run_dir: Path, overrides: list[str]) -> int:
     # Here, because it imports torch: by now every setting is checked.
-    from dpo_lightning.run import run
+    from dpo_lightning.run.supervise import run
 
     resolved = dataclasses.asdict(config)
     return run(config, run_dir=run_dir, resolved=resolved, overrides=overrides)

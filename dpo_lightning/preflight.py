@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_lightning.config import Config
 from dpo_lightning.errors import UserError
-from dpo_lightning.footprint import GIB, Footprint, ModelShape, Training, footprint, in_gib
+from dpo_lightning.memory.footprint import GIB, Footprint, ModelShape, Training, footprint, in_gib
+from dpo_lightning.settings.schema import Config
 
 if TYPE_CHECKING:
     import torch
 
-    from dpo_lightning.budget import Budget
+    from dpo_lightning.memory.budget import Budget
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ def estimate_of(
     """
     import torch
 
-    from dpo_lightning.budget import choose_budget, memory_of
-    from dpo_lightning.footprint import shape_of_model
+    from dpo_lightning.memory.budget import choose_budget, memory_of
+    from dpo_lightning.memory.footprint import shape_of_model
     from dpo_lightning.models.loading import max_positions, meta_model
 
     given = kind is not None
@@ -236,7 +236,7 @@ def too_large(estimate: Estimate) -> str:
 
 def remedies(estimate: Estimate) -> Iterator[tuple[str, int]]:
     """Settings that take less, in the order of what they cost, and the bytes with each alone."""
-    from dpo_lightning.budget import LEAST_TOKENS
+    from dpo_lightning.memory.budget import LEAST_TOKENS
 
     now, shape, least = estimate.training, estimate.shape, LEAST_TOKENS[estimate.kind]
     options: dict[str, Training] = {}
@@ -294,7 +294,7 @@ def _main(argv: list[str]) -> int:
     gib, rest = _taken_out("--gib", argv)
     config = compose_one(rest)
     # Here, because it imports torch: by now every setting is checked.
-    from dpo_lightning.models.setup import load_model_config
+    from dpo_lightning.models.source import load_model_config
 
     estimate = estimate_of(
         config,

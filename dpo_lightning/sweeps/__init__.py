@@ -1,1 +1,4 @@
-"""Sweeps: trials on leased devices, each a process of its own, and the report over them."""
+"""Sweeps: every trial a process of its own on leased devices, watched, judged and reported.
+
+In: the overrides of each trial, a launcher's settings. Out: a folder for each, and the report.
+"""

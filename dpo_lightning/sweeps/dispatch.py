@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dpo_lightning.results import RESULT_FILE
-from dpo_lightning.sweeps.places import Attempt, Ending, Place
+from dpo_lightning.sweeps.places.base import Attempt, Ending, Place
 from dpo_lightning.sweeps.trials import Trial, as_left, judge
 
 # Exit codes after which the same start would end the same way.

@@ -12,7 +12,7 @@ from rich.console import Console
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.sweeps.view import show_end
-from dpo_lightning.wandb_runs import logger_settings, report_sweep
+from dpo_lightning.tracking.wandb_runs import logger_settings, report_sweep
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _resume(sweep: SweepFacts) -> str:
 
 def _report(sweep: SweepFacts) -> bool:
     # Here, because drawing takes a second to import.
-    from dpo_lightning.sweeps.report import write_report
+    from dpo_lightning.sweeps.report.write import write_report
 
     again = f"python -m dpo_lightning.sweeps.report {sweep.folder}"
     try:

@@ -17,17 +17,17 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from dpo_lightning.config import CONF, RANKING_METRICS, Config
 from dpo_lightning.errors import UserError
-from dpo_lightning.fingerprint import settings_hash
+from dpo_lightning.settings.fingerprint import settings_hash
+from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
+from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.local_processes import LocalSite
-from dpo_lightning.sweeps.places import Demand, Site, Work
-from dpo_lightning.sweeps.ray_tasks import RaySite
-from dpo_lightning.sweeps.slurm_site import SlurmSite
+from dpo_lightning.sweeps.places.base import Demand, Site, Work
+from dpo_lightning.sweeps.places.local import LocalSite
+from dpo_lightning.sweeps.places.ray_tasks import RaySite
+from dpo_lightning.sweeps.places.slurm_site import SlurmSite
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from dpo_lightning.sweeps.view import SweepView
-from dpo_lightning.validation import validate
 
 # What is the sweep's own and none of a trial's business.
 _NOT_PASSED_ON = (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_lightning.config import LoggerConfig
 from dpo_lightning.results import RESULT_FILE, write_json
-from dpo_lightning.sweeps.leases import Kind
+from dpo_lightning.settings.schema import LoggerConfig
+from dpo_lightning.sweeps.places.leases import Kind
 
 TRIAL_FILE = "trial.json"
 LOG_FILE = "trial.log"

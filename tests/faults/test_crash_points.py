@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint, saved_checkpoints
+from dpo_lightning.training.checkpoints.files import CHECKPOINTS, find_checkpoint, saved_checkpoints
 from tests.support.crash import POINTS
 from tests.support.crashes import TASK, drive
 from tests.support.recovery import assert_same_end, differences, load, rows

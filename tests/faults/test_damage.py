@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint, find_damage
 from dpo_lightning.data import token_cache
 from dpo_lightning.data.tokens import tokenize_groups
+from dpo_lightning.training.checkpoints.files import CHECKPOINTS, find_checkpoint, find_damage
 from tests.support import reference_caches as reference_cache
 from tests.support.models import byte_tokenizer
 from tests.support.recovery import assert_same_end, checkpoint

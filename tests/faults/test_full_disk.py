@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning.checkpoints import CHECKPOINTS, find_checkpoint
+from dpo_lightning.training.checkpoints.files import CHECKPOINTS, find_checkpoint
 from tests.support.crashes import TASK, drive
 from tests.support.recovery import assert_same_end
 from tests.support.runs import ROOT, Run, run_train

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.models.loading import load_tokenizer
-from dpo_lightning.models.setup import set_chat_template
+from dpo_lightning.models.source import set_chat_template
 from tests.support.commands import check_command, commands, files, own_place
 from tests.support.models import byte_tokenizer
 from tests.support.odd_rows import check_rows, lines, read, rows, tables, write_table

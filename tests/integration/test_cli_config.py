@@ -17,9 +17,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import cli
-from dpo_lightning.config import Config, register
 from dpo_lightning.errors import DivergedError, UserError
-from dpo_lightning.validation import validate
+from dpo_lightning.settings.schema import Config, register
+from dpo_lightning.settings.validation import validate
 from tests.support.runs import ROOT
 
 
@@ -61,9 +61,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    module = types.ModuleType("dpo_lightning.run")
+    module = types.ModuleType("dpo_lightning.run.supervise")
     monkeypatch.setattr(module, "run", recorder.run, raising=False)
-    monkeypatch.setitem(sys.modules, "dpo_lightning.run", module)
+    monkeypatch.setitem(sys.modules, "dpo_lightning.run.supervise", module)
     return recorder
 
 
@@ -377,7 +377,7 @@ FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glo
 @pytest.mark.parametrize("choice", FILES)
 def test_every_file_composes_and_is_valid(choice: str, monkeypatch) -> None:
     # Installed or not, the packages of the extras are looked for and not imported.
-    monkeypatch.setattr("dpo_lightning.consistency.find_spec", lambda package: True)
+    monkeypatch.setattr("dpo_lightning.settings.combinations.find_spec", lambda package: True)
     group, option = choice.split("=")
     fallback = {"model": WITH_ROWS, "data": ["model=qwen3-0.6b"]}.get(group, [])
     register()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dpo_lightning.sweeps.report import write_report
+from dpo_lightning.sweeps.report.write import write_report
 from tests.support.runs import TINY, Run, run_train
 
 SAMPLES = 10

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.launchers
 BEATS = """
 import os, sys, time
 from pathlib import Path
-from dpo_lightning.module import DPOModule
+from dpo_lightning.training.module import DPOModule
 
 step = DPOModule.training_step
 [name] = [a for a in sys.argv if a.startswith("beta=")]
@@ -262,7 +262,8 @@ def test_ctrl_c_ends_the_trials_of_a_cluster_that_stays(place, cluster):
 
 def test_a_sweep_without_a_cluster_starts_and_stops_its_own(place):
     (place / "crash.py").write_text(
-        "import os, sys\nfrom pathlib import Path\nfrom dpo_lightning.module import DPOModule\n\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from dpo_lightning.training.module import DPOModule\n\n"
         "step = DPOModule.training_step\n\n"
         "def training_step(self, batch, index):\n"
         "    if self.global_step == 25 and 'beta=0.2' in sys.argv and not Path('hit').exists():\n"

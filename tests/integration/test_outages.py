@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning import loggers
-from dpo_lightning.run import disk_fault
+from dpo_lightning.run.supervise import disk_fault
+from dpo_lightning.tracking import loggers
 from tests.support.runs import ROOT, TINY, Run, run_train
 from tests.support.waiting import until
 from tests.support.warm import run_apart
@@ -241,7 +241,8 @@ def test_a_full_disk_under_the_log(tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("name", ["config.yaml", "model", "evaluation.json"])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, capfd, monkeypatch, name):
-    from dpo_lightning import conclusion, session
+    from dpo_lightning.run import conclude as conclusion
+    from dpo_lightning.run import session
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "run" / name))
@@ -262,7 +263,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, capfd, monkeypa
 
 
 def test_a_result_that_cannot_be_written_is_said(tmp_path, capfd, monkeypatch):
-    from dpo_lightning import run as running
+    from dpo_lightning.run import supervise as running
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -324,8 +325,8 @@ def test_a_cache_that_is_no_folder(tiny_model, rows, tmp_path, monkeypatch, capf
 
 
 def test_a_cache_whose_disk_is_full(tiny_model, rows, tmp_path, monkeypatch, capfd):
-    from dpo_lightning import reference_cache
     from dpo_lightning.data import token_cache
+    from dpo_lightning.reference import cache as reference_cache
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

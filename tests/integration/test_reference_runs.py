@@ -139,7 +139,7 @@ def test_the_cached_numbers_are_the_models(train, tiny_model, tmp_path):
     """Every stored value is a sum over the response's tokens of a plain forward pass."""
     from safetensors.numpy import load_file
 
-    from dpo_lightning.reference_cache import response_key
+    from dpo_lightning.reference.cache import response_key
 
     source = tmp_path / "plain.jsonl"
     source.write_text('{"prompt": "A b", "chosen": " c d", "rejected": " e!"}\n' * 2)

@@ -169,7 +169,7 @@ def test_a_state_of_the_generators_comes_back():
 
     import numpy as np
 
-    from dpo_lightning.resume import random_state, set_random_state
+    from dpo_lightning.training.checkpoints.exact_resume import random_state, set_random_state
 
     def draw():
         return [random.random(), random.gauss(0, 1), np.random.randn(), torch.randn(()).item()]

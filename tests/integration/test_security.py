@@ -388,7 +388,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path):
 
 def test_what_fails_shows_no_secret(tmp_path, capfd, monkeypatch):
     """A library's message has the key in it: not on the terminal, in the log or in the result."""
-    from dpo_lightning import experiment
+    from dpo_lightning.run import prepare as experiment
 
     monkeypatch.setenv("MY_TOKEN", SECRET)
 

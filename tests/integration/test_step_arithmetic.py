@@ -87,8 +87,8 @@ def test_the_accuracies_of_groups_and_the_standard_error_that_a_report_makes_of_
 
     The report's error of their mean p is that of drawing the 40 groups again: sqrt(p (1-p) / 40).
     """
-    from dpo_lightning.sweeps.report_analysis import analyse
-    from dpo_lightning.sweeps.results import read_sweep
+    from dpo_lightning.sweeps.report.analysis import analyse
+    from dpo_lightning.sweeps.report.read import read_sweep
 
     expected = [float(margin > 0) for margin in margins]
     found = json.loads((run.folder / "evaluation.json").read_text())["accuracies"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lightning.config import Config
 from dpo_lightning.data.controlled import PROMPTS, word_values
-from dpo_lightning.validation import validate
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.settings.validation import validate
 from tests.support.runs import TINY, Run, run_train
 from tests.support.warm import run_apart, start_train
 

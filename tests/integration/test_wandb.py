@@ -96,7 +96,7 @@ def test_a_service_that_a_parent_has_started_elsewhere(tmp_path, monkeypatch):
     )
     child = (
         "from pathlib import Path\n"
-        "from dpo_lightning.wandb_runs import LoggerSettings, finish_run, start_run\n"
+        "from dpo_lightning.tracking.wandb_runs import LoggerSettings, finish_run, start_run\n"
         "settings = LoggerSettings(name='wandb', project='p', entity=None, mode='offline', tags=(),"
         " group=None)\n"
         "folder = Path('my run')\n"

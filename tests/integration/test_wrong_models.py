@@ -268,8 +268,8 @@ def test_a_policy_that_is_not_its_reference_is_noticed(
     tiny_model, pairs_file, tmp_path, capfd, monkeypatch
 ):
     """A copy that differs stands for other kernels, another dtype or dropout."""
-    from dpo_lightning.models import setup
-    from dpo_lightning.reference import LiveReference
+    from dpo_lightning.models import source as setup
+    from dpo_lightning.reference.fill import LiveReference
 
     def damaged(model, scorer):
         with torch.no_grad():

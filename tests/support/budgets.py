@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from dpo_lightning.footprint import Training, shape_of_model
+from dpo_lightning.memory.footprint import Training, shape_of_model
 from dpo_lightning.models.loading import meta_model
 
 LLAMA_1B = LlamaConfig(

@@ -12,9 +12,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hypothesis import strategies as st
 
 from dpo_lightning import cli
-from dpo_lightning.config import CONF
+from dpo_lightning.settings.schema import CONF
+from dpo_lightning.settings.validation import settings
 from dpo_lightning.sweeps import finish
-from dpo_lightning.validation import settings
 
 GROUPS = [*sorted(folder.name for folder in CONF.iterdir() if folder.is_dir()), "hydra/launcher"]
 OPTIONS = sorted({path.stem for path in CONF.glob("*/*.yaml")} | {"basic", "devices", "null"})

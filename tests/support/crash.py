@@ -12,9 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-from dpo_lightning import checkpoints
-from dpo_lightning.checkpoint_io import _Hashed
 from dpo_lightning.cli import main
+from dpo_lightning.training.checkpoints import files as checkpoints
+from dpo_lightning.training.checkpoints.writer import _Hashed
 
 POINTS = (
     "before writing",

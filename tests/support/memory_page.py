@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_lightning.footprint import ModelShape, Training, footprint, in_gib
+from dpo_lightning.memory.footprint import ModelShape, Training, footprint, in_gib
 
 DEVICES = (1, 8, 64)
 TOKENS = 4096

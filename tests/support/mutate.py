@@ -5,7 +5,7 @@ and a test. Each is applied to a copy of the working tree, where that test alone
 that no test notices, one whose text stands nowhere or twice, and a test that fails without it are
 red.
 
-    make mutations ARGS="dpo_lightning/module.py"    # those of a file, or of a test, by a part
+    make mutations ARGS="training/module.py"    # those of a file, or of a test, by a part
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from dpo_lightning.data.prepare import PreparedData, prepare_rows
 from dpo_lightning.data.records import (
     Message,
     PreferenceGroup,
@@ -20,6 +19,7 @@ from dpo_lightning.data.records import (
     read_rows,
     write_quarantine,
 )
+from dpo_lightning.data.splits import PreparedData, prepare_rows
 from dpo_lightning.errors import UserError
 
 # So that the columns of a file as a whole are right.

@@ -10,8 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.reference import with_reference_logps
-from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.reference.cache import ReferenceCache
+from dpo_lightning.reference.fill import with_reference_logps
 
 FACTS = {"weights": "w", "dtype": "float32", "path": "flat"}
 
@@ -127,7 +127,7 @@ def positive(path: Path) -> None:
 
 
 def publish_unchecked(path: Path, part) -> None:
-    from dpo_lightning.reference_cache import _digest
+    from dpo_lightning.reference.cache import _digest
 
     path.unlink()
     save_file(part, path.with_name(f"{_digest(part)}.safetensors"))

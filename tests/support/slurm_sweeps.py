@@ -12,10 +12,10 @@ import pytest
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import JobPaths
 
-from dpo_lightning.sweeps import slurm_jobs, slurm_queue
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.places import Work
-from dpo_lightning.sweeps.slurm_site import SlurmSite
+from dpo_lightning.sweeps.places import slurm_jobs, slurm_queue
+from dpo_lightning.sweeps.places.base import Work
+from dpo_lightning.sweeps.places.slurm_site import SlurmSite
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.support.fake_slurm import install
 from tests.support.trials import Silent, stand_in

@@ -10,15 +10,15 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from dpo_lightning.data.module import PreferenceDataModule
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.packing import epoch_order
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.loggers import JsonlLogger
 from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.module import DPOModule
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.registry import ObjectiveSettings
-from dpo_lightning.reference import CachedReference
+from dpo_lightning.reference.fill import CachedReference
+from dpo_lightning.tracking.loggers import JsonlLogger
+from dpo_lightning.training.module import DPOModule
 from tests.support.models import make_model
 
 SEED = 1

@@ -16,7 +16,7 @@ FAULTS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from dpo_lightning.module import DPOModule
+from dpo_lightning.training.module import DPOModule
 
 def boom(module):
     raise RuntimeError("boom")

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.leases import DevicePool, Kind
-from dpo_lightning.sweeps.local_processes import open_local
+from dpo_lightning.sweeps.places.leases import DevicePool, Kind
+from dpo_lightning.sweeps.places.local import open_local
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.support.runs import ROOT
 
@@ -13,7 +13,7 @@ from tests.support.runs import ROOT
 STAND_IN = """
 import json, os, pathlib, signal, subprocess, sys, time
 sys.path.insert(0, {root!r})
-from dpo_lightning.lifeline import watch_lifeline
+from dpo_lightning.processes.lifeline import watch_lifeline
 watch_lifeline()
 *_, act, folder, mode = [a for a in sys.argv if not a.startswith("resume=")]
 assert mode == "hydra.mode=RUN"

@@ -35,7 +35,12 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a run imports, and the functions of tests that are ranks; more is not kept warm.
-MODULES = ("dpo_lightning.cli", "dpo_lightning.run", "dpo_lightning.experiment", "pytest")
+MODULES = (
+    "dpo_lightning.cli",
+    "dpo_lightning.run.supervise",
+    "dpo_lightning.run.prepare",
+    "pytest",
+)
 
 # Read when they are needed, not when something is imported: they may differ.
 READ_LATER = (

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.sampling import answer_prompts, sampled_divergences
 from dpo_lightning.models.adapter_files import read_adapter
 from dpo_lightning.models.adapters import (
     Adapters,
@@ -24,7 +25,6 @@ from dpo_lightning.models.adapters import (
 from dpo_lightning.models.loading import without_dropout
 from dpo_lightning.models.master_weights import MasterWeights, cast_frozen
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.sampling import answer_prompts, sampled_divergences
 from tests.support.models import FAMILIES, VOCABULARY, byte_tokenizer, tiny_llama_config
 from tests.support.operations import Results
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_lightning.budget import (
+from dpo_lightning.data.packing import collate_groups, plan_step
+from dpo_lightning.memory.budget import (
     Budget,
     choose_budget,
     longest_share,
@@ -17,8 +18,7 @@ from dpo_lightning.budget import (
     memory_of,
     say_if_over,
 )
-from dpo_lightning.data.packing import collate_groups, plan_step
-from dpo_lightning.footprint import shape_of_model
+from dpo_lightning.memory.footprint import shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses

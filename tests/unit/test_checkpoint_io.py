@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.checkpoint_io import Checkpoints, DurableCheckpointIO, save_now
-from dpo_lightning.checkpoints import checkpoint_path, find_damage, manifest_path, read_manifest
 from dpo_lightning.errors import CorruptArtifactError, StorageError, UserError
+from dpo_lightning.training.checkpoints.files import (
+    checkpoint_path,
+    find_damage,
+    manifest_path,
+    read_manifest,
+)
+from dpo_lightning.training.checkpoints.writer import Checkpoints, DurableCheckpointIO, save_now
 from tests.support.recovery import differences
 
 
@@ -96,11 +101,13 @@ def test_an_error_while_writing_leaves_the_old_one_and_nothing_half(
         raise error
 
     if phase == "write":
-        monkeypatch.setattr("dpo_lightning.checkpoint_io._Hashed.write", _failing_write(error))
+        monkeypatch.setattr(
+            "dpo_lightning.training.checkpoints.writer._Hashed.write", _failing_write(error)
+        )
     elif phase == "sync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        monkeypatch.setattr("dpo_lightning.checkpoints.write_json", fail)
+        monkeypatch.setattr("dpo_lightning.training.checkpoints.files.write_json", fail)
     with pytest.raises(StorageError, match=os.strerror(number)):
         save(tmp_path, 4)
     monkeypatch.undo()
@@ -112,7 +119,7 @@ def test_an_error_while_writing_leaves_the_old_one_and_nothing_half(
 
 
 def _failing_write(error):
-    from dpo_lightning.checkpoint_io import _Hashed
+    from dpo_lightning.training.checkpoints.writer import _Hashed
 
     real = _Hashed.write
 
@@ -131,7 +138,8 @@ def _failing_write(error):
 def test_an_interrupt_while_writing_is_one(tmp_path, monkeypatch):
     """Torch makes a RuntimeError of whatever a write raises."""
     monkeypatch.setattr(
-        "dpo_lightning.checkpoint_io._Hashed.write", _failing_write(KeyboardInterrupt())
+        "dpo_lightning.training.checkpoints.writer._Hashed.write",
+        _failing_write(KeyboardInterrupt()),
     )
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path)

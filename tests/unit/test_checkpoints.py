@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning import checkpoints
-from dpo_lightning.checkpoints import (
+from dpo_lightning.errors import CorruptArtifactError
+from dpo_lightning.files import staged_name
+from dpo_lightning.training.checkpoints import files as checkpoints
+from dpo_lightning.training.checkpoints.files import (
     Content,
     changed_settings,
     checkpoint_path,
@@ -23,8 +25,6 @@ from dpo_lightning.checkpoints import (
     read_manifest,
     remove_leftovers,
 )
-from dpo_lightning.errors import CorruptArtifactError
-from dpo_lightning.files import staged_name
 from tests.support.properties import examples
 
 

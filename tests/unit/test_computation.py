@@ -6,8 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
-from dpo_lightning.computation import decide_precision, make_computation
-from dpo_lightning.config import Config
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.precision import decide_precision, make_computation
 from tests.support.models import make_model
 
 BF16 = torch.bfloat16

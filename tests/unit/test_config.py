@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
-from dpo_lightning.config import (
+from dpo_lightning.settings.schema import (
     Config,
     OptimizerConfig,
     TrainerConfig,
@@ -20,7 +20,7 @@ from dpo_lightning.config import (
     slug,
     trial_name,
 )
-from dpo_lightning.validation import settings
+from dpo_lightning.settings.validation import settings
 from tests.support.runs import ROOT
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")

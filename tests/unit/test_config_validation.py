@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_lightning.config import Config
 from dpo_lightning.errors import UserError
-from dpo_lightning.validation import is_known, is_secret, unknown_key, unknown_option, validate
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.settings.validation import (
+    is_known,
+    is_secret,
+    unknown_key,
+    unknown_option,
+    validate,
+)
 
 
 def composed(**values: Any) -> DictConfig:

@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from dpo_lightning.config import Config
-from dpo_lightning.consistency import inconsistencies
+from dpo_lightning.settings.combinations import inconsistencies
+from dpo_lightning.settings.schema import Config
 from tests.support.runs import ROOT
 from tests.support.setting_rows import FILES, ROWS, Row
 

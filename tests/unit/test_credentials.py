@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_lightning.credentials import (
+from dpo_lightning.settings.credentials import (
     is_secret,
     is_secret_text,
     redact,

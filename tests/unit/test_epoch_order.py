@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning.data.module import PreferenceDataModule
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.packing import epoch_order
 from tests.support.batches import random_groups
 from tests.support.properties import examples

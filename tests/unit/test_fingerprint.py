@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_lightning.config import Config
-from dpo_lightning.fingerprint import settings_hash
+from dpo_lightning.settings.fingerprint import settings_hash
+from dpo_lightning.settings.schema import Config
 
 
 def hash_of(**changes: Any) -> str:

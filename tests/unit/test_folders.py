@@ -7,7 +7,7 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.folders import prepare_folder, refuse_links, resumed_sweep
+from dpo_lightning.settings.folders import prepare_folder, refuse_links, resumed_sweep
 
 
 def config(folder: Path, *, fixed: bool = False) -> DictConfig:

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_lightning.data.packing import collate_groups
-from dpo_lightning.footprint import (
-    GIB,
-    activation_bytes,
-    footprint,
-    in_gib,
-    shape_of_model,
-)
+from dpo_lightning.memory.footprint import GIB, activation_bytes, footprint, in_gib, shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.models.probe import choose_path

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_lightning.loggers import JsonlLogger
+from dpo_lightning.tracking.loggers import JsonlLogger
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dpo_lightning.data.prepare import data_hash
+from dpo_lightning.data.splits import data_hash
 from tests.support.groups import token_group
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning.models.setup import set_chat_template
+from dpo_lightning.models.source import set_chat_template
 from tests.support.models import byte_tokenizer
 from tests.support.odd_rows import check_rows, lines, read, rows, tables, write_table
 from tests.support.properties import examples

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_lightning.optimizers import make_optimizer
+from dpo_lightning.training.optimizers import make_optimizer
 
 KINDS = [
     ("adamw", torch.float32),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning import optimizers
-from dpo_lightning.optimizers import (
+from dpo_lightning.training import optimizers
+from dpo_lightning.training.optimizers import (
     LowMemoryAdamW,
     dequantise,
     make_optimizer,

@@ -15,9 +15,9 @@ from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.evaluation.partition_check import check_partition
+from dpo_lightning.evaluation.sampling import answer_prompts
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.partition_check import check_partition
-from dpo_lightning.sampling import answer_prompts
 
 
 class Faulty:

@@ -11,11 +11,10 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
 from dpo_lightning import preflight
-from dpo_lightning.budget import Budget
 from dpo_lightning.cli import guarded
-from dpo_lightning.config import CONF, Config
 from dpo_lightning.errors import UserError
-from dpo_lightning.footprint import GIB, footprint
+from dpo_lightning.memory.budget import Budget
+from dpo_lightning.memory.footprint import GIB, footprint
 from dpo_lightning.preflight import (
     Estimate,
     check_fits,
@@ -25,7 +24,8 @@ from dpo_lightning.preflight import (
     remedies,
     with_budget,
 )
-from dpo_lightning.validation import validate
+from dpo_lightning.settings.schema import CONF, Config
+from dpo_lightning.settings.validation import validate
 from tests.support.budgets import training
 from tests.support.memory_page import SHAPES, shape
 from tests.support.runs import TINY, run_train
@@ -237,8 +237,8 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("dpo_lightning.budget.memory_of", lambda device: 1 << 20)
-    monkeypatch.setattr("dpo_lightning.experiment._load_models", lambda *_: 1 / 0)
+    monkeypatch.setattr("dpo_lightning.memory.budget.memory_of", lambda device: 1 << 20)
+    monkeypatch.setattr("dpo_lightning.run.prepare._load_models", lambda *_: 1 / 0)
     small = run_train(tmp_path / "small", *TINY, "trainer.accelerator=cpu")
     assert small.code == 2
     assert "trainer.memory_check=warn" in small.result["error"]

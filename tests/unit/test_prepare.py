@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_lightning.data.prepare import data_hash, prepare_rows, split_by_prompt
 from dpo_lightning.data.records import BadRow, PreferenceGroup, Rows, read_rows
+from dpo_lightning.data.splits import data_hash, prepare_rows, split_by_prompt
 from dpo_lightning.data.tokens import DROP_REASONS, PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
 from tests.support.groups import ids, token_group

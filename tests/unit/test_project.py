@@ -153,8 +153,8 @@ def test_only_loading_calls_from_pretrained():
 
 def test_the_package_imports_nothing_heavy():
     code = (
-        "import sys, dpo_lightning.cli, dpo_lightning.run, dpo_lightning.sweeps.launch;"
-        "import dpo_lightning.sweeps.finish, dpo_lightning.sweeps.report;"
+        "import sys, dpo_lightning.cli, dpo_lightning.run.supervise, dpo_lightning.sweeps.launch;"
+        "import dpo_lightning.sweeps.finish, dpo_lightning.sweeps.report.write;"
         "import hydra_plugins.dpo_lightning_slurm, hydra_plugins.dpo_lightning_ray;"
         "print([m for m in ('torch', 'lightning', 'transformers', 'wandb', 'datasets', 'submitit',"
         " 'ray') "

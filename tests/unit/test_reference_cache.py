@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.reference import CachedReference
-from dpo_lightning.reference_cache import ReferenceCache, response_key
+from dpo_lightning.reference.cache import ReferenceCache, response_key
+from dpo_lightning.reference.fill import CachedReference
 from tests.support.reference_caches import (
     FACTS,
     GROUPS,
@@ -36,7 +36,7 @@ from tests.support.waiting import until
 
 
 def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch):
-    from dpo_lightning.session import reference_facts
+    from dpo_lightning.run.session import reference_facts
 
     given = {
         "weights": "w", "dtype": "float32", "precision": "32-true", "device": "cpu",
@@ -49,7 +49,7 @@ def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch
     paths = [path(), *(path(**{name: "another"}) for name in given)]
     for module in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dpo_lightning.session.{module}.__version__", "0.0")
+            patch.setattr(f"dpo_lightning.run.session.{module}.__version__", "0.0")
             paths.append(path())
     assert len(set(paths)) == 1 + len(given) + 2
     assert path() == paths[0]
@@ -244,7 +244,7 @@ def test_four_processes_at_once_compute_each_row_once(tmp_path):
 
 def test_a_killed_filler_leaves_no_lock_and_what_it_published(tmp_path, monkeypatch):
     """It is killed in the middle, with at most 20 of 40 rows done; nobody is waited for then."""
-    from dpo_lightning import reference
+    from dpo_lightning.reference import fill as reference
 
     def wait() -> None:
         raise AssertionError("a lock that nobody holds is waited for")

@@ -11,8 +11,6 @@ from typing import Annotated
 import pytest
 import yaml
 
-from dpo_lightning.config import LossConfig, loss_schema
-from dpo_lightning.objective_settings import objective_settings
 from dpo_lightning.objectives.registry import (
     DIVERGENCES,
     LISTWISE_LOSSES,
@@ -23,6 +21,8 @@ from dpo_lightning.objectives.registry import (
     merged_options,
     register_loss,
 )
+from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.schema import LossConfig, loss_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_IN = [
@@ -279,8 +279,8 @@ def test_every_loss_says_where_it_is_from_and_what_it_is(name):
     [
         "dpo_lightning.objectives.registry",
         "dpo_lightning.objectives.losses",
-        "dpo_lightning.objective_settings",
-        "dpo_lightning.config",
+        "dpo_lightning.settings.loss_group",
+        "dpo_lightning.settings.schema",
     ],
 )
 def test_settings_are_checked_without_torch(module):

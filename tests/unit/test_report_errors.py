@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from dpo_lightning.sweeps.report import write_report
-from dpo_lightning.sweeps.report_analysis import Analysis, analyse
-from dpo_lightning.sweeps.results import read_sweep
+from dpo_lightning.sweeps.report.analysis import Analysis, analyse
+from dpo_lightning.sweeps.report.read import read_sweep
+from dpo_lightning.sweeps.report.write import write_report
 from tests.support.sweep_folders import scored, scored_metrics, write_trial
 
 ACCURACY = "eval/rewards/accuracies"

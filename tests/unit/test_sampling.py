@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.controlled import PROMPTS, ControlledTask
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.evaluation import Answering, choose_prompts, evaluate_samples
+from dpo_lightning.evaluation.answers import Answering, choose_prompts, evaluate_samples
+from dpo_lightning.evaluation.sampling import answer_prompts, end_ids, sampled_divergences
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.models.setup import Models
-from dpo_lightning.reference import NoReference
-from dpo_lightning.sampling import answer_prompts, end_ids, sampled_divergences
+from dpo_lightning.models.source import Models
+from dpo_lightning.reference.fill import NoReference
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def without_token_7(model):
 
 
 def test_padding_and_batches_do_not_change_it(policy, reference, scorer, monkeypatch):
-    from dpo_lightning import sampling
+    from dpo_lightning.evaluation import sampling
 
     prompts = prompt_ids()[:3]
     prompts[0] = np.concatenate([prompts[0], prompts[1][1:]])

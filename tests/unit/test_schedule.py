@@ -2,8 +2,8 @@
 
 import pytest
 
-from dpo_lightning.config import Config
-from dpo_lightning.schedule import Schedule, make_schedule
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.schedule import Schedule, make_schedule
 
 
 def schedule(*, groups: int = 100, bundled: bool = False, **settings) -> Schedule:

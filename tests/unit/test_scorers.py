@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from dpo_lightning import plugins
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.plugins import find_scorer, load_plugins
-from dpo_lightning.scorers import make_scorer
 from tests.support.models import byte_tokenizer, tiny_llama_config
 
 
@@ -21,7 +21,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     monkeypatch.setattr(plugins, "SCORERS", {})
-    monkeypatch.setattr("dpo_lightning.scorers.SCORERS", plugins.SCORERS)
+    monkeypatch.setattr("dpo_lightning.evaluation.scorers.SCORERS", plugins.SCORERS)
     yield tmp_path
     for name in set(sys.modules) - before:
         if name.startswith(("mine", "other")):

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from dpo_lightning.sweeps import local_processes
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.leases import DevicePool
-from dpo_lightning.sweeps.local_processes import open_local
+from dpo_lightning.sweeps.places import local as local_processes
+from dpo_lightning.sweeps.places.leases import DevicePool
+from dpo_lightning.sweeps.places.local import open_local
 from dpo_lightning.sweeps.trials import Trial, place_trials
 from dpo_lightning.sweeps.view import SweepView
 from tests.support.runs import ROOT
@@ -189,7 +189,7 @@ def test_a_folder_is_its_trials_before_anything_is_started_in_it(tmp_path):
 SWEEP = """
 import pathlib, sys
 sys.path.insert(0, {root!r})
-from dpo_lightning.sweeps.local_processes import LocalProcesses
+from dpo_lightning.sweeps.places.local import LocalProcesses
 from tests.support.trials import plan
 from tests.support.trials import run
 LocalProcesses.grace_seconds = 3600

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps import leases
-from dpo_lightning.sweeps.leases import DevicePool, device_kind, make_pool, visible_gpus
+from dpo_lightning.sweeps.places import leases
+from dpo_lightning.sweeps.places.leases import DevicePool, device_kind, make_pool, visible_gpus
 
 
 def test_a_lease_is_exclusive_until_it_is_given_back():

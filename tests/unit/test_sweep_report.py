@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps.report import main, write_report
-from dpo_lightning.sweeps.report_analysis import analyse
-from dpo_lightning.sweeps.report_figures import smoothed
-from dpo_lightning.sweeps.report_text import error_text, label_of, number_text
-from dpo_lightning.sweeps.results import read_sweep
+from dpo_lightning.sweeps.report.analysis import analyse
+from dpo_lightning.sweeps.report.figures import smoothed
+from dpo_lightning.sweeps.report.read import read_sweep
+from dpo_lightning.sweeps.report.text import error_text, label_of, number_text
+from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.runs import ROOT
 from tests.support.sweep_folders import curve, scored, scored_metrics, write_trial
 
@@ -372,7 +372,7 @@ def test_a_wrong_folder_is_one_line(tmp_path, monkeypatch, capsys, arguments, sa
 def test_it_needs_no_torch(sweep):
     reward_trial(sweep, 0.1, 6.0, 5.0)
     code = (
-        "import sys; from dpo_lightning.sweeps.report import main;"
+        "import sys; from dpo_lightning.sweeps.report.write import main;"
         f"main([{str(sweep)!r}]); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

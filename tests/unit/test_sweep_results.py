@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps.report import main, write_report
-from dpo_lightning.sweeps.report_analysis import Analysis, analyse
-from dpo_lightning.sweeps.report_text import code_block, cut, escape_markdown, own_words, range_text
-from dpo_lightning.sweeps.results import Trial, number, override_key, override_value, read_sweep
+from dpo_lightning.sweeps.report.analysis import Analysis, analyse
+from dpo_lightning.sweeps.report.read import Trial, number, override_key, override_value, read_sweep
+from dpo_lightning.sweeps.report.text import code_block, cut, escape_markdown, own_words, range_text
+from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.sweep_folders import scored, scored_metrics, write_trial
 
 ACCURACY = "eval/rewards/accuracies"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning.sweeps import claims
-from dpo_lightning.sweeps.claims import claim_of, give_order, withdraw_order
-from dpo_lightning.sweeps.places import Work
-from dpo_lightning.sweeps.runner import STOPPED, Order, Runner, make_order, run_order
+from dpo_lightning.sweeps.places import claims
+from dpo_lightning.sweeps.places.base import Work
+from dpo_lightning.sweeps.places.claims import claim_of, give_order, withdraw_order
+from dpo_lightning.sweeps.places.runner import STOPPED, Order, Runner, make_order, run_order
 from dpo_lightning.sweeps.trials import Trial
 from tests.support.runs import ROOT
 from tests.support.sweeps import alive
@@ -262,7 +262,7 @@ def test_a_trial_is_never_started_beside_one_that_stays(folder, monkeypatch):
 def start_runner(given: Order) -> subprocess.Popen:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dpo_lightning.sweeps.runner import Order, run_order\n"
+        "from dpo_lightning.sweeps.places.runner import Order, run_order\n"
         f"sys.exit(run_order({given!r}))"
     )
     return subprocess.Popen([sys.executable, "-c", code])
@@ -276,11 +276,11 @@ def test_a_trial_dies_at_once_with_its_runner_and_takes_its_ranks_along(folder):
     """
     rank = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); "
-        "from dpo_lightning.lifeline import watch_lifeline; watch_lifeline(); "
+        "from dpo_lightning.processes.lifeline import watch_lifeline; watch_lifeline(); "
         f"open('{folder}/rank', 'w').write(str(os.getpid())); time.sleep(999)"
     )
     act = (
-        "import dpo_lightning.lifeline; dpo_lightning.lifeline._GRACE_SECONDS = 3600\n"
+        "from dpo_lightning.processes import lifeline; lifeline._GRACE_SECONDS = 3600\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         f"subprocess.Popen([sys.executable, '-c', {rank!r}])\n"
         f"{BEAT}"
@@ -322,7 +322,7 @@ def test_a_trial_that_is_lost_again_and_again_is_given_up(folder):
 
 def test_the_tasks_of_a_job_end_together(folder, monkeypatch):
     """The second rank fails: the first one, which would wait for it for ever, is ended."""
-    monkeypatch.setattr("dpo_lightning.sweeps.runner._OTHER_RANKS_SECONDS", 0.2)
+    monkeypatch.setattr("dpo_lightning.sweeps.places.runner._OTHER_RANKS_SECONDS", 0.2)
     act = (
         "if 'hydra.output_subdir=null' in sys.argv: sys.exit(5)\n"
         "print('first', flush=True); time.sleep(600)"

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps import places, slurm_jobs
-from dpo_lightning.sweeps.claims import order
-from dpo_lightning.sweeps.places import Demand
+from dpo_lightning.sweeps.places import base as places
+from dpo_lightning.sweeps.places import slurm_jobs
+from dpo_lightning.sweeps.places.base import Demand
+from dpo_lightning.sweeps.places.claims import order
 from dpo_lightning.sweeps.trials import Plan
 from tests.support.fake_slurm import cancel_all, jobs, set_state, wait_for
 from tests.support.runs import ROOT

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps import slurm_queue
-from dpo_lightning.sweeps.claims import order
+from dpo_lightning.sweeps.places import slurm_queue
+from dpo_lightning.sweeps.places.claims import order
 from dpo_lightning.sweeps.trials import Trial
 from tests.support.fake_slurm import LIVE, cancel_all, jobs, wait_for
 from tests.support.slurm_sweeps import MOMENTS, run, slurm_here, submit_and_die

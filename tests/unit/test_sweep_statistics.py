@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo_lightning.sweeps.statistics import (
+from dpo_lightning.sweeps.report.statistics import (
     Estimate,
     choose,
     moved,

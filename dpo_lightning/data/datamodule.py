@@ -1,0 +1,156 @@
+"""The LightningDataModule: serves the steps of a run, and every evaluation group once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.processes.signals import leave_signals_to_parent
+
+
+def steps_per_epoch(groups: int, batch_size: int) -> int:
+    """Steps that see every group once; the last may be short."""
+    return -(-groups // batch_size)
+
+
+class _TrainSteps(Dataset[StepBatch]):
+    """Item s is one rank's part of step s of the run: a function of (seed, s) alone."""
+
+    def __init__(
+        self, groups: Sequence[TokenGroup], *, batch_size: int, seed: int, **share: Any
+    ) -> None:
+        self._groups = groups
+        self._batch_size = batch_size
+        self._seed = seed
+        self._share = share
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __getitem__(self, step: int) -> StepBatch:
+        per_epoch = steps_per_epoch(len(self._groups), self._batch_size)
+        epoch, offset = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(len(self._groups), seed=self._seed, epoch=epoch)
+            self._epoch = epoch
+        rows = self._order[offset * self._batch_size : (offset + 1) * self._batch_size]
+        return make_step_batch(self._groups, rows, **self._share)
+
+
+class _EvalSteps(Dataset[StepBatch]):
+    """The groups in their order; every rank has the same number of items, some perhaps empty."""
+
+    def __init__(self, groups: Sequence[TokenGroup], *, batch_size: int, **share: Any) -> None:
+        self._groups = groups
+        self._batch_size = batch_size
+        self._share = share
+
+    def __len__(self) -> int:
+        return steps_per_epoch(len(self._groups), self._batch_size)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        start = step * self._batch_size
+        rows = range(start, min(start + self._batch_size, len(self._groups)))
+        return make_step_batch(self._groups, rows, **self._share)
+
+
+class _StepSampler(Sampler[int]):
+    """Steps ``start`` to ``total``; its length is the whole run's, as Lightning counts it."""
+
+    def __init__(self, start: int, total: int) -> None:
+        self._start = start
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._start, self._total))
+
+
+class PreferenceDataModule(pl.LightningDataModule):
+    """Serves optimizer steps.
+
+    The whole run is one Lightning epoch of ``total_steps`` batches, whatever the number of passes
+    over the data: a resumed run starts at any step, and no boundary is special.
+
+    Args:
+        train_groups: Groups to train on.
+        eval_groups: Groups to evaluate on; may be empty.
+        batch_size: Groups per step, over all ranks.
+        micro_batch_tokens: Most tokens of a micro-batch on one device.
+        total_steps: Steps of the run.
+        seed: With the epoch, decides the order of the groups.
+        shared: Whether the scorer computes a prompt once for all its responses.
+        num_workers: Processes that build batches ahead; 0 builds them in the training process.
+        equal_counts: Whether all ranks take as many micro-batches, as a sharded model needs.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_groups: Sequence[TokenGroup],
+        eval_groups: Sequence[TokenGroup],
+        batch_size: int,
+        micro_batch_tokens: int,
+        total_steps: int,
+        seed: int,
+        shared: bool,
+        num_workers: int,
+        equal_counts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.train_groups = train_groups
+        self.eval_groups = eval_groups
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self._seed = seed
+        self._num_workers = num_workers
+        self._share = {
+            "micro_batch_tokens": micro_batch_tokens,
+            "shared": shared,
+            "equal_counts": equal_counts,
+        }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every training group once."""
+        return steps_per_epoch(len(self.train_groups), self.batch_size)
+
+    def train_dataloader(self) -> Any:
+        """The steps that are left; on resume the trainer already knows how many were taken."""
+        assert self.trainer is not None
+        steps = _TrainSteps(
+            self.train_groups, batch_size=self.batch_size, seed=self._seed, **self._my_share()
+        )
+        sampler = _StepSampler(self.trainer.global_step, self.total_steps)
+        return self._loader(steps, sampler)
+
+    def val_dataloader(self) -> Any:
+        """Every evaluation group once, over all ranks."""
+        if not self.eval_groups:
+            return []
+        steps = _EvalSteps(self.eval_groups, batch_size=4 * self.batch_size, **self._my_share())
+        return self._loader(steps, None)
+
+    def _loader(self, steps: Dataset[StepBatch], sampler: Sampler[int] | None) -> Any:
+        return DataLoader(
+            steps,
+            sampler=sampler,
+            batch_size=None,  # an item is a batch already
+            num_workers=self._num_workers,
+            worker_init_fn=leave_signals_to_parent,
+            persistent_workers=False,
+        )
+
+    def _my_share(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            **self._share,
+        }

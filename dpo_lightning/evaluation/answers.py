@@ -1,0 +1,253 @@
+"""What the policy answers: a few answers to read, many to measure KL divergence and score by."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from dpo_lightning.data.rows import prompt_of_key
+from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
+from dpo_lightning.evaluation.sampling import Precision, answer_prompts, sampled_divergences
+from dpo_lightning.models.sharding import is_sharded
+from dpo_lightning.models.source import Models
+from dpo_lightning.objectives.partition import estimate_log_partition
+from dpo_lightning.plugins import Prompt
+
+COLUMNS = ("prompt", "preferred", "reference", "before", "after")
+
+# Prompts whose greedy answers are shown.
+SHOWN = 4
+
+Score = Callable[[list[Prompt], list[str]], list[float]]
+
+
+def no_scores(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """A score of nothing for each answer: for ranks that leave the judging to the first."""
+    return [0.0] * len(answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How prompts are answered.
+
+    Attributes:
+        tokenizer: The policy's tokenizer.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Answers that are drawn at once.
+        precision: The context to compute in.
+    """
+
+    tokenizer: Any
+    max_new_tokens: int
+    batch_size: int
+    precision: Precision
+
+    def text(self, ids: Ids) -> str:
+        """Token ids as text, without special tokens."""
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def answers(
+        self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
+    ) -> list[Ids]:
+        """Answers of one of the models; drawn with a seed, greedy without."""
+        return answer_prompts(
+            model,
+            models.scorer,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=seed,
+            precision=self.precision,
+        )
+
+
+def choose_prompts(
+    groups: Sequence[TokenGroup], *, count: int, max_tokens: int
+) -> list[TokenGroup]:
+    """The first groups with different prompts that leave room for an answer."""
+    chosen: dict[str, TokenGroup] = {}
+    for group in groups:
+        if len(chosen) == count:
+            break
+        if len(group.prompt) < max_tokens:
+            chosen.setdefault(group.prompt_key, group)
+    return list(chosen.values())
+
+
+class SampleAnswers(Callback):
+    """Collects greedy answers at both ends of the training; on rank 0, or of a sharded model all.
+
+    Args:
+        groups: Whose prompts are answered.
+        models: Policy and reference.
+        answering: How.
+    """
+
+    def __init__(
+        self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering
+    ) -> None:
+        self._groups = groups
+        self._models = models
+        self._answering = answering
+        self._before: list[str] = []
+        self._reference: list[str] = []
+        self.rows: list[tuple[str, ...]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first answers, for a run that goes on later."""
+        return {
+            "prompts": [group.prompt_key for group in self._groups],
+            "before": self._before,
+            "reference": self._reference,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The first answers are those before the run's first step, if the prompts are the same."""
+        if state_dict["prompts"] == [group.prompt_key for group in self._groups]:
+            self._before, self._reference = state_dict["before"], state_dict["reference"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The first answers, of the reference and of the policy as it starts."""
+        # Those of a run that goes on came with its checkpoint.
+        if not self._groups or self._before or not self._answers_here(trainer):
+            return
+        models = self._models
+        self._before = self._answers(models.policy)
+        if models.starts_from_reference and trainer.global_step == 0:
+            self._reference = self._before
+        else:
+            with models.reference_model(pl_module.device) as reference:
+                self._reference = self._answers(reference)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The same prompts again, and the table of all; the training loop's time is over."""
+        if not self._before or not self._answers_here(trainer):
+            return  # nothing to ask, no step to take, or another rank
+        after = self._answers(self._models.policy)
+        text = self._answering.text
+        prompts = [text(group.prompt).strip() for group in self._groups]
+        preferred = [text(group.responses[0]).strip() for group in self._groups]
+        self.rows = list(zip(prompts, preferred, self._reference, self._before, after, strict=True))
+
+    def _answers_here(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero or is_sharded(self._models.policy)
+
+    def _answers(self, model: Any) -> list[str]:
+        prompts = [group.prompt for group in self._groups]
+        answers = self._answering.answers(self._models, model, prompts, seed=None)
+        return [self._answering.text(ids).strip() for ids in answers]
+
+
+def evaluate_samples(
+    models: Models,
+    groups: Sequence[TokenGroup],
+    *,
+    count: int,
+    seed: int,
+    answering: Answering,
+    score: Score | None,
+    device: torch.device,
+    beta: float = 1.0,
+    partition_samples: int = 0,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Draws answers from the policy and says how far they are from the reference, and how good.
+
+    Args:
+        models: Policy and reference; the policy is on the device.
+        groups: Their prompts are answered, in turn; each at most once more than another.
+        count: Answers to draw.
+        seed: Of all draws.
+        answering: How they are drawn.
+        score: Judges answers of policy and reference; None judges nothing.
+        device: Where to compute.
+        beta: Of the optimum whose log Z the scores give an estimate of.
+        partition_samples: Answers of the reference for the check of the log-probabilities.
+
+    Returns:
+        A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
+        ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
+        answer with its standard error; empty where there is nothing to answer.
+    """
+    if not groups or not (count or partition_samples):
+        return [], {}
+    asked = [groups[i % len(groups)] for i in range(count)]
+    prompts = [group.prompt for group in asked]
+    policy_ids = answering.answers(models, models.policy, prompts, seed=seed)
+    metrics: dict[str, float] = {}
+    with models.reference_model(device) as reference:
+        divergences = sampled_divergences(
+            models.policy,
+            reference,
+            models.scorer,
+            prompts,
+            policy_ids,
+            pad=answering.tokenizer.eos_token_id,
+            precision=answering.precision,
+        )
+        reference_ids: list[Ids] = []
+        if score is not None:
+            reference_ids = answering.answers(models, reference, prompts, seed=seed)
+        if partition_samples:
+            begun = [groups[i % len(groups)].prompt for i in range(partition_samples)]
+            beginnings = replace(
+                answering, max_new_tokens=min(answering.max_new_tokens, LONGEST)
+            ).answers(models, reference, begun, seed=seed)
+            metrics |= check_partition(
+                models.policy,
+                reference,
+                models.scorer,
+                begun,
+                beginnings,
+                precision=answering.precision,
+            )
+    if not count:
+        return [], metrics
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": answering.text(group.prompt).strip(),
+            "preferred": answering.text(group.responses[0]).strip(),
+            "reference": "",
+            "policy": answering.text(ids).strip(),
+            "kl": kl,
+            "score": None,
+            "reference_score": None,
+        }
+        for group, ids, kl in zip(asked, policy_ids, divergences, strict=True)
+    ]
+    lengths = [float(len(ids)) for ids in policy_ids]
+    metrics |= _mean("kl", divergences) | {"samples/length": statistics.fmean(lengths)}
+    if score is not None:
+        questions = [prompt_of_key(group.prompt_key) for group in asked]
+        policy_scores = score(questions, [answering.text(ids) for ids in policy_ids])
+        reference_scores = score(questions, [answering.text(ids) for ids in reference_ids])
+        pairs = list(zip(policy_scores, reference_scores, strict=True))
+        for row, ids, (own, other) in zip(rows, reference_ids, pairs, strict=True):
+            row |= {
+                "reference": answering.text(ids).strip(),
+                "score": own,
+                "reference_score": other,
+            }
+        wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
+        metrics |= _mean("score", policy_scores) | _mean("reference_score", reference_scores)
+        metrics |= _mean("win_rate", wins)
+        # Of the scores' own optimum: what exp(score / beta) averages over the reference's answers.
+        estimate = estimate_log_partition(torch.tensor(reference_scores).double(), beta)
+        names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
+        metrics |= dict(zip(names, (float(value) for value in estimate), strict=True))
+    return rows, metrics
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of a sample and its standard error, which one value does not have."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {f"samples/{name}": statistics.fmean(values), f"samples/{name}_stderr": error}

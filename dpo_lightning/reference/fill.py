@@ -1,0 +1,441 @@
+"""Where the log-probabilities of the reference come from: a model in memory, or the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dpo_lightning.data.packing import GroupBatch, collate_groups
+from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.attention import AttentionPlan
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.reference.cache import ReferenceCache, pieces, response_key
+
+log = logging.getLogger(__name__)
+
+# Responses that share one prompt in a pass; more of them are another group.
+_PASS_RESPONSES = 16
+# Without gradients much more fits on a device at once.
+_PASS_BUDGET = 4
+# What a killed pass loses at most.
+_PUBLISH_SECONDS = 60.0
+# Ranks that share a model tell each other what they found every so many micro-batches.
+_ROUNDS_APART = 16
+
+T = TypeVar("T")
+
+
+class Team(Protocol):
+    """The ranks that share a model's weights, and so make every forward pass together."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What the function gives on rank 0, on every rank."""
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on every rank."""
+
+
+class Reference(Protocol):
+    """What the module asks of a reference.
+
+    Attributes:
+        rows: Groups whose log-probabilities were asked for.
+        computed: Those of them that were computed, and not read.
+    """
+
+    rows: int
+    computed: int
+
+    def to(self, device: torch.device) -> None:
+        """Moves whatever the reference holds to a device."""
+
+    def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
+        """Log-probability of each response, shape (N,), float32, or None without a reference."""
+
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor | None:
+        """Log-probability of each scored token, shape (S,), float32, or None without a reference.
+
+        A loss that needs both asks for these alone and adds them up.
+        """
+
+
+class LiveReference:
+    """A frozen model, scored beside the policy on the same path and so by the same kernels.
+
+    It is no submodule of anything: checkpoints, optimizers and gradient buckets do not see it.
+    """
+
+    def __init__(self, model: Any, scorer: Scorer) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self._scorer = scorer
+        self.rows = 0
+        self.computed = 0
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to a device."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each response, shape (N,), float32, without a graph."""
+        self._count(batch)
+        return self._scorer.logps(self.model, batch, plan)
+
+    @torch.no_grad()
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each scored token, shape (S,), float32, without a graph."""
+        self._count(batch)
+        plan = self._scorer.plan(batch) if plan is None else plan
+        return self._scorer.token_logps(self.model, batch, plan)
+
+    def _count(self, batch: GroupBatch) -> None:
+        self.rows += len(batch.rows)
+        self.computed += len(batch.rows)
+
+
+class CachedReference:
+    """Log-probabilities that the groups bring along; see :func:`with_reference_logps`.
+
+    Args:
+        rows: Groups of the run.
+        computed: Those of them that this process computed.
+    """
+
+    def __init__(self, *, rows: int, computed: int) -> None:
+        self.rows = rows
+        self.computed = computed
+
+    def to(self, device: torch.device) -> None:
+        """Holds nothing to move."""
+
+    def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each response, shape (N,), float32."""
+        assert batch.reference_logps is not None
+        return batch.reference_logps
+
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
+        """Log-probability of each scored token, shape (S,), float32; the groups must have them."""
+        assert batch.reference_token_logps is not None
+        return batch.reference_token_logps
+
+
+class NoReference:
+    """For losses that compare the policy with nothing."""
+
+    rows = 0
+    computed = 0
+
+    def to(self, device: torch.device) -> None:
+        """Holds nothing to move."""
+
+    def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
+        """There is none."""
+
+    def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
+        """There is none."""
+
+
+def with_reference_logps(
+    parts: Sequence[Sequence[TokenGroup]],
+    cache: ReferenceCache,
+    *,
+    load: Callable[[], Any],
+    scorer: Scorer,
+    device: torch.device,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    micro_batch_tokens: int,
+    per_token: bool = False,
+    ranks: Team | None = None,
+) -> tuple[list[list[TokenGroup]], CachedReference]:
+    """Gives every group its reference log-probabilities, from the cache as far as it has them.
+
+    What is missing is computed under the cache's lock, so that of many processes that want the same
+    rows one computes them and the others wait and read. A cache that cannot be written to is said
+    once; the rows are then computed for this run alone.
+
+    Args:
+        parts: Lists of groups, such as the training and the evaluation groups.
+        cache: The namespace of this reference.
+        load: Makes the frozen model, prepared by ``scorer``; called when rows are missing.
+        scorer: Scores micro-batches.
+        device: Where to compute.
+        precision: The context to compute in.
+        micro_batch_tokens: What the device holds at once in training.
+        per_token: Whether the groups get the log-probability of every token beside the sums. Those
+            are kept apart from the sums of other runs.
+        ranks: Those that compute together, each a part; the first reads and writes the cache.
+
+    Returns:
+        The lists again, and the reference that reads what the groups now hold.
+
+    Raises:
+        UserError: If the reference gives a response no finite log-probability.
+    """
+    groups = [group for part in parts for group in part]
+    keys, lengths = _keys(groups)
+    cache = cache.of_tokens() if per_token else cache
+    widths = cache.widths(lengths)
+    starts = np.cumsum(widths, dtype=np.int64) - widths
+    ask: Callable[[Callable[[], Any]], Any] = _call if ranks is None else ranks.from_first
+    values = ask(lambda: cache.read(keys, lengths))
+    computed = 0
+
+    def fill(publish: Callable[..., None]) -> int:
+        missing = np.isnan(values[starts])
+        owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
+        wanted = sorted(set(owner[missing].tolist()))
+        found = _compute(
+            [(groups[g], index) for g, index in _responses(groups, missing)],
+            keys[missing],
+            model=load().to(device),
+            scorer=scorer,
+            device=device,
+            precision=precision,
+            budget=_PASS_BUDGET * micro_batch_tokens,
+            per_token=per_token,
+            publish=publish,
+            ranks=ranks,
+        )
+        values[np.repeat(missing, widths)] = found
+        return len(wanted)
+
+    if np.isnan(values).any():
+        with contextlib.ExitStack() as held:
+            if ask(lambda: _lock(cache, held)):
+                values = ask(lambda: cache.read(keys, lengths))
+                if np.isnan(values).any():
+                    log.info("the reference's log-probabilities are computed once and kept")
+                    computed = fill(_Publisher(cache))
+            else:
+                computed = fill(_keep_nothing)
+    counts = np.array([len(group.responses) for group in groups], dtype=np.int32)
+    sums = np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
+    tokens = pieces(values, widths)
+    filled = iter(
+        replace(
+            group,
+            reference_logps=own,
+            reference_token_logps=tuple(itertools.islice(tokens, len(own))) if per_token else None,
+        )
+        for group, own in zip(groups, pieces(sums, counts), strict=True)
+    )
+    reference = CachedReference(rows=len(groups), computed=computed)
+    return [[next(filled) for _ in part] for part in parts], reference
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _lock(cache: ReferenceCache, held: contextlib.ExitStack) -> bool:
+    """Takes the cache's lock until ``held`` is left; False, and said, where that cannot be."""
+    try:
+        held.enter_context(cache.lock(on_wait=_say_waiting))
+    except OSError as error:
+        log.warning(
+            "the reference cache %s cannot be used (%s): its rows are computed for this run "
+            "alone; reference.cache_dir= names another folder",
+            cache.path,
+            error.strerror or error,
+        )
+        return False
+    return True
+
+
+def _say_waiting() -> None:
+    log.info("another process computes reference log-probabilities: waiting for it")
+
+
+def _keep_nothing(keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
+    """Publishes nowhere."""
+
+
+class _Publisher:
+    """Writes to the cache; when its disk is full, says so and goes on without."""
+
+    def __init__(self, cache: ReferenceCache) -> None:
+        self._cache = cache
+        self._broken = False
+
+    def __call__(self, keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
+        if self._broken:
+            return
+        try:
+            self._cache.publish(keys, logps, lengths)
+        except OSError as error:
+            self._broken = True
+            log.warning(
+                "the reference cache %s cannot be written (%s): what is missing in it is computed "
+                "for this run alone",
+                self._cache.path,
+                error.strerror or error,
+            )
+
+
+def _keys(
+    groups: Sequence[TokenGroup],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Key (n, 16) and length (n,) of every response, group after group."""
+    keys = b"".join(response_key(g.prompt, response) for g in groups for response in g.responses)
+    lengths = [len(response) for group in groups for response in group.responses]
+    return (
+        np.frombuffer(keys, dtype=np.uint8).reshape(-1, 16),
+        np.asarray(lengths, dtype=np.int32),
+    )
+
+
+def _responses(
+    groups: Sequence[TokenGroup], missing: npt.NDArray[np.bool_]
+) -> list[tuple[int, int]]:
+    """Group and number in it of each missing response, in the order of the keys."""
+    places = ((g, k) for g, group in enumerate(groups) for k in range(len(group.responses)))
+    return [place for place, absent in zip(places, missing.tolist(), strict=True) if absent]
+
+
+@torch.no_grad()
+def _compute(
+    responses: Sequence[tuple[TokenGroup, int]],
+    keys: npt.NDArray[np.uint8],
+    *,
+    model: Any,
+    scorer: Scorer,
+    device: torch.device,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    budget: int,
+    per_token: bool,
+    publish: Callable[..., None],
+    ranks: Team | None,
+) -> npt.NDArray[np.float32]:
+    """Log-probabilities of responses, or of their tokens, each different response computed once.
+
+    Args:
+        responses: A group and the number of one of its responses.
+        keys: Their keys, (n, 16).
+        model: The frozen model, on the device.
+        scorer: Scores micro-batches.
+        device: Where to compute.
+        precision: The context to compute in.
+        budget: Most tokens of a micro-batch.
+        per_token: Whether the tokens of a response have a value each.
+        publish: Takes keys, values and lengths as they become known; rank 0's is called.
+        ranks: Those that compute together.
+
+    Returns:
+        The values of all responses end to end.
+    """
+    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    unique = [responses[i] for i in first.tolist()]
+    prompts: dict[bytes, list[int]] = {}
+    for number, (group, _) in enumerate(unique):
+        prompts.setdefault(group.prompt.tobytes(), []).append(number)
+    # Responses of one prompt are computed together, whichever groups they came from.
+    members: list[list[int]] = []
+    for numbers in prompts.values():
+        members += [
+            numbers[i : i + _PASS_RESPONSES] for i in range(0, len(numbers), _PASS_RESPONSES)
+        ]
+    passes = [_pass_group(unique, numbers) for numbers in members]
+    costs = [group.tokens if scorer.shared else group.padded_tokens for group in passes]
+    micro_batches = _in_budget(costs, budget)
+    values = [np.zeros(0, dtype=np.float32)] * len(unique)
+    unpublished: list[int] = []
+    fresh: dict[int, npt.NDArray[np.float32]] = {}
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    rounds = -(-len(micro_batches) // size)
+    last = began = time.monotonic()
+    for done in range(1, rounds + 1):
+        # A rank that has none left computes another's once more: all make each forward pass.
+        place = min((done - 1) * size + rank, len(micro_batches) - 1)
+        micro = micro_batches[place]
+        batch = collate_groups([passes[i] for i in micro], micro).to(device)
+        with precision():
+            if per_token:
+                logps = scorer.token_logps(model, batch, scorer.plan(batch))
+            else:
+                logps = scorer.logps(model, batch)
+        widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
+        numbers = [number for i in micro for number in members[i]]
+        found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
+        fresh |= dict(zip(numbers, found, strict=True))
+        if ranks is None or done % _ROUNDS_APART == 0 or done == rounds:
+            for part in [fresh] if ranks is None else ranks.gather(fresh):
+                for number, own in part.items():
+                    _check_finite(own, unique[number][0])
+                    values[number] = own
+                unpublished += part
+            fresh = {}
+        now = time.monotonic()
+        if unpublished and rank == 0 and (now - last > _PUBLISH_SECONDS or done == rounds):
+            last = now
+            unpublished = sorted({*unpublished})
+            lengths = [len(unique[n][0].responses[unique[n][1]]) for n in unpublished]
+            publish(
+                keys[first[unpublished]],
+                np.concatenate([values[n] for n in unpublished]),
+                np.asarray(lengths, dtype=np.int32),
+            )
+            unpublished = []
+            if done < rounds:
+                left = (now - began) / done * (rounds - done)
+                log.info("reference: %d of %d, %ds left", done, rounds, left)
+    return np.concatenate([values[n] for n in which.reshape(-1).tolist()])
+
+
+def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in length together, the longest first; of many rows a step's plan would be slow.
+
+    Args:
+        costs: Tokens of each group.
+        budget: Most tokens of a micro-batch, unless it is a single group.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if not parts or costs[i] > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(i)
+        room -= costs[i]
+    return parts
+
+
+def _check_finite(values: npt.NDArray[np.float32], group: TokenGroup) -> None:
+    broken = values[~np.isfinite(values)]
+    if len(broken):
+        raise UserError(
+            f"reference: its log-probability of a response of {group.source} is {broken[0]}; "
+            "name a sound model with reference.pretrained=, or compute in float32 "
+            "(trainer.precision=32-true model.dtype=float32)"
+        )
+
+
+def _pass_group(unique: Sequence[tuple[TokenGroup, int]], numbers: Sequence[int]) -> TokenGroup:
+    """Responses of one prompt as a group of which nothing is compared."""
+    first, _ = unique[numbers[0]]
+    chosen: list[Ids] = [unique[n][0].responses[unique[n][1]] for n in numbers]
+    return replace(
+        first,
+        responses=tuple(chosen),
+        ranks=(1,) * len(chosen),
+        reference_logps=None,
+        reference_token_logps=None,
+    )

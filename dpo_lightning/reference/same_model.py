@@ -1,0 +1,66 @@
+"""Whether a reference is the policy's start, as it is before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_lightning.data.packing import StepBatch
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.adapters import adapter_dropout_off
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import gathered_dtype
+from dpo_lightning.reference.fill import Reference
+
+# Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@torch.no_grad()
+def check_same_model(
+    batch: StepBatch,
+    *,
+    policy: Any,
+    reference: Reference,
+    scorer: Scorer,
+    reduce: Callable[[Tensor], Any],
+) -> None:
+    """Refuses a reference that is not the policy's start: the loss would mean nothing.
+
+    Args:
+        batch: The first step; its first micro-batch is scored.
+        policy: The policy before its first step.
+        reference: What is to be the same.
+        scorer: Scores both.
+        reduce: Sums a tensor over all ranks.
+
+    Raises:
+        UserError: If they differ by more than rounding explains.
+    """
+    device = next(policy.parameters()).device
+    sums = torch.zeros(2, device=device)
+    asked = reference.rows, reference.computed
+    for micro_batch in batch.micro_batches[:1]:
+        plan = scorer.plan(micro_batch)
+        with adapter_dropout_off(policy):
+            own = scorer.logps(policy, micro_batch, plan)
+        other = reference.logps(micro_batch, plan)
+        assert other is not None
+        sums += torch.stack([(own - other).abs().sum(), micro_batch.lengths.sum()])
+    # A check is no work of the run's.
+    reference.rows, reference.computed = asked
+    total, tokens = reduce(sums).tolist()
+    dtype = gathered_dtype(policy)
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if not total / tokens <= _TOLERANCE[dtype]:
+        raise UserError(
+            "reference: before the first step the policy and its own starting point differ by "
+            f"{total / tokens:.2g} nats per token (rounding in {dtype} explains "
+            f"{_TOLERANCE[dtype]:g}): the two run with different kernels, dtypes, "
+            "with dropout, or are different models; name the intended one with "
+            "reference.pretrained="
+        )

@@ -1,0 +1,346 @@
+"""Builds models, data and trainer from the settings, trains, evaluates and exports.
+
+The settings end here: every class below takes plain values.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+
+from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
+from dpo_lightning.evaluation.answers import Score, no_scores
+from dpo_lightning.evaluation.scorers import make_scorer
+from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
+from dpo_lightning.models.adapters import LoraSettings, count_parameters
+from dpo_lightning.models.quantization import nf4_config
+from dpo_lightning.models.source import (
+    AdapterSettings,
+    Models,
+    ModelSource,
+    load_models,
+    resolve_model,
+    set_chat_template,
+)
+from dpo_lightning.preflight import check_fits, estimate_of
+from dpo_lightning.processes.child_ranks import ChildRanks
+from dpo_lightning.processes.signals import SignalWatch
+from dpo_lightning.run.prepared import Prepared
+from dpo_lightning.run.session import run_session
+from dpo_lightning.run.supervise import SourceRows
+from dpo_lightning.settings.fingerprint import hashed_settings
+from dpo_lightning.settings.loss_group import objective_settings, own_loss_settings
+from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.training.checkpoints.files import find_checkpoint
+from dpo_lightning.training.precision import decide_precision
+from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
+from dpo_lightning.training.schedule import Schedule, make_schedule
+
+log = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
+_CACHE_DIR = "outputs/cache"
+
+
+def run_experiment(
+    config: Config,
+    rows: SourceRows | None,
+    *,
+    run_dir: Path,
+    resolved: dict[str, Any],
+    result: dict[str, Any],
+    signals: SignalWatch,
+    children: ChildRanks,
+) -> None:
+    """Trains, evaluates and exports; fills ``result`` as facts become known.
+
+    Args:
+        config: The validated settings.
+        rows: The rows that were read, or None for the controlled task.
+        run_dir: The run's folder.
+        resolved: The settings as plain values.
+        result: The content of result.json.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
+    """
+    _quiet_libraries()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    ranks = start_ranks(config, children)
+    checkpoint = find_checkpoint(config.resume, run_dir)
+    source = _resolve_source(config, rows)
+    # The bundled model is too small to share out: threads would only wait for each other.
+    threads = config.trainer.threads or (1 if source.bundled else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    task = ControlledTask() if rows is None else None
+    data = None if rows is None else _prepare_rows(config, rows, source)
+    # Before anything large is loaded.
+    estimate = estimate_of(config, source.config)
+    check_fits(estimate, config.trainer.memory_check)
+    models = _load_models(config, source, ranks)
+    reference_logps = None
+    if task is not None:
+
+        def outcome_logps() -> torch.Tensor:
+            start = models.policy if models.adapters is None else models.adapters.reference
+            with models.scorer.plain(start) as reference:
+                return task.outcome_logps(reference)
+
+        reference_logps = outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
+        data = _controlled_data(config, task, reference_logps)
+    assert data is not None
+
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
+    hashes = {
+        "data": data_hash(data.train, data.eval),
+        "weights": models.weights,
+        "reference": models.reference_weights,
+    }
+    result["config_hash"] = _config_hash(resolved, hashes)
+    result["data"] = data.counts()
+    parameters, trainable = count_parameters(models.policy)
+    result["model"] = {
+        "name": source.name,
+        "parameters": parameters,
+        "trainable": trainable,
+    }
+    run_session(
+        config,
+        Prepared(
+            source=source,
+            shape=estimate.shape,
+            models=models,
+            data=data,
+            schedule=schedule,
+            identity=_identity(config, hashes),
+            task=task,
+            reference_outcome_logps=reference_logps,
+            score=_make_score(config, judges=ranks is None or ranks.is_first),
+            cache_dir=_cache_dir(config) / "reference",
+            ranks=ranks,
+        ),
+        run_dir=run_dir,
+        resolved=_filled_in(resolved, source, schedule),
+        result=result,
+        checkpoint=checkpoint,
+        signals=signals,
+        children=children,
+    )
+    if ranks is not None:
+        leave_ranks()
+
+
+# Building ---------------------------------------------------------------------------------------
+
+
+def _quiet_libraries() -> None:
+    """What third parties say on every run and nobody can act on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*you have resumed from a checkpoint.*",
+        ".*You're resuming from a checkpoint.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
+    model = config.model
+    source = resolve_model(
+        pretrained=model.pretrained,
+        revision=model.revision,
+        tokenizer=model.tokenizer,
+        config=model.config,
+        config_overrides=model.config_overrides,
+        dtype=model.dtype,
+        max_length=config.data.max_length,
+    )
+    if config.peft.quantization == "nf4":
+        # What is not held in 4 bits is held in what is computed in.
+        half = source.dtype == torch.bfloat16 or decide_precision(config) == "bf16-mixed"
+        dtype = torch.bfloat16 if half else torch.float32
+        source = replace(source, dtype=dtype, quantization=nf4_config(dtype, _device(config)))
+    if rows is not None:
+        parts = [rows.train.groups, rows.eval.groups if rows.eval else []]
+        messages = any(not isinstance(g.prompt, str) for groups in parts for g in groups)
+        note = set_chat_template(source.tokenizer, config.data.chat_template, needed=messages)
+        if note:
+            log.info(note)
+    if source.tokenizer.pad_token_id is None:
+        log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")
+    return source
+
+
+def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> PreparedData:
+    data = prepare_rows(
+        rows.train,
+        rows.eval,
+        source.tokenizer,
+        max_length=source.max_length,
+        truncation=config.data.truncation,
+        eval_fraction=config.data.eval_fraction,
+        split_seed=config.data.split_seed,
+        max_dropped=config.data.max_dropped,
+        cache=_cache_dir(config) / "tokens",
+    )
+    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
+    uses_margin = "odpo" in objective_settings(config.loss).terms
+    if with_margin and not uses_margin:
+        data.notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
+    elif uses_margin and with_margin < len(rows.train.groups):
+        missing = len(rows.train.groups) - with_margin
+        data.notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
+    for note in data.notes:
+        log.info(note)
+    return data
+
+
+def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:
+    return load_models(
+        source,
+        reference_kind=config.reference.kind,
+        reference_pretrained=config.reference.pretrained,
+        reference_revision=config.reference.revision,
+        needs_reference=objective_settings(config.loss).uses_reference,
+        seed=config.seed,
+        adapters=_adapter_settings(config, source),
+        from_first=None if ranks is None else ranks.from_first,
+    )
+
+
+def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
+    """What is trained beside frozen weights, its files read."""
+    peft, reference = config.peft, config.reference
+    if peft.kind == "none":
+        return None
+
+    def read(name: str, key: str, revision: str | None) -> AdapterFile:
+        file = read_adapter(name, key=key, revision=revision)
+        if file.base is not None and not _same_place(file.base, source.source):
+            log.info("%s was trained on %s, here on %s", file.name, file.base, source.source)
+        return file
+
+    start: LoraSettings | AdapterFile
+    frozen = None
+    if peft.adapter is None:
+        start = LoraSettings(
+            r=peft.r,
+            alpha=peft.alpha,
+            target_modules=peft.target_modules,
+            rslora=peft.rslora,
+            dora=peft.dora,
+            gaussian=peft.init == "gaussian",
+        )
+    else:
+        # Where nothing else is said, what the policy starts as is the reference, and not the base.
+        start = frozen = read(peft.adapter, "peft.adapter", peft.revision)
+        if start.dropout != peft.dropout:
+            log.info(
+                "%s was trained with dropout %g, here with peft.dropout=%g",
+                *(start.name, start.dropout, peft.dropout),
+            )
+    if reference.adapter == BASE:
+        frozen = None
+    elif reference.adapter is not None:
+        frozen = read(reference.adapter, "reference.adapter", reference.revision)
+    return AdapterSettings(start=start, reference=frozen, dropout=peft.dropout)
+
+
+def _same_place(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    paths = Path(one), Path(other)
+    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
+
+
+def _make_score(config: Config, *, judges: bool) -> Score | None:
+    """The scorer, before the training: what is wrong with it need not cost one."""
+    evaluation = config.evaluation
+    if evaluation.scorer is None:
+        return None
+    if not judges:
+        return no_scores
+    return make_scorer(
+        evaluation.scorer,
+        config.plugins,
+        device=_device(config),
+        batch_size=evaluation.batch_size,
+    )
+
+
+def _device(config: Config) -> torch.device:
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _cache_dir(config: Config) -> Path:
+    named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
+    return Path(named).expanduser()
+
+
+def _controlled_data(
+    config: Config, task: ControlledTask, reference_logps: torch.Tensor
+) -> PreparedData:
+    sizes = config.data.controlled
+    # The evaluation pairs are the same for every seed, so that seeds can be compared.
+    return PreparedData(
+        train=task.groups(
+            sizes.train_groups,
+            seed=config.seed + 1,
+            reference_logps=reference_logps,
+            population=sizes.population,
+        ),
+        eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
+    )
+
+
+def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule) -> dict[str, Any]:
+    """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
+    filled = copy.deepcopy(resolved)
+    filled["optimizer"]["lr"] = schedule.learning_rate
+    filled["trainer"]["max_steps"] = schedule.total_steps
+    filled["trainer"]["log_every_n_steps"] = schedule.log_every_n_steps
+    filled["data"]["max_length"] = source.max_length
+    if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
+        filled["data"]["name"] = "rows"
+    return filled
+
+
+def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
+    text = json.dumps([hashed_settings(resolved), hashes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
+    peft = asdict(config.peft)
+    # Of a stored adapter the content counts, which is in the hash of the weights.
+    for name in ("adapter", "revision", "merge"):
+        del peft[name]
+    return {
+        "beta": config.beta,
+        **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
+        "reference.kind": config.reference.kind,
+        **{f"peft.{name}": value for name, value in peft.items()},
+        "seed": config.seed,
+        "data.batch_size": config.data.batch_size,
+        "optimizer.name": config.optimizer.name,
+        "data": hashes["data"],
+        "model": hashes["weights"],
+    }

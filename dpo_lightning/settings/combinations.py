@@ -1,0 +1,412 @@
+"""What may not stand together in a config, and the files and folders that it names.
+
+Each check takes the typed settings, every one of them valid by itself, and yields one clause per
+problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from dpo_lightning.objectives.registry import known_losses
+from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+# Endings of files that people have rows in and that are not read.
+_OTHER_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".arrow",
+    ".yaml",
+    ".pkl",
+    ".ndjson",
+)
+
+# What families call the layer behind the decoder.
+_HEADS = ("lm_head", "embed_out", "output_layer")
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_local_data(source: str) -> bool:
+    """Whether a data source names a file of this machine, and not a hub data set."""
+    suffix = Path(source).suffix.lower()
+    return (
+        source.startswith((".", "/", "~"))
+        or suffix in ROW_SUFFIXES
+        or suffix in _OTHER_SUFFIXES
+        or Path(source).exists()
+    )
+
+
+def _is_address(source: str) -> bool:
+    return "://" in source
+
+
+def _row_file(key: str, source: str | None) -> Iterator[str]:
+    if source is None:
+        return
+    path = Path(source)
+    if _is_address(source):
+        yield f"{key}={source}: addresses are not read; name a file or a data set of the hub"
+    elif not is_local_data(source):
+        if not _HUB_ID.fullmatch(source):
+            yield f"{key}={source}: no such file, and a hub id has the form owner/name"
+    elif path.is_dir():
+        yield f"{key}={source} is a folder; name a file that ends in {', '.join(ROW_SUFFIXES)}"
+    elif path.suffix.lower() not in ROW_SUFFIXES:
+        yield f"{key}={source}: rows are read from files that end in {', '.join(ROW_SUFFIXES)}"
+    elif not path.exists():
+        yield f"{key}={source}: no such file, seen from {Path.cwd()}"
+
+
+def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Iterator[str]:
+    if source is None:
+        return
+    path = Path(source)
+    if _is_address(source):
+        yield f"{key}={source}: addresses are not loaded; name a folder or a hub id (owner/name)"
+    elif path.is_dir():
+        if not any((path / name).is_file() for name in needs):
+            yield f"{key}={source}: the folder has no {' or '.join(needs)}"
+    elif path.exists():
+        if not (key == "model.config" and path.suffix == ".json"):
+            yield f"{key}={source} is a file; name the folder that holds {' or '.join(needs)}"
+    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+        yield (
+            f"{key}={source}: no such folder, seen from {Path.cwd()}, "
+            "and a hub id has the form owner/name"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
+    yield from _model_folder("model.pretrained", model.pretrained, ("config.json",))
+    yield from _model_folder("model.config", model.config, ("config.json",))
+    yield from _model_folder(
+        "model.tokenizer", model.tokenizer, ("tokenizer.json", "tokenizer_config.json")
+    )
+    if model.config is not None and model.pretrained is not None:
+        yield (
+            f"model.config={model.config} makes a random model and "
+            f"model.pretrained={model.pretrained} loads one: give one of the two"
+        )
+    if model.config is None and model.config_overrides:
+        yield "model.config_overrides changes the model of model.config, which is null: set it too"
+    if model.revision is not None and model.pretrained is None:
+        yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
+    if model.pretrained is None and model.config is None:
+        if data.train is not None:
+            yield (
+                f"data.train={data.train}: the bundled model speaks only the controlled task; "
+                "name a model with model.pretrained=<folder or hub id>"
+            )
+        if model.tokenizer is not None:
+            yield (
+                f"model.tokenizer={model.tokenizer}: the bundled model speaks only through its "
+                "own; name a model with model.pretrained=<folder or hub id>"
+            )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    yield from _row_file("data.train", data.train)
+    yield from _row_file("data.eval", data.eval)
+    if data.train is None:
+        if data.name != "controlled":
+            yield f"data={data.name} needs rows: data.train=<file or hub id>"
+        elif config.model.pretrained is not None or config.model.config is not None:
+            key = "model.config" if config.model.pretrained is None else "model.pretrained"
+            value = config.model.pretrained or config.model.config
+            yield (
+                f"{key}={value}: the controlled task is spoken only by the bundled model; "
+                "name rows with data.train=<file or hub id>"
+            )
+        if data.eval is not None:
+            yield f"data.eval={data.eval} needs training rows too: data.train=<file or hub id>"
+    elif is_local_data(data.train):
+        of_hub = {"data.subset": data.subset, "data.revision": data.revision}
+        if data.eval is None:
+            of_hub["data.eval_split"] = data.eval_split
+        elif not is_local_data(data.eval):
+            of_hub = {}
+        for key, value in of_hub.items():
+            if value is not None:
+                yield f"{key}={value} is of a hub data set, data.train={data.train} is a file"
+    template = data.chat_template
+    # Template text has braces; whatever has none is meant as a file.
+    if template is not None and "{" not in template and not Path(template).is_file():
+        yield (
+            f"data.chat_template={template}: no such file, seen from {Path.cwd()}; "
+            "a template itself has {{ }} or {% %}"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    loss, reference = config.loss, config.reference
+    names = ", ".join(known_losses())
+    if not loss.terms and loss.name not in known_losses():
+        close = difflib.get_close_matches(loss.name, known_losses(), n=1)
+        hint = f"; did you mean loss.name={close[0]}?" if close else ""
+        yield f"loss.name={loss.name}: needs one of {names}{hint}"
+        return
+    if any(
+        isinstance(weight, bool) or not isinstance(weight, int | float)
+        for weight in loss.terms.values()
+    ):
+        yield f"loss.terms={loss.terms}: needs a number for each loss"
+        return
+    objective = objective_settings(loss)
+    yield from (f"loss.{problem}" for problem in objective.problems())
+    if not objective.uses_reference:
+        if reference.kind in ("cached", "live"):
+            yield (
+                f"reference={reference.kind}: loss={loss.name} uses no reference; "
+                "use reference=auto"
+            )
+        if reference.pretrained is not None:
+            yield (
+                f"reference.pretrained={reference.pretrained}: loss={loss.name} uses no reference; "
+                "leave it out"
+            )
+    elif reference.kind == "none":
+        for name in objective.needs_reference:
+            yield (
+                f"reference=none: loss={name} compares each response with the reference; "
+                "use reference=auto"
+            )
+        if objective.f_divergence != "reverse_kl":
+            yield (
+                f"reference=none: loss.f_divergence={objective.f_divergence} is a distance from "
+                "the reference; use reference=auto"
+            )
+    if config.data.controlled.population and objective.listwise:
+        yield (
+            f"data.controlled.population=true weighs pairs, which loss={loss.name} does not compare"
+        )
+    if loss.beta_schedule == "constant" and loss.beta_end is not None:
+        yield (
+            f"loss.beta_end={loss.beta_end:g}: beta stays as it is; "
+            "add loss.beta_schedule=linear or cosine"
+        )
+    if loss.beta_schedule != "constant" and loss.beta_end is None:
+        yield f"loss.beta_schedule={loss.beta_schedule} needs loss.beta_end=<beta at the end>"
+    if loss.adaptive_beta and not any(e.uses_rejected for e in objective.pairwise.values()):
+        yield (
+            f"loss.adaptive_beta={loss.adaptive_beta:g} follows the margins of pairs, which "
+            f"loss={loss.name} does not compare"
+        )
+    if reference.kind == "none" and reference.pretrained is not None:
+        yield (
+            f"reference.pretrained={reference.pretrained} with reference=none: "
+            "use reference=live, or leave it out"
+        )
+    has_other = reference.pretrained is not None or reference.adapter not in (None, BASE)
+    if reference.revision is not None and not has_other:
+        yield (
+            f"reference.revision={reference.revision}: set reference.pretrained= or "
+            "reference.adapter= too"
+        )
+    yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
+
+
+def _peft(config: Config) -> Iterator[str]:
+    peft, reference = config.peft, config.reference
+    default, lora = PeftConfig(), peft.kind == "lora"
+    changed = {
+        name: value
+        for name, value in asdict(peft).items()
+        if name != "kind" and value != getattr(default, name)
+    }
+    if not lora:
+        for name, value in changed.items():
+            yield f"peft.{name}={value}: peft=none trains all weights; add peft=lora"
+        if reference.adapter is not None:
+            yield f"reference.adapter={reference.adapter} is for LoRA: add peft=lora"
+        return
+    for name in peft.target_modules or ():
+        if name.rpartition(".")[2] in _HEADS:
+            yield (
+                f"peft.target_modules: {name} is the model's head, which stays frozen; name layers "
+                "of the decoder, or null for all of them"
+            )
+    if peft.adapter is not None:
+        for name in ("r", "alpha", "target_modules", "rslora", "dora", "init"):
+            if name in changed:
+                yield (
+                    f"peft.{name}={changed[name]}: the adapter of peft.adapter={peft.adapter} has "
+                    "its own; leave one of the two out"
+                )
+    elif peft.revision is not None:
+        yield f"peft.revision={peft.revision} is of a hub id: set peft.adapter= too"
+    yield from _adapter_folder("peft.adapter", peft.adapter)
+    if peft.quantization == "nf4":
+        if find_spec("bitsandbytes") is None:
+            yield (
+                "peft.quantization=nf4 needs bitsandbytes, which is not installed: "
+                'pip install "dpo-lightning[qlora]"'
+            )
+        if config.model.config is not None:
+            yield (
+                f"peft.quantization=nf4: model.config={config.model.config} has random weights; "
+                "set model.pretrained= instead"
+            )
+        if peft.merge:
+            yield (
+                "peft.merge=true: weights in 4 bits cannot take the adapter in without rounding it "
+                "away; merge it into the model that you serve, or use peft.quantization=none"
+            )
+    if reference.adapter is None:
+        return
+    key = f"reference.adapter={reference.adapter}"
+    if reference.adapter in ("none", "null", "off"):
+        yield f"{key}: the model without any adapter is reference.adapter={BASE}"
+        return
+    if reference.pretrained is not None:
+        yield (
+            f"{key} is an adapter on the policy's own base model and "
+            f"reference.pretrained={reference.pretrained} another model: give one of the two"
+        )
+    if reference.kind == "none":
+        yield f"{key} with reference=none: use reference=auto, or leave it out"
+    elif not objective_settings(config.loss).uses_reference:
+        yield f"{key}: loss={config.loss.name} uses no reference; leave it out"
+    if reference.adapter != BASE:
+        yield from _adapter_folder("reference.adapter", reference.adapter)
+
+
+def _adapter_folder(key: str, source: str | None) -> Iterator[str]:
+    """What is wrong with a LoRA adapter's folder, seen from outside."""
+    yield from _model_folder(key, source, ("adapter_config.json",))
+    if source is None or not (Path(source) / "adapter_config.json").is_file():
+        return
+    if not (Path(source) / "adapter_model.safetensors").is_file():
+        has_pickle = (Path(source) / "adapter_model.bin").exists()
+        found = "adapter_model.bin is a pickle and is not loaded" if has_pickle else "no weights"
+        yield f"{key}={source}: {found}; needs adapter_model.safetensors"
+
+
+# What a strategy has a use for; the rest is left as it is.
+_OF_STRATEGY = {
+    "auto": (),
+    "ddp": ("find_unused_parameters", "timeout_minutes"),
+    "fsdp": ("sync_gradients", "timeout_minutes"),
+}
+
+
+def _strategy(config: Config) -> Iterator[str]:
+    strategy = config.strategy
+    chosen, default = asdict(strategy), asdict(StrategyConfig())
+    for key in chosen:
+        if key == "name" or chosen[key] == default[key] or key in _OF_STRATEGY[strategy.name]:
+            continue
+        users = [f"strategy={name}" for name, keys in _OF_STRATEGY.items() if key in keys]
+        yield (
+            f"strategy.{key}={chosen[key]}: strategy={strategy.name} has no use for it; "
+            f"add {' or '.join(users)}"
+        )
+    if strategy.name == "fsdp" and config.peft.kind != "none":
+        yield (
+            f"strategy=fsdp: peft={config.peft.kind} is trained with whole models on each device; "
+            "use strategy=ddp, or peft=none"
+        )
+    if strategy.name == "fsdp" and config.trainer.accelerator == "mps":
+        yield "strategy=fsdp: shards need trainer.accelerator=gpu or cpu, not mps"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.stochastic_rounding and config.model.dtype != "bfloat16":
+        yield (
+            f"optimizer.stochastic_rounding=true rounds bfloat16 weights, and "
+            f"model.dtype={config.model.dtype}; set model.dtype=bfloat16 too, or leave it out"
+        )
+
+
+def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
+    trainer = config.trainer
+    several = []
+    if isinstance(trainer.devices, list):
+        several = [f"trainer.devices={trainer.devices}"] if len(trainer.devices) > 1 else []
+        if trainer.accelerator == "cpu":
+            yield (
+                f"trainer.devices={trainer.devices}: processes on the CPU are only counted; "
+                f"use trainer.devices={len(trainer.devices)}"
+            )
+    elif isinstance(trainer.devices, int) and trainer.devices > 1:
+        several = [f"trainer.devices={trainer.devices}"]
+    if trainer.num_nodes > 1:
+        several.append(f"trainer.num_nodes={trainer.num_nodes}")
+    yield from _strategy(config)
+    coupled = objective_settings(config.loss).couples
+    if several and coupled:
+        yield (
+            f"{' '.join(several)}: loss={','.join(coupled)} compares all pairs of a step, of which "
+            "a device would see its share; use trainer.devices=1, or another loss"
+        )
+    if multirun and several:
+        yield (
+            f"{' '.join(several)}: the trials of hydra/launcher=basic share one process, which has "
+            "one device; use hydra/launcher=devices"
+        )
+
+
+def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
+    if config.resume is None:
+        return
+    if config.resume == "auto":
+        if not explicit_run_dir:
+            yield "resume=auto looks in the run's folder: name that, hydra.run.dir=<folder>"
+    elif _is_address(config.resume):
+        yield (
+            f"resume={config.resume}: addresses are not loaded; name a checkpoint or a run's "
+            "folder of this machine"
+        )
+    elif not Path(config.resume).exists():
+        yield (
+            f"resume={config.resume}: no such checkpoint or run folder, seen from {Path.cwd()}; "
+            "resume=auto takes the newest one of hydra.run.dir"
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.scorer is None:
+        return
+    if evaluation.samples == 0:
+        yield (
+            f"evaluation.scorer={evaluation.scorer} has nothing to score with "
+            "evaluation.samples=0; raise that"
+        )
+    if not config.plugins:  # else it may be the name of a function
+        yield from _model_folder("evaluation.scorer", evaluation.scorer, ("config.json",))
+
+
+def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:
+    """All that does not fit together, one clause each.
+
+    Args:
+        config: Settings of which each is valid by itself.
+        multirun: Whether it is one of several that run in this process.
+        explicit_run_dir: Whether the run's folder was named.
+
+    Yields:
+        The keys, their values and the remedy.
+    """
+    yield from _model(config)
+    yield from _data(config)
+    yield from _objective(config)
+    yield from _peft(config)
+    yield from _optimizer(config)
+    yield from _devices(config, multirun=multirun)
+    yield from _resume(config, explicit_run_dir=explicit_run_dir)
+    yield from _evaluation(config)

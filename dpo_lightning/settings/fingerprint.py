@@ -1,0 +1,80 @@
+"""A hash of what decides a run's numbers, known before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpo_lightning.settings.combinations import is_local_data
+from dpo_lightning.settings.loss_group import own_loss_settings
+from dpo_lightning.settings.schema import Config
+
+# Where a run is written, watched or helped on does not change what it computes.
+NOT_IN_HASH = ("name", "logger", "hydra", "resume", "resume_changed", "debug", "sweep")
+
+
+def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's numbers.
+
+    Args:
+        resolved: All settings as plain values.
+    """
+    kept = {key: value for key, value in resolved.items() if key not in NOT_IN_HASH}
+    # What the cache holds is keyed by content; where it stands does not matter.
+    reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
+    trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
+    own = {"reference": reference, "trainer": trainer}
+    return kept | own | {"loss": own_loss_settings(kept["loss"])}
+
+
+def settings_hash(config: Config) -> str:
+    """A hash of the settings and of the files that they name; 32 hexadecimal digits.
+
+    Row files and plugins count by their content, model folders by the names, sizes and times of
+    their files: weights take long to read, and a rerun too many costs less than one too few.
+    """
+    files: dict[str, Any] = {}
+    for source in (config.data.train, config.data.eval, config.data.chat_template):
+        if source is not None and is_local_data(source) and Path(source).is_file():
+            files[source] = _content(Path(source))
+    model = config.model
+    for source in (
+        *(model.pretrained, model.tokenizer, model.config),
+        *(config.peft.adapter, config.reference.adapter),
+        *(config.reference.pretrained, config.evaluation.scorer),
+    ):
+        if source is not None and Path(source).exists():
+            files[source] = _listing(Path(source))
+    for plugin in config.plugins:
+        path = _plugin_file(plugin)
+        if path is not None:
+            files[plugin] = _content(path)
+    text = json.dumps([hashed_settings(asdict(config)), files], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _listing(path: Path) -> list[tuple[str, int, int]]:
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def _plugin_file(name: str) -> Path | None:
+    """The file of a module, found without importing anything of it."""
+    search: list[str] | None = [*sys.path, str(Path.cwd())]
+    spec = None
+    for end in range(1, name.count(".") + 2):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(name.split(".")[:end]), search)
+        if spec is None:
+            return None
+        search = list(spec.submodule_search_locations or [])
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None

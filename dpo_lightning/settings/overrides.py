@@ -1,0 +1,227 @@
+"""What is typed on the command line, judged before anything is composed, and Hydra's own errors.
+
+Everything here turns a mistake into one line that names the argument and what would do. Values of
+keys that look like credentials are never repeated.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.settings.credentials import is_secret
+from dpo_lightning.settings.validation import (
+    config_error,
+    is_import_name,
+    is_known,
+    settings,
+    shown,
+    unknown_key,
+    unknown_option,
+)
+
+# What is longer is not repeated whole.
+_LONGEST_LINE = 500
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise the distinct problems as one error; do nothing where there are none.
+
+    Raises:
+        UserError: The problems in one line.
+    """
+    if found := list(dict.fromkeys(problems)):
+        raise UserError("; ".join(found))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print as several lines."""
+        unknown = re.match(r"unrecognized arguments: --?([^\s=]+)(=?)(\S*)", message)
+        if unknown is None:
+            raise UserError(f"{message}; `python train.py --help` says more")
+        key, equals, value = unknown.groups()
+        key = key.replace("-", "_")
+        if is_secret(key):
+            raise UserError(f"--{unknown_key(key)}")
+        if is_known(key) and equals:
+            raise UserError(f"--{key}: settings have no dashes; write {key}={value}")
+        if equals:
+            raise UserError(f"--{key}: settings have no dashes; {unknown_key(key)}")
+        raise UserError(f"--{key}: no such flag; settings are written key=value, without dashes")
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """Hydra's flags, with errors of one line."""
+    return _Parser(parents=[get_args_parser()], add_help=False)
+
+
+def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
+    """The arguments in Hydra's grammar.
+
+    Args:
+        lines: As they were typed.
+        config_loader: Knows the choices of a group, among which ``model=glob(l*)`` chooses.
+
+    Raises:
+        UserError: Those that are not ``key=value``, all of them.
+    """
+    parser = OverridesParser.create(config_loader=config_loader)
+    parsed, problems = [], []
+    for line in lines:
+        try:
+            override = _parse(parser, line)
+            if not override.key_or_group:
+                raise HydraException("no key")
+            parsed.append(override)
+        except HydraException:
+            problems.append(_unreadable(line, parser))
+    raise_all(problems)
+    return parsed
+
+
+def _parse(parser: OverridesParser, line: str) -> Override:
+    try:
+        return parser.parse_overrides([line])[0]
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        raise HydraException(str(error)) from error
+
+
+def _unreadable(line: str, parser: OverridesParser) -> str:
+    key, equals, value = line.partition("=")
+    if not equals or not key:
+        return f"{line}: settings are written key=value"
+    if is_secret(key):
+        return unknown_key(key)
+    quoted = '{}="{}"'.format(key, value.replace("\\", "\\\\").replace('"', '\\"'))
+    try:
+        _parse(parser, quoted)
+    except HydraException:
+        return f"{shown(line)}: cannot be read; settings are written key=value"
+    if len(line) > _LONGEST_LINE:
+        return f"{shown(line)}: cannot be read; the value needs quotes, or is too long"
+    return f"{line}: the value has characters that need quotes; write {shlex.quote(quoted)}"
+
+
+def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
+    """The plugins that the command line names, or a file that it chooses; all others wait.
+
+    Args:
+        lines: The settings as typed; what cannot be read is left to those who judge it.
+        folders: Where config files are.
+
+    Returns:
+        Import names, each once.
+    """
+    parser = OverridesParser.create()
+    found: list[object] = []
+    for line in lines:
+        try:
+            override = _parse(parser, line)
+        except HydraException:
+            continue
+        key, value = override.key_or_group, override.value()
+        if key == "plugins" and isinstance(value, list):
+            found += [shown(name) for name in value]
+        elif isinstance(value, str) and re.fullmatch(r"[\w./-]+", f"{key}/{value}"):
+            for folder in folders:
+                found += _plugins_of(folder / key / f"{value}.yaml")
+    names = [name for name in found if isinstance(name, str) and is_import_name(name)]
+    return list(dict.fromkeys(names))
+
+
+def _plugins_of(path: Path) -> list[object]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    plugins = content.get("plugins") if isinstance(content, dict) else None
+    return plugins if isinstance(plugins, list) else []
+
+
+def override_problems(
+    overrides: Iterable[Override], options_of: Callable[[str], list[str]]
+) -> Iterator[str]:
+    """What is wrong with the keys and with the choices of groups.
+
+    Args:
+        overrides: The parsed arguments.
+        options_of: The choices of a config group, empty for what is none.
+
+    Yields:
+        One clause per problem; values of plain settings are judged when they are composed.
+    """
+    for override in overrides:
+        key = override.key_or_group
+        options = [] if "." in key else options_of(key)
+        if options:
+            yield from _group_problems(override, options)
+        elif override.package is not None or override.is_hydra_override():
+            continue  # Hydra's to judge
+        elif not is_known(key) or is_secret(key):
+            yield unknown_key(key)
+        elif override.is_delete() and key in settings():
+            yield f"~{key}: a setting cannot be taken away; give it a value, {key}=<value>"
+
+
+def _group_problems(override: Override, options: list[str]) -> Iterator[str]:
+    group, line = override.key_or_group, str(override.input_line)
+    value = None if override.is_delete() else override.value()
+    if isinstance(value, dict):
+        return  # merged into the section like any other values
+    if value is None and group == "experiment":
+        return
+    if value is None:
+        without = f"; {group}=none is without one" if "none" in options else ""
+        yield f"{line}: needs one of {', '.join(options)}{without}"
+    elif override.is_add() or override.is_force_add():
+        yield f"{line}: {group} has a choice already; leave out the +"
+    else:
+        if override.is_sweep_override():
+            chosen = [str(option) for option in override.sweep_string_iterator()]
+        else:
+            chosen = [shown(option) for option in (value if isinstance(value, list) else [value])]
+        yield from (unknown_option(group, name, options) for name in chosen if name not in options)
+
+
+def needs_multirun(override: Override) -> str:
+    """The answer to several values where there is one run."""
+    line = str(override.input_line)
+    key, _, values = line.partition("=")
+    setting = settings().get(override.key_or_group)
+    as_list = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
+    return f"{line} gives several values: add -m to run one after the other{as_list}"
+
+
+def hydra_error(error: Exception) -> str:
+    """One line for what Hydra raised, without its advice to add a key by a ``+``."""
+    message = str(error)
+    where = re.match(r"In '([^']+)': ", message)
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, OmegaConfBaseException):
+        return config_error(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return (f"{where.group(1)}.yaml: " if where else "") + config_error(cause)
+    taken = re.match(r"Could not append to config\. An item is already at '([^']+)'", message)
+    if taken:
+        return f"+{taken.group(1)}: the key is there already; leave out the +"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    for advice in ("Config search path:", "Search path:", "To append to your", "See https:"):
+        message = message.partition(advice)[0]
+    message = " ".join(message.split())
+    placed = re.fullmatch(r"(.*?) full_key: (\S+)( object_type=\S+)?", message)
+    if placed:
+        message = f"{placed.group(2)}: {placed.group(1)}"
+    return message or type(error).__name__

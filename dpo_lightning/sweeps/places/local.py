@@ -1,0 +1,269 @@
+"""Trials as processes of this machine: one process group each, on leased devices.
+
+The sweep holds one end of a pipe to each trial; when the sweep is gone, however it went, the trials
+see the pipe close and stop. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.processes.groups import clear_group, signal_group, trial_command
+from dpo_lightning.processes.lifeline import LIFELINE
+from dpo_lightning.sweeps.places.base import Attempt, Demand, Ending, Place, Work, check_counts
+from dpo_lightning.sweeps.places.claims import Taken, stop_other
+from dpo_lightning.sweeps.places.leases import (
+    DevicePool,
+    Kind,
+    Lease,
+    device_kind,
+    make_pool,
+    visible_gpus,
+)
+from dpo_lightning.sweeps.trials import LOG_FILE, Trial
+
+# Below a trial's folder: locked by its process, so that the lock goes with it and not before.
+_LOCK_FILE = ".process.lock"
+# How long the trial of a sweep that is gone may take to end; its lifeline gives it less.
+_ENDING_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+
+
+class LocalSite:
+    """The devices of this machine.
+
+    Args:
+        devices: ``auto``, a count or a list.
+        max_failures: After more failed trials than this no other is started; None: all are.
+        retries: How often a trial that crashed is started again.
+    """
+
+    def __init__(self, *, devices: Any, max_failures: int | None, retries: int) -> None:
+        self.devices = devices
+        self.max_failures = max_failures
+        self.retries = retries
+
+    @functools.cached_property
+    def _gpus(self) -> list[str]:
+        return visible_gpus()
+
+    def check(self) -> None:
+        """Checks the launcher's own settings.
+
+        Raises:
+            UserError: Naming the first that is wrong.
+        """
+        devices = self.devices
+        is_list = not isinstance(devices, str | int) and len(devices) > 0
+        if not (devices == "auto" or is_list or (type(devices) is int and devices > 0)):
+            raise UserError(
+                f"hydra.launcher.devices={devices}: needs auto, a count of at least 1, or a list "
+                "of device numbers such as [0,1]"
+            )
+        options = {"max_failures": self.max_failures, "retries": self.retries}
+        check_counts(options, {"max_failures": 0, "retries": 0})
+
+    def check_trials(self, demands: Sequence[Demand]) -> None:
+        """Checks that each trial can have the devices it wants.
+
+        Raises:
+            UserError: If one would never fit.
+        """
+        widths: dict[Kind, int] = {}
+        for demand in demands:
+            if demand.nodes > 1:
+                raise UserError(
+                    f"trainer.num_nodes={demand.nodes}: this launcher starts trials on this "
+                    "machine; use trainer.num_nodes=1, or hydra/launcher=slurm"
+                )
+            kind = self.kind(demand.accelerator)
+            widths[kind] = max(widths.get(kind, 0), demand.width)
+        _make_pools(widths, self.devices, self._gpus)
+
+    def kind(self, accelerator: str) -> Kind:
+        """The kind of device that ``trainer.accelerator`` means on this machine."""
+        return device_kind(accelerator, self._gpus)
+
+    @contextmanager
+    def open(self, work: Work) -> Iterator[Place]:
+        """Leases devices until the sweep has ended."""
+        widths: dict[Kind, int] = {}
+        for plan in work.plans:
+            widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
+        pools = _make_pools(widths, self.devices, self._gpus)
+        with open_local(pools, work.script, work.environment) as place:
+            yield place
+
+
+def _make_pools(
+    widths: Mapping[Kind, int], devices: Any, gpus: Sequence[str]
+) -> dict[Kind, DevicePool]:
+    """A pool for each kind of device, as wide as the widest trial of the kind at least."""
+    pools: dict[Kind, DevicePool] = {}
+    for kind, width in widths.items():
+        pools[kind] = make_pool(kind, devices, gpus)
+        there = len(pools[kind].devices)
+        if width > there:
+            raise UserError(
+                f"trainer.devices={width}: the sweep has {there} {kind} devices; lower it, or give "
+                f"it more with hydra.launcher.devices={width}"
+            )
+    return pools
+
+
+@contextmanager
+def open_local(
+    pools: Mapping[Kind, DevicePool], script: Path, environment: Mapping[str, str]
+) -> Iterator[LocalProcesses]:
+    """A place on this machine, with the pipe by which trials know that it is there.
+
+    Args:
+        pools: The devices, by kind; every trial fits into the pool of its kind.
+        script: The program, ``train.py``.
+        environment: Added to every trial's environment.
+    """
+    lifeline, own_end = os.pipe()
+    try:
+        yield LocalProcesses(pools, script, environment, lifeline)
+    finally:
+        os.close(lifeline)
+        os.close(own_end)
+
+
+class LocalProcesses:
+    """Starts trials on leased devices of this machine.
+
+    Args:
+        pools: The devices, by kind; every trial fits into the pool of its kind.
+        script: The program, ``train.py``.
+        environment: Added to every trial's environment.
+        lifeline: The end of a pipe that the trials read from.
+    """
+
+    grace_seconds = 30.0
+
+    def __init__(
+        self,
+        pools: Mapping[Kind, DevicePool],
+        script: Path,
+        environment: Mapping[str, str],
+        lifeline: int,
+    ) -> None:
+        self._pools = pools
+        self._script = script
+        self._environment = environment
+        self._lifeline = lifeline
+
+    def fits(self, trial: Trial) -> bool:
+        """Whether as many devices are free as it asks for."""
+        return self._pools[trial.plan.kind].has(trial.plan.width)
+
+    def find(self, trial: Trial) -> Attempt | None:
+        """None: trials of this machine end with the sweep that started them.
+
+        One that is about to end, or a job that another launcher left, is waited for: two of them
+        must not write one folder.
+
+        Raises:
+            UserError: If it does not end.
+        """
+        if trial.folder.is_dir():
+            try:
+                stop_other(trial.folder)
+            except Taken as error:
+                raise UserError(f"{trial.folder}: {error}; end it first") from error
+            os.close(_lock(trial.folder))
+        return None
+
+    def start(self, trial: Trial) -> Attempt:
+        """Starts a trial on devices that it holds alone until it has ended."""
+        pool = self._pools[trial.plan.kind]
+        lease = pool.take(trial.plan.width)
+        assert lease is not None
+        environment = os.environ | self._environment
+        environment |= pool.environment(lease, environment)
+        lock = _lock(trial.folder)
+        with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
+            process = subprocess.Popen(
+                trial_command(self._script, trial.plan.arguments, trial.folder),
+                env=environment | {LIFELINE: str(self._lifeline)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._lifeline, lock],
+                process_group=0,
+            )
+        return _LocalAttempt(process, lease, pool)
+
+
+def _lock(folder: Path) -> int:
+    """Waits until no process of an earlier sweep is at work in a trial's folder.
+
+    Returns:
+        The descriptor of a lock that is held until whoever inherits it is gone.
+
+    Raises:
+        UserError: If one does not end.
+    """
+    handle = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + _ENDING_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder}: a process of an earlier sweep is still at work there; end it "
+                        "first"
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+            except OSError:
+                return handle  # a file system without locks
+            else:
+                return handle
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+class _LocalAttempt:
+    def __init__(self, process: subprocess.Popen[bytes], lease: Lease, pool: DevicePool) -> None:
+        self._process = process
+        self._lease = lease
+        self._pool = pool
+
+    @property
+    def labels(self) -> list[str]:
+        return self._lease.labels
+
+    def starts(self) -> int:
+        return 1
+
+    def ending(self) -> Ending | None:
+        if self._process.poll() is None:
+            return None
+        clear_group(self._process.pid)
+        self._pool.give_back(self._lease)
+        return Ending(self._process.returncode)
+
+    def ask(self) -> None:
+        signal_group(self._process.pid, signal.SIGINT)
+
+    def kill(self) -> Ending:
+        if self._process.poll() is None:
+            signal_group(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        ending = self.ending()
+        assert ending is not None
+        return ending

@@ -1,0 +1,389 @@
+"""What a report says, as texts and tables that the templates only place."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dpo_lightning.sweeps.report.analysis import Analysis
+from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
+from dpo_lightning.sweeps.report.read import Sweep, Trial, as_rows
+from dpo_lightning.sweeps.report.statistics import Estimate
+from dpo_lightning.sweeps.report.text import (
+    MISSING,
+    clean,
+    cut,
+    error_text,
+    number_text,
+    own_words,
+    range_text,
+)
+
+# More answers side by side than this cannot be compared by a reader.
+_MOST_COLUMNS = 7
+_MOST_PROMPTS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A configuration in the table.
+
+    Attributes:
+        rank: Its place, a dash without the metric.
+        label: Its settings, short.
+        cells: What stands under ``Content.columns``.
+        picked: Whether it is the pick.
+        commands: What reproduces its trials.
+    """
+
+    rank: str
+    label: str
+    cells: tuple[str, ...]
+    picked: bool
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A trial that did not finish: its name, status, why, and its log."""
+
+    name: str
+    status: str
+    error: str
+    log: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Answers to some prompts, side by side.
+
+    Attributes:
+        columns: Who answers, and whether that is the pick.
+        rows: A prompt and the answer of each.
+    """
+
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """All texts of a report.
+
+    Attributes:
+        title: Name of the sweep.
+        counts: How many trials there are of each status.
+        pick: The pick's label, None without one.
+        reason: Why it was picked.
+        metric: What is ranked by, in words.
+        columns: Heads of the table behind rank and settings.
+        rows: The configurations, best first.
+        comparison: The best two in words, None where there are fewer.
+        answers: Sample answers, None without any.
+        unfinished: Trials that failed, still run or wait.
+        notes: What could not be read.
+        method: How the numbers were made, a sentence each.
+        versions: Versions of the packages.
+    """
+
+    title: str
+    counts: str
+    pick: str | None
+    reason: str
+    metric: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    comparison: str | None
+    answers: Answers | None
+    unfinished: tuple[Unfinished, ...]
+    notes: tuple[str, ...]
+    method: tuple[str, ...]
+    versions: str
+
+
+def make_content(sweep: Sweep, analysis: Analysis) -> Content:
+    """Puts a sweep and what was found into words.
+
+    Args:
+        sweep: The trials.
+        analysis: What was found.
+    """
+    pick = analysis.pick
+    counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]
+    columns, cells = _columns(analysis)
+    return Content(
+        title=clean(sweep.folder.resolve().name),
+        counts=f"{len(sweep.trials)} trials: {', '.join(counts)}",
+        pick=None if pick is None else pick.label,
+        reason=analysis.reason,
+        metric="nothing" if analysis.metric is None else METRICS[analysis.metric],
+        columns=columns,
+        rows=tuple(
+            Row(
+                rank=MISSING if c.value is None else str(rank),
+                label=c.label,
+                cells=cells[rank - 1],
+                picked=c is pick,
+                commands=tuple(_commands(c)),
+            )
+            for rank, c in enumerate(analysis.configurations, start=1)
+        ),
+        comparison=None if analysis.comparison is None else analysis.comparison.sentence,
+        answers=_answers(analysis),
+        unfinished=tuple(
+            Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
+            for t in sweep.trials
+            if not t.finished
+        ),
+        notes=tuple(clean(note) for note in sweep.notes),
+        method=tuple(_method(analysis)),
+        versions=_versions(sweep.finished),
+    )
+
+
+def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The heads of the table and each configuration's cells; a column of nothing is left out."""
+    configurations = analysis.configurations
+    metric = "" if analysis.metric is None else METRICS[analysis.metric]
+    several = any(len(c.trials) > 1 for c in configurations)
+    values: dict[str, list[str]] = {}
+    if several:
+        values["seeds"] = [
+            ", ".join(map(str, c.seeds)) or str(len(c.trials)) for c in configurations
+        ]
+    if metric:
+        values[_head(metric, [c.value for c in configurations])] = [
+            _estimate(c.value) for c in configurations
+        ]
+        values["95% interval"] = [_interval(c.value) for c in configurations]
+    values[_head("KL in nats", [c.kl for c in configurations])] = [
+        _estimate(c.kl) for c in configurations
+    ]
+    if metric != METRICS["eval/rewards/accuracies"]:
+        values["held-out accuracy"] = [_estimate(c.accuracy) for c in configurations]
+    if metric != METRICS["samples/win_rate"]:
+        wins = [c.win_rate for c in configurations]
+        values["win rate over the reference"] = [_estimate(win) for win in wins]
+        values["95% interval of it"] = [_interval(win) for win in wins]
+    if analysis.exact:
+        values["gain / best at this KL"] = [
+            number_text(c.mean("controlled/gain_ratio")) for c in configurations
+        ]
+    for name, words in (("chosen", "chosen log-ratio"), ("rejected", "rejected log-ratio")):
+        found = [
+            c.mean(f"eval/logratios/{name}", f"train/logratios/{name}") for c in configurations
+        ]
+        values[words] = [number_text(value) for value in found]
+    values["pairs/s"] = [number_text(c.pairs_per_second) for c in configurations]
+    kept = {name: cells for name, cells in values.items() if set(cells) - {MISSING, ""}}
+    return tuple(kept), (
+        list(zip(*kept.values(), strict=True)) if kept else [()] * len(configurations)
+    )
+
+
+def _head(name: str, values: Sequence[Estimate | None]) -> str:
+    exact = all(value is None or value.stderr == 0 for value in values)
+    return f"{name}, exact" if exact and any(value is not None for value in values) else name
+
+
+def _estimate(value: Estimate | None) -> str:
+    return MISSING if value is None else error_text(value.mean, value.stderr)
+
+
+def _interval(value: Estimate | None) -> str:
+    return "" if value is None else range_text(value.low, value.high)
+
+
+def _commands(configuration: Configuration) -> list[str]:
+    return [own_words(trial.command) for trial in configuration.trials if trial.command]
+
+
+def _answers(analysis: Analysis) -> Answers | None:
+    """Greedy answers where there are any, else drawn ones; one column per configuration."""
+    shown = _spread(analysis.configurations, analysis.pick)
+    columns = [(c, _texts(c.trials[0])) for c in shown]
+    columns = [(c, texts) for c, texts in columns if texts]
+    if not columns:
+        return None
+    rows = []
+    for prompt, (preferred, reference, _) in columns[0][1].items():
+        if all(prompt in texts for _, texts in columns):
+            own = [cut(texts[prompt][2]) for _, texts in columns]
+            rows.append((cut(prompt, keep_end=True), (cut(preferred), cut(reference), *own)))
+    heads = [("preferred in the data", False), ("reference", False)]
+    heads += [(c.label, c is analysis.pick) for c, _ in columns]
+    return Answers(tuple(heads), tuple(rows[:_MOST_PROMPTS])) if rows else None
+
+
+def _texts(trial: Trial) -> dict[str, tuple[str, str, str]]:
+    """From each prompt to the preferred answer, the reference's and the policy's."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for kind, own in (("answers", "after"), ("samples", "policy")):
+        for row in as_rows(trial.evaluation.get(kind)):
+            texts = [row.get(name) for name in ("prompt", "preferred", "reference", own)]
+            prompt, preferred, reference, policy = (
+                text if isinstance(text, str) else "" for text in texts
+            )
+            found.setdefault(prompt, (preferred, reference, policy))
+        if found:
+            break
+    return found
+
+
+def _spread(
+    configurations: Sequence[Configuration], pick: Configuration | None
+) -> list[Configuration]:
+    """The pick and others at equal distances, by beta where they have one."""
+    ordered = sorted(
+        (c for c in configurations if c.trials),
+        key=lambda c: (c.beta is None, c.beta or 0.0, c.label),
+    )
+    if len(ordered) <= _MOST_COLUMNS:
+        return ordered
+    last = len(ordered) - 1
+    places = {round(i * last / (_MOST_COLUMNS - 1)) for i in range(_MOST_COLUMNS)}
+    if pick is not None:
+        own = ordered.index(pick)
+        # It takes the place of its nearest neighbour.
+        places = places - {min(places, key=lambda place: abs(place - own))} | {own}
+    return [ordered[place] for place in sorted(places)]
+
+
+def _method(analysis: Analysis) -> list[str]:
+    said = []
+    if analysis.metric is not None:
+        said.append(
+            f"Configurations are ranked by the {METRICS[analysis.metric]}. Reward margins are not "
+            "used: they are β times a log-ratio and grow with β by themselves."
+        )
+        said.append(
+            "The pick is the configuration with the smallest KL among those within one standard "
+            "error of the best."
+        )
+    if analysis.kl_metric == EXACT_KL:
+        said.append(
+            "KL(π‖π_ref), expected rewards and the closed-form optimum are exact: sums over all "
+            "responses, averaged over the prompts."
+        )
+    elif analysis.kl_metric is not None:
+        said.append(
+            "KL(π‖π_ref) is estimated on answers that the policy itself drew to prompts of the "
+            "evaluation set, with the exact divergence of the next-token distributions at each of "
+            "their tokens; its error is the standard error over answers."
+        )
+    if any(c.win_rate is not None for c in analysis.configurations):
+        said.append(
+            "The win rate is the share of prompts to which the policy's answer scores higher than "
+            "the reference's; a tie counts one half."
+        )
+    if any(c.accuracy is not None for c in analysis.configurations):
+        said.append(
+            "The held-out accuracy is the share of ranked pairs whose better response has the "
+            "larger log-ratio log π/π_ref; a tie counts one half."
+        )
+    said.append(
+        "Intervals are 95% bootstrap intervals over seeds and over evaluated items; trials that "
+        "differ only in their seed are pooled."
+    )
+    return said
+
+
+def _versions(trials: Sequence[Trial]) -> str:
+    found = {
+        tuple(sorted((name, str(version)) for name, version in trial.section("versions").items()))
+        for trial in trials
+    }
+    lines = [", ".join(f"{name} {version}" for name, version in versions) for versions in found]
+    return clean("; ".join(sorted(line for line in lines if line)))
+
+
+def summary(sweep: Sweep, analysis: Analysis) -> dict[str, Any]:
+    """The content of ``sweep.json``, for other programs."""
+    return {
+        "metric": analysis.metric,
+        "kl_metric": analysis.kl_metric,
+        "statuses": sweep.status_counts,
+        "pick": None if analysis.pick is None else _pick(analysis, analysis.pick),
+        "configurations": [_configuration(c) for c in analysis.configurations],
+        "comparison": _comparison(analysis),
+        "optimum": [{"kl": kl, "reward": r, "beta": beta} for kl, r, beta in analysis.optimum],
+        "reference_value": analysis.reference_value,
+        "trials": [_trial(trial) for trial in sweep.trials],
+        "notes": list(sweep.notes),
+    }
+
+
+def _pick(analysis: Analysis, pick: Configuration) -> dict[str, Any]:
+    return {
+        "label": pick.label,
+        "settings": list(pick.settings),
+        "beta": pick.beta,
+        "reason": analysis.reason,
+        "trials": [trial.folder for trial in pick.trials],
+        "commands": _commands(pick),
+    }
+
+
+def _configuration(configuration: Configuration) -> dict[str, Any]:
+    estimates = {
+        name: None if value is None else asdict(value)
+        for name, value in (
+            ("value", configuration.value),
+            ("kl", configuration.kl),
+            ("sampled_kl", configuration.sampled_kl),
+            ("accuracy", configuration.accuracy),
+            ("win_rate", configuration.win_rate),
+        )
+    }
+    return {
+        "label": configuration.label,
+        "settings": list(configuration.settings),
+        "beta": configuration.beta,
+        "loss": configuration.loss,
+        "seeds": configuration.seeds,
+        "unfinished": configuration.unfinished,
+        **estimates,
+        "pairs_per_second": configuration.pairs_per_second,
+        "trials": [trial.folder for trial in configuration.trials],
+        "commands": _commands(configuration),
+    }
+
+
+def _comparison(analysis: Analysis) -> dict[str, Any] | None:
+    found = analysis.comparison
+    if found is None:
+        return None
+    return {
+        "first": found.first.label,
+        "second": found.second.label,
+        "unit": found.unit,
+        "test": None if found.test is None else asdict(found.test),
+        "sentence": found.sentence,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    metrics: Mapping[str, Any] = trial.section("metrics")
+    return {
+        "name": trial.name,
+        "folder": trial.folder,
+        "overrides": list(trial.overrides),
+        "status": trial.status,
+        "error": trial.error,
+        "log": trial.log,
+        "beta": trial.beta,
+        "loss": trial.loss,
+        "seed": trial.seed,
+        "step": trial.step,
+        "command": None if trial.command is None else own_words(trial.command),
+        "reference": dict(trial.section("reference")),
+        "throughput": dict(trial.section("throughput")),
+        "metrics": {name: trial.metric(name) for name in metrics},
+    }
+
+
+def report_command(folder: str) -> str:
+    """What makes the report anew."""
+    return f"python -m dpo_lightning.sweeps.report {shlex.quote(folder)}"

@@ -1,0 +1,232 @@
+"""Trials that differ only in their seed, together, with what can be said about their metrics."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.sweeps.report.read import Trial, as_rows, is_hydra_word, number, override_key
+from dpo_lightning.sweeps.report.statistics import Estimate, moved, over_items, over_seeds, single
+from dpo_lightning.sweeps.report.text import label_of
+
+REWARD = "controlled/expected_reward"
+SCORE = "samples/score"
+WIN_RATE = "samples/win_rate"
+ACCURACY = "eval/rewards/accuracies"
+EXACT_KL = "controlled/kl_policy_reference"
+SAMPLED_KL = "samples/kl"
+
+METRICS = {
+    REWARD: "expected reward",
+    SCORE: "score of sampled responses",
+    WIN_RATE: "win rate against the reference",
+    ACCURACY: "held-out accuracy",
+}
+"""What trials may be ranked by. Reward margins are not: they grow with beta by themselves."""
+
+_BY_DEFAULT = (REWARD, SCORE, ACCURACY)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Finished trials that differ only in their seed.
+
+    Attributes:
+        label: The swept settings, short.
+        settings: The swept settings without the seed.
+        trials: The finished ones.
+        unfinished: How many others there are.
+        value: The ranking metric, None where no trial has it.
+        kl: KL to the reference in nats per response, exact or sampled.
+        sampled_kl: Its estimate from samples, where ``kl`` is exact.
+        accuracy: The held-out accuracy.
+        win_rate: The win rate against the reference, where samples are scored.
+    """
+
+    label: str
+    settings: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    unfinished: int
+    value: Estimate | None
+    kl: Estimate | None
+    sampled_kl: Estimate | None
+    accuracy: Estimate | None
+    win_rate: Estimate | None
+
+    @property
+    def beta(self) -> float | None:
+        """Beta, which the trials share."""
+        return self.trials[0].beta
+
+    @property
+    def loss(self) -> str | None:
+        """The loss's name, which the trials share."""
+        return self.trials[0].loss
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the finished trials."""
+        return sorted(trial.seed for trial in self.trials if trial.seed is not None)
+
+    def mean(self, *names: str) -> float | None:
+        """Mean over the seeds of the first of the metrics that all have."""
+        for name in names:
+            values = [trial.metric(name) for trial in self.trials]
+            known = [value for value in values if value is not None]
+            if known and len(known) == len(values):
+                return math.fsum(known) / len(known)
+        return None
+
+    @property
+    def pairs_per_second(self) -> float | None:
+        """Mean over the seeds of the training speed."""
+        rates = [number(t.section("throughput").get("pairs_per_second")) for t in self.trials]
+        known = [rate for rate in rates if rate is not None]
+        return math.fsum(known) / len(known) if known else None
+
+
+def choose_metric(trials: Sequence[Trial], wanted: str | None) -> str | None:
+    """What to rank by: what is wanted, else the first metric that every trial has.
+
+    Raises:
+        UserError: If it is not one to rank by, or no trial has it.
+    """
+    counts = {name: sum(t.metric(name) is not None for t in trials) for name in METRICS}
+    if wanted is not None:
+        if wanted not in METRICS:
+            raise UserError(f"metric={wanted}: not one to rank by; use {', '.join(METRICS)}")
+        if trials and not counts[wanted]:
+            usable = ", ".join(name for name, count in counts.items() if count)
+            raise UserError(
+                f"metric={wanted}: no finished trial has it; they have {usable or 'none'}"
+            )
+        return wanted
+    if not trials or not any(counts[name] for name in _BY_DEFAULT):
+        return None
+    # Among those that some lack, the one that most have: max keeps the first of equals.
+    return max(_BY_DEFAULT, key=counts.__getitem__)
+
+
+def choose_kl(trials: Sequence[Trial], *, exact: bool) -> str | None:
+    """Where the KL to the reference comes from: the exact one for an exact metric."""
+    order = (EXACT_KL, SAMPLED_KL) if exact else (SAMPLED_KL, EXACT_KL)
+    counts = {name: sum(t.metric(name) is not None for t in trials) for name in order}
+    best = max(order, key=counts.__getitem__)
+    return best if counts[best] else None
+
+
+def pool(trials: Iterable[Trial], metric: str | None, kl_metric: str | None) -> list[Configuration]:
+    """The configurations of all trials, in the order of each one's first trial.
+
+    Args:
+        trials: Finished or not.
+        metric: What to rank by.
+        kl_metric: Where the KL comes from.
+    """
+    groups: defaultdict[frozenset[str], list[Trial]] = defaultdict(list)
+    for trial in trials:
+        # The settings that were not swept count too: a folder may hold those of two commands.
+        groups[frozenset(trial.settings) | _words(trial)].append(trial)
+    shared = frozenset.intersection(*groups) if groups else frozenset()
+    labels = Counter(label_of(group[0].settings, group[0].beta) for group in groups.values())
+    found = []
+    for words, group in groups.items():
+        label = label_of(group[0].settings, group[0].beta)
+        if labels[label] > 1:
+            label = label_of(sorted(words - shared), group[0].beta)
+        finished = tuple(trial for trial in group if trial.finished)
+        found.append(
+            Configuration(
+                label=label,
+                settings=group[0].settings,
+                trials=finished,
+                unfinished=len(group) - len(finished),
+                value=_estimate(finished, metric),
+                kl=_estimate(finished, kl_metric),
+                sampled_kl=_estimate(finished, SAMPLED_KL) if kl_metric == EXACT_KL else None,
+                accuracy=_estimate(finished, ACCURACY),
+                win_rate=_estimate(finished, WIN_RATE),
+            )
+        )
+    return found
+
+
+def _words(trial: Trial) -> frozenset[str]:
+    """The settings of the command line, without the seed and what only says where to run."""
+    try:
+        words = shlex.split(trial.command or "")
+    except ValueError:
+        return frozenset()
+    return frozenset(
+        word
+        for word in words
+        if "=" in word
+        and not is_hydra_word(word)
+        and word != "resume=auto"
+        and override_key(word) != "seed"
+    )
+
+
+def _estimate(trials: Sequence[Trial], metric: str | None) -> Estimate | None:
+    """Mean of a metric over seeds; its error from items, else from the seeds, else as reported."""
+    if metric is None:
+        return None
+    having = [(t, value) for t in trials if (value := t.metric(metric)) is not None]
+    if not having:
+        return None
+    values = [value for _, value in having]
+    items = item_values([t for t, _ in having], metric)
+    if items is not None:
+        return moved(over_items(items), math.fsum(values) / len(values))
+    if metric.startswith("controlled/"):
+        return over_seeds(values) if len(values) > 1 else single(values[0], 0.0)
+    reported = [t.metric(f"{metric}_stderr") for t, _ in having]
+    known = [value for value in reported if value is not None and value >= 0]
+    if len(values) == 1:
+        return single(values[0], known[0] if known else None)
+    spread = over_seeds(values)
+    if len(known) < len(values) or spread.stderr is None:
+        return spread
+    # Few seeds may agree by chance; the error is not smaller than that of their samples.
+    within = math.hypot(*known) / len(known)
+    return spread if spread.stderr >= within else single(spread.mean, within)
+
+
+def item_values(trials: Sequence[Trial], metric: str) -> NDArray[np.float64] | None:
+    """The metric per item, a row for each trial; None where trials do not share their items.
+
+    Items that any of the trials could not evaluate are left out.
+    """
+    rows = [_items(trial, metric) for trial in trials]
+    if not rows or len({len(row) for row in rows}) != 1:
+        return None
+    array = np.array(rows, dtype=np.float64)
+    array = array[:, np.isfinite(array).all(axis=0)]
+    return array if array.shape[1] > 1 else None
+
+
+def _items(trial: Trial, metric: str) -> list[float]:
+    if metric == ACCURACY:
+        found = trial.evaluation.get("accuracies")
+        return [_or_nan(value) for value in found] if isinstance(found, list) else []
+    samples = as_rows(trial.evaluation.get("samples"))
+    scores = [_or_nan(row.get("score")) for row in samples]
+    if metric == SCORE:
+        return scores
+    if metric == WIN_RATE:
+        references = [_or_nan(row.get("reference_score")) for row in samples]
+        # sign is -1, 0 or 1, and not finite where a score is missing.
+        return [0.5 + 0.5 * float(np.sign(a - b)) for a, b in zip(scores, references, strict=True)]
+    return []
+
+
+def _or_nan(value: object) -> float:
+    known = number(value)
+    return math.nan if known is None else known

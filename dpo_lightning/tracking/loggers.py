@@ -1,0 +1,208 @@
+"""Where metrics go: metrics.jsonl always, and wandb or csv files where the user wants them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dpo_lightning.files import write_whole
+from dpo_lightning.results import finite
+from dpo_lightning.tracking.wandb_runs import STEP, LoggerSettings, finish_run, start_run
+
+log = logging.getLogger(__name__)
+
+
+class JsonlLogger(Logger):
+    """Appends each row of metrics to ``metrics.jsonl``, flushed, and keeps the last of each.
+
+    A disk that is full does not end the run: rows wait in memory until they can be written.
+
+    A row is ``{"step", "epoch", "time", ...metrics}``; ``step`` counts the optimizer steps
+    completed and ``time`` is in seconds since the epoch.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.jsonl"
+        self.last: dict[str, float] = {}
+        # The newest step and how many rows it has.
+        self._newest = (0, 0)
+        self._unwritten: list[bytes] = []
+
+    @property
+    def name(self) -> str:
+        """Lightning asks every logger for one."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks every logger for one."""
+        return ""
+
+    def rows_of(self, step: int) -> int:
+        """How many rows the newest step has."""
+        newest, rows = self._newest
+        return rows if newest == step else 0
+
+    @rank_zero_only
+    def start(self, step: int, *, rows: int = 0, last: Mapping[str, float] | None = None) -> None:
+        """Keeps the rows that a checkpoint knew of, and none where there is no checkpoint.
+
+        Args:
+            step: Optimizer steps completed.
+            rows: How many rows that step had; any more come again, such as those of an evaluation.
+            last: The last value of every metric.
+        """
+        kept: list[str] = []
+        newest = 0
+        if step and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # torn by whatever ended that run
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    continue
+                newest += row["step"] == step
+                if row["step"] < step or (row["step"] == step and newest <= rows):
+                    kept.append(line)
+        self.last |= last or {}
+        self._newest = (step, rows)
+        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Writes one row."""
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
+        self.last |= values
+        row = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
+        self._newest = (step or 0, self.rows_of(step or 0) + 1)
+        self._unwritten.append(f"{json.dumps(finite(row), allow_nan=False)}\n".encode())
+        self._write()
+
+    def _write(self) -> None:
+        """Appends what is not in the file yet: whole rows, or nothing where they do not fit."""
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                rows = b"".join(self._unwritten)
+                try:
+                    if file.write(rows) < len(rows):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                log.warning(
+                    "%s cannot be written (%s): the run goes on, and its rows are kept until it can"
+                    " be",
+                    self.path,
+                    error.strerror or error,
+                )
+        else:
+            self._unwritten.clear()
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration has files of its own."""
+
+
+class _LastingWandbLogger(WandbLogger):
+    """Lightning's, but a run is not ended because wandb's own process was."""
+
+    _failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hands a row of metrics to wandb, or says once that it takes none."""
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # of its own process, pipes and files
+            if not self._failed:
+                self._failed = True
+                log.warning("wandb takes no metrics (%s); metrics.jsonl has them all", error)
+
+
+def make_logger(
+    settings: LoggerSettings,
+    *,
+    run_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    continued: bool,
+    run_id: str | None = None,
+) -> Logger | None:
+    """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
+
+    Args:
+        settings: The ``logger`` group.
+        run_name: Name of the run.
+        folder: The run's folder.
+        config: The resolved configuration.
+        continued: Whether the run goes on from where the folder's last one was.
+        run_id: The run in wandb that it goes on with where the folder has none.
+
+    Raises:
+        UserError: If wandb cannot start even offline.
+    """
+    if settings.name == "none" or settings.mode == "disabled" or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return None
+    if settings.name == "csv":
+        return CSVLogger(save_dir=folder, name="", version="csv")
+    run = start_run(
+        settings,
+        run_name=run_name,
+        folder=folder,
+        config=config,
+        continued=continued,
+        run_id=run_id,
+    )
+    if run is None:
+        return None
+    # Axes are defined before anything is logged: later, it has no effect on what is there.
+    run.define_metric(STEP)
+    for prefix in ("train", "eval", "controlled", "samples"):
+        run.define_metric(f"{prefix}/*", step_metric=STEP)
+    return _LastingWandbLogger(experiment=run)
+
+
+def logger_run_id(logger: Logger | None) -> str | None:
+    """The id of the run in wandb, if there is one."""
+    return logger.experiment.id if isinstance(logger, WandbLogger) else None
+
+
+def log_table(
+    logger: Logger | None, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Logs a table where the logger has tables."""
+    if isinstance(logger, WandbLogger):
+        logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows])
+
+
+def finish_logger(
+    logger: Logger | None, *, summary: Mapping[str, Any], exit_code: int
+) -> str | None:
+    """Ends wandb's run, however the run ended, and returns how to find it.
+
+    Args:
+        logger: The logger, or None.
+        summary: Values for the run's summary.
+        exit_code: Exit code of the run.
+    """
+    if not isinstance(logger, WandbLogger):
+        return None
+    return finish_run(logger.experiment, summary=summary, exit_code=exit_code)

@@ -1,0 +1,201 @@
+"""Callbacks: throughput, metrics, progress on a terminal and in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.tracking.loggers import JsonlLogger
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(Callback):
+    """Counts pairs and real tokens over the wall time of the training loop.
+
+    Data and logging are included; evaluation inside the loop is not.
+
+    Attributes:
+        pairs: Strictly ranked pairs trained on, over all ranks.
+        tokens: Tokens computed by the policy, over all ranks.
+        seconds: Wall time of the loop so far.
+    """
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.tokens = 0
+        self._begin: float | None = None
+        self._end: float | None = None
+        self._evaluating = 0.0
+        self._evaluation_begin = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training loop so far, without evaluation."""
+        if self._begin is None:
+            return 0.0
+        end = time.perf_counter() if self._end is None else self._end
+        return end - self._begin - self._evaluating
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Pairs trained on per second of the loop."""
+        return self.pairs / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second of the loop."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop begins."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A step was taken."""
+        self.pairs += batch.pairs
+        self.tokens += batch.tokens
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluation has its own time."""
+        self._evaluation_begin = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluation has its own time."""
+        if self._begin is not None and self._end is None:
+            self._evaluating += time.perf_counter() - self._evaluation_begin
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop ended."""
+        self._end = time.perf_counter()
+
+
+class MetricRows(Callback):
+    """Tells metrics.jsonl at which step the training begins; only then is that known."""
+
+    def __init__(self, metrics: JsonlLogger) -> None:
+        self._metrics = metrics
+        self._saved: dict[str, Any] = {}
+        self._started = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """How many rows the step has by now, and the last value of every metric."""
+        checkpoint["metrics"] = {
+            "rows": self._metrics.rows_of(trainer.global_step),
+            "last": dict(self._metrics.last),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Only keeps it: the checkpoint may yet be refused."""
+        self._saved = checkpoint["metrics"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The checkpoint, if any, is loaded."""
+        self._metrics.start(trainer.global_step, **self._saved)
+        self._started = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that had no step left has an evaluation before it all the same."""
+        if not self._started:
+            self.on_train_start(trainer, pl_module)
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar; the run is one pass of steps, so it says so."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__(leave=True)
+        self._throughput = throughput
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Loss, accuracy and pairs per second."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        metrics["pairs/s"] = f"{self._throughput.pairs_per_second:.1f}"
+        return metrics
+
+
+class LogProgress(Callback):
+    """Twenty lines of progress for a run whose output goes to a file."""
+
+    def __init__(self, throughput: Throughput, *, total_steps: int) -> None:
+        self._throughput = throughput
+        self._total = total_steps
+        self._every = max(1, total_steps // 20)
+        self._first: int | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """A line every so often."""
+        step = trainer.global_step
+        if self._first is None:
+            self._first = step - 1
+        if step != 1 and step % self._every and step != self._total:
+            return
+        done = step - self._first
+        left = self._throughput.seconds / done * (self._total - step)
+        metrics = trainer.callback_metrics
+        log.info(
+            "step %d/%d  loss %.4f  accuracy %.3f  %.1f pairs/s  %ds left",
+            step,
+            self._total,
+            metrics.get("loss", float("nan")),
+            metrics.get("accuracy", float("nan")),
+            self._throughput.pairs_per_second,
+            left,
+        )
+
+
+class SameConfig(Callback):
+    """Refuses to train when the ranks of a run were started with different settings.
+
+    Args:
+        config_hash: Hash of this rank's settings, data and weights, hexadecimal.
+    """
+
+    def __init__(self, config_hash: str) -> None:
+        self._config_hash = config_hash
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compares the hashes of all ranks.
+
+        Raises:
+            UserError: On every rank, if two differ.
+        """
+        if trainer.world_size == 1:
+            return
+        # 31 bits at a time: exact in whatever type a device gathers.
+        parts = [int(self._config_hash[i : i + 7], 16) for i in range(0, 28, 7)]
+        own = torch.tensor(parts, dtype=torch.int64, device=pl_module.device)
+        everyone: Any = trainer.strategy.all_gather(own)
+        if not torch.equal(everyone, own.expand_as(everyone)):
+            raise UserError(
+                "the processes of this run have different settings, data or weights: start each "
+                "with the same command, and a sweep with hydra/launcher=devices"
+            )

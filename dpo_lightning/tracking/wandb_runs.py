@@ -1,0 +1,251 @@
+"""Runs in wandb: begun offline where the server does not answer, found again, ended. No torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.settings.schema import LoggerConfig
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/global_step"
+"""Everything is drawn over optimizer steps."""
+
+# How long a run waits for a server that takes it and then says nothing: at its start, and at its
+# end for what is not uploaded yet. What is recorded in its folder can be uploaded later.
+_INIT_SECONDS = 60.0
+_FINISH_SECONDS = 120.0
+
+_ID_FILE = Path("wandb", "id.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggerSettings:
+    """Which logger, and how it is to be used; all but the name is for wandb."""
+
+    name: str
+    project: str
+    entity: str | None
+    mode: str
+    tags: tuple[str, ...]
+    group: str | None
+
+
+def logger_settings(config: LoggerConfig) -> LoggerSettings:
+    """The ``logger`` group as plain values."""
+    return LoggerSettings(
+        name=config.name,
+        project=config.project,
+        entity=config.entity,
+        mode=config.mode,
+        tags=tuple(config.tags),
+        group=config.group,
+    )
+
+
+def start_run(
+    settings: LoggerSettings,
+    *,
+    run_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    continued: bool,
+    run_id: str | None = None,
+    job_type: str | None = None,
+) -> Any:
+    """Begins a run, or goes on with the one that the folder belongs to.
+
+    Args:
+        settings: The ``logger`` group.
+        run_name: Name of the run.
+        folder: Where its files and its id go.
+        config: Its configuration.
+        continued: Whether what is logged goes on from what the folder's run had.
+        run_id: The run to go on with where the folder has none.
+        job_type: What kind of run it is.
+
+    Returns:
+        wandb's run, None where wandb is switched off.
+
+    Raises:
+        UserError: If wandb cannot start even offline.
+    """
+    import wandb
+
+    run_id = _run_id(folder, continued=continued, other=run_id)
+    finish_timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_SECONDS)
+
+    def start(mode: Any) -> Any:
+        return wandb.init(
+            mode=mode,
+            project=settings.project,
+            entity=settings.entity,
+            id=run_id,
+            name=run_name,
+            group=settings.group,
+            job_type=job_type,
+            tags=list(settings.tags),
+            # What writes there may be a process of a parent's, which has another current folder.
+            dir=folder.absolute(),
+            config=dict(config),
+            resume="allow",
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=finish_timeout,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    try:
+        mode = wandb_mode(settings.mode)
+        if mode == "disabled":
+            return None
+        try:
+            run = start(mode)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            log.warning(
+                "wandb: the server refused this run, so it is recorded offline (%s)",
+                " ".join(str(error).split()),
+            )
+            run = start("offline")
+    except Exception as error:  # whatever its environment, files and settings hold
+        raise UserError(
+            f"logger=wandb: {' '.join(str(error).split())}; logger.mode=offline records it here, "
+            "logger=csv or logger=none goes without"
+        ) from error
+    (folder / _ID_FILE).parent.mkdir(exist_ok=True)
+    (folder / _ID_FILE).write_text(f"{run.id}\n")
+    return run
+
+
+def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
+    """The id of the folder's run, or the other one, where it is continued; None for a new one."""
+    # An agent of wandb's own sweeps has chosen one already.
+    if not continued or "WANDB_RUN_ID" in os.environ:
+        return None
+    try:
+        return (folder / _ID_FILE).read_text().strip() or other
+    except OSError:
+        return other
+
+
+def wandb_mode(mode: str) -> str:
+    """Resolves ``logger.mode``: online only where one is logged in and the server answers.
+
+    A run is not ended for want of its dashboard: it is recorded offline then, and that is said.
+    ``WANDB_MODE`` in the environment decides for ``auto``, as users of wandb expect.
+    """
+    if mode == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        mode = os.environ["WANDB_MODE"]
+    if mode not in ("auto", "online"):
+        return mode
+    import wandb
+
+    # Who asked for online should not miss it.
+    level = logging.WARNING if mode == "online" else logging.INFO
+    if not _logged_in(wandb):
+        log.log(
+            level,
+            "wandb: not logged in, so this run is recorded offline (wandb login changes that)",
+        )
+        return "offline"
+    server = urlparse(wandb.setup().settings.base_url)
+    port = server.port or (443 if server.scheme == "https" else 80)
+    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if through_proxy and server.scheme == "https":
+        return "online"
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=3).close()
+    except OSError:
+        log.log(
+            level, "wandb: %s does not answer, so this run is recorded offline", server.hostname
+        )
+        return "offline"
+    return "online"
+
+
+def _logged_in(wandb: Any) -> bool:
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.Error:  # such as a key that none can be
+        return False
+
+
+def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
+    """Ends a run, however it went, and returns how to find it.
+
+    Args:
+        run: wandb's run.
+        summary: Values for its summary.
+        exit_code: What it ended with.
+    """
+    sync = f"wandb sync {shlex.quote(_short(Path(run.settings.sync_dir)))}"
+    where = sync if run.offline else run.url
+    try:
+        run.summary.update(dict(summary))
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # of many kinds, and none is worth the result of a run
+        reason = "the server stopped answering" if isinstance(error, TimeoutError) else error
+        log.warning("wandb: %s; what is not uploaded is in the run's folder: %s", reason, sync)
+        return sync
+    return str(where)
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def report_sweep(
+    settings: LoggerSettings,
+    folder: Path,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    picture: Path,
+    summary: Mapping[str, Any],
+) -> str | None:
+    """Records a sweep's table and picture as one run of its group.
+
+    Args:
+        settings: The ``logger`` group of the sweep.
+        folder: The sweep's folder, whose name is the group unless the settings have one.
+        columns: Of the table.
+        rows: Of the table, one per trial.
+        picture: The frontier, a PNG.
+        summary: Values for the run's summary.
+
+    Returns:
+        How to find it, None where wandb is switched off.
+
+    Raises:
+        UserError: If wandb cannot start even offline.
+    """
+    import wandb
+
+    name = folder.resolve().name
+    run = start_run(
+        replace(settings, group=settings.group or name),
+        run_name=f"{name}-report",
+        folder=folder,
+        config={},
+        continued=True,
+        job_type="report",
+    )
+    if run is None:
+        return None
+    table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+    run.log({"trials": table, "frontier": wandb.Image(str(picture))})
+    return finish_run(run, summary=summary, exit_code=0)

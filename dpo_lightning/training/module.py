@@ -1,0 +1,426 @@
+"""The LightningModule: score, compare, step, log. The maths is in ``objectives``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from dpo_lightning.data.packing import GroupBatch, StepBatch
+from dpo_lightning.errors import DivergedError
+from dpo_lightning.memory.exhausted import explained
+from dpo_lightning.models.master_weights import MasterWeights
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.models.sharding import (
+    gathered,
+    in_shards,
+    is_sharded,
+    set_gradient_sync,
+)
+from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
+from dpo_lightning.objectives.comparison import (
+    Comparison,
+    Tokens,
+    compare_responses,
+)
+from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.reference.fill import Reference
+from dpo_lightning.reference.same_model import check_same_model
+from dpo_lightning.results import DIVERGED_FILE
+from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
+from dpo_lightning.training.module_state import CheckpointedModule
+from dpo_lightning.training.optimizers import OptimizerName, make_optimizer
+
+log = logging.getLogger(__name__)
+
+
+class DPOModule(CheckpointedModule):
+    """Trains a policy on preferences; one Lightning batch is one optimizer step.
+
+    Optimization is manual: a backward pass per micro-batch, gradients synchronised on the last,
+    one clip, one step. The loss is the weighted mean over the groups of the step, whatever the
+    split over micro-batches and ranks.
+
+    Args:
+        policy: A transformers causal language model, prepared by ``scorer``.
+        reference: Where reference log-probabilities come from.
+        scorer: Scores micro-batches.
+        objective: What is minimised.
+        beta_plan: Strength of the pull towards the reference, step by step.
+        lr: Peak learning rate of AdamW.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay, on matrices only.
+        max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
+        schedule: Name of a transformers schedule.
+        warmup_steps: Steps of linear warm-up.
+        total_steps: Steps of the whole run.
+        log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
+        starts_from_reference: Whether the policy's first weights are the reference's; then the
+            first batch has to show it.
+        compute_dtype: What the policy's weights are rounded to while it is trained, with float32
+            master weights behind them; None trains the weights themselves.
+        sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
+            pass, and not in a step's last alone.
+        max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
+            counts as one, in the plan and in the schedules, but changes no weight.
+        smaller: Settings by which a step takes less memory, for the error when it is not enough.
+        pending_signal: Number of the signal that is to stop this rank, 0 for none.
+
+    Attributes:
+        stop_signal: Number of the signal that is to stop all ranks after this step, 0 for none;
+            the same on all of them.
+        skipped_steps: Steps that were passed over.
+        optimizer: Name of the optimizer.
+        stochastic_rounding: Whether trained bfloat16 weights are rounded by chance; None: yes.
+        seed: Of that rounding.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Any,
+        reference: Reference,
+        scorer: Scorer,
+        objective: ObjectiveSettings,
+        beta_plan: BetaPlan,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+        schedule: str,
+        warmup_steps: int,
+        total_steps: int,
+        log_every_n_steps: int,
+        starts_from_reference: bool,
+        compute_dtype: torch.dtype | None = None,
+        sync_every_micro_batch: bool = False,
+        max_skipped_steps: int = 0,
+        smaller: Sequence[str] = (),
+        pending_signal: Callable[[], int] = lambda: 0,
+        optimizer: OptimizerName = "adamw",
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, beta_plan)
+        self.automatic_optimization = False
+        self.reference = reference
+        self.scorer = scorer
+        self.objective = objective
+        # Beta of the last training step.
+        self._beta: float | Tensor = beta_plan.start
+        self.total_steps = total_steps
+        self._optimizer: dict[str, Any] = {
+            **{"name": optimizer, "lr": lr, "betas": betas, "eps": eps},
+            **{"weight_decay": weight_decay, "seed": seed},
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._max_grad_norm = max_grad_norm
+        self._schedule = schedule
+        self._warmup_steps = warmup_steps
+        self._log_every_n_steps = log_every_n_steps
+        self.starts_from_reference = starts_from_reference
+        self._compute_dtype = compute_dtype
+        self._sync_every_micro_batch = sync_every_micro_batch
+        self._max_skipped_steps = max_skipped_steps
+        self._smaller = smaller
+        self._pending_signal = pending_signal
+        self.stop_signal = 0
+        self._eval_sums: Tensor | None = None
+
+    # Lightning's hooks ------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """The policy comes as it is to be trained: whole, or in shards."""
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up; vectors (norms, biases) are not decayed."""
+        # By now the policy is on its device, and what a checkpoint held is in it.
+        if self._compute_dtype is not None:
+            self._masters = MasterWeights(self.policy, self._compute_dtype)
+            self._trained = [*self._masters.parameters]
+        else:
+            in_shards(self.policy)
+            self._trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self._trained, **self._optimizer)
+        # The constant one by that name would begin at its peak.
+        warming_up = {"constant": "constant_with_warmup"}
+        scheduler = get_scheduler(
+            warming_up.get(self._schedule, self._schedule),
+            optimizer,
+            num_warmup_steps=self._warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_fit_start(self) -> None:
+        """The reference is no submodule, so nobody else moves it."""
+        self.reference.to(self.device)
+        # transformers loads models in eval mode, where gradient checkpointing is silently off.
+        self.policy.train()
+
+    def on_validation_start(self) -> None:
+        """Evaluation may run without a fit."""
+        self.reference.to(self.device)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over the groups of a step.
+
+        Raises:
+            DivergedError: If the loss or the gradient norm is not finite, on all ranks; the step
+                is not taken.
+            OutOfMemoryError: If the device's memory is not enough.
+        """
+        optimizer: Any = self.optimizers()
+        if self.global_step == 0 and self.starts_from_reference:
+            check_same_model(
+                batch,
+                policy=self.policy,
+                reference=self.reference,
+                scorer=self.scorer,
+                reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
+            )
+        # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
+        scale = self.trainer.world_size / batch.total_weight
+        sums = self._no_sums()
+        average = self.margin_average.clone() if self.beta_plan.adaptive else None
+        scored: list[Scored] = []
+        now = f"step {self.global_step + 1}"
+        for number, micro_batch in enumerate(batch.micro_batches):
+            counts = number < len(batch.counted)
+            with (
+                explained(now, micro_batch, self._smaller),
+                self._gradient_sync(last=number + 1 == len(batch.micro_batches)),
+            ):
+                comparison = self._compare(micro_batch, training=True, counts=counts)
+                self.manual_backward(comparison.loss * (scale if counts else 0.0))
+            if not counts:
+                continue
+            sums = sums + comparison.sums
+            scored.append(
+                Scored(
+                    batch=micro_batch,
+                    policy_logps=comparison.policy_logps,
+                    reference_logps=comparison.reference_logps,
+                    losses=comparison.losses,
+                )
+            )
+        if not batch.micro_batches:
+            if self.beta_plan.adaptive:
+                self._adapted(
+                    float(self.beta_plan.at(self.global_step)), torch.zeros(0, device=self.device)
+                )
+            self.manual_backward(self._zero_loss())
+        grad_norm = self._clip()
+        is_finite, self.stop_signal = self._agree(sums[0], grad_norm)
+        if is_finite:
+            self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+            with explained(now, None, self._smaller):
+                optimizer.step()
+            if self._masters is not None:
+                self._masters.publish()
+        else:
+            self._skip_or_stop(scored, sums[0], grad_norm, total_weight=batch.total_weight)
+            if average is not None:
+                self.margin_average.copy_(average)
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        learning_rate = float(scheduler.get_last_lr()[0])
+        scheduler.step()
+
+        step = self.global_step
+        if step == 1 or step % self._log_every_n_steps == 0 or step == self.total_steps:
+            metrics: dict[str, float] = {"learning_rate": learning_rate}
+            if self._max_skipped_steps:
+                metrics["skipped_steps"] = self.skipped_steps
+            if self._train_sums is not None:  # None where all steps since the last row were skipped
+                metrics = self._reduced_metrics(self._train_sums) | metrics
+            if is_finite:
+                metrics["grad_norm"] = float(grad_norm)
+                if self.beta_plan.changes:
+                    metrics["beta"] = float(self._beta)
+            self._log_metrics("train", metrics)
+            self._train_sums = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts from nothing."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._eval_sums = self._no_sums()
+        self.eval_accuracies = torch.zeros(len(datamodule.eval_groups), device=self.device)
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Adds the sums of a batch; ranks meet once, at the end."""
+        assert self._eval_sums is not None
+        assert self.eval_accuracies is not None
+        for number, micro_batch in enumerate(batch.micro_batches):
+            counts = number < len(batch.counted)
+            with explained(
+                f"the evaluation after step {self.global_step}", micro_batch, self._smaller
+            ):
+                comparison = self._compare(micro_batch, training=False, counts=counts)
+            if not counts:
+                continue
+            self._eval_sums = self._eval_sums + comparison.sums
+            rows = torch.tensor(micro_batch.rows, device=self.device)
+            self.eval_accuracies[rows] = comparison.accuracies
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics over every group once, exact over ranks and ragged batches."""
+        assert self._eval_sums is not None
+        self._log_metrics("eval", self._reduced_metrics(self._eval_sums))
+        # Each group is one rank's; the others have a zero there.
+        self.eval_accuracies = self.trainer.strategy.reduce(self.eval_accuracies, reduce_op="sum")
+        self._eval_sums = None
+        self.last_evaluation = self.global_step
+
+    # Parts of a step --------------------------------------------------------------------------
+
+    def _compare(self, batch: GroupBatch, *, training: bool, counts: bool = True) -> Comparison:
+        plan = self.scorer.plan(batch)
+        asked = self.reference.rows, self.reference.computed
+        tokens = token_logps = collisions = None
+        if self.objective.needs_tokens:
+            if self.objective.wpo:
+                scores = self.scorer.token_scores(self.policy, batch, plan)
+                token_logps, collisions = scores.logps, scores.collisions
+            else:
+                token_logps = self.scorer.token_logps(self.policy, batch, plan)
+            policy_logps = _by_response(token_logps, batch)
+        else:
+            policy_logps = self.scorer.logps(self.policy, batch, plan)
+        if self.objective.desensitises:
+            reference_tokens = self.reference.token_logps(batch, plan)
+            reference_logps = (
+                None if reference_tokens is None else _by_response(reference_tokens, batch)
+            )
+        else:
+            reference_tokens, reference_logps = None, self.reference.logps(batch, plan)
+        if not counts:
+            self.reference.rows, self.reference.computed = asked
+        if token_logps is not None:
+            tokens = Tokens(
+                policy_logps=token_logps,
+                reference_logps=reference_tokens,
+                collisions=collisions,
+                response=batch.response,
+            )
+        # By now a step that was taken counts: what is evaluated had the last step's beta.
+        beta: float | Tensor = self.beta_plan.at(self.global_step - (not training))
+        if training and self.beta_plan.adaptive:
+            logratios = policy_logps.detach()
+            if reference_logps is not None:
+                logratios = logratios - reference_logps
+            margins = logratios[batch.chosen] - logratios[batch.rejected]
+            beta = self._adapted(float(beta), margins if counts else margins[:0])
+        if training:
+            self._beta = beta
+        return compare_responses(
+            self.objective,
+            policy_logps=policy_logps,
+            reference_logps=reference_logps,
+            lengths=batch.lengths,
+            group=batch.group,
+            rank=batch.rank,
+            weight=batch.weight,
+            chosen=batch.chosen,
+            rejected=batch.rejected,
+            beta=beta,
+            best=batch.best,
+            largest_group=max((len(shape) - 1 for shape in batch.segments), default=0),
+            pair_share=batch.pair_share,
+            target_margin=batch.target_margin,
+            tokens=tokens,
+        )
+
+    @torch.no_grad()
+    def _adapted(self, beta: float, margins: Tensor) -> Tensor:
+        """Beta of this step by its margins, over all ranks; the step is one micro-batch a rank."""
+        sums = torch.stack([margins.sum(), margins.new_tensor(len(margins))])
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        margin = beta * total / count.clamp(min=1)
+        adapted = adapted_beta(beta, margin, self.margin_average, strength=self.beta_plan.adaptive)
+        self.margin_average.lerp_(margin, 1 - self.beta_plan.momentum)
+        return adapted
+
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Only a step's last backward pass synchronises gradients over ranks."""
+        if is_sharded(self.policy):
+            set_gradient_sync(self.policy, last=last, every=self._sync_every_micro_batch)
+            return contextlib.nullcontext()
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return contextlib.nullcontext() if last or block is None else block()
+
+    def _zero_loss(self) -> Tensor:
+        """Touches every trainable parameter: a rank without groups must not keep others waiting."""
+        trainable = (p for p in self.policy.parameters() if p.requires_grad)
+        return torch.stack([p.flatten()[:1].sum() * 0.0 for p in trainable]).sum()
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self._trained if p.grad is not None]
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        return gathered(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    @torch.no_grad()
+    def _agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[bool, int]:
+        """Whether the step is finite on all ranks, and the signal that any of them has had.
+
+        The one time in a step that the host waits for the device, and that ranks wait for an
+        answer of each other.
+        """
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        flags = torch.stack(
+            [bad.float(), loss.new_full((), self._pending_signal(), dtype=torch.float32)]
+        )
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        is_bad, signum = flags.tolist()
+        return not is_bad, int(signum)
+
+    def _skip_or_stop(
+        self, scored: Sequence[Scored], loss: Tensor, grad_norm: Tensor, *, total_weight: float
+    ) -> None:
+        """Says what is not finite, and whether that is the end; on all ranks alike.
+
+        Raises:
+            DivergedError: If no more steps may be passed over.
+        """
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        own = (loss.item(), rows_of_step(scored, datamodule.train_groups))
+        everyone = [own]
+        if self.trainer.world_size > 1:
+            found: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, own)
+            everyone = found
+        content = report(
+            self.global_step + 1,
+            loss=sum(part for part, _ in everyone) / total_weight,
+            grad_norm=grad_norm.item(),
+            rows=[row for _, rows in everyone for row in rows],
+        )
+        said = what_happened(content)
+        if self.skipped_steps == self._max_skipped_steps:
+            allowed = f"={self.skipped_steps} were used up" if self.skipped_steps else " is 0"
+            raise DivergedError(
+                f"{said}: lower optimizer.lr or optimizer.max_grad_norm, look at the rows in "
+                f"{DIVERGED_FILE}, or let more steps pass (trainer.max_skipped_steps{allowed})",
+                content,
+            )
+        self.skipped_steps += 1
+        # It counts as one step, so that the plan of the run stays a function of their number.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        if self.trainer.is_global_zero:
+            log.warning("%s (%d of at most %d)", said, self.skipped_steps, self._max_skipped_steps)
+
+
+def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:
+    """Sums over the tokens of each response, (S,) -> (N,), float32."""
+    total = torch.zeros(len(batch.lengths), dtype=torch.float32, device=values.device)
+    return total.index_add(0, batch.response, values)

@@ -1,0 +1,101 @@
+"""What a run computes in: float32, bfloat16 behind float32 master weights, or autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+
+from dpo_lightning.models.master_weights import cast_frozen
+from dpo_lightning.settings.schema import Config
+
+PrecisionName = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """How the numbers of a run are made.
+
+    Attributes:
+        precision: ``trainer.precision``, decided.
+        weights: What the weights are rounded to while float32 masters of them are trained; None
+            computes in the weights' own type.
+        autocast: Whether each operation chooses its type.
+        sharded: Whether the weights are shared out; they are then rounded as they are gathered.
+        held: Whether the frozen weights are of that type as they are, and only masters are not.
+    """
+
+    precision: PrecisionName
+    weights: torch.dtype | None
+    autocast: bool
+    sharded: bool = False
+    held: bool = False
+
+    @property
+    def master_dtype(self) -> torch.dtype | None:
+        """What this process itself rounds its float32 weights to, after each step."""
+        return None if self.sharded else self.weights
+
+    @property
+    def name(self) -> str:
+        """Tells computations apart whose numbers are not the same."""
+        if self.weights is not None and not self.held:
+            return f"{self.precision}, weights in {self.weights}"
+        return f"{self.precision}, autocast" if self.autocast else self.precision
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context of a step, for what is computed outside of one."""
+        if self.autocast:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def cast(self, model: Any) -> Any:
+        """The frozen weights of a model in the type that the policy computes in; in place."""
+        dtype = self.master_dtype
+        return model if dtype is None else cast_frozen(model, dtype)
+
+
+def decide_precision(config: Config) -> PrecisionName:
+    """``trainer.precision``, by the device where the settings leave it open."""
+    wanted = config.trainer.precision
+    if wanted is not None:
+        return "32-true" if wanted == "32-true" else "bf16-mixed"
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bf16-mixed"
+    return "32-true"
+
+
+def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
+    """Decides how to compute, and tells the trainer.
+
+    One process rounds its weights once per step, which is faster than autocast's casts in every
+    layer; weights that are shared out are rounded as they are gathered. Over several processes with
+    whole models, gradients are averaged by a strategy that knows only the model's own weights:
+    there it is autocast.
+
+    Args:
+        config: The settings.
+        trainer: The trainer, which knows the number of processes.
+    """
+    precision = decide_precision(config)
+    sharded = config.strategy.name == "fsdp"
+    if precision == "32-true":
+        return Computation(precision, weights=None, autocast=False, sharded=sharded)
+    if trainer.world_size > 1 and not sharded:
+        return Computation(precision, weights=None, autocast=True)
+    trainer.strategy.precision_plugin = Precision()
+    held = config.model.dtype != "float32"
+    # PEFT keeps matrices in float32 also beside weights in bfloat16.
+    rounds = not held or config.peft.kind == "lora"
+    return Computation(
+        precision,
+        weights=torch.bfloat16 if rounds else None,
+        autocast=False,
+        sharded=sharded,
+        held=held,
+    )

@@ -1,0 +1,123 @@
+"""The processes of a sharded run: started before anything is loaded, and how they talk.
+
+Lightning starts the others when training begins. A sharded model is loaded, scored and sampled from
+by all ranks together, so here they are started first; the trainer then finds them running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.distributed.device_mesh import DeviceMesh
+
+from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.processes.child_ranks import ChildRanks
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.preemption import take_over
+from dpo_lightning.training.strategies import ShardedStrategy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those that share a model.
+
+    Attributes:
+        rank: Its number.
+        size: How many there are.
+        device: Where it computes.
+        mesh: All of them.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that reads and writes for all."""
+        return self.rank == 0
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on rank 0, on every rank; an error of ours is raised on all."""
+        answer: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except (DpoLightningError, OSError) as error:
+                answer[1] = error
+        torch.distributed.broadcast_object_list(answer, src=0, device=self._object_device)
+        if answer[1] is not None:
+            raise answer[1]
+        value: T = answer[0]
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    @property
+    def _object_device(self) -> torch.device:
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+
+def start_ranks(config: Config, children: ChildRanks) -> Ranks | None:
+    """Starts the processes of ``strategy=fsdp``; None for any other strategy.
+
+    Args:
+        config: The settings.
+        children: Looks after what is started.
+
+    Raises:
+        UserError: If Lightning refuses the devices.
+    """
+    if config.strategy.name != "fsdp":
+        return None
+    strategy = ShardedStrategy(timeout=timeout_of(config))
+    with refuse_as_user_error():
+        trainer = pl.Trainer(
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            num_nodes=config.trainer.num_nodes,
+            strategy=strategy,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    take_over(trainer, children)
+    mesh = strategy.start()
+    return Ranks(strategy.global_rank, strategy.world_size, strategy.root_device, mesh)
+
+
+@contextlib.contextmanager
+def refuse_as_user_error() -> Iterator[None]:
+    """What Lightning refuses is a setting that was wrong."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def timeout_of(config: Config) -> datetime.timedelta:
+    """How long a rank waits for the others."""
+    return datetime.timedelta(minutes=config.strategy.timeout_minutes)
+
+
+def leave_ranks() -> None:
+    """Ends the connection between the ranks, of which all are done.
+
+    Not after an error: what a rank still waits for would be waited for here.
+    """
+    torch.distributed.destroy_process_group()

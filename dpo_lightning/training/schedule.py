@@ -1,0 +1,55 @@
+"""How many steps a run has, and what happens at which of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpo_lightning.data.datamodule import steps_per_epoch
+from dpo_lightning.settings.schema import Config
+
+# Peak learning rates by what is trained: the bundled model, LoRA matrices, all weights of a model.
+_LEARNING_RATE_BUNDLED = 1e-3
+_LEARNING_RATE_LORA = 5e-6
+_LEARNING_RATE_FULL = 5e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How many steps, how they are logged, warmed up and evaluated; the peak learning rate."""
+
+    total_steps: int
+    warmup_steps: int
+    log_every_n_steps: int
+    eval_every_n_steps: int
+    learning_rate: float
+
+
+def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
+    """Works out the steps of a run.
+
+    Args:
+        config: The settings.
+        groups: Training groups.
+        bundled: Whether the bundled model is trained, which decides an open learning rate.
+    """
+    trainer = config.trainer
+    epoch = steps_per_epoch(groups, config.data.batch_size)
+    limits = []
+    if trainer.max_steps is not None:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None or not limits:
+        limits.append((trainer.max_epochs or 1) * epoch)
+    total = min(limits)
+    warmup = config.optimizer.warmup
+    learning_rate = config.optimizer.lr
+    if learning_rate is None:
+        own = _LEARNING_RATE_FULL if config.peft.kind == "none" else _LEARNING_RATE_LORA
+        learning_rate = _LEARNING_RATE_BUNDLED if bundled else own
+    return Schedule(
+        total_steps=total,
+        warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
+        log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
+        eval_every_n_steps=config.evaluation.every_n_steps or epoch,
+        learning_rate=learning_rate,
+    )
