@@ -65,7 +65,7 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     import lightning.pytorch as pl
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
-    import dpo_lightning.run.prepare  # noqa: F401
+    import dpo_lightning.run.session  # noqa: F401
     from dpo_lightning.cli import main
 
     meter.imported()
@@ -116,10 +116,10 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 def _take_away(arm: str) -> None:
     """Takes levers away, for the ladder."""
     if arm == "padded":
-        from dpo_lightning.models import source as setup
         from dpo_lightning.models.scoring import Scorer
+        from dpo_lightning.reference import pair
 
-        setup.choose_path = lambda *_, **__: (  # type: ignore[attr-defined]
+        pair.choose_path = lambda *_, **__: (  # type: ignore[attr-defined]
             Scorer("padded"),
             "the benchmark asks for it",
         )
@@ -220,7 +220,7 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     from dpo_lightning.memory.peaks import keep_freed_memory
     from dpo_lightning.models.probe import choose_path
     from dpo_lightning.objectives.comparison import compare_responses
-    from dpo_lightning.objectives.registry import ObjectiveSettings
+    from dpo_lightning.objectives.objective import ObjectiveSettings
 
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()

@@ -52,7 +52,7 @@ def measure(work: Path, settings: tuple[str, ...], out: Path) -> dict[str, Any]:
     import torch
     from arm import process_memory
 
-    import dpo_lightning.run.prepare  # noqa: F401
+    import dpo_lightning.run.session  # noqa: F401
     from dpo_lightning.cli import main
 
     # What torch itself takes for its first products is not the run's.

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+RESULT_FILE = "result.json"
+DIVERGED_FILE = "diverged.json"
 
 _POLL_SECONDS = 0.2
 
@@ -49,6 +55,22 @@ def write_whole(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all; null stands for what is not finite."""
+    write_whole(path, f"{json.dumps(finite(value), indent=2, allow_nan=False)}\n".encode())
+
+
+def finite(value: Any) -> Any:
+    """The value with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @contextlib.contextmanager

@@ -6,272 +6,15 @@ running it; ``--gib 80`` compares it with a GPU that this machine need not have.
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.memory.footprint import GIB, Footprint, ModelShape, Training, footprint, in_gib
+from dpo_lightning.memory.estimate import MemoryEstimate, check_fits, estimate_of
+from dpo_lightning.memory.footprint import GIB, in_gib
+from dpo_lightning.run.guard import guarded
+from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.schema import Config
-
-if TYPE_CHECKING:
-    import torch
-
-    from dpo_lightning.memory.budget import Budget
-
-log = logging.getLogger(__name__)
-
-Kind = Literal["cpu", "cuda", "mps"]
-
-# Where nothing is set: what the other places of the settings would take, too.
-_LORA_RANK = 16
-_DEVICES = 8
-# Of a query, where nothing is known of the data.
-_MOST_KEYS = 512
-_EVERY_MICRO_BATCH = "strategy.sync_gradients=micro_batch"
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A run's memory on each of its devices.
-
-    Attributes:
-        shape: The model's shape.
-        training: How it is trained.
-        kind: Kind of device.
-        device_bytes: Its memory; None where nobody knows.
-        devices: How many there are.
-    """
-
-    shape: ModelShape
-    training: Training
-    kind: Kind
-    device_bytes: int | None
-    devices: int
-
-    @property
-    def footprint(self) -> Footprint:
-        """Part by part."""
-        return footprint(self.shape, self.training)
-
-    @property
-    def fits(self) -> bool:
-        """Whether it does, or nobody knows."""
-        return self.device_bytes is None or self.footprint.total <= self.device_bytes
-
-    def describe(self) -> str:
-        """One line, such as ``about 14 of 80 GiB: weights 2.5, optimizer 5.0``."""
-        found = self.footprint
-        total = in_gib(found.total)
-        if self.device_bytes is not None:
-            total = f"{total} of {in_gib(self.device_bytes)}"
-        return f"about {total} GiB: {found.describe()}"
-
-
-def device_kind(config: Config) -> Kind:
-    """The kind of device that ``trainer.accelerator`` comes to on this machine."""
-    import torch
-
-    wanted = config.trainer.accelerator
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    return {"cpu": "cpu", "mps": "mps"}.get(wanted, "cuda")  # type: ignore[return-value]
-
-
-def device_count(config: Config, kind: Kind) -> int:
-    """Processes that share a step."""
-    import torch
-
-    devices = config.trainer.devices
-    if devices == "auto":
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-    else:
-        count = len(devices) if isinstance(devices, list) else devices
-    return max(1, count) * config.trainer.num_nodes
-
-
-def plan_training(
-    config: Config, shape: ModelShape, device: torch.device, *, devices: int, mixed: bool
-) -> Training:
-    """What the settings come to; tokens and checkpointing are for the budget to fill in.
-
-    Args:
-        config: The settings.
-        shape: The model's shape.
-        device: Where it is trained.
-        devices: How many take part.
-        mixed: Whether the precision is bf16-mixed.
-    """
-    from dpo_lightning.models.head import Limits
-
-    half = config.model.dtype == "bfloat16"
-    sharded = config.strategy.name == "fsdp" and devices > 1
-    peft = config.peft
-    adapters = peft.kind == "lora"
-    alone = devices == 1 and config.strategy.name != "fsdp"
-    limits = Limits.of(device)
-    return Training(
-        weight_bytes=2 if half else 4,
-        compute_bytes=2 if half or mixed else 4,
-        # The copy in bfloat16 is made once a step by one process, by autocast over several.
-        masters=mixed and alone and (adapters or not half),
-        autocast=mixed and not alone and not sharded,
-        optimizer=config.optimizer.name,
-        trained=shape.lora_parameters(peft.r) if adapters else None,
-        four_bit=adapters and peft.quantization == "nf4",
-        live_reference=config.reference.kind == "live",
-        shards=devices if sharded else 1,
-        buckets=devices > 1 and not sharded,
-        whole_gradients=sharded and config.strategy.sync_gradients == "step",
-        tokens=0,
-        checkpointing=False,
-        keys=0,
-        head_scores=limits.scores,
-        head_kept=limits.kept,
-    )
-
-
-def with_budget(training: Training, budget: Budget, *, longest: int, keys: int) -> Training:
-    """The same with the largest micro-batch: the budget's, or a longer group alone.
-
-    Args:
-        training: How the model is trained.
-        budget: What the device is given.
-        longest: Tokens of the longest group.
-        keys: Keys that a query meets in the mean; counts where attention keeps its scores.
-    """
-    tokens = max(budget.tokens, longest)
-    return replace(training, tokens=tokens, checkpointing=budget.checkpointing, keys=keys)
-
-
-def estimate_of(
-    config: Config, model_config: Any, *, device_bytes: int | None = None, kind: Kind | None = None
-) -> Estimate:
-    """The estimate by settings and the model's config alone; no data, no weights.
-
-    Args:
-        config: The settings.
-        model_config: The model's transformers config.
-        device_bytes: Memory of the device; None asks it.
-        kind: Kind of the device; None is this machine's.
-    """
-    import torch
-
-    from dpo_lightning.memory.budget import choose_budget, memory_of
-    from dpo_lightning.memory.footprint import shape_of_model
-    from dpo_lightning.models.loading import max_positions, meta_model
-
-    given = kind is not None
-    kind = kind or device_kind(config)
-    devices = device_count(config, kind)
-    if device_bytes is None and (kind != "cuda" or torch.cuda.is_available()):
-        device_bytes = memory_of(torch.device(kind))
-    shape = shape_of_model(meta_model(model_config))
-    wanted = config.trainer.precision
-    mixed = wanted == "bf16-mixed" if wanted else kind == "cuda" and (given or _has_bf16())
-    training = plan_training(config, shape, torch.device(kind), devices=devices, mixed=mixed)
-    # Of data nothing is known yet: the smallest budget that may be chosen is what it takes.
-    budget = choose_budget(
-        shape,
-        training,
-        kind=kind,
-        device_bytes=device_bytes,
-        longest=0,
-        tokens=config.data.micro_batch_tokens,
-        checkpointing=config.model.gradient_checkpointing,
-    )
-    longest = config.data.max_length or max_positions(model_config) or budget.tokens
-    keys = min(longest // 2, _MOST_KEYS) if kind == "cpu" else 0
-    return Estimate(
-        shape=shape,
-        training=with_budget(training, budget, longest=0, keys=keys),
-        kind=kind,
-        device_bytes=device_bytes,
-        devices=devices,
-    )
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-# What does not fit -------------------------------------------------------------------------------
-
-
-def check_fits(estimate: Estimate, mode: str) -> None:
-    """Stops a run that a GPU has no memory for, and warns of one that a CPU has none for.
-
-    Args:
-        estimate: What it takes.
-        mode: ``trainer.memory_check``: ``stop``, ``warn`` or ``off``.
-
-    Raises:
-        UserError: With what would make it fit, the cheapest first.
-    """
-    if mode == "off" or estimate.fits:
-        return
-    message = too_large(estimate)
-    if mode == "stop" and estimate.kind == "cuda":
-        raise UserError(f"{message}; if you know better, trainer.memory_check=warn")
-    log.warning(message)
-
-
-def too_large(estimate: Estimate) -> str:
-    """The settings that do not fit, and those that would help with what they come to."""
-    training = estimate.training
-    held = f"model.dtype={'bfloat16' if training.weight_bytes == 2 else 'float32'}"
-    options = [f"{name} ({in_gib(size)} GiB)" for name, size in remedies(estimate)]
-    advice = f"; what helps, each alone: {', '.join(options)}" if options else ""
-    return (
-        f"{held} optimizer={training.optimizer} data.micro_batch_tokens={training.tokens} on "
-        f"{estimate.devices} x {estimate.kind}: training takes {estimate.describe()}{advice}"
-    )
-
-
-def remedies(estimate: Estimate) -> Iterator[tuple[str, int]]:
-    """Settings that take less, in the order of what they cost, and the bytes with each alone."""
-    from dpo_lightning.memory.budget import LEAST_TOKENS
-
-    now, shape, least = estimate.training, estimate.shape, LEAST_TOKENS[estimate.kind]
-    options: dict[str, Training] = {}
-    if now.tokens > least:
-        options[f"data.micro_batch_tokens={least}"] = replace(now, tokens=least)
-    options["model.gradient_checkpointing=true"] = replace(now, checkpointing=True)
-    if now.trained is None:
-        # Adapters are trained with the whole model on each device.
-        name = "peft=lora" if now.shards == 1 else "peft=lora strategy=ddp"
-        options[name] = replace(
-            now,
-            trained=shape.lora_parameters(_LORA_RANK),
-            shards=1,
-            buckets=estimate.devices > 1,
-            autocast=now.autocast or (now.shards > 1 and now.compute_bytes < now.weight_bytes),
-            whole_gradients=False,
-        )
-    if now.whole_gradients:
-        options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
-    options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
-    if now.trained is None:
-        half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
-        options["model.dtype=bfloat16"] = half
-    if now.trained is None and now.shards == 1:
-        count = estimate.devices if estimate.devices > 1 else _DEVICES
-        name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
-        options[name] = replace(now, shards=count, masters=False, autocast=False, buckets=False)
-    total = footprint(shape, now).total
-    for name, training in options.items():
-        size = footprint(shape, training).total
-        if size < 0.99 * total:
-            yield name, size
-
-
-# The command -------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,14 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 where the settings are wrong or the run would be refused.
     """
-    from dpo_lightning.cli import guarded
-
     return guarded(_main, list(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: list[str]) -> int:
-    from dpo_lightning.cli import compose_one
-
     gib, rest = _taken_out("--gib", argv)
     config = compose_one(rest)
     # Here, because it imports torch: by now every setting is checked.
@@ -328,7 +67,7 @@ def _taken_out(flag: str, argv: list[str]) -> tuple[float | None, list[str]]:
     return number, argv[:at] + argv[at + (1 if joined else 2) :]
 
 
-def _show(estimate: Estimate, config: Config) -> None:
+def _show(estimate: MemoryEstimate, config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -17,9 +17,9 @@ from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
 from dpo_lightning.evaluation.sampling import Precision, answer_prompts, sampled_divergences
 from dpo_lightning.models.sharding import is_sharded
-from dpo_lightning.models.source import Models
 from dpo_lightning.objectives.partition import estimate_log_partition
 from dpo_lightning.plugins import Prompt
+from dpo_lightning.reference.pair import Models
 
 COLUMNS = ("prompt", "preferred", "reference", "before", "after")
 

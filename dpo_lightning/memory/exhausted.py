@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.errors import OutOfMemoryError
-from dpo_lightning.training.checkpoints.files import saved_checkpoints
 
 # What torch's allocators say where they have no error of their own.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
@@ -61,10 +59,3 @@ def _message(step: str, batch: GroupBatch | None, smaller: Sequence[str]) -> str
 def _either(settings: Sequence[str]) -> str:
     *others, last = settings or ["a smaller model"]
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def with_last_checkpoint(error: OutOfMemoryError, run_dir: Path) -> OutOfMemoryError:
-    """The error with what the run can go on from."""
-    saved = saved_checkpoints(run_dir)
-    where = f"the last checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
-    return OutOfMemoryError(f"{error}; {where}")

@@ -1,7 +1,9 @@
 """Pure maths on tensors: the preference losses and the partition function. Imports torch alone.
 
-What is exported here is imported when it is asked for: settings are checked against `registry` and
-`losses`, which do without torch.
+In: log-probabilities, lengths, groups and ranks. Out: a loss for each pair or group, and log Z.
+
+What is exported here is imported when it is asked for: settings are checked against `registry`,
+`objective` and `losses`, which do without torch.
 """
 
 import importlib

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.objectives.listwise import listwise_loss
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.objectives.pairwise import pairwise_loss
 from dpo_lightning.objectives.partition import group_shares, log_partition
-from dpo_lightning.objectives.registry import ObjectiveSettings, PairwiseLoss
+from dpo_lightning.objectives.registry import PairwiseLoss
 
 # Margins below this share of the log-probabilities that they are made of are rounding: a tie. Only
 # so are policy and reference the same at the start when the two were computed in other batches.

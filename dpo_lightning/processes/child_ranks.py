@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_lightning.results import write_json
+from dpo_lightning.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -5,32 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-from dpo_lightning.training.checkpoints.files import saved_checkpoints
 
 # How long what a trial started may outlive it.
 _ORPHAN_SECONDS = 10.0
 _POLL_SECONDS = 0.1
-
-
-def trial_command(script: Path, arguments: Sequence[str], folder: Path) -> list[str]:
-    """The command of a trial in Hydra's RUN mode; it goes on from a checkpoint where one is there.
-
-    Args:
-        script: The program, ``train.py``.
-        arguments: The trial's settings.
-        folder: Its folder.
-    """
-    escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [
-        *(sys.executable, str(script), *arguments),
-        *(f"hydra.run.dir='{escaped}'", "hydra.mode=RUN"),
-        *(["resume=auto"] if saved_checkpoints(folder) else []),
-    ]
 
 
 def signal_group(group: int, signum: int) -> None:

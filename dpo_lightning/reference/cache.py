@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dpo_lightning.data.tokens import Ids
-from dpo_lightning.files import hold_lock, write_whole
-from dpo_lightning.results import write_json
+from dpo_lightning.files import hold_lock, write_json, write_whole
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapters import adapter_dropout_off
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import gathered_dtype
-from dpo_lightning.reference.fill import Reference
+from dpo_lightning.reference.kinds import Reference
 
 # Mean |policy - reference| per token at step 0 that rounding can explain, by the dtype computed in.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}

@@ -18,12 +18,13 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.budget import Budget, choose_budget, longest_share, mean_keys, memory_of
-from dpo_lightning.models.source import Models
+from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_budget
 from dpo_lightning.objectives.betas import BetaPlan
-from dpo_lightning.preflight import Estimate, Kind, plan_training, with_budget
-from dpo_lightning.reference.fill import Reference
-from dpo_lightning.run.prepared import Prepared
+from dpo_lightning.reference.kinds import Reference
+from dpo_lightning.reference.pair import Models
+from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import CONF, Config
 from dpo_lightning.tracking.progress import LogProgress, Progress, Throughput
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS
@@ -98,7 +99,7 @@ def make_budget(
     device: torch.device,
     *,
     world_size: int,
-) -> tuple[Budget, Estimate]:
+) -> tuple[Budget, MemoryEstimate]:
     """What the device holds at once, chosen by its memory where the settings leave it open.
 
     Returns:
@@ -117,7 +118,7 @@ def make_budget(
     keys = mean_keys(groups) if device.type == "cpu" else 0
     training = replace(training, keys=keys)
 
-    def choose(tokens: int | None) -> tuple[Budget, Estimate]:
+    def choose(tokens: int | None) -> tuple[Budget, MemoryEstimate]:
         budget = choose_budget(
             shape,
             training,
@@ -127,10 +128,10 @@ def make_budget(
             tokens=tokens,
             checkpointing=config.model.gradient_checkpointing,
         )
-        estimate = Estimate(
+        estimate = MemoryEstimate(
             shape=shape,
             training=with_budget(training, budget, longest=max(costs), keys=keys),
-            kind=cast(Kind, device.type),
+            kind=cast(DeviceKind, device.type),
             device_bytes=memory_of(device),
             devices=world_size,
         )

@@ -11,11 +11,11 @@ import torch
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, evaluate_samples
+from dpo_lightning.files import write_json
 from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
-from dpo_lightning.results import write_json
 from dpo_lightning.run.export import export_adapter, export_model
-from dpo_lightning.run.prepared import Prepared
+from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.module import DPOModule
 

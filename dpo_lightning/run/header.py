@@ -10,10 +10,11 @@ import torch
 
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.memory.budget import Budget
+from dpo_lightning.memory.estimate import MemoryEstimate
 from dpo_lightning.models.adapters import count_parameters
-from dpo_lightning.models.source import Models, ModelSource
-from dpo_lightning.preflight import Estimate
-from dpo_lightning.reference.fill import NoReference
+from dpo_lightning.models.source import ModelSource
+from dpo_lightning.reference.kinds import NoReference
+from dpo_lightning.reference.pair import Models
 from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.training.schedule import Schedule
 
@@ -27,7 +28,7 @@ def header_facts(
     *,
     trainer: pl.Trainer,
     precision: str,
-    estimate: Estimate,
+    estimate: MemoryEstimate,
     budget: Budget,
     folder: Path,
 ) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Builds models, data and trainer from the settings, trains, evaluates and exports.
+"""Models, data and steps from the settings, made ready before a session begins.
 
 The settings end here: every class below takes plain values.
 """
@@ -6,46 +6,32 @@ The settings end here: every class below takes plain values.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import os
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import transformers
+from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
+from dpo_lightning.memory.estimate import check_fits, estimate_of
+from dpo_lightning.memory.footprint import ModelShape
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.quantization import nf4_config
-from dpo_lightning.models.source import (
-    AdapterSettings,
-    Models,
-    ModelSource,
-    load_models,
-    resolve_model,
-    set_chat_template,
-)
-from dpo_lightning.preflight import check_fits, estimate_of
-from dpo_lightning.processes.child_ranks import ChildRanks
-from dpo_lightning.processes.signals import SignalWatch
-from dpo_lightning.run.prepared import Prepared
-from dpo_lightning.run.session import run_session
-from dpo_lightning.run.supervise import SourceRows
-from dpo_lightning.settings.fingerprint import hashed_settings
-from dpo_lightning.settings.loss_group import objective_settings, own_loss_settings
+from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
+from dpo_lightning.reference.pair import AdapterSettings, Models, load_models
+from dpo_lightning.run.identity import config_hash, identity_of
+from dpo_lightning.run.inputs import SourceRows
+from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config
-from dpo_lightning.training.checkpoints.files import find_checkpoint
 from dpo_lightning.training.precision import decide_precision
-from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
+from dpo_lightning.training.ranks import Ranks
 from dpo_lightning.training.schedule import Schedule, make_schedule
 
 log = logging.getLogger(__name__)
@@ -54,31 +40,57 @@ CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
 _CACHE_DIR = "outputs/cache"
 
 
-def run_experiment(
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a session works on.
+
+    Attributes:
+        source: The model, its tokenizer and limits.
+        shape: The policy's shape, as far as its memory goes.
+        models: Policy, reference and scorer.
+        data: The groups.
+        schedule: The steps.
+        identity: What a checkpoint to resume from must agree with.
+        task: The controlled task, if that is trained on.
+        reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
+        score: Judges answers, if the settings name a scorer.
+        cache_dir: Where reference log-probabilities are kept.
+        ranks: The processes that share the models' weights; None where each has its own.
+    """
+
+    source: ModelSource
+    shape: ModelShape
+    models: Models
+    data: PreparedData
+    schedule: Schedule
+    identity: dict[str, Any]
+    task: ControlledTask | None
+    reference_outcome_logps: Tensor | None
+    score: Score | None
+    cache_dir: Path
+    ranks: Ranks | None = None
+
+
+def prepare(
     config: Config,
     rows: SourceRows | None,
     *,
-    run_dir: Path,
+    ranks: Ranks | None,
     resolved: dict[str, Any],
     result: dict[str, Any],
-    signals: SignalWatch,
-    children: ChildRanks,
-) -> None:
-    """Trains, evaluates and exports; fills ``result`` as facts become known.
+) -> tuple[Prepared, dict[str, Any]]:
+    """Loads models and data, as far as a session needs them before it begins.
 
     Args:
         config: The validated settings.
         rows: The rows that were read, or None for the controlled task.
-        run_dir: The run's folder.
+        ranks: The processes that share the models' weights; None where each has its own.
         resolved: The settings as plain values.
-        result: The content of result.json.
-        signals: Those that stop the run.
-        children: The other ranks, once they are started.
+        result: The content of result.json, filled as facts become known.
+
+    Returns:
+        What the session works on, and the settings with what was open decided.
     """
-    _quiet_libraries()
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    ranks = start_ranks(config, children)
-    checkpoint = find_checkpoint(config.resume, run_dir)
     source = _resolve_source(config, rows)
     # The bundled model is too small to share out: threads would only wait for each other.
     threads = config.trainer.threads or (1 if source.bundled else None)
@@ -108,7 +120,7 @@ def run_experiment(
         "weights": models.weights,
         "reference": models.reference_weights,
     }
-    result["config_hash"] = _config_hash(resolved, hashes)
+    result["config_hash"] = config_hash(resolved, hashes)
     result["data"] = data.counts()
     parameters, trainable = count_parameters(models.policy)
     result["model"] = {
@@ -116,49 +128,23 @@ def run_experiment(
         "parameters": parameters,
         "trainable": trainable,
     }
-    run_session(
-        config,
-        Prepared(
-            source=source,
-            shape=estimate.shape,
-            models=models,
-            data=data,
-            schedule=schedule,
-            identity=_identity(config, hashes),
-            task=task,
-            reference_outcome_logps=reference_logps,
-            score=_make_score(config, judges=ranks is None or ranks.is_first),
-            cache_dir=_cache_dir(config) / "reference",
-            ranks=ranks,
-        ),
-        run_dir=run_dir,
-        resolved=_filled_in(resolved, source, schedule),
-        result=result,
-        checkpoint=checkpoint,
-        signals=signals,
-        children=children,
+    prepared = Prepared(
+        source=source,
+        shape=estimate.shape,
+        models=models,
+        data=data,
+        schedule=schedule,
+        identity=identity_of(config, hashes),
+        task=task,
+        reference_outcome_logps=reference_logps,
+        score=_make_score(config, judges=ranks is None or ranks.is_first),
+        cache_dir=_cache_dir(config) / "reference",
+        ranks=ranks,
     )
-    if ranks is not None:
-        leave_ranks()
+    return prepared, _filled_in(resolved, source, schedule)
 
 
 # Building ---------------------------------------------------------------------------------------
-
-
-def _quiet_libraries() -> None:
-    """What third parties say on every run and nobody can act on."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*you have resumed from a checkpoint.*",
-        ".*You're resuming from a checkpoint.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*isinstance.treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
@@ -321,26 +307,3 @@ def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule
     if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
         filled["data"]["name"] = "rows"
     return filled
-
-
-def _config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
-    text = json.dumps([hashed_settings(resolved), hashes], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _identity(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
-    peft = asdict(config.peft)
-    # Of a stored adapter the content counts, which is in the hash of the weights.
-    for name in ("adapter", "revision", "merge"):
-        del peft[name]
-    return {
-        "beta": config.beta,
-        **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
-        "reference.kind": config.reference.kind,
-        **{f"peft.{name}": value for name, value in peft.items()},
-        "seed": config.seed,
-        "data.batch_size": config.data.batch_size,
-        "optimizer.name": config.optimizer.name,
-        "data": hashes["data"],
-        "model": hashes["weights"],
-    }

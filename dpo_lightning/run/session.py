@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from dataclasses import replace
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.datamodule import PreferenceDataModule, steps_per_epoch
-from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import (
     CorruptArtifactError,
     DivergedError,
@@ -28,29 +26,26 @@ from dpo_lightning.errors import (
 from dpo_lightning.evaluation.answers import (
     COLUMNS,
     SHOWN,
-    Answering,
     SampleAnswers,
-    choose_prompts,
 )
 from dpo_lightning.evaluation.exact import ExactCurve
-from dpo_lightning.memory.budget import Budget, say_if_over
-from dpo_lightning.memory.exhausted import with_last_checkpoint
+from dpo_lightning.files import DIVERGED_FILE, write_json
+from dpo_lightning.memory.budget import say_if_over
+from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.peaks import keep_freed_memory, peak_bytes, reset_peak
-from dpo_lightning.models.loading import max_positions
-from dpo_lightning.models.sharding import shard_model
 from dpo_lightning.plugins import make_callbacks
-from dpo_lightning.preflight import check_fits
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
-from dpo_lightning.reference.cache import ReferenceCache
-from dpo_lightning.reference.fill import CachedReference, LiveReference, with_reference_logps
-from dpo_lightning.results import DIVERGED_FILE, write_json
+from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.run.build import make_budget, make_data_module, make_module, make_trainer
 from dpo_lightning.run.conclude import conclude
 from dpo_lightning.run.header import header_facts
-from dpo_lightning.run.prepared import Prepared
-from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.schema import Config, run_name
+from dpo_lightning.run.identity import allowed_changes
+from dpo_lightning.run.inputs import SourceRows
+from dpo_lightning.run.placement import choose_answering, with_reference, with_shards
+from dpo_lightning.run.prepare import Prepared, prepare
+from dpo_lightning.settings.names import run_name
+from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking import display
 from dpo_lightning.tracking.loggers import (
     JsonlLogger,
@@ -59,15 +54,79 @@ from dpo_lightning.tracking.loggers import (
     logger_run_id,
     make_logger,
 )
-from dpo_lightning.tracking.progress import MetricRows, SameConfig, Throughput
+from dpo_lightning.tracking.progress import MetricRows, Throughput
 from dpo_lightning.tracking.wandb_runs import logger_settings
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
-from dpo_lightning.training.checkpoints.files import CHECKPOINTS, changed_settings, read_manifest
+from dpo_lightning.training.checkpoints.files import (
+    CHECKPOINTS,
+    find_checkpoint,
+    read_manifest,
+    saved_checkpoints,
+)
+from dpo_lightning.training.launching import take_over
 from dpo_lightning.training.module import DPOModule
-from dpo_lightning.training.precision import Computation, make_computation
-from dpo_lightning.training.preemption import Preemption, take_over
+from dpo_lightning.training.precision import make_computation
+from dpo_lightning.training.preemption import Preemption
+from dpo_lightning.training.ranks import leave_ranks, start_ranks
+from dpo_lightning.training.same_config import SameConfig
 
 log = logging.getLogger(__name__)
+
+
+def run_experiment(
+    config: Config,
+    rows: SourceRows | None,
+    *,
+    run_dir: Path,
+    resolved: dict[str, Any],
+    result: dict[str, Any],
+    signals: SignalWatch,
+    children: ChildRanks,
+) -> None:
+    """Trains, evaluates and exports; fills ``result`` as facts become known.
+
+    Args:
+        config: The validated settings.
+        rows: The rows that were read, or None for the controlled task.
+        run_dir: The run's folder.
+        resolved: The settings as plain values.
+        result: The content of result.json.
+        signals: Those that stop the run.
+        children: The other ranks, once they are started.
+    """
+    _quiet_libraries()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    ranks = start_ranks(config, children)
+    checkpoint = find_checkpoint(config.resume, run_dir)
+    prepared, resolved = prepare(config, rows, ranks=ranks, resolved=resolved, result=result)
+    run_session(
+        config,
+        prepared,
+        run_dir=run_dir,
+        resolved=resolved,
+        result=result,
+        checkpoint=checkpoint,
+        signals=signals,
+        children=children,
+    )
+    if ranks is not None:
+        leave_ranks()
+
+
+def _quiet_libraries() -> None:
+    """What third parties say on every run and nobody can act on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*you have resumed from a checkpoint.*",
+        ".*You're resuming from a checkpoint.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def run_session(
@@ -95,7 +154,7 @@ def run_session(
     """
     saved = {} if checkpoint is None else read_manifest(checkpoint)
     if checkpoint is not None:
-        changed = _allowed_changes(config, saved["identity"], prepared.identity)
+        changed = allowed_changes(config, saved["identity"], prepared.identity)
         result["resumed"] = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
     # What another experiment logs does not belong to the run in wandb of the first one.
     goes_on = checkpoint is not None and not result["resumed"]["changed"]
@@ -158,12 +217,12 @@ def run_session(
         fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
         if fault is not None:
             log.info("attention takes the slower of two ways: %s", fault)
-        prepared = _with_shards(prepared, computation)
-        prepared = _with_reference(config, prepared, device, computation, budget)
+        prepared = with_shards(prepared, computation)
+        prepared = with_reference(config, prepared, device, computation, budget)
         models, data = prepared.models, prepared.data
         assert models.reference is not None
         result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
-        groups, answering = _answering(config, prepared, computation)
+        groups, answering = choose_answering(config, prepared, computation)
         samples = SampleAnswers(groups[:SHOWN], models=models, answering=answering)
         # Before all others: its answers are no part of the training loop's time.
         trainer.callbacks.insert(0, samples)  # type: ignore[attr-defined]
@@ -264,147 +323,7 @@ def run_session(
             log.info("%-10s%s", "wandb", where)
 
 
-# Building ---------------------------------------------------------------------------------------
-
-
-def _answering(
-    config: Config, prepared: Prepared, computation: Computation
-) -> tuple[list[TokenGroup], Answering]:
-    """Whose prompts are answered, and how."""
-    source, data, policy = prepared.source, prepared.data, prepared.models.policy
-    positions = max_positions(source.config)
-    groups = choose_prompts(
-        data.eval or data.train,
-        count=max(config.evaluation.samples, config.evaluation.partition_samples),
-        max_tokens=min(source.max_length, positions or source.max_length),
-    )
-    longest = config.evaluation.max_new_tokens
-    if prepared.task is not None:
-        longest = min(longest, MAX_TOKENS)
-    if positions is not None:
-        longest = min(longest, positions - max((len(g.prompt) for g in groups), default=0))
-    answering = Answering(
-        tokenizer=source.tokenizer,
-        max_new_tokens=longest,
-        batch_size=config.evaluation.batch_size,
-        precision=lambda: computation.context(policy.device),
-    )
-    return groups, answering
-
-
-def _with_shards(prepared: Prepared, computation: Computation) -> Prepared:
-    """Models of which each rank has its share, where the strategy wants that."""
-    ranks, models = prepared.ranks, prepared.models
-    if ranks is None:
-        return prepared
-
-    def shard(model: Any) -> Any:
-        return shard_model(model, ranks.mesh, ranks.device, compute_dtype=computation.weights)
-
-    def make_reference() -> Any:
-        return shard(models.make_reference()).requires_grad_(False).eval()
-
-    reference = models.reference
-    policy = shard(models.policy)
-    if models.live:
-        reference = LiveReference(make_reference(), models.scorer)
-    sharded = replace(models, policy=policy, reference=reference, make_reference=make_reference)
-    return replace(prepared, models=sharded)
-
-
-def reference_facts(
-    *, weights: str, dtype: str, precision: str, device: str, kernel: str
-) -> dict[str, str]:
-    """What a reference's log-probabilities depend on beside the token ids.
-
-    Args:
-        weights: Hash of its weights.
-        dtype: In which they are loaded.
-        precision: In which it is computed.
-        device: The kind of device.
-        kernel: How a micro-batch is scored.
-    """
-    return {
-        "weights": weights,
-        "dtype": dtype,
-        "precision": precision,
-        "device": device,
-        "kernel": kernel,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _with_reference(
-    config: Config,
-    prepared: Prepared,
-    device: torch.device,
-    computation: Computation,
-    budget: Budget,
-) -> Prepared:
-    """Models and data with the reference in the type that is computed in, or out of the cache."""
-    models, data, source = prepared.models, prepared.data, prepared.source
-    make_reference = models.make_reference
-    models = replace(models, make_reference=lambda: computation.cast(make_reference()))
-    if models.reference is not None:
-        if isinstance(models.reference, LiveReference):
-            computation.cast(models.reference.model)
-        return replace(prepared, models=models)
-    facts = reference_facts(
-        weights=models.reference_weights,
-        dtype=str(source.dtype),
-        precision=computation.name,
-        device=device.type,
-        kernel=models.scorer.kernel,
-    )
-    cache = ReferenceCache(prepared.cache_dir, facts)
-
-    def load() -> Any:
-        # Before its first step the policy is the reference, and its shards are in memory already.
-        shared = prepared.ranks is not None and models.starts_from_reference
-        return models.policy if shared else models.make_reference()
-
-    parts, reference = with_reference_logps(
-        [data.train, data.eval],
-        cache,
-        load=load,
-        scorer=models.scorer,
-        device=device,
-        precision=lambda: computation.context(device),
-        micro_batch_tokens=budget.tokens,
-        per_token=objective_settings(config.loss).desensitises,
-        ranks=prepared.ranks,
-    )
-    train, evaluation = parts
-    return replace(
-        prepared,
-        models=replace(models, reference=reference),
-        data=replace(data, train=train, eval=evaluation),
-    )
-
-
-# Training ---------------------------------------------------------------------------------------
-
-
-def _allowed_changes(
-    config: Config, saved: dict[str, Any], identity: dict[str, Any]
-) -> dict[str, Any]:
-    """What differs between a checkpoint's experiment and this one, where that is allowed.
-
-    Raises:
-        UserError: Where it is not, naming the first thing that differs.
-    """
-    changed = changed_settings(saved, identity)
-    if changed and not config.resume_changed:
-        key, values = next(iter(changed.items()))
-        raise UserError(
-            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
-            f"{key}={values['to']}; resume with the same, start a new run, or say "
-            "resume_changed=true"
-        )
-    for key, values in changed.items():
-        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
-    return changed
+# Parts of it ------------------------------------------------------------------------------------
 
 
 def _fit(
@@ -441,3 +360,10 @@ def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, i
 def _reference_counts(rows: int, computed: int) -> dict[str, int]:
     """The ``reference`` entry of ``result.json``."""
     return {"rows": rows, "computed": computed, "cached": rows - computed}
+
+
+def with_last_checkpoint(error: OutOfMemoryError, run_dir: Path) -> OutOfMemoryError:
+    """The error with what the run can go on from."""
+    saved = saved_checkpoints(run_dir)
+    where = f"the last checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
+    return OutOfMemoryError(f"{error}; {where}")

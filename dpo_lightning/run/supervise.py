@@ -6,25 +6,20 @@ Rows are read and judged here, before torch is imported; the rest is in ``experi
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import logging
 import os
-import platform
 import re
 import shlex
 import signal
-import socket
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import dpo_lightning
-from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.plugins import find_scorer, load_plugins, make_callbacks
+from dpo_lightning.files import DIVERGED_FILE, RESULT_FILE
+from dpo_lightning.plugins import load_plugins, make_callbacks
 from dpo_lightning.processes.child_ranks import (
     ChildRanks,
     Death,
@@ -35,31 +30,18 @@ from dpo_lightning.processes.child_ranks import (
     watch_parent,
 )
 from dpo_lightning.processes.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
-from dpo_lightning.results import DIVERGED_FILE, RESULT_FILE, write_json
-from dpo_lightning.settings.combinations import is_local_data
+from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
+from dpo_lightning.run.record import package_versions, write_result
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.fingerprint import settings_hash
-from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.settings.schema import Config
 
 log = logging.getLogger(__name__)
 
-QUARANTINE_FILE = "quarantine.jsonl"
-_PACKAGES = (
-    *("torch", "lightning", "transformers", "peft", "hydra-core", "datasets", "wandb", "numpy"),
-)
-_HUB = "https://huggingface.co"
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 # How long this process may take to notice that another rank of its run is gone.
 _GRACE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRows:
-    """The rows of ``data.train`` and of ``data.eval``, if that is named."""
-
-    train: Rows
-    eval: Rows | None
 
 
 def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: list[str]) -> int:
@@ -103,7 +85,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         "memory": {},
         "model": {},
         "data": {},
-        "versions": _versions(),
+        "versions": package_versions(),
         "command": shlex.join(["python", "train.py", *overrides]),
     }
     code, error, stopped_by = 1, None, 0
@@ -114,7 +96,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         if is_rank_zero:
             error = "stopped by a signal" if death is None else death.message
             left = dict(result) | {"status": _STATUS.get(code, "failed"), "error": error}
-            _write_result(run_dir / RESULT_FILE, left)
+            write_result(run_dir / RESULT_FILE, left)
 
     def follow(death: Death) -> None:
         if death.code in (130, 143) and not signals.deferring:
@@ -135,7 +117,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
         rows = read_sources(config, run_dir, is_rank_zero=is_rank_zero)
-        from dpo_lightning.run.prepare import run_experiment
+        from dpo_lightning.run.session import run_experiment
 
         run_experiment(
             config,
@@ -178,7 +160,7 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
         result["status"] = _STATUS.get(code, "failed")
         result["error"] = None if error is None else redact(" ".join(error.split()))
         result["throughput"]["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
-        if is_rank_zero and not _write_result(run_dir / RESULT_FILE, result):
+        if is_rank_zero and not write_result(run_dir / RESULT_FILE, result):
             code = code or UserError.exit_code
         if code:
             if is_child():
@@ -192,16 +174,6 @@ def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: l
     if is_rank_zero:
         requeue_slurm_job(stopped_by, config.resume)
     return code
-
-
-def _write_result(path: Path, result: dict[str, Any]) -> bool:
-    """Writes ``result.json``; where even that cannot be, the run still says how it ended."""
-    try:
-        write_json(path, result)
-    except OSError as error:
-        log.error("error: %s: %s", path, error.strerror or error)
-        return False
-    return True
 
 
 def disk_fault(error: Exception) -> str | None:
@@ -229,79 +201,3 @@ def _is_rank_zero() -> bool:
         return os.environ["RANK"] == "0"
     names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return {os.environ.get(name, "0") for name in names} == {"0"}
-
-
-def prefer_cache_without_network(config: Config) -> None:
-    """Where the hub is named but does not answer, uses its local cache at once.
-
-    Left to themselves the hub's libraries try again for half a minute.
-    """
-    models = (
-        config.model.pretrained,
-        config.model.tokenizer,
-        config.model.config,
-        config.reference.pretrained,
-        config.peft.adapter,
-        None if config.reference.adapter == BASE else config.reference.adapter,
-        None if _is_function(config) else config.evaluation.scorer,
-    )
-    data = (config.data.train, config.data.eval)
-    on_hub = [s for s in models if s is not None and not Path(s).exists()]
-    on_hub += [s for s in data if s is not None and not is_local_data(s)]
-    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
-    if not on_hub or through_proxy or "HF_HUB_OFFLINE" in os.environ:
-        return
-    hub = urlparse(os.environ.get("HF_ENDPOINT", _HUB))
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        socket.create_connection((hub.hostname or "", port), timeout=5).close()
-    except OSError:
-        log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(on_hub))
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _is_function(config: Config) -> bool:
-    scorer = config.evaluation.scorer
-    return scorer is not None and find_scorer(scorer, config.plugins) is not None
-
-
-def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:
-    """Reads the rows that the settings name; None for the controlled task.
-
-    Raises:
-        UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
-    """
-    data = config.data
-    if data.train is None:
-        return None
-
-    def read(source: str, split: str, key: str) -> Rows:
-        return read_rows(
-            source,
-            key=key,
-            format=data.format,
-            columns=data.columns,
-            split=split,
-            subset=data.subset,
-            revision=data.revision,
-        )
-
-    train = read(data.train, data.train_split, "data.train")
-    evaluation = None
-    if data.eval is not None or data.eval_split is not None:
-        evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")
-    sources = [train] if evaluation is None else [train, evaluation]
-    bad = [row for rows in sources for row in rows.bad]
-    total = sum(rows.total for rows in sources)
-    check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
-    if bad and is_rank_zero:
-        write_quarantine(run_dir / QUARANTINE_FILE, bad)
-        log.info("%d bad rows went to %s", len(bad), run_dir / QUARANTINE_FILE)
-    return SourceRows(train=train, eval=evaluation)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "dpo-lightning": dpo_lightning.__version__}
-    for package in _PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions

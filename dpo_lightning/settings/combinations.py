@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from dpo_lightning.objectives.registry import known_losses
+from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 

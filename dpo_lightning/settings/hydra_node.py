@@ -15,8 +15,8 @@ from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.settings.credentials import refusal, secrets_in
-from dpo_lightning.settings.schema import slug
-from dpo_lightning.settings.validation import shown
+from dpo_lightning.settings.messages import shown
+from dpo_lightning.settings.names import slug
 
 _LOGGING = frozenset(
     {

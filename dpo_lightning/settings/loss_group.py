@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES, ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.settings.schema import LossConfig
 
 

@@ -21,15 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.credentials import is_secret
-from dpo_lightning.settings.validation import (
-    config_error,
-    is_import_name,
-    is_known,
-    settings,
-    shown,
-    unknown_key,
-    unknown_option,
-)
+from dpo_lightning.settings.keys import is_import_name, is_known, settings
+from dpo_lightning.settings.messages import config_error, shown, unknown_key, unknown_option
 
 # What is longer is not repeated whole.
 _LONGEST_LINE = 500

@@ -7,25 +7,12 @@ before it.
 """
 
 import functools
-import hashlib
-import re
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
-from dpo_lightning.objectives.registry import (
-    DIVERGENCES,
-    LISTWISE_LOSSES,
-    PAIRWISE_LOSSES,
-    known_losses,
-    merged_options,
-)
-
-SCHEMA = "schema"
-"""The name under which ``conf/config.yaml`` lists the schema in its defaults."""
+from dpo_lightning.objectives.objective import known_losses, merged_options
+from dpo_lightning.objectives.registry import DIVERGENCES, PAIRWISE_LOSSES
 
 FREE_FORM = ("model.config_overrides", "data.columns", "loss.terms")
 """Mappings whose keys belong to the user: any key may be set in them."""
@@ -45,7 +32,6 @@ BASE = "base"
 """As ``reference.adapter``: the model without any adapter."""
 
 LARGEST_SEED = 2**32 - 1
-LONGEST_NAME = 80
 
 
 def _setting(default: Any, **rule: Any) -> Any:
@@ -391,45 +377,6 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
-def slug(text: str) -> str:
-    """The text as one plain folder name: 1 to 80 of ``A-Z a-z 0-9 . _ -``, never hidden.
-
-    Example:
-        >>> slug("../../my run"), slug("..")
-        ('my-run', 'run')
-    """
-    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")[:LONGEST_NAME].rstrip(".-")
-    return cleaned or "run"
-
-
-def run_name(name: str | None, model: str, loss: str, beta: float) -> str:
-    """The last part of a run's folder name, for ``hydra.run.dir``.
-
-    Example:
-        >>> run_name(None, "llama", "sigmoid", 0.1)
-        'llama-sigmoid-beta-0.1'
-    """
-    return slug(f"{model}-{loss}-beta-{beta:g}" if name is None else name)
-
-
-def trial_name(overrides: str, number: int) -> str:
-    """The folder name of one trial of a sweep, for ``hydra.sweep.subdir``.
-
-    Where making a slug loses something, a hash of the whole keeps two trials apart.
-
-    Example:
-        >>> trial_name("beta-0.1_seed-1", 0), trial_name("", 3)
-        ('beta-0.1_seed-1', '3')
-    """
-    if not overrides:
-        return str(number)
-    name = slug(overrides)
-    if name == overrides:
-        return name
-    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{name[: LONGEST_NAME - 9]}-{digest}"
-
-
 def loss_schema() -> type[LossConfig]:
     """The schema of the ``loss`` group: with the options of every loss that there is by now."""
     return _loss_schema(known_losses())
@@ -449,33 +396,3 @@ def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
         ],
         bases=(LossConfig,),
     )
-
-
-def schema() -> DictConfig:
-    """The schema of all settings, shared by all who ask: to be merged into, never changed."""
-    return _schema(known_losses())
-
-
-@functools.cache
-def _schema(losses: tuple[str, ...]) -> DictConfig:
-    node: DictConfig = OmegaConf.structured(Config)
-    node.loss = OmegaConf.structured(_loss_schema(losses))
-    for key in FREE_FORM:
-        # Hydra closes the whole tree; these stay open without a `+` before the key.
-        OmegaConf.set_struct(OmegaConf.select(node, key), False)
-    return node
-
-
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra; called again after plugins were loaded."""
-    store = ConfigStore.instance()
-    store.store(name=SCHEMA, node=schema(), provider="dpo_lightning")
-    defaults = loss_schema()()
-    for name in known_losses():
-        if name not in LISTWISE_LOSSES and not (CONF / "loss" / f"{name}.yaml").exists():
-            # A plugin's: loss=<name> is a choice without a file.
-            own = PAIRWISE_LOSSES[name].options
-            differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
-            store.store(group="loss", name=name, node={"name": name, **differing})
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)

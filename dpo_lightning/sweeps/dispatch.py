@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dpo_lightning.results import RESULT_FILE
+from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.sweeps.places.base import Attempt, Ending, Place
 from dpo_lightning.sweeps.trials import Trial, as_left, judge
 

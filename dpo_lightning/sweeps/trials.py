@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_lightning.results import RESULT_FILE, write_json
+from dpo_lightning.files import RESULT_FILE, write_json
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import LoggerConfig
-from dpo_lightning.sweeps.places.leases import Kind
+from dpo_lightning.training.checkpoints.files import saved_checkpoints
 
 TRIAL_FILE = "trial.json"
 LOG_FILE = "trial.log"
@@ -56,7 +58,7 @@ class Plan:
     overrides: tuple[str, ...]
     arguments: tuple[str, ...]
     settings_hash: str
-    kind: Kind
+    kind: DeviceKind
     width: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 1
@@ -221,3 +223,19 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
                 **{k: v for k, v in result.items() if k not in ("status", "error")},
             },
         )
+
+
+def trial_command(script: Path, arguments: Sequence[str], folder: Path) -> list[str]:
+    """The command of a trial in Hydra's RUN mode; it goes on from a checkpoint where one is there.
+
+    Args:
+        script: The program, ``train.py``.
+        arguments: The trial's settings.
+        folder: Its folder.
+    """
+    escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [
+        *(sys.executable, str(script), *arguments),
+        *(f"hydra.run.dir='{escaped}'", "hydra.mode=RUN"),
+        *(["resume=auto"] if saved_checkpoints(folder) else []),
+    ]

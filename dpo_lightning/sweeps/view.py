@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.results import RESULT_FILE
+from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial
 
 # In a log, a line about each running trial every so often.
@@ -35,7 +35,7 @@ _STYLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrialProgress:
     """How far a running trial is; None and nan where it has not said so yet."""
 
     step: int = 0
@@ -55,21 +55,21 @@ class ProgressReader:
         self._first: dict[str, float] | None = None
         self._begin = time.time()
 
-    def read(self) -> Progress:
+    def read(self) -> TrialProgress:
         """The newest there is."""
         folder = self._trial.folder
         if self._total is None:
             self._total = _total_steps(folder / "config.yaml", since=self._begin)
         row = _training_row(folder / "metrics.jsonl", since=self._begin, first=False)
         if row is None:
-            return Progress(total=self._total)
+            return TrialProgress(total=self._total)
         if self._first is None:
             found = _training_row(folder / "metrics.jsonl", since=self._begin, first=True)
             self._first = row if found is None else found
         step, seconds = int(row["step"]), row["time"] - self._first["time"]
         speed = (step - self._first["step"]) / seconds if seconds > 0 else math.nan
         left = (self._total - step) / speed if self._total and speed > 0 else math.nan
-        return Progress(
+        return TrialProgress(
             step=step,
             total=self._total,
             loss=_number(row.get("train/loss")),
@@ -213,7 +213,7 @@ class SweepView:
         return table
 
 
-def _line(trial: Trial, progress: Progress) -> str:
+def _line(trial: Trial, progress: TrialProgress) -> str:
     if math.isnan(progress.loss):
         return f"{trial.folder.name}  no step yet"
     total = "" if progress.total is None else f"/{progress.total}"

@@ -14,8 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.files import write_whole
-from dpo_lightning.results import finite
+from dpo_lightning.files import finite, write_whole
 from dpo_lightning.tracking.wandb_runs import STEP, LoggerSettings, finish_run, start_run
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError
+from dpo_lightning.files import DIVERGED_FILE
 from dpo_lightning.memory.exhausted import explained
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
@@ -28,10 +29,9 @@ from dpo_lightning.objectives.comparison import (
     Tokens,
     compare_responses,
 )
-from dpo_lightning.objectives.registry import ObjectiveSettings
-from dpo_lightning.reference.fill import Reference
+from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.reference.kinds import Reference
 from dpo_lightning.reference.same_model import check_same_model
-from dpo_lightning.results import DIVERGED_FILE
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.training.module_state import CheckpointedModule
 from dpo_lightning.training.optimizers import OptimizerName, make_optimizer

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.training.preemption import take_over
+from dpo_lightning.training.launching import take_over
 from dpo_lightning.training.strategies import ShardedStrategy
 
 T = TypeVar("T")

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import cli
 from dpo_lightning.errors import DivergedError, UserError
-from dpo_lightning.settings.schema import Config, register
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.settings.store import register
 from dpo_lightning.settings.validation import validate
 from tests.support.runs import ROOT
 
@@ -680,6 +681,7 @@ def test_a_trial_of_a_grid_is_checked_with_what_hydra_composes(
         return validate(cfg, **options)
 
     monkeypatch.setattr(cli, "validate", judged)
+    monkeypatch.setattr("dpo_lightning.settings.compose.validate", judged)
     arguments = ["-m", "hydra/launcher=basic", *typed.split()]
     assert cli.main(arguments) == 0
     # The second half is composed by Hydra's own sweeper, trial by trial.

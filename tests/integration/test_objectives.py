@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES, known_losses
+from dpo_lightning.objectives.objective import known_losses
+from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES
 from tests.support.runs import ROOT, TINY, Run, run_train
 from tests.support.warm import run_apart
 

@@ -263,12 +263,12 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, capfd, monkeypa
 
 
 def test_a_result_that_cannot_be_written_is_said(tmp_path, capfd, monkeypatch):
-    from dpo_lightning.run import supervise as running
+    from dpo_lightning.run import record
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(running, "write_json", full)
+    monkeypatch.setattr(record, "write_json", full)
     run = run_train(tmp_path / "run", *QUICK)
     assert run.code == 2
     captured = capfd.readouterr()

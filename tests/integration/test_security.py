@@ -388,14 +388,14 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path):
 
 def test_what_fails_shows_no_secret(tmp_path, capfd, monkeypatch):
     """A library's message has the key in it: not on the terminal, in the log or in the result."""
-    from dpo_lightning.run import prepare as experiment
+    from dpo_lightning.run import session
 
     monkeypatch.setenv("MY_TOKEN", SECRET)
 
     def fails(*arguments, **options):
         raise RuntimeError(f"401 for https://x?key={SECRET} and {TOKEN}")
 
-    monkeypatch.setattr(experiment, "run_experiment", fails)
+    monkeypatch.setattr(session, "run_experiment", fails)
     run = run_train(tmp_path / "run", *QUICK)
     assert run.code == 1
     captured = capfd.readouterr()

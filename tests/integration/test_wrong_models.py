@@ -268,15 +268,15 @@ def test_a_policy_that_is_not_its_reference_is_noticed(
     tiny_model, pairs_file, tmp_path, capfd, monkeypatch
 ):
     """A copy that differs stands for other kernels, another dtype or dropout."""
-    from dpo_lightning.models import source as setup
-    from dpo_lightning.reference.fill import LiveReference
+    from dpo_lightning.reference import pair
+    from dpo_lightning.reference.kinds import LiveReference
 
     def damaged(model, scorer):
         with torch.no_grad():
             model.lm_head.weight.add_(0.05 * torch.randn_like(model.lm_head.weight))
         return LiveReference(model, scorer)
 
-    monkeypatch.setattr(setup, "LiveReference", damaged)
+    monkeypatch.setattr(pair, "LiveReference", damaged)
     said = refused(
         tmp_path,
         capfd,

@@ -12,8 +12,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hypothesis import strategies as st
 
 from dpo_lightning import cli
+from dpo_lightning.settings.keys import settings
 from dpo_lightning.settings.schema import CONF
-from dpo_lightning.settings.validation import settings
 from dpo_lightning.sweeps import finish
 
 GROUPS = [*sorted(folder.name for folder in CONF.iterdir() if folder.is_dir()), "hydra/launcher"]

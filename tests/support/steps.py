@@ -15,8 +15,8 @@ from dpo_lightning.data.packing import epoch_order
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.betas import BetaPlan
-from dpo_lightning.objectives.registry import ObjectiveSettings
-from dpo_lightning.reference.fill import CachedReference
+from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.training.module import DPOModule
 from tests.support.models import make_model

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.dispatch import Dispatcher
-from dpo_lightning.sweeps.places.leases import DevicePool, Kind
+from dpo_lightning.sweeps.places.leases import DevicePool
 from dpo_lightning.sweeps.places.local import open_local
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.support.runs import ROOT
@@ -44,7 +45,7 @@ class Silent:
         pass
 
 
-def plan(name: str, act: str, *, width: int = 1, kind: Kind = "cpu") -> Plan:
+def plan(name: str, act: str, *, width: int = 1, kind: DeviceKind = "cpu") -> Plan:
     return Plan(
         name=name,
         overrides=(name,),
@@ -67,7 +68,7 @@ def run(
 ) -> tuple[list[Trial], Silent]:
     trials, view = place_trials(plans, folder), Silent()
     settings = {"max_failures": None, "retries": 0, "environment": {}} | options
-    pools: dict[Kind, DevicePool] = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
+    pools: dict[DeviceKind, DevicePool] = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
     with open_local(pools, stand_in(folder), settings.pop("environment")) as place:
         Dispatcher(trials, place=place, view=view, **settings).run()
     return trials, view

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "dpo_lightning.cli",
     "dpo_lightning.run.supervise",
-    "dpo_lightning.run.prepare",
+    "dpo_lightning.run.session",
     "pytest",
 )
 

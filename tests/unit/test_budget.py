@@ -22,7 +22,7 @@ from dpo_lightning.memory.footprint import shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import compare_responses
-from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.budgets import SHAPE, training
 from tests.support.groups import group
 from tests.support.models import tiny_llama_config

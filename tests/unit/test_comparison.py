@@ -11,7 +11,7 @@ from dpo_lightning.objectives.comparison import (
     compare_responses,
     metrics_from_sums,
 )
-from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
 
 BETA = 0.5
 BATCH = {

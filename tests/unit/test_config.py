@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
-from dpo_lightning.settings.schema import (
-    Config,
-    OptimizerConfig,
-    TrainerConfig,
-    run_name,
-    slug,
-    trial_name,
-)
-from dpo_lightning.settings.validation import settings
+from dpo_lightning.settings.keys import settings
+from dpo_lightning.settings.names import run_name, slug, trial_name
+from dpo_lightning.settings.schema import Config, OptimizerConfig, TrainerConfig
 from tests.support.runs import ROOT
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")

@@ -8,14 +8,11 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.credentials import is_secret
+from dpo_lightning.settings.keys import is_known
+from dpo_lightning.settings.messages import unknown_key, unknown_option
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.settings.validation import (
-    is_known,
-    is_secret,
-    unknown_key,
-    unknown_option,
-    validate,
-)
+from dpo_lightning.settings.validation import validate
 
 
 def composed(**values: Any) -> DictConfig:

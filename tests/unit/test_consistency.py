@@ -1,7 +1,7 @@
 """Settings that may not stand together: for each clause a line that it refuses, and one it lets be.
 
 The accepted line of a row is the nearest that is right, so that no clause is wider than it should
-be. Every clause of ``consistency.py`` is found in its source and must be that of some row.
+be. Every clause of ``combinations.py`` is found in its source and must be that of some row.
 """
 
 import ast
@@ -72,7 +72,7 @@ def test_a_clause_refuses_its_line_and_not_the_nearest_right_one(
 
 def clauses() -> dict[str, re.Pattern[str]]:
     """What each clause may say, by the place where it stands."""
-    source = (ROOT / "dpo_lightning" / "consistency.py").read_text()
+    source = (ROOT / "dpo_lightning" / "settings" / "combinations.py").read_text()
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Yield):

@@ -41,7 +41,7 @@ import torch
 
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
 from dpo_lightning.objectives.comparison import Tokens, compare_responses
-from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
 
 # Log-probabilities of the tokens of four pairs of responses, of unequal lengths.
 CHOSEN = [

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from dpo_lightning import plugins
 from dpo_lightning.objectives import registry
 from dpo_lightning.objectives.listwise import LISTWISE_LOSSES
+from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from tests.support.pages import check_command_of_page
 from tests.support.runs import ROOT
 
@@ -19,7 +20,7 @@ PAGE = (ROOT / "docs" / "objectives.md").read_text()
 HEADER = ["loss", "of a pair", "options", "reference", "elsewhere"]
 
 # Without what plugins of other tests may have registered in this process.
-registry.known_losses()
+known_losses()
 PAIRWISE = {
     name: entry
     for name, entry in registry.PAIRWISE_LOSSES.items()
@@ -84,7 +85,7 @@ def test_a_row_has_the_options_with_their_defaults_and_bounds(name: str):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_row_says_whether_a_reference_is_needed(name: str):
     [row] = rows_of(name)
-    objective = registry.ObjectiveSettings(terms={name: 1.0})
+    objective = ObjectiveSettings(terms={name: 1.0})
     needed = "needed" if objective.needs_reference else "optional"
     assert row[3] == (needed if objective.uses_reference else "unused")
 
@@ -95,7 +96,7 @@ def test_a_sum_shows_its_weights(name: str):
     assert re.findall(r"`(\w+): ([\d.]+)`", row[1]) == [
         (term, f"{weight:g}") for term, weight in FILES[name]["terms"].items()
     ]
-    objective = registry.ObjectiveSettings(terms=FILES[name]["terms"])
+    objective = ObjectiveSettings(terms=FILES[name]["terms"])
     assert row[3] == ("needed" if objective.needs_reference else "optional")
 
 

@@ -10,20 +10,19 @@ import torch
 from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
-from dpo_lightning import preflight
-from dpo_lightning.cli import guarded
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.budget import Budget
-from dpo_lightning.memory.footprint import GIB, footprint
-from dpo_lightning.preflight import (
-    Estimate,
+from dpo_lightning.memory.estimate import (
+    MemoryEstimate,
     check_fits,
     estimate_of,
-    main,
     plan_training,
     remedies,
     with_budget,
 )
+from dpo_lightning.memory.footprint import GIB, footprint
+from dpo_lightning.preflight import main
+from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.schema import CONF, Config
 from dpo_lightning.settings.validation import validate
 from tests.support.budgets import training
@@ -33,12 +32,12 @@ from tests.support.runs import TINY, run_train
 CUDA = torch.device("cuda")
 
 
-def estimate(**changes) -> Estimate:
+def estimate(**changes) -> MemoryEstimate:
     values = {
         "shape": shape("8B"), "training": training(tokens=4096), "kind": "cuda",
         "device_bytes": 80 * GIB, "devices": 1,
     }  # fmt: skip
-    return Estimate(**(values | changes))
+    return MemoryEstimate(**(values | changes))
 
 
 def config_of(name: str) -> LlamaConfig:
@@ -120,7 +119,7 @@ def test_each_remedy_can_be_typed_and_takes_what_it_says(words: str, names: set[
     fixed = "data.micro_batch_tokens=4096 model.gradient_checkpointing=false"
     fixed += f" trainer.accelerator=gpu trainer.precision=bf16-mixed {words}"
 
-    def total(more: str) -> Estimate:
+    def total(more: str) -> MemoryEstimate:
         config = typed(*fixed.split(), *more.split())
         return estimate_of(config, config_of("8B"), device_bytes=80 * GIB, kind="cuda")
 
@@ -233,7 +232,7 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     assert (parts["weights"], parts["optimizer"]) == (298496, 596992)
     assert "GiB: " in capsys.readouterr().out
     # As if it were a GPU with less than that; nothing is loaded then.
-    monkeypatch.setattr(preflight, "device_kind", lambda config: "cuda")
+    monkeypatch.setattr("dpo_lightning.memory.estimate.device_kind", lambda config: "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

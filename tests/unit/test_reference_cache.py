@@ -12,7 +12,7 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.reference.cache import ReferenceCache, response_key
-from dpo_lightning.reference.fill import CachedReference
+from dpo_lightning.reference.kinds import CachedReference
 from tests.support.reference_caches import (
     FACTS,
     GROUPS,
@@ -36,7 +36,7 @@ from tests.support.waiting import until
 
 
 def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch):
-    from dpo_lightning.run.session import reference_facts
+    from dpo_lightning.run.identity import reference_facts
 
     given = {
         "weights": "w", "dtype": "float32", "precision": "32-true", "device": "cpu",
@@ -49,7 +49,7 @@ def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch
     paths = [path(), *(path(**{name: "another"}) for name in given)]
     for module in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dpo_lightning.run.session.{module}.__version__", "0.0")
+            patch.setattr(f"dpo_lightning.run.identity.{module}.__version__", "0.0")
             paths.append(path())
     assert len(set(paths)) == 1 + len(given) + 2
     assert path() == paths[0]

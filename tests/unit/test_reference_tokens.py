@@ -11,12 +11,8 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.reference.cache import ReferenceCache
-from dpo_lightning.reference.fill import (
-    CachedReference,
-    LiveReference,
-    NoReference,
-    with_reference_logps,
-)
+from dpo_lightning.reference.fill import with_reference_logps
+from dpo_lightning.reference.kinds import CachedReference, LiveReference, NoReference
 from tests.support.batches import make_groups
 from tests.support.models import make_model
 from tests.support.reference_caches import (

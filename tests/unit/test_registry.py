@@ -11,14 +11,12 @@ from typing import Annotated
 import pytest
 import yaml
 
+from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses, merged_options
 from dpo_lightning.objectives.registry import (
     DIVERGENCES,
     LISTWISE_LOSSES,
     PAIRWISE_LOSSES,
-    ObjectiveSettings,
     Option,
-    known_losses,
-    merged_options,
     register_loss,
 )
 from dpo_lightning.settings.loss_group import objective_settings

@@ -14,8 +14,8 @@ from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.evaluation.answers import Answering, choose_prompts, evaluate_samples
 from dpo_lightning.evaluation.sampling import answer_prompts, end_ids, sampled_divergences
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.models.source import Models
-from dpo_lightning.reference.fill import NoReference
+from dpo_lightning.reference.kinds import NoReference
+from dpo_lightning.reference.pair import Models
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dpo_lightning.models.attention import GROUP_ATTENTION, group_attention
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.comparison import compare_responses
-from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.batches import batch_of, gradients, make_groups, relative
 from tests.support.models import FAMILIES, PADDED_ONLY, VOCABULARY, make_model
 

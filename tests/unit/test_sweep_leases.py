@@ -8,7 +8,7 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.places import leases
-from dpo_lightning.sweeps.places.leases import DevicePool, device_kind, make_pool, visible_gpus
+from dpo_lightning.sweeps.places.leases import DevicePool, kind_of_trial, make_pool, visible_gpus
 
 
 def test_a_lease_is_exclusive_until_it_is_given_back():
@@ -64,7 +64,7 @@ def test_a_trial_sees_its_gpus_and_its_share_of_the_cores(monkeypatch):
     ],
 )
 def test_the_accelerator_says_what_kind_of_device(accelerator, gpus, kind):
-    assert device_kind(accelerator, gpus) == kind
+    assert kind_of_trial(accelerator, gpus) == kind
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
-from dpo_lightning.sweeps.report.read import Trial, number, override_key, override_value, read_sweep
+from dpo_lightning.sweeps.report.read import (
+    TrialResult,
+    number,
+    override_key,
+    override_value,
+    read_sweep,
+)
 from dpo_lightning.sweeps.report.text import code_block, cut, escape_markdown, own_words, range_text
 from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.sweep_folders import scored, scored_metrics, write_trial
@@ -22,7 +28,7 @@ def change(path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def only(sweep) -> Trial:
+def only(sweep) -> TrialResult:
     [trial] = read_sweep(sweep).trials
     return trial
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps.places.leases import Kind
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.trials import Plan, Trial
 
 
@@ -119,7 +119,7 @@ class Site(Protocol):
     def check_trials(self, demands: Sequence[Demand]) -> None:
         """Raises a ``UserError`` if a trial never fits, or nothing can be started here."""
 
-    def kind(self, accelerator: str) -> Kind:
+    def kind(self, accelerator: str) -> DeviceKind:
         """The kind of device that ``trainer.accelerator`` means there."""
 
     def open(self, work: Work) -> AbstractContextManager[Place]:

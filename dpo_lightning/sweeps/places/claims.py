@@ -18,8 +18,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from dpo_lightning.files import write_json
 from dpo_lightning.processes.groups import group_lives
-from dpo_lightning.results import write_json
 from dpo_lightning.sweeps.trials import read_json
 
 _ORDER = ".order.json"

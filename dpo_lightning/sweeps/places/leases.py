@@ -9,11 +9,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dpo_lightning.errors import UserError
-
-Kind = Literal["cuda", "mps", "cpu"]
+from dpo_lightning.settings.names import DeviceKind
 
 # More processes on one CPU's memory than this only wait for it; each gets more threads instead.
 _MOST_CPU_SLOTS = 4
@@ -30,7 +29,7 @@ class Lease:
         devices: Their names: of CUDA devices what CUDA_VISIBLE_DEVICES takes, else numbers.
     """
 
-    kind: Kind
+    kind: DeviceKind
     devices: tuple[str, ...]
 
     @property
@@ -47,8 +46,8 @@ class DevicePool:
         devices: Their names.
     """
 
-    def __init__(self, kind: Kind, devices: Sequence[str]) -> None:
-        self.kind: Kind = kind
+    def __init__(self, kind: DeviceKind, devices: Sequence[str]) -> None:
+        self.kind: DeviceKind = kind
         self.devices = tuple(devices)
         self._free = list(devices)
 
@@ -81,7 +80,7 @@ class DevicePool:
         return {"CUDA_VISIBLE_DEVICES": visible, **limits}
 
 
-def device_kind(accelerator: str, gpus: Sequence[str]) -> Kind:
+def kind_of_trial(accelerator: str, gpus: Sequence[str]) -> DeviceKind:
     """The kind of device that ``trainer.accelerator`` means on this machine."""
     if accelerator in ("cpu", "mps"):
         return "cpu" if accelerator == "cpu" else "mps"
@@ -90,7 +89,7 @@ def device_kind(accelerator: str, gpus: Sequence[str]) -> Kind:
     return "cuda"
 
 
-def make_pool(kind: Kind, wanted: Any, gpus: Sequence[str]) -> DevicePool:
+def make_pool(kind: DeviceKind, wanted: Any, gpus: Sequence[str]) -> DevicePool:
     """The devices that ``hydra.launcher.devices`` names.
 
     Args:

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.processes.groups import clear_group, signal_group, trial_command
+from dpo_lightning.processes.groups import clear_group, signal_group
 from dpo_lightning.processes.lifeline import LIFELINE
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.places.base import Attempt, Demand, Ending, Place, Work, check_counts
 from dpo_lightning.sweeps.places.claims import Taken, stop_other
 from dpo_lightning.sweeps.places.leases import (
     DevicePool,
-    Kind,
     Lease,
-    device_kind,
+    kind_of_trial,
     make_pool,
     visible_gpus,
 )
-from dpo_lightning.sweeps.trials import LOG_FILE, Trial
+from dpo_lightning.sweeps.trials import LOG_FILE, Trial, trial_command
 
 # Below a trial's folder: locked by its process, so that the lock goes with it and not before.
 _LOCK_FILE = ".process.lock"
@@ -79,7 +79,7 @@ class LocalSite:
         Raises:
             UserError: If one would never fit.
         """
-        widths: dict[Kind, int] = {}
+        widths: dict[DeviceKind, int] = {}
         for demand in demands:
             if demand.nodes > 1:
                 raise UserError(
@@ -90,14 +90,14 @@ class LocalSite:
             widths[kind] = max(widths.get(kind, 0), demand.width)
         _make_pools(widths, self.devices, self._gpus)
 
-    def kind(self, accelerator: str) -> Kind:
+    def kind(self, accelerator: str) -> DeviceKind:
         """The kind of device that ``trainer.accelerator`` means on this machine."""
-        return device_kind(accelerator, self._gpus)
+        return kind_of_trial(accelerator, self._gpus)
 
     @contextmanager
     def open(self, work: Work) -> Iterator[Place]:
         """Leases devices until the sweep has ended."""
-        widths: dict[Kind, int] = {}
+        widths: dict[DeviceKind, int] = {}
         for plan in work.plans:
             widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
         pools = _make_pools(widths, self.devices, self._gpus)
@@ -106,10 +106,10 @@ class LocalSite:
 
 
 def _make_pools(
-    widths: Mapping[Kind, int], devices: Any, gpus: Sequence[str]
-) -> dict[Kind, DevicePool]:
+    widths: Mapping[DeviceKind, int], devices: Any, gpus: Sequence[str]
+) -> dict[DeviceKind, DevicePool]:
     """A pool for each kind of device, as wide as the widest trial of the kind at least."""
-    pools: dict[Kind, DevicePool] = {}
+    pools: dict[DeviceKind, DevicePool] = {}
     for kind, width in widths.items():
         pools[kind] = make_pool(kind, devices, gpus)
         there = len(pools[kind].devices)
@@ -123,7 +123,7 @@ def _make_pools(
 
 @contextmanager
 def open_local(
-    pools: Mapping[Kind, DevicePool], script: Path, environment: Mapping[str, str]
+    pools: Mapping[DeviceKind, DevicePool], script: Path, environment: Mapping[str, str]
 ) -> Iterator[LocalProcesses]:
     """A place on this machine, with the pipe by which trials know that it is there.
 
@@ -154,7 +154,7 @@ class LocalProcesses:
 
     def __init__(
         self,
-        pools: Mapping[Kind, DevicePool],
+        pools: Mapping[DeviceKind, DevicePool],
         script: Path,
         environment: Mapping[str, str],
         lifeline: int,

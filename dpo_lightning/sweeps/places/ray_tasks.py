@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.places.base import (
     Attempt,
     Demand,
@@ -29,7 +30,6 @@ from dpo_lightning.sweeps.places.base import (
     require_extra,
 )
 from dpo_lightning.sweeps.places.claims import ClaimReader, give_order, withdraw_order
-from dpo_lightning.sweeps.places.leases import Kind
 from dpo_lightning.sweeps.places.runner import make_order, run_order
 from dpo_lightning.sweeps.trials import Plan, Trial
 
@@ -93,7 +93,7 @@ class RaySite:
                 )
         require_extra("ray", "ray", "hydra/launcher=ray")
 
-    def kind(self, accelerator: str) -> Kind:
+    def kind(self, accelerator: str) -> DeviceKind:
         """GPUs, unless the trial says that it wants none."""
         return "cpu" if accelerator == "cpu" else "cuda"
 

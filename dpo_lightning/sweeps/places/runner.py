@@ -17,20 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_lightning.processes.groups import (
-    clear_group,
-    group_lives,
-    kill_group,
-    signal_group,
-    trial_command,
-)
+from dpo_lightning.files import RESULT_FILE
+from dpo_lightning.processes.groups import clear_group, group_lives, kill_group, signal_group
 from dpo_lightning.processes.lifeline import DIE_WITH_PARENT, LIFELINE
-from dpo_lightning.results import RESULT_FILE
 from dpo_lightning.settings.credentials import is_secret
 from dpo_lightning.sweeps.places.base import Work
 from dpo_lightning.sweeps.places.claims import CHECK_SECONDS, Claim, Taken
 from dpo_lightning.sweeps.places.leases import THREAD_LIMITS
-from dpo_lightning.sweeps.trials import LOG_FILE, Trial
+from dpo_lightning.sweeps.trials import LOG_FILE, Trial, trial_command
 
 _POLL_SECONDS = 0.2
 # Less than SLURM leaves between SIGTERM and SIGKILL, and less than a take-over waits.

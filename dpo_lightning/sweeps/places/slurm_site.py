@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.places.base import (
     Demand,
     Place,
@@ -17,7 +18,6 @@ from dpo_lightning.sweeps.places.base import (
     check_texts,
     require_extra,
 )
-from dpo_lightning.sweeps.places.leases import Kind
 from dpo_lightning.sweeps.places.slurm_jobs import SOURCE, JobTerms, SlurmJobs
 from dpo_lightning.sweeps.trials import Plan
 
@@ -169,7 +169,7 @@ class SlurmSite:
                 "out with hydra.launcher.cluster=local"
             )
 
-    def kind(self, accelerator: str) -> Kind:
+    def kind(self, accelerator: str) -> DeviceKind:
         """GPUs, unless the trial says that it wants none."""
         return "cpu" if accelerator == "cpu" else "cuda"
 

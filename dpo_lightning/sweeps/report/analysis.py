@@ -21,7 +21,7 @@ from dpo_lightning.sweeps.report.pooling import (
     item_values,
     pool,
 )
-from dpo_lightning.sweeps.report.read import Sweep, Trial, as_rows, number, override_key
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows, number, override_key
 from dpo_lightning.sweeps.report.statistics import Choice, Estimate, PairedTest, choose, paired_test
 from dpo_lightning.sweeps.report.text import number_text
 
@@ -30,7 +30,7 @@ _SHAPES_ONLY = ("data.batch_size", "data.micro_batch_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class BestTwo:
     """The best two configurations, compared item by item or seed by seed.
 
     Attributes:
@@ -68,7 +68,7 @@ class Analysis:
     configurations: tuple[Configuration, ...]
     pick: Configuration | None
     reason: str
-    comparison: Comparison | None
+    comparison: BestTwo | None
     optimum: tuple[tuple[float, float, float | None], ...]
     reference_value: float | None
 
@@ -170,7 +170,7 @@ def _others(count: int) -> str:
 
 def _compare(
     first: tuple[Configuration, Estimate], second: tuple[Configuration, Estimate], metric: str
-) -> Comparison:
+) -> BestTwo:
     one, other = first[0], second[0]
     gap = first[1].mean - second[1].mean
     names = f"{one.label} against {other.label}"
@@ -181,7 +181,7 @@ def _compare(
             why = "both values are exact for their trials, and with fewer than two seeds in common"
             why += " there is nothing to test"
         text = f"{names}: a difference of {number_text(gap)} in {METRICS[metric]}; {why}."
-        return Comparison(one, other, None, None, text)
+        return BestTwo(one, other, None, None, text)
     test = paired_test(differences)
     text = (
         f"{names}, paired over {test.count} {unit}: a difference of "
@@ -194,7 +194,7 @@ def _compare(
         text += f" (with {test.count} {unit} no p could be below {smallest:g})"
     elif test.p > 0.05:
         text += ", so the order of the two may be chance"
-    return Comparison(one, other, unit, test, text + ".")
+    return BestTwo(one, other, unit, test, text + ".")
 
 
 def _p_text(p: float) -> str:
@@ -238,7 +238,7 @@ def _by_seed(configuration: Configuration, metric: str) -> Mapping[int, float]:
     }
 
 
-def _optimum(trials: Sequence[Trial]) -> tuple[tuple[float, float, float | None], ...]:
+def _optimum(trials: Sequence[TrialResult]) -> tuple[tuple[float, float, float | None], ...]:
     for trial in trials:
         points = []
         for row in as_rows(trial.evaluation.get("optimum")):
@@ -250,7 +250,7 @@ def _optimum(trials: Sequence[Trial]) -> tuple[tuple[float, float, float | None]
     return ()
 
 
-def _reference_value(trials: Sequence[Trial], metric: str | None) -> float | None:
+def _reference_value(trials: Sequence[TrialResult], metric: str | None) -> float | None:
     if metric == WIN_RATE and trials:
         return 0.5  # against itself
     name = {REWARD: "controlled/reference_reward", SCORE: "samples/reference_score"}.get(

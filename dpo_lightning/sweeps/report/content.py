@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
-from dpo_lightning.sweeps.report.read import Sweep, Trial, as_rows
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
 from dpo_lightning.sweeps.report.statistics import Estimate
 from dpo_lightning.sweeps.report.text import (
     MISSING,
@@ -69,7 +69,7 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ReportContent:
     """All texts of a report.
 
     Attributes:
@@ -103,7 +103,7 @@ class Content:
     versions: str
 
 
-def make_content(sweep: Sweep, analysis: Analysis) -> Content:
+def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
     """Puts a sweep and what was found into words.
 
     Args:
@@ -113,7 +113,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> Content:
     pick = analysis.pick
     counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]
     columns, cells = _columns(analysis)
-    return Content(
+    return ReportContent(
         title=clean(sweep.folder.resolve().name),
         counts=f"{len(sweep.trials)} trials: {', '.join(counts)}",
         pick=None if pick is None else pick.label,
@@ -217,7 +217,7 @@ def _answers(analysis: Analysis) -> Answers | None:
     return Answers(tuple(heads), tuple(rows[:_MOST_PROMPTS])) if rows else None
 
 
-def _texts(trial: Trial) -> dict[str, tuple[str, str, str]]:
+def _texts(trial: TrialResult) -> dict[str, tuple[str, str, str]]:
     """From each prompt to the preferred answer, the reference's and the policy's."""
     found: dict[str, tuple[str, str, str]] = {}
     for kind, own in (("answers", "after"), ("samples", "policy")):
@@ -290,7 +290,7 @@ def _method(analysis: Analysis) -> list[str]:
     return said
 
 
-def _versions(trials: Sequence[Trial]) -> str:
+def _versions(trials: Sequence[TrialResult]) -> str:
     found = {
         tuple(sorted((name, str(version)) for name, version in trial.section("versions").items()))
         for trial in trials
@@ -364,7 +364,7 @@ def _comparison(analysis: Analysis) -> dict[str, Any] | None:
     }
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _trial(trial: TrialResult) -> dict[str, Any]:
     metrics: Mapping[str, Any] = trial.section("metrics")
     return {
         "name": trial.name,

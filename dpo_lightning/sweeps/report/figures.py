@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
-from dpo_lightning.sweeps.report.read import Trial
+from dpo_lightning.sweeps.report.read import TrialResult
 
 _STYLE: Any = {
     "font.size": 10,
@@ -256,7 +256,9 @@ def _curves(
         return _svg(figure)
 
 
-def _curve(axes: Axes, trial: Trial, line: str, points: str, *, colour: Any, label: str) -> None:
+def _curve(
+    axes: Axes, trial: TrialResult, line: str, points: str, *, colour: Any, label: str
+) -> None:
     steps, values = trial.series(line)
     if steps:
         every = max(1, len(steps) // _MOST_PLACES)

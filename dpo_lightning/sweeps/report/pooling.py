@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps.report.read import Trial, as_rows, is_hydra_word, number, override_key
+from dpo_lightning.sweeps.report.read import (
+    TrialResult,
+    as_rows,
+    is_hydra_word,
+    number,
+    override_key,
+)
 from dpo_lightning.sweeps.report.statistics import Estimate, moved, over_items, over_seeds, single
 from dpo_lightning.sweeps.report.text import label_of
 
@@ -52,7 +58,7 @@ class Configuration:
 
     label: str
     settings: tuple[str, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialResult, ...]
     unfinished: int
     value: Estimate | None
     kl: Estimate | None
@@ -92,7 +98,7 @@ class Configuration:
         return math.fsum(known) / len(known) if known else None
 
 
-def choose_metric(trials: Sequence[Trial], wanted: str | None) -> str | None:
+def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | None:
     """What to rank by: what is wanted, else the first metric that every trial has.
 
     Raises:
@@ -114,7 +120,7 @@ def choose_metric(trials: Sequence[Trial], wanted: str | None) -> str | None:
     return max(_BY_DEFAULT, key=counts.__getitem__)
 
 
-def choose_kl(trials: Sequence[Trial], *, exact: bool) -> str | None:
+def choose_kl(trials: Sequence[TrialResult], *, exact: bool) -> str | None:
     """Where the KL to the reference comes from: the exact one for an exact metric."""
     order = (EXACT_KL, SAMPLED_KL) if exact else (SAMPLED_KL, EXACT_KL)
     counts = {name: sum(t.metric(name) is not None for t in trials) for name in order}
@@ -122,7 +128,9 @@ def choose_kl(trials: Sequence[Trial], *, exact: bool) -> str | None:
     return best if counts[best] else None
 
 
-def pool(trials: Iterable[Trial], metric: str | None, kl_metric: str | None) -> list[Configuration]:
+def pool(
+    trials: Iterable[TrialResult], metric: str | None, kl_metric: str | None
+) -> list[Configuration]:
     """The configurations of all trials, in the order of each one's first trial.
 
     Args:
@@ -130,7 +138,7 @@ def pool(trials: Iterable[Trial], metric: str | None, kl_metric: str | None) -> 
         metric: What to rank by.
         kl_metric: Where the KL comes from.
     """
-    groups: defaultdict[frozenset[str], list[Trial]] = defaultdict(list)
+    groups: defaultdict[frozenset[str], list[TrialResult]] = defaultdict(list)
     for trial in trials:
         # The settings that were not swept count too: a folder may hold those of two commands.
         groups[frozenset(trial.settings) | _words(trial)].append(trial)
@@ -158,7 +166,7 @@ def pool(trials: Iterable[Trial], metric: str | None, kl_metric: str | None) -> 
     return found
 
 
-def _words(trial: Trial) -> frozenset[str]:
+def _words(trial: TrialResult) -> frozenset[str]:
     """The settings of the command line, without the seed and what only says where to run."""
     try:
         words = shlex.split(trial.command or "")
@@ -174,7 +182,7 @@ def _words(trial: Trial) -> frozenset[str]:
     )
 
 
-def _estimate(trials: Sequence[Trial], metric: str | None) -> Estimate | None:
+def _estimate(trials: Sequence[TrialResult], metric: str | None) -> Estimate | None:
     """Mean of a metric over seeds; its error from items, else from the seeds, else as reported."""
     if metric is None:
         return None
@@ -199,7 +207,7 @@ def _estimate(trials: Sequence[Trial], metric: str | None) -> Estimate | None:
     return spread if spread.stderr >= within else single(spread.mean, within)
 
 
-def item_values(trials: Sequence[Trial], metric: str) -> NDArray[np.float64] | None:
+def item_values(trials: Sequence[TrialResult], metric: str) -> NDArray[np.float64] | None:
     """The metric per item, a row for each trial; None where trials do not share their items.
 
     Items that any of the trials could not evaluate are left out.
@@ -212,7 +220,7 @@ def item_values(trials: Sequence[Trial], metric: str) -> NDArray[np.float64] | N
     return array if array.shape[1] > 1 else None
 
 
-def _items(trial: Trial, metric: str) -> list[float]:
+def _items(trial: TrialResult, metric: str) -> list[float]:
     if metric == ACCURACY:
         found = trial.evaluation.get("accuracies")
         return [_or_nan(value) for value in found] if isinstance(found, list) else []

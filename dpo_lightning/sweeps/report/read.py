@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.results import RESULT_FILE
+from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -30,7 +30,7 @@ _LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class TrialResult:
     """One trial, as its files tell.
 
     Attributes:
@@ -137,11 +137,11 @@ class Sweep:
     """
 
     folder: Path
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialResult, ...]
     notes: tuple[str, ...]
 
     @property
-    def finished(self) -> tuple[Trial, ...]:
+    def finished(self) -> tuple[TrialResult, ...]:
         """The trials that ran to their end."""
         return tuple(trial for trial in self.trials if trial.finished)
 
@@ -183,7 +183,7 @@ def read_sweep(folder: Path) -> Sweep:
 _TRIAL_MARKS = (TRIAL_FILE, RESULT_FILE)
 
 
-def _read_trial(folder: Path, notes: list[str]) -> Trial:
+def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
     about = _read_object(folder / TRIAL_FILE, notes)
     result = _read_object(folder / RESULT_FILE, notes)
     overrides = about.get("overrides")
@@ -194,7 +194,7 @@ def _read_trial(folder: Path, notes: list[str]) -> Trial:
     if not isinstance(log, str):
         log = _OTHER_LOG if (folder / _OTHER_LOG).is_file() else None
     name = about.get("name")
-    return Trial(
+    return TrialResult(
         name=name if isinstance(name, str) and name else folder.name,
         folder=folder.name,
         overrides=tuple(str(line) for line in overrides),
@@ -280,7 +280,7 @@ def _damaged(path: Path) -> str:
     return f"{folder}/{inside} is damaged and was left out"
 
 
-def _without_common(trials: Sequence[Trial], unsorted: Sequence[bool]) -> list[Trial]:
+def _without_common(trials: Sequence[TrialResult], unsorted: Sequence[bool]) -> list[TrialResult]:
     """Takes from what Hydra wrote the settings that all trials share: they were not swept."""
     lists = [t.overrides for t, mixed in zip(trials, unsorted, strict=True) if mixed]
     common = set(lists[0]).intersection(*lists) if len(lists) > 1 else set()
@@ -292,7 +292,7 @@ def _without_common(trials: Sequence[Trial], unsorted: Sequence[bool]) -> list[T
     ]
 
 
-def _swept_order(trial: Trial, keys: Iterable[str]) -> list[tuple[int, float, str]]:
+def _swept_order(trial: TrialResult, keys: Iterable[str]) -> list[tuple[int, float, str]]:
     values = {override_key(line): override_value(line) for line in trial.overrides}
     order = []
     for key in keys:

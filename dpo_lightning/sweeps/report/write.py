@@ -18,8 +18,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import write_whole
-from dpo_lightning.results import write_json
+from dpo_lightning.files import write_json, write_whole
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
 from dpo_lightning.sweeps.report.figures import frontier, learning_curves, logratios

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import CorruptArtifactError
-from dpo_lightning.files import sync_folder
-from dpo_lightning.results import finite, write_json
+from dpo_lightning.files import finite, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,154 @@
+"""An objective in plain values: its losses, their options, what fits together. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dpo_lightning.objectives.registry import (
+    LISTWISE_LOSSES,
+    PAIRWISE_LOSSES,
+    Option,
+    PairwiseLoss,
+    Value,
+)
+
+
+def known_losses() -> tuple[str, ...]:
+    """Names of all losses."""
+    import dpo_lightning.objectives.losses  # noqa: F401  (registers the package's own)
+
+    return (*PAIRWISE_LOSSES, *LISTWISE_LOSSES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveSettings:
+    """An objective in plain values: one loss or a weighted sum, and what is composed over it.
+
+    Attributes:
+        terms: Weight of each loss.
+        options: Options of the losses; each takes those that are its own.
+        f_divergence: A name of `DIVERGENCES`.
+        f_alpha: Order of the alpha divergence.
+        ld_alpha: Weight of the tokens beyond the shorter response of a pair; 1 is all of it.
+        wpo: Whether pairs are weighted by how likely the policy is to write them.
+        rpo_alpha: Weight of an added negative log-likelihood per token of the chosen response.
+    """
+
+    terms: Mapping[str, float]
+    options: Mapping[str, Value] = field(default_factory=dict)
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    ld_alpha: float = 1.0
+    wpo: bool = False
+    rpo_alpha: float = 0.0
+
+    @property
+    def pairwise(self) -> dict[str, PairwiseLoss]:
+        """The terms that are losses on pairs."""
+        known_losses()
+        return {name: PAIRWISE_LOSSES[name] for name in self.terms if name in PAIRWISE_LOSSES}
+
+    @property
+    def listwise(self) -> list[str]:
+        """The terms that are losses on a whole group."""
+        return [name for name in self.terms if name in LISTWISE_LOSSES]
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any term compares with a reference."""
+        return bool(self.listwise) or any(loss.uses_reference for loss in self.pairwise.values())
+
+    @property
+    def needs_reference(self) -> list[str]:
+        """The terms that have no meaning without one."""
+        return [name for name, loss in self.pairwise.items() if loss.needs_reference]
+
+    @property
+    def couples(self) -> list[str]:
+        """The terms that need the whole step at once."""
+        return [name for name, loss in self.pairwise.items() if loss.couples]
+
+    @property
+    def desensitises(self) -> bool:
+        """Whether log-probabilities of single tokens are needed."""
+        return self.ld_alpha != 1.0
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether single tokens are looked at."""
+        return self.desensitises or self.wpo
+
+    def own_options(self, name: str) -> dict[str, Value]:
+        """The options that a loss takes."""
+        return {key: self.options.get(key, d) for key, d in PAIRWISE_LOSSES[name].options.items()}
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together, one clause each; options by their bare names."""
+        known = known_losses()
+        for name, weight in self.terms.items():
+            if name not in known:
+                yield f"terms.{name}: no such loss, there are {', '.join(known)}"
+            if not (math.isfinite(weight) and weight >= 0):
+                yield f"terms.{name}={weight}: needs a finite weight of at least 0"
+        if not self.terms:
+            yield "terms: needs at least one loss"
+        shown = ",".join(self.terms)
+        for option, value in self.options.items():
+            entries = [e.schema[option] for e in self.pairwise.values() if option in e.schema]
+            if not entries:
+                own = self._own()
+                yield f"{option}={_shown(value)}: loss={shown} has no such option{own}"
+            for entry in entries:
+                if not entry.accepts(value):
+                    yield f"{option}={_shown(value)}: loss={shown} needs {entry.expected()}"
+        pairs = ", ".join(n for n, e in self.pairwise.items() if e.uses_rejected)
+        if self.f_divergence != "reverse_kl":
+            for name in self.terms:
+                loss = self.pairwise.get(name)
+                if loss is None or (loss.uses_rejected and not loss.on_margin):
+                    yield (
+                        f"f_divergence={self.f_divergence}: loss={name} is no function of the "
+                        "margin of two responses, so the normaliser of another divergence would "
+                        f"not cancel in it; losses that are: {_names(lambda e: e.on_margin)}"
+                    )
+            if not self.uses_reference:
+                yield f"f_divergence={self.f_divergence}: loss={shown} uses no reference"
+        for key, value, on in (
+            ("ld_alpha", self.ld_alpha, self.desensitises),
+            ("wpo", self.wpo, self.wpo),
+        ):
+            if on and (self.listwise or not pairs):
+                yield (
+                    f"{key}={_shown(value)} is about the two responses of a pair, which "
+                    f"loss={shown} does not compare"
+                )
+            elif on and self.couples and key == "wpo":
+                yield (
+                    f"{key}={_shown(value)} weighs single pairs, and loss="
+                    f"{','.join(self.couples)} has one loss for all pairs of a batch"
+                )
+
+    def _own(self) -> str:
+        own = [key for loss in self.pairwise.values() for key in loss.schema]
+        return f"; it has {', '.join(own)}" if own else ""
+
+
+def _names(which: Callable[[PairwiseLoss], bool]) -> str:
+    return ", ".join(name for name, loss in PAIRWISE_LOSSES.items() if which(loss))
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def merged_options(losses: Iterable[PairwiseLoss]) -> dict[str, Option]:
+    """All options of some losses, each with the first one's default; bounds are the loss's own."""
+    merged: dict[str, Option] = {}
+    for loss in losses:
+        for name, option in loss.schema.items():
+            merged.setdefault(name, option)
+    return merged

@@ -1,0 +1,57 @@
+"""What is between a command and whoever typed it: its errors as lines, its end as an exit code."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from dpo_lightning.errors import DpoLightningError
+from dpo_lightning.processes.lifeline import watch_lifeline
+from dpo_lightning.settings.compose import ready_hydra
+from dpo_lightning.settings.credentials import redact
+from dpo_lightning.tracking.terminal import outlive_terminal
+
+# Exit codes of a run that a signal ended.
+STOPPED = (130, 143)
+# PEFT imports these where they are installed; they tell of kernels that nobody asked for.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Runs a command that composes settings; what goes wrong becomes a line and an exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    watch_lifeline()
+    outlive_terminal()
+    with ready_hydra():
+        try:
+            return command(argv)
+        except DpoLightningError as error:
+            return report(error)
+        except KeyboardInterrupt:
+            return STOPPED[0]
+        except SystemExit as stop:
+            return exit_code(stop)
+        except Exception:
+            show_traceback()
+            return 1
+
+
+def report(error: DpoLightningError, prefix: str = "") -> int:
+    """Prints an error of the user's in one line; returns its exit code."""
+    print(redact(f"error: {prefix}{' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def show_traceback() -> None:
+    """Prints the traceback of what is handled just now."""
+    print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+
+
+def exit_code(stop: SystemExit) -> int:
+    """The code that an exit means."""
+    if stop.code is None:
+        return 0
+    return stop.code if isinstance(stop.code, int) else 1

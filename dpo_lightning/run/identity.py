@@ -1,0 +1,91 @@
+"""What a run is: hashes of what decides its numbers, and what a checkpoint must agree with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+from dpo_lightning.errors import (
+    UserError,
+)
+from dpo_lightning.settings.fingerprint import hashed_settings
+from dpo_lightning.settings.loss_group import own_loss_settings
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.checkpoints.files import changed_settings
+
+log = logging.getLogger(__name__)
+
+
+def reference_facts(
+    *, weights: str, dtype: str, precision: str, device: str, kernel: str
+) -> dict[str, str]:
+    """What a reference's log-probabilities depend on beside the token ids.
+
+    Args:
+        weights: Hash of its weights.
+        dtype: In which they are loaded.
+        precision: In which it is computed.
+        device: The kind of device.
+        kernel: How a micro-batch is scored.
+    """
+    return {
+        "weights": weights,
+        "dtype": dtype,
+        "precision": precision,
+        "device": device,
+        "kernel": kernel,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def allowed_changes(
+    config: Config, saved: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """What differs between a checkpoint's experiment and this one, where that is allowed.
+
+    Raises:
+        UserError: Where it is not, naming the first thing that differs.
+    """
+    changed = changed_settings(saved, identity)
+    if changed and not config.resume_changed:
+        key, values = next(iter(changed.items()))
+        raise UserError(
+            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
+            f"{key}={values['to']}; resume with the same, start a new run, or say "
+            "resume_changed=true"
+        )
+    for key, values in changed.items():
+        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
+    return changed
+
+
+def config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
+    """A hash of what decides a run's numbers, with those of its data and weights."""
+    text = json.dumps([hashed_settings(resolved), hashes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_of(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint to resume from must agree with."""
+    peft = asdict(config.peft)
+    # Of a stored adapter the content counts, which is in the hash of the weights.
+    for name in ("adapter", "revision", "merge"):
+        del peft[name]
+    return {
+        "beta": config.beta,
+        **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
+        "reference.kind": config.reference.kind,
+        **{f"peft.{name}": value for name, value in peft.items()},
+        "seed": config.seed,
+        "data.batch_size": config.data.batch_size,
+        "optimizer.name": config.optimizer.name,
+        "data": hashes["data"],
+        "model": hashes["weights"],
+    }

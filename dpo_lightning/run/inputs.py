@@ -1,0 +1,99 @@
+"""The rows that the settings name, read and judged. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
+from dpo_lightning.plugins import find_scorer
+from dpo_lightning.settings.combinations import is_local_data
+from dpo_lightning.settings.schema import BASE, Config
+
+log = logging.getLogger(__name__)
+
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+_HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRows:
+    """The rows of ``data.train`` and of ``data.eval``, if that is named."""
+
+    train: Rows
+    eval: Rows | None
+
+
+def prefer_cache_without_network(config: Config) -> None:
+    """Where the hub is named but does not answer, uses its local cache at once.
+
+    Left to themselves the hub's libraries try again for half a minute.
+    """
+    models = (
+        config.model.pretrained,
+        config.model.tokenizer,
+        config.model.config,
+        config.reference.pretrained,
+        config.peft.adapter,
+        None if config.reference.adapter == BASE else config.reference.adapter,
+        None if _is_function(config) else config.evaluation.scorer,
+    )
+    data = (config.data.train, config.data.eval)
+    on_hub = [s for s in models if s is not None and not Path(s).exists()]
+    on_hub += [s for s in data if s is not None and not is_local_data(s)]
+    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if not on_hub or through_proxy or "HF_HUB_OFFLINE" in os.environ:
+        return
+    hub = urlparse(os.environ.get("HF_ENDPOINT", _HUB))
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname or "", port), timeout=5).close()
+    except OSError:
+        log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(on_hub))
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _is_function(config: Config) -> bool:
+    scorer = config.evaluation.scorer
+    return scorer is not None and find_scorer(scorer, config.plugins) is not None
+
+
+def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:
+    """Reads the rows that the settings name; None for the controlled task.
+
+    Raises:
+        UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
+    """
+    data = config.data
+    if data.train is None:
+        return None
+
+    def read(source: str, split: str, key: str) -> Rows:
+        return read_rows(
+            source,
+            key=key,
+            format=data.format,
+            columns=data.columns,
+            split=split,
+            subset=data.subset,
+            revision=data.revision,
+        )
+
+    train = read(data.train, data.train_split, "data.train")
+    evaluation = None
+    if data.eval is not None or data.eval_split is not None:
+        evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")
+    sources = [train] if evaluation is None else [train, evaluation]
+    bad = [row for rows in sources for row in rows.bad]
+    total = sum(rows.total for rows in sources)
+    check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
+    if bad and is_rank_zero:
+        write_quarantine(run_dir / QUARANTINE_FILE, bad)
+        log.info("%d bad rows went to %s", len(bad), run_dir / QUARANTINE_FILE)
+    return SourceRows(train=train, eval=evaluation)

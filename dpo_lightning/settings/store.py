@@ -1,0 +1,44 @@
+"""The schema of all settings, and what Hydra is told of it."""
+
+import functools
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning.objectives.objective import known_losses
+from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES
+from dpo_lightning.settings.names import run_name, trial_name
+from dpo_lightning.settings.schema import CONF, FREE_FORM, Config, loss_schema
+
+SCHEMA = "schema"
+"""The name under which ``conf/config.yaml`` lists the schema in its defaults."""
+
+
+def schema() -> DictConfig:
+    """The schema of all settings, shared by all who ask: to be merged into, never changed."""
+    return _schema(known_losses())
+
+
+@functools.cache
+def _schema(losses: tuple[str, ...]) -> DictConfig:
+    node: DictConfig = OmegaConf.structured(Config)
+    node.loss = OmegaConf.structured(loss_schema())
+    for key in FREE_FORM:
+        # Hydra closes the whole tree; these stay open without a `+` before the key.
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    return node
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; called again after plugins were loaded."""
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA, node=schema(), provider="dpo_lightning")
+    defaults = loss_schema()()
+    for name in known_losses():
+        if name not in LISTWISE_LOSSES and not (CONF / "loss" / f"{name}.yaml").exists():
+            # A plugin's: loss=<name> is a choice without a file.
+            own = PAIRWISE_LOSSES[name].options
+            differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
+            store.store(group="loss", name=name, node={"name": name, **differing})
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
