@@ -5,7 +5,11 @@ Importing this package imports nothing heavy: the command line answers before to
 
 import time
 
+from dpo_lightning.moved import find_moved
+
 __version__ = "0.1.0"
 
 STARTED = time.perf_counter()
 """When the program began, for the wall time of the whole process."""
+
+find_moved()

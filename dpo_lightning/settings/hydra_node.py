@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_lightning.moved import name_now
 from dpo_lightning.settings.credentials import refusal, secrets_in
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.names import slug
@@ -23,11 +24,9 @@ _LOGGING = frozenset(
         *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
         *("logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler"),
         *("logging.Formatter", "colorlog.ColoredFormatter"),
-        *(
-            "dpo_lightning.tracking.terminal.TerminalHandler",
-            "dpo_lightning.tracking.terminal.LogFile",
-        ),
         "dpo_lightning.tracking.terminal.HidingFormatter",
+        "dpo_lightning.tracking.terminal.LogFile",
+        "dpo_lightning.tracking.terminal.TerminalHandler",
     }
 )
 _STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
@@ -101,10 +100,15 @@ def _targets(value: Any, key: str, known: frozenset[str]) -> Iterator[str]:
             yield from _targets(item, key, known)
 
 
+def _by_new_name(item: Any) -> Any:
+    """What a file says that was written before the package's modules moved."""
+    return (name_now(item) or item) if isinstance(item, str) else item
+
+
 def _logging(value: Any, key: str) -> Iterator[str]:
     if isinstance(value, dict):
         for name, item in value.items():
-            if name in ("class", "()", "factory") and item not in _LOGGING:
+            if name in ("class", "()", "factory") and _by_new_name(item) not in _LOGGING:
                 yield f"{key}.{name}={shown(item)}: needs one of {', '.join(sorted(_LOGGING))}"
             yield from _logging(item, f"{key}.{name}")
     elif isinstance(value, list):
