@@ -186,6 +186,12 @@ def test_each_room_says_what_comes_in_and_what_goes_out():
             assert " Out: " in said, path
 
 
+def test_the_folders_of_unit_tests_are_rooms():
+    folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/test_*.py")}
+    assert len(folders) > 5
+    assert folders <= rooms()
+
+
 # The tests see what they are about ----------------------------------------------------------------
 
 

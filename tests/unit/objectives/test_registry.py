@@ -22,7 +22,7 @@ from dpo_lightning.objectives.registry import (
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import LossConfig, loss_schema
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BUILT_IN = [
     name
     for name in known_losses()
