@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_lightning.data.greedy import pack_costs
 from dpo_lightning.data.tokens import TokenGroup
 
 # Scores of one attention call that take about as long as starting another call.
@@ -190,17 +191,7 @@ def _share_out(order: Sequence[int], costs: Sequence[int], parts: int) -> list[l
 
 def _micro_batches(share: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
     """Few micro-batches, as even as the budget allows: never more than first-fit needs."""
-    packed: list[list[int]] = []
-    room: list[int] = []
-    for i in share:
-        for place, left in enumerate(room):
-            if costs[i] <= left:
-                packed[place].append(i)
-                room[place] -= costs[i]
-                break
-        else:
-            packed.append([i])
-            room.append(budget - costs[i])
+    packed = pack_costs(share, costs, budget, first_fit=True)
     for count in range(max(1, -(-sum(costs[i] for i in share) // budget)), len(packed) + 1):
         even = _share_out(share, costs, count)
         if all(len(micro) == 1 or sum(costs[i] for i in micro) <= budget for micro in even):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, of_first_rank
@@ -164,17 +165,15 @@ def _parts(
     order: Sequence[int], prompts: Sequence[Ids], answers: Sequence[Ids], vocabulary: int
 ) -> list[list[int]]:
     """Batches of the longest first, as large as the memory for vocabulary scores allows."""
-    parts: list[list[int]] = []
-    widths: list[int] = []
-    for i in order:
-        width = len(prompts[i]) + len(answers[i])
-        if parts and (len(parts[-1]) + 1) * max(widths[-1], width) * vocabulary <= _PASS_SCORES:
-            parts[-1].append(i)
-            widths[-1] = max(widths[-1], width)
-        else:
-            parts.append([i])
-            widths.append(width)
-    return parts
+
+    def width(i: int) -> int:
+        return len(prompts[i]) + len(answers[i])
+
+    def join(load: tuple[int, int], i: int) -> tuple[int, int] | None:
+        count, widest = load[0] + 1, max(load[1], width(i))
+        return (count, widest) if count * widest * vocabulary <= _PASS_SCORES else None
+
+    return pack(order, start=lambda i: (1, width(i)), join=join)
 
 
 def _next_token_logps(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:

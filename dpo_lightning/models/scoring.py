@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan, varlen_fault
 from dpo_lightning.models.head import (
@@ -230,15 +231,13 @@ def _padded_scores(
 
 def _like_widths(rows: list[_Row]) -> list[list[_Row]]:
     """Rows in parts of which padding is a small share, widest first."""
-    parts: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: -row.width):
-        if parts:
-            tokens = sum(other.width for other in parts[-1]) + row.width
-            if parts[-1][0].width * (len(parts[-1]) + 1) <= _PADDING * tokens:
-                parts[-1].append(row)
-                continue
-        parts.append([row])
-    return parts
+
+    def join(load: tuple[int, int, int], row: _Row) -> tuple[int, int, int] | None:
+        widest, count, tokens = load[0], load[1] + 1, load[2] + row.width
+        return (widest, count, tokens) if widest * count <= _PADDING * tokens else None
+
+    widest_first = sorted(rows, key=lambda row: -row.width)
+    return pack(widest_first, start=lambda row: (row.width, 1, row.width), join=join)
 
 
 def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_lightning.data.greedy import pack_costs
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.errors import UserError
@@ -306,15 +307,7 @@ def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
         costs: Tokens of each group.
         budget: Most tokens of a micro-batch, unless it is a single group.
     """
-    parts: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if not parts or costs[i] > room:
-            parts.append([])
-            room = budget
-        parts[-1].append(i)
-        room -= costs[i]
-    return parts
+    return pack_costs(sorted(range(len(costs)), key=lambda i: -costs[i]), costs, budget)
 
 
 def _check_finite(values: npt.NDArray[np.float32], group: TokenGroup) -> None:
