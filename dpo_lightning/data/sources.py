@@ -7,24 +7,16 @@ is a :class:`UserError`; what is inside a single line is not.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_lightning.data.source_names import FILE_SUFFIXES, ROW_SUFFIXES, is_hub_id
 from dpo_lightning.data.texts import describe, list_names, printable
 from dpo_lightning.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-
-# Names with these are files that someone has, not data sets of the hub.
-_OTHER_SUFFIXES = frozenset(
-    {".arrow", ".bz2", ".csv", ".feather", ".gz", ".ndjson", ".pkl", ".pt", ".tar", ".tsv", ".txt"}
-    | {".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst"}
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 1024
 
@@ -91,18 +83,18 @@ def open_source(
         raise UserError(f"{where}: no such file ({reason})") from error
     suffix = path.suffix.lower()
     if not source.strip():
-        raise UserError(f"{where}: empty; name a file ({_any_of(SUFFIXES)}) or a data set")
+        raise UserError(f"{where}: empty; name a file ({_any_of(ROW_SUFFIXES)}) or a data set")
     if not exists:
-        if _HUB_ID.fullmatch(source) and suffix not in {*SUFFIXES, *_OTHER_SUFFIXES}:
+        if is_hub_id(source) and suffix not in FILE_SUFFIXES:
             return _hub(source, split=split, subset=subset, revision=revision, key=key)
         raise UserError(f"{where}: no such file{_hint(path, key)}")
     if path.is_dir():
         inside = _data_files(path)
         hint = f"name a file in it: {list_names(inside)}" if inside else "name a file"
         raise UserError(f"{where}: is a directory; {hint}")
-    if suffix not in SUFFIXES:
+    if suffix not in ROW_SUFFIXES:
         found = f"suffix {suffix}" if suffix else "a name without a suffix"
-        raise UserError(f"{where}: {found}, expected {_any_of(SUFFIXES)}")
+        raise UserError(f"{where}: {found}, expected {_any_of(ROW_SUFFIXES)}")
     notes = [
         f"data.{name}={value} is for data sets of the hub; {where} is a file and does not use it"
         for name, value in (("subset", subset), ("revision", revision))
@@ -261,12 +253,12 @@ def _hint(path: Path, key: str) -> str:
     near = get_close_matches(path.name, _data_files(path.parent), n=1, cutoff=0.8)
     if near:
         return f"; did you mean {printable(str(path.with_name(near[0])))}?"
-    return f"{here}; name a file ({_any_of(SUFFIXES)}) in {key}="
+    return f"{here}; name a file ({_any_of(ROW_SUFFIXES)}) in {key}="
 
 
 def _data_files(folder: Path) -> list[str]:
     try:
-        return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ROW_SUFFIXES)
     except OSError:
         return []
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
+from dpo_lightning.data.source_names import is_local_data
 from dpo_lightning.plugins import find_scorer
-from dpo_lightning.settings.combinations import is_local_data
 from dpo_lightning.settings.schema import BASE, Config
 
 log = logging.getLogger(__name__)

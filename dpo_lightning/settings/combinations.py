@@ -5,61 +5,28 @@ problem. Paths are looked at, nothing is opened; a hub id is only judged by its 
 """
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from dpo_lightning.data.source_names import ROW_SUFFIXES, is_address, is_hub_id, is_local_data
 from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-# Endings of files that people have rows in and that are not read.
-_OTHER_SUFFIXES = (
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".gz",
-    ".zst",
-    ".zip",
-    ".arrow",
-    ".yaml",
-    ".pkl",
-    ".ndjson",
-)
-
 # What families call the layer behind the decoder.
 _HEADS = ("lm_head", "embed_out", "output_layer")
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def is_local_data(source: str) -> bool:
-    """Whether a data source names a file of this machine, and not a hub data set."""
-    suffix = Path(source).suffix.lower()
-    return (
-        source.startswith((".", "/", "~"))
-        or suffix in ROW_SUFFIXES
-        or suffix in _OTHER_SUFFIXES
-        or Path(source).exists()
-    )
-
-
-def _is_address(source: str) -> bool:
-    return "://" in source
 
 
 def _row_file(key: str, source: str | None) -> Iterator[str]:
     if source is None:
         return
     path = Path(source)
-    if _is_address(source):
+    if is_address(source):
         yield f"{key}={source}: addresses are not read; name a file or a data set of the hub"
     elif not is_local_data(source):
-        if not _HUB_ID.fullmatch(source):
+        if not is_hub_id(source):
             yield f"{key}={source}: no such file, and a hub id has the form owner/name"
     elif path.is_dir():
         yield f"{key}={source} is a folder; name a file that ends in {', '.join(ROW_SUFFIXES)}"
@@ -73,7 +40,7 @@ def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Itera
     if source is None:
         return
     path = Path(source)
-    if _is_address(source):
+    if is_address(source):
         yield f"{key}={source}: addresses are not loaded; name a folder or a hub id (owner/name)"
     elif path.is_dir():
         if not any((path / name).is_file() for name in needs):
@@ -81,7 +48,7 @@ def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Itera
     elif path.exists():
         if not (key == "model.config" and path.suffix == ".json"):
             yield f"{key}={source} is a file; name the folder that holds {' or '.join(needs)}"
-    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+    elif source.startswith((".", "/", "~")) or not is_hub_id(source):
         yield (
             f"{key}={source}: no such folder, seen from {Path.cwd()}, "
             "and a hub id has the form owner/name"
@@ -366,7 +333,7 @@ def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
     if config.resume == "auto":
         if not explicit_run_dir:
             yield "resume=auto looks in the run's folder: name that, hydra.run.dir=<folder>"
-    elif _is_address(config.resume):
+    elif is_address(config.resume):
         yield (
             f"resume={config.resume}: addresses are not loaded; name a checkpoint or a run's "
             "folder of this machine"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.settings.combinations import is_local_data
+from dpo_lightning.data.source_names import is_local_data
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.schema import Config
 
