@@ -1,4 +1,4 @@
-"""Which tokenizer, policy and reference an experiment uses, checked before anything is trained."""
+"""Which tokenizer and model the policy starts from, checked before any weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of a trial: its command, and the process group that is ended with it."""
+"""The process group of a trial, and how it is ended with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the log-probabilities of the reference come from: a model in memory, or the cache."""
+"""Gives every group its reference log-probabilities: out of the cache, else computed once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One experiment from its settings to result.json, whatever the outcome.
 
-Rows are read and judged here, before torch is imported; the rest is in ``experiment``.
+Rows are read and judged here, before torch is imported; the rest is in ``session``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The settings of an experiment as closed dataclass schemas, and their registration with Hydra.
+"""The settings of an experiment as closed dataclass schemas.
 
 A default lives here and nowhere else; the files of ``conf/`` state only what differs from it. What
 a single value may be stands beside its default (``_setting``); what values may not be together is
