@@ -93,7 +93,7 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     try:
         graphlib.TopologicalSorter(arrows).prepare()
     except graphlib.CycleError as error:
-        return list(error.args[1])
+        return list(reversed(error.args[1]))
     return []
 
 
@@ -169,7 +169,9 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_the_house_is_not_high():
-    chain = longest_chain(step_arrows())
+    arrows = step_arrows()
+    assert circle(arrows) == []
+    chain = longest_chain(arrows)
     print(f"{len(chain)} floors: {' -> '.join(chain)}")
     assert len(chain) <= MOST_FLOORS, " -> ".join(chain)
 
