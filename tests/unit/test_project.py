@@ -136,6 +136,14 @@ def test_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "dpo_lightning", "beta=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: beta=none: needs a finite number")
+    assert done.stderr.count("\n") == 1
+
+
 def readme_commands(page: str = "README.md") -> list[str]:
     """The lines of the shell blocks of a page that start our program."""
     text = (ROOT / page).read_text()
