@@ -276,6 +276,7 @@ def test_every_loss_says_where_it_is_from_and_what_it_is(name):
     "module",
     [
         "dpo_lightning.objectives.registry",
+        "dpo_lightning.objectives.objective",
         "dpo_lightning.objectives.losses",
         "dpo_lightning.settings.loss_group",
         "dpo_lightning.settings.schema",
@@ -284,7 +285,7 @@ def test_every_loss_says_where_it_is_from_and_what_it_is(name):
 def test_settings_are_checked_without_torch(module):
     code = f"""
 import sys, {module}
-from dpo_lightning.objectives.registry import ObjectiveSettings
+from dpo_lightning.objectives.objective import ObjectiveSettings
 assert not list(ObjectiveSettings(terms={{"sigmoid": 1.0, "softmax": 2.0}}).problems())
 assert list(ObjectiveSettings(terms={{"sigmod": 1.0}}).problems())
 assert "torch" not in sys.modules and "transformers" not in sys.modules
