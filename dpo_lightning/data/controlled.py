@@ -25,7 +25,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -86,6 +86,47 @@ def word_values() -> list[list[float]]:
     return values
 
 
+# Tables of the one task there is, made once in a process.
+
+
+@cache
+def _outcomes() -> tuple[tuple[int, ...], ...]:
+    ids = range(1, len(WORDS) + 1)
+    ended = [(*words, END) for n in range(MAX_TOKENS) for words in product(ids, repeat=n)]
+    return (*ended, *product(ids, repeat=MAX_TOKENS))
+
+
+@cache
+def _rewards() -> Tensor:
+    values = torch.tensor([[0.0, *row] for row in word_values()], dtype=torch.float64)
+    # END is worth nothing, so it serves as padding of the shorter outcomes.
+    padded = [(*y, *(END,) * (MAX_TOKENS - len(y))) for y in _outcomes()]
+    return values[:, torch.tensor(padded)].sum(-1)
+
+
+@cache
+def _lookup() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, step and token of each prediction that makes up an outcome, and which are used.
+
+    Each but the steps (4,) has shape (4681, 4).
+    """
+    base = len(WORDS)
+    rows, tokens, mask = [], [], []
+    for outcome in _outcomes():
+        # The row whose first words are the outcome's; the words behind do not matter.
+        words = [*(t - 1 for t in outcome[: MAX_TOKENS - 1] if t != END), 0, 0, 0]
+        rows.append([(words[0] * base + words[1]) * base + words[2]] * MAX_TOKENS)
+        unused = MAX_TOKENS - len(outcome)
+        tokens.append([*outcome, *(END,) * unused])
+        mask.append([1.0] * len(outcome) + [0.0] * unused)
+    return (
+        torch.tensor(rows),
+        torch.arange(MAX_TOKENS),
+        torch.tensor(tokens),
+        torch.tensor(mask, dtype=torch.float64),
+    )
+
+
 @dataclass(frozen=True)
 class ControlledTask:
     """The task's prompts, outcomes and true rewards. Takes no arguments: there is one such task."""
@@ -95,20 +136,15 @@ class ControlledTask:
         """(8, 3), int64: `</s>` and two words."""
         return torch.tensor([[END, *(WORDS.index(w) + 1 for w in p.split())] for p in PROMPTS])
 
-    @cached_property
+    @property
     def outcomes(self) -> tuple[tuple[int, ...], ...]:
         """The 4681 outcomes' token ids: by number of words, then in the order of the ids."""
-        ids = range(1, len(WORDS) + 1)
-        ended = [(*words, END) for n in range(MAX_TOKENS) for words in product(ids, repeat=n)]
-        return (*ended, *product(ids, repeat=MAX_TOKENS))
+        return _outcomes()
 
-    @cached_property
+    @property
     def rewards(self) -> Tensor:
         """(8, 4681), float64: the true reward of each outcome after each prompt."""
-        values = torch.tensor([[0.0, *row] for row in word_values()], dtype=torch.float64)
-        # END is worth nothing, so it serves as padding of the shorter outcomes.
-        padded = [(*y, *(END,) * (MAX_TOKENS - len(y))) for y in self.outcomes]
-        return values[:, torch.tensor(padded)].sum(-1)
+        return _rewards()
 
     @torch.no_grad()
     def outcome_logps(self, model: Any) -> Tensor:
@@ -125,7 +161,7 @@ class ControlledTask:
             model's own dtype.
         """
         device = next(model.parameters()).device
-        rows, steps, tokens, mask = self._lookup
+        rows, steps, tokens, mask = _lookup()
         beginnings = torch.tensor(list(product(range(1, len(WORDS) + 1), repeat=MAX_TOKENS - 1)))
         logps = []
         for prompt in self.prompt_ids:
@@ -135,28 +171,6 @@ class ControlledTask:
             predictions = logits.cpu().double().log_softmax(-1)
             logps.append((predictions[rows, steps, tokens] * mask).sum(1))
         return torch.stack(logps)
-
-    @cached_property
-    def _lookup(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row, step and token of each prediction that makes up an outcome, and which are used.
-
-        Each but the steps (4,) has shape (4681, 4).
-        """
-        base = len(WORDS)
-        rows, tokens, mask = [], [], []
-        for outcome in self.outcomes:
-            # The row whose first words are the outcome's; the words behind do not matter.
-            words = [*(t - 1 for t in outcome[: MAX_TOKENS - 1] if t != END), 0, 0, 0]
-            rows.append([(words[0] * base + words[1]) * base + words[2]] * MAX_TOKENS)
-            unused = MAX_TOKENS - len(outcome)
-            tokens.append([*outcome, *(END,) * unused])
-            mask.append([1.0] * len(outcome) + [0.0] * unused)
-        return (
-            torch.tensor(rows),
-            torch.arange(MAX_TOKENS),
-            torch.tensor(tokens),
-            torch.tensor(mask, dtype=torch.float64),
-        )
 
     def groups(
         self, n: int, *, seed: int, reference_logps: Tensor, population: bool = False
@@ -260,9 +274,11 @@ class ControlledTask:
     def optimum_at(self, kl: float, reference_logps: Tensor) -> dict[str, float]:
         """The point of the frontier with a given KL divergence, found by bisection."""
         low, high = math.log(1e-4), math.log(1e4)
+        reference = reference_logps.double()
         for _ in range(60):
             middle = (low + high) / 2
-            if self.optimum(reference_logps, beta=math.exp(middle))["kl"] > kl:
+            optimum = optimal_logps(reference, self.rewards, math.exp(middle))
+            if _expectation(optimum, optimum - reference) > kl:
                 low = middle
             else:
                 high = middle

@@ -30,6 +30,11 @@ class ExactCurve(Callback):
         self._reference_logps = reference_logps
         self._scorer = scorer
         self._beta = beta
+        self._last: tuple[int, dict[str, float]] | None = None
+
+    def at(self, step: int) -> dict[str, float] | None:
+        """Report of `ControlledTask` at the last evaluation, if that was after this step."""
+        return dict(self._last[1]) if self._last is not None and self._last[0] == step else None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enumerates all responses."""
@@ -39,6 +44,7 @@ class ExactCurve(Callback):
         with self._scorer.plain(policy) as plain:
             logps = self._task.outcome_logps(plain)
         exact = self._task.report(logps, self._reference_logps, beta=self._beta)
+        self._last = (trainer.global_step, exact)
         names = ("expected_reward", "gain_ratio", "kl_policy_reference", "kl_optimum_policy")
         for logger in pl_module.loggers:
             logger.log_metrics(

@@ -11,6 +11,7 @@ import torch
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, evaluate_samples
+from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.files import write_json
 from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
@@ -33,6 +34,7 @@ def conclude(
     groups: Sequence[TokenGroup],
     answering: Answering,
     answers: Sequence[dict[str, str]],
+    curve: ExactCurve | None,
     device: torch.device,
     run_dir: Path,
     result: dict[str, Any],
@@ -50,6 +52,8 @@ def conclude(
         groups: Whose prompts are answered.
         answering: How.
         answers: Greedy answers that were collected on the way.
+        curve: What is exactly true of the policy at its evaluations; None but for the controlled
+            task.
         device: Where to compute.
         run_dir: The run's folder.
         result: The content of result.json; its metrics are added to.
@@ -87,18 +91,21 @@ def conclude(
         failure = error
     evaluation["samples"] = rows
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
-    module.restore_weights()
+    adapters = prepared.models.adapters
+    alone = adapters is None and prepared.ranks is None
+    as_evaluated = not module.restore_weights() and alone
     policy = whole_model(policy, keep=prepared.ranks is None or prepared.ranks.is_first)
     if policy is None:
         return measured
-    adapters = prepared.models.adapters
     if adapters is not None and (prepared.task is not None or config.peft.merge):
         adapters.restore_base()
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
         reference_logps = prepared.reference_outcome_logps
-        with prepared.models.scorer.plain(policy) as plain:
-            policy_logps = prepared.task.outcome_logps(plain)
-        exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
+        exact = curve.at(module.global_step) if curve is not None and as_evaluated else None
+        if exact is None:
+            with prepared.models.scorer.plain(policy) as plain:
+                policy_logps = prepared.task.outcome_logps(plain)
+            exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
         exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
         measured |= {f"controlled/{name}": value for name, value in exact.items()}
         evaluation["optimum"] = prepared.task.frontier(reference_logps)

@@ -226,6 +226,7 @@ def run_session(
         samples = SampleAnswers(groups[:SHOWN], models=models, answering=answering)
         # Before all others: its answers are no part of the training loop's time.
         trainer.callbacks.insert(0, samples)  # type: ignore[attr-defined]
+        curve = None
         if prepared.task is not None and prepared.reference_outcome_logps is not None:
             curve = ExactCurve(
                 prepared.task, prepared.reference_outcome_logps, models.scorer, beta=config.beta
@@ -268,6 +269,7 @@ def run_session(
                 module,
                 groups=groups,
                 answering=answering,
+                curve=curve,
                 answers=[dict(zip(COLUMNS, row, strict=True)) for row in samples.rows],
                 device=device,
                 run_dir=run_dir,

@@ -137,11 +137,17 @@ class CheckpointedModule(pl.LightningModule):
                 "so nothing of it is saved: lower optimizer.lr"
             )
 
-    def restore_weights(self) -> None:
-        """Ends training: the policy has the weights that were trained, in their own type."""
-        if self._masters is not None:
-            self._masters.restore()
-            self._masters = None
+    def restore_weights(self) -> bool:
+        """Ends training: the policy has the weights that were trained, in their own type.
+
+        Returns:
+            True where they were others in an evaluation.
+        """
+        if self._masters is None:
+            return False
+        self._masters.restore()
+        self._masters = None
+        return True
 
     # Metrics ----------------------------------------------------------------------------------
 

@@ -243,6 +243,20 @@ def test_bfloat16_trains_float32_matrices_and_merges_into_float32_weights(train,
     assert same(again, run)
 
 
+def test_in_bfloat16_what_is_exact_is_of_the_base_in_its_own_type(tmp_path):
+    """The base computes in bfloat16; the export stands on the float32 weights it came from."""
+    from dpo_lightning.data.controlled import ControlledTask
+
+    run = run_train(tmp_path / "run", *TINY, *LORA, "trainer.precision=bf16-mixed")
+    assert run.code == 0
+    base = AutoModelForCausalLM.from_pretrained(base_of(run)).eval()
+    loaded = PeftModel.from_pretrained(base, str(run.folder / "model")).eval()
+    task = ControlledTask()
+    reward = (task.outcome_logps(loaded).exp() * task.rewards).sum(1).mean().item()
+    metrics = run.result["metrics"]
+    assert metrics["controlled/expected_reward"] == pytest.approx(reward, rel=1e-7)
+
+
 def test_checkpointing_and_small_budgets_do_not_change_the_run(train):
     whole = train("reference=live")
     split = train("reference=live", "model.gradient_checkpointing=true",

@@ -34,7 +34,7 @@ def faulty(place: Path) -> Sweep:
     return sweep(place, *GRID, logger="wandb")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("beta", "status", "code", "error"),
     [
@@ -54,7 +54,7 @@ def test_a_trial_that_ends_badly_is_one_row(faulty: Sweep, beta, status, code, e
     assert result["beta"] == float(beta)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_sweep_says_so_and_names_the_logs(faulty: Sweep):
     assert faulty.code == 1
     assert faulty.report["statuses"] == {"failed": 3, "finished": 2, "diverged": 1}
@@ -67,7 +67,7 @@ def test_the_sweep_says_so_and_names_the_logs(faulty: Sweep):
     assert "Traceback" not in faulty.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_reference_was_computed_once_in_all(faulty: Sweep):
     counts = [faulty.trial(f"beta-{beta}").result["reference"] for beta in ("0.1", "0.6")]
     assert [count["rows"] for count in counts] == [136, 136]
@@ -97,7 +97,7 @@ def wandb_runs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_wandb_has_a_run_per_trial_in_one_group_and_one_with_the_report(faulty: Sweep):
     runs = wandb_runs(faulty.folder)
     assert {run["run"]["run_group"] for run in runs} == {"sweep"}
@@ -125,7 +125,7 @@ def mended(faulty: Sweep, place: Path) -> Sweep:
     return sweep(place, *GRID)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_rerun_does_only_what_is_missing(mended: Sweep):
     assert mended.code == 0, mended.stdout + mended.stderr
     assert mended.report["statuses"] == {"finished": 6}
@@ -148,7 +148,7 @@ def files_of_trials(done: Sweep) -> dict[str, tuple[int, bytes]]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_finished_sweep_is_left_as_it_is(mended: Sweep, place: Path):
     """A trial that was started would write its log at least."""
     before = files_of_trials(mended)
@@ -196,7 +196,7 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
     assert process.poll() is None
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "sweep"
     process = start(tmp_path)
