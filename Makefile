@@ -12,7 +12,7 @@ EVERY := not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-docs test-all test-faults test-launchers fuzz coverage mutations \
+.PHONY: help train test test-slow test-docs test-all test-faults test-launchers fuzz coverage docs mutations \
 	check audit bench lock clean
 
 help: ## show these lines
@@ -70,6 +70,9 @@ coverage: $(READY) ## branches that the tests of test-all reach, in every proces
 	@$(BIN)/python -m coverage run $(PYTEST) -m "$(EVERY)" --timeout=900 $(ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
+
+docs: $(READY) ## write the pages anew that are made from the code
+	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)

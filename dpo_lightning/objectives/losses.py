@@ -19,7 +19,10 @@ from dpo_lightning.objectives.registry import register_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-Share = Annotated[float, {"least": 0, "below": 0.5}]
+Share = Annotated[
+    float,
+    {"least": 0, "below": 0.5, "help": "Share of labels that are taken to be wrong."},
+]
 """A share of labels that are taken to be wrong."""
 
 
@@ -155,7 +158,9 @@ def _exo_pair(
     pairs: PairLogps,
     *,
     beta: float,
-    label_smoothing: Annotated[float, {"above": 0, "below": 0.5}] = 1e-3,
+    label_smoothing: Annotated[
+        float, {"above": 0, "below": 0.5, "help": "Share of labels that are taken to be wrong."}
+    ] = 1e-3,
 ) -> Tensor:
     """EXO, Eq. 16 with K = 2: KL of the policy's choice from the smoothed label, reverse of DPO's.
 
@@ -172,7 +177,10 @@ def _discopop(
     pairs: PairLogps,
     *,
     beta: float,
-    discopop_tau: Annotated[float, {"above": 0, "below": 1}] = 0.05,
+    discopop_tau: Annotated[
+        float,
+        {"above": 0, "below": 1, "help": "Temperature of the margin that mixes the two losses."},
+    ] = 0.05,
 ) -> Tensor:
     """DiscoPOP, Eq. 5: logistic and exponential loss, mixed by sigmoid(beta * margin / tau).
 
@@ -291,7 +299,14 @@ def _sft(pairs: PairLogps, *, beta: float) -> Tensor:
 
 
 @register_loss("simpo", paper="https://arxiv.org/abs/2405.14734", reference="unused")
-def _simpo(pairs: PairLogps, *, beta: float, gamma: Annotated[float, {"least": 0}] = 0.5) -> Tensor:
+def _simpo(
+    pairs: PairLogps,
+    *,
+    beta: float,
+    gamma: Annotated[
+        float, {"least": 0, "help": "Reward margin that a chosen response should be ahead by."}
+    ] = 0.5,
+) -> Tensor:
     """SimPO, Eq. 6: -log sigmoid(beta * (lp+/|y+| - lp-/|y-|) - gamma)."""
     return -log_sigmoid(beta * _without_reference(pairs).mean_margin() - gamma)
 
@@ -317,7 +332,7 @@ def _cpo(
     *,
     beta: float,
     label_smoothing: Share = 0.0,
-    cpo_alpha: Annotated[float, {"least": 0}] = 1.0,
+    cpo_alpha: Annotated[float, {"least": 0, "help": "Weight of the likelihood term."}] = 1.0,
 ) -> Tensor:
     """CPO: DPO without a reference plus alpha times the likelihood of the chosen one."""
     logits = beta * _without_reference(pairs).margin()
@@ -325,7 +340,14 @@ def _cpo(
 
 
 @register_loss("slic", paper="https://arxiv.org/abs/2305.10425", reference="unused")
-def _slic(pairs: PairLogps, *, beta: float, delta: Annotated[float, {"above": 0}] = 1.0) -> Tensor:
+def _slic(
+    pairs: PairLogps,
+    *,
+    beta: float,
+    delta: Annotated[
+        float, {"above": 0, "help": "Margin of log-probability up to which a pair costs."}
+    ] = 1.0,
+) -> Tensor:
     """SLiC-HF, Eq. 1 without its regulariser (`rpo_alpha` adds it): max(0, delta - lp+ + lp-).
 
     No beta: delta is in nats.

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 Value = float | int | bool | str
 
 _KINDS = (float, int, bool, str)
-_BOUNDS = ("least", "above", "most", "below", "choices")
+_RULES = ("least", "above", "most", "below", "choices", "help")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,7 +29,7 @@ class Option:
     Attributes:
         kind: Type of its value: float, int, bool or str.
         default: Its value when nothing is said.
-        rule: The bounds `least`, `above`, `most`, `below`, or `choices`.
+        rule: The bounds `least`, `above`, `most`, `below`, or `choices`; and `help`, a sentence.
     """
 
     kind: type
@@ -120,7 +120,8 @@ def register_loss(
     """Makes a function known as `loss=<name>`.
 
     Its options are its keyword-only parameters beside `beta`. Each has a default and a type, one of
-    float, int, bool and str; `Annotated[float, {"least": 0, "below": 1}]` gives bounds.
+    float, int, bool and str; `Annotated[float, {"least": 0, "below": 1}]` gives bounds, and its
+    `help` the sentence that the list of settings has for it.
 
     Args:
         name: What the setting will say.
@@ -197,11 +198,11 @@ def _options(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, Opt
         if get_origin(annotation) is Annotated:
             annotation, *notes = get_args(annotation)
             rule = next((note for note in notes if isinstance(note, Mapping)), rule)
-        unknown = rule.keys() - _BOUNDS
+        unknown = rule.keys() - _RULES
         if unknown:
             raise ValueError(
                 f"loss {name!r}: the option {parameter.name!r} has {', '.join(sorted(unknown))} in "
-                f"its bounds, which are {', '.join(_BOUNDS)}"
+                f"its bounds, which are {', '.join(_RULES)}"
             )
         option = Option(annotation, parameter.default, rule)
         if annotation not in _KINDS or not option.accepts(parameter.default):

@@ -18,13 +18,25 @@ class Setting:
     Attributes:
         kind: The type of a value: ``int``, ``float``, ``bool``, ``str``, ``list``, ``dict``,
             ``object`` for any, or the dataclass of a section.
-        optional: Whether null is a value.
-        rule: The bounds or choices that the schema gives.
+        optional: True if null is a value.
+        default: The value when nothing is set; None for a section.
+        rule: Help, unit, and the bounds or choices that the schema gives.
     """
 
     kind: type
     optional: bool
+    default: Any
     rule: Mapping[str, Any]
+
+    @property
+    def help(self) -> str:
+        """One plain sentence about the key; empty for a section."""
+        return str(self.rule.get("help", ""))
+
+    @property
+    def unit(self) -> str | None:
+        """Unit of its number, if it is one."""
+        return self.rule.get("unit")
 
     @property
     def is_section(self) -> bool:
@@ -42,7 +54,10 @@ def _settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
             annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
             optional = True
         kind = object if annotation is Any else get_origin(annotation) or annotation
-        yield f"{prefix}{item.name}", Setting(kind, optional, item.metadata)
+        factory = item.default_factory
+        default = item.default if factory is dataclasses.MISSING else factory()
+        section_default = None if dataclasses.is_dataclass(kind) else default
+        yield f"{prefix}{item.name}", Setting(kind, optional, section_default, item.metadata)
         if dataclasses.is_dataclass(kind):
             yield from _settings(kind, f"{prefix}{item.name}.")
 

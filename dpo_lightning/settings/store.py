@@ -6,8 +6,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.objectives.objective import known_losses
-from dpo_lightning.objectives.registry import LISTWISE_LOSSES, PAIRWISE_LOSSES
+from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.settings.names import run_name, trial_name
+from dpo_lightning.settings.page import settings_help
 from dpo_lightning.settings.schema import CONF, FREE_FORM, Config, loss_schema
 
 SCHEMA = "schema"
@@ -35,10 +36,11 @@ def register() -> None:
     store.store(name=SCHEMA, node=schema(), provider="dpo_lightning")
     defaults = loss_schema()()
     for name in known_losses():
-        if name not in LISTWISE_LOSSES and not (CONF / "loss" / f"{name}.yaml").exists():
-            # A plugin's: loss=<name> is a choice without a file.
-            own = PAIRWISE_LOSSES[name].options
+        if not (CONF / "loss" / f"{name}.yaml").exists():
+            # loss=<name> is a choice without a file, also for a plugin's.
+            own = PAIRWISE_LOSSES[name].options if name in PAIRWISE_LOSSES else {}
             differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
             store.store(group="loss", name=name, node={"name": name, **differing})
+    OmegaConf.register_new_resolver("settings_help", settings_help, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)

@@ -77,7 +77,7 @@ def test_a_row_has_the_options_with_their_defaults_and_bounds(name: str):
     assert set(re.findall(r"`(\w+)=", row[2])) == set(schema)
     # What loss=<name> gives: the file of the loss wins.
     for option, entry in schema.items():
-        value = FILES[name].get(option, entry.default)
+        value = FILES.get(name, {}).get(option, entry.default)
         bounds = entry.expected().partition(", ")[2]
         assert f"`{option}={value:g}` {bounds}" in row[2]
 

@@ -21,6 +21,7 @@ from dpo_lightning.objectives.registry import (
 )
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import LossConfig, loss_schema
+from dpo_lightning.settings.store import register
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILT_IN = [
@@ -426,8 +427,16 @@ def test_each_loss_takes_its_own_options():
 # The files of conf/loss --------------------------------------------------------------------------
 
 
-def test_every_loss_has_a_file():
-    assert set(BUILT_IN) <= {path.stem for path in FILES}
+def test_every_loss_is_a_choice_and_a_file_sets_something():
+    """`loss=<name>` needs no file: a file that only has its name would say nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    register()
+    stored = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo["loss"]}
+    files = {path.stem for path in FILES}
+    assert {*BUILT_IN} <= stored | files
+    assert not stored & files
+    assert all(len(yaml.safe_load(path.read_text())) > 1 for path in FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -445,11 +454,7 @@ def test_a_file_is_one_loss_or_a_sum_of_them(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_states_no_default(path):
-    """Of the settings, which is what a run has where a file says nothing.
-
-    The one of `exo_pair` is needed: as an option of several losses label_smoothing has the default
-    of the first, 0, at which EXO is infinite.
-    """
+    """Of the settings, which is what a run has where a file says nothing."""
     content = yaml.safe_load(path.read_text())
     defaults = loss_schema()()
     stated = {key: value for key, value in content.items() if key not in ("name", "terms")}
@@ -459,6 +464,18 @@ def test_a_file_states_no_default(path):
         needed = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
         extra = {"label_smoothing": 0.1} if path.stem == "robust" else {}
         assert stated == needed | extra
+
+
+def test_a_loss_without_a_file_has_its_own_defaults():
+    """As an option of several losses label_smoothing has the default of the first, 0, at which EXO
+    is infinite: `loss=exo_pair` brings its own.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    register()
+    stored = ConfigStore.instance().repo["loss"]
+    assert stored["exo_pair.yaml"].node == {"name": "exo_pair", "label_smoothing": 1e-3}
+    assert stored["plackett_luce.yaml"].node == {"name": "plackett_luce"}
 
 
 def test_robust_is_chosen_with_a_share_of_flips():

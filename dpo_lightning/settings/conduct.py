@@ -1,0 +1,252 @@
+"""Schemas of a run's conduct: optimizer, trainer, strategy, logger, checkpoints, evaluation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_lightning.settings.fields import setting
+
+RANKING_METRICS = (
+    "controlled/expected_reward",
+    "samples/score",
+    "samples/win_rate",
+    "eval/rewards/accuracies",
+)
+"""By what trials may be ranked: none of them scales with beta, and more is better in all."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, clipping and the learning-rate schedule."""
+
+    name: str = setting(
+        "adamw", "AdamW; adamw_8bit holds both moments in 8 bits.", choices=("adamw", "adamw_8bit")
+    )
+    stochastic_rounding: bool | None = setting(
+        None,
+        "Round bfloat16 weights up or down by chance, so that steps smaller than half of "
+        "their last digit are not lost; null: wherever such weights are trained themselves.",
+    )
+    lr: float | None = setting(
+        None,
+        "Peak learning rate; null: by what is trained (bundled model 1e-3, LoRA 5e-6, all "
+        "other weights 5e-7).",
+        unit="number",
+        above=0,
+    )
+    betas: list[float] = setting(
+        [0.9, 0.999],
+        "Decay of AdamW's two moments.",
+        unit="share",
+        expected="two numbers of at least 0 and below 1",
+    )
+    eps: float = setting(1e-8, "Number added to AdamW's denominator.", unit="number", above=0)
+    weight_decay: float = setting(
+        0.0, "Decay of the weights, scaled by the learning rate.", unit="number", least=0
+    )
+    max_grad_norm: float | None = setting(
+        1.0,
+        "Largest norm of a step's gradient, to which a longer one is cut; null does not clip.",
+        unit="norm",
+        above=0,
+    )
+    schedule: str = setting(
+        "cosine",
+        "Curve of the learning rate after the warm-up; constant stays at the peak.",
+        choices=("cosine", "linear", "constant"),
+    )
+    warmup: float = setting(
+        0.1,
+        "Rise to the peak learning rate: below 1 a share of all steps, from 1 on a number "
+        "of steps.",
+        unit="share or steps",
+        expected="a share below 1 or a whole number of steps, not below 0",
+    )
+
+
+@dataclass
+class TrainerConfig:
+    """Length, devices and precision of the training. The names are those of Lightning's Trainer."""
+
+    accelerator: str = setting(
+        "auto",
+        "Kind of device to compute on; auto takes a GPU where there is one.",
+        choices=("auto", "cpu", "gpu", "cuda", "mps"),
+    )
+    devices: Any = setting(
+        "auto",
+        "A count, a list of device numbers, or auto: all there are.",
+        unit="devices",
+        expected="auto, a count of at least 1, or a list of device numbers such as [0,1]",
+    )
+    num_nodes: int = setting(1, "Machines that share the run.", unit="machines", least=1)
+    precision: str | None = setting(
+        None,
+        "Type of the computation; null: bf16-mixed on a GPU that has it, else 32-true.",
+        choices=("32-true", "bf16-mixed"),
+    )
+    max_steps: int | None = setting(
+        None,
+        "Most optimizer steps; trainer.max_epochs may end the run earlier. Both null: one pass.",
+        unit="steps",
+        least=1,
+    )
+    max_epochs: int | None = setting(
+        None,
+        "Most passes over the data; trainer.max_steps may end the run earlier.",
+        unit="passes",
+        least=1,
+    )
+    max_time: str | None = setting(
+        None,
+        "Most wall time of the training, as days:hours:minutes:seconds.",
+        unit="DD:HH:MM:SS",
+        expected="DD:HH:MM:SS, such as 00:08:00:00, above zero",
+    )
+    max_skipped_steps: int = setting(
+        0,
+        "Steps that may be passed over in a run because their loss or gradient is not finite.",
+        unit="steps",
+        least=0,
+    )
+    log_every_n_steps: int | None = setting(
+        None,
+        "Steps between two rows of training metrics; null: 1 in a run of up to 200 steps, else 10.",
+        unit="steps",
+        least=1,
+    )
+    deterministic: bool = setting(False, "Use deterministic algorithms of torch only, or fail.")
+    detect_anomaly: bool = setting(
+        False, "Name the operation that made a NaN in the backward pass; slow."
+    )
+    enable_progress_bar: bool = setting(True, "Show the progress of the training on a terminal.")
+    profiler: str | None = setting(
+        None,
+        "Lightning's profiler to run with; null is none.",
+        choices=("simple", "advanced", "pytorch"),
+    )
+    memory_check: str = setting(
+        "stop",
+        "Answer to an estimate of more memory than a GPU has; on a CPU stop only warns, too.",
+        choices=("stop", "warn", "off"),
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads of torch; null leaves torch's own choice, one for the bundled model.",
+        unit="threads",
+        least=1,
+    )
+    callbacks: list[str] = setting([], "Callbacks that plugins registered, by name.")
+
+
+@dataclass
+class StrategyConfig:
+    """Division of a step among several devices."""
+
+    name: str = setting(
+        "auto",
+        "auto is ddp when there is more than one device; fsdp shares the weights out (FSDP2).",
+        choices=("auto", "ddp", "fsdp"),
+    )
+    sync_gradients: str = setting(
+        "step",
+        "With fsdp: reduce gradients once a step, or in every micro-batch, which needs no "
+        "memory for whole ones.",
+        choices=("step", "micro_batch"),
+    )
+    find_unused_parameters: bool = setting(
+        False, "With ddp: look for weights that a step leaves unused."
+    )
+    timeout_minutes: float = setting(
+        30.0, "Longest time that a rank waits for the others.", unit="minutes", above=0
+    )
+
+
+@dataclass
+class LoggerConfig:
+    """Destinations of metrics beside metrics.jsonl, which is always written."""
+
+    name: str = setting(
+        "wandb",
+        "Logger beside metrics.jsonl, which is always written.",
+        choices=("wandb", "csv", "none"),
+    )
+    project: str = setting("dpo-lightning", "Project in wandb.")
+    entity: str | None = setting(None, "User or team in wandb; null is the account's own.")
+    mode: str = setting(
+        "auto",
+        "Mode of wandb; auto is online when logged in, else offline.",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+    tags: list[str] = setting([], "Tags of the run in wandb.")
+    group: str | None = setting(
+        None, "Group of the run in wandb; null: the name of its sweep, if it has one."
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints, which a run can be resumed from."""
+
+    every_n_steps: int | None = setting(
+        500, "Steps between two checkpoints; null: none but the last.", unit="steps", least=1
+    )
+    keep: int = setting(1, "Checkpoints that stay; older ones are removed.", unit="files", least=1)
+    last: bool = setting(True, "Save one more checkpoint at the end of the run.")
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out metrics and sample answers."""
+
+    every_n_steps: int | None = setting(
+        None,
+        "Steps between two evaluations; null: one at the end of each pass over the data.",
+        unit="steps",
+        least=1,
+    )
+    samples: int = setting(
+        128,
+        "Answers that the trained policy draws to held-out prompts, for its KL divergence "
+        "from the reference and for the scorer; 0 for none.",
+        unit="answers",
+        least=0,
+    )
+    max_new_tokens: int = setting(
+        64, "Longest answer; neither KL nor scorer see anything beyond it.", unit="tokens", least=1
+    )
+    batch_size: int = setting(
+        64, "Answers that are drawn or scored at once.", unit="answers", least=1
+    )
+    partition_samples: int = setting(
+        128,
+        "Beginnings of the reference's answers on which the policy's partition function is "
+        "estimated, which is 1 for its own reward; 0 for none.",
+        unit="answers",
+        least=0,
+    )
+    scorer: str | None = setting(
+        None,
+        "Judge of the answers of policy and reference: folder or hub id of a reward model "
+        "(sequence classification), or a plugin's function by name.",
+    )
+
+
+@dataclass
+class SweepConfig:
+    """Settings of a sweep as a whole; hydra.launcher says where and how its trials run."""
+
+    resume: str | None = setting(
+        None, "last, or a sweep's folder: run the trials that are missing there."
+    )
+    metric: str | None = setting(
+        None,
+        "Metric that the report ranks trials by; null: the first of these that the trials have.",
+        choices=RANKING_METRICS,
+    )
+
+
+@dataclass
+class DebugConfig:
+    """Help in finding a fault."""
+
+    traceback: bool = setting(False, "Show the traceback of an error that is otherwise one line.")
