@@ -99,6 +99,15 @@ def fit_tabular_policy(
     Raises:
         ValueError: For shapes that differ or are not (prompts, n), a dtype other than float64, a
             reference that is not normalised, rewards that are not finite, or a beta out of range.
+
+    Example:
+        From equal probabilities to those of the optimum, 1/4 and 3/4.
+
+        >>> reference = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()  # (prompts, n)
+        >>> rewards = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()  # (prompts, n)
+        >>> fit = fit_tabular_policy(reference, rewards, beta=1.0)
+        >>> fit.policy_logps.exp()  # (prompts, n)
+        tensor([[0.2500, 0.7500]], dtype=torch.float64)
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it is a finite number above 0")

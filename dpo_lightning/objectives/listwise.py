@@ -96,6 +96,15 @@ def listwise_loss(
     Raises:
         ValueError: For an unknown loss, shapes or dtypes other than these, or groups that are not
             numbered so.
+
+    Example:
+        A pair whose scores are equal costs log 2, the first of three equal ones log 3.
+
+        >>> scores = torch.zeros(5)  # (N,)
+        >>> group = torch.tensor([0, 0, 1, 1, 1])  # (N,)
+        >>> rank = torch.tensor([0, 1, 0, 1, 2])  # (N,)
+        >>> listwise_loss("softmax", scores=scores, group=group, rank=rank)  # (n,)
+        tensor([0.6931, 1.0986])
     """
     if name not in LISTWISE_LOSSES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(LISTWISE_LOSSES)}")

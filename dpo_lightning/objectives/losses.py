@@ -42,6 +42,21 @@ class PairLogps:
         rejected_lengths: Of the rejected ones.
         target_margin: By how much the reward of the chosen one is to be higher, or None for 0.
         link: Takes log-ratios to scores, for an f-divergence other than the reverse KL.
+
+    Example:
+        One pair of margin 2, as a loss is called with it:
+
+        >>> import torch
+        >>> pairs = PairLogps(
+        ...     policy_chosen_logps=torch.tensor([-4.0]),  # (B,)
+        ...     policy_rejected_logps=torch.tensor([-9.0]),
+        ...     reference_chosen_logps=torch.tensor([-5.0]),
+        ...     reference_rejected_logps=torch.tensor([-8.0]),
+        ...     chosen_lengths=torch.tensor([3]),
+        ...     rejected_lengths=torch.tensor([4]),
+        ... )
+        >>> pairs.margin()  # (B,)
+        tensor([2.])
     """
 
     policy_chosen_logps: Tensor

@@ -63,6 +63,22 @@ def pairwise_loss(
     Raises:
         ValueError: For an unknown loss or option, a value out of range, one reference tensor
             without the other, or shapes that differ.
+
+    Example:
+        Two pairs. In the first policy and reference agree; in the second the margin is
+        (-4 + 5) - (-9 + 8) = 2, and -log sigmoid(0.5 * 2) = 0.3133.
+
+        >>> pairwise_loss(
+        ...     "sigmoid",
+        ...     policy_chosen_logps=torch.tensor([-5.0, -4.0]),  # (B,)
+        ...     policy_rejected_logps=torch.tensor([-8.0, -9.0]),
+        ...     reference_chosen_logps=torch.tensor([-5.0, -5.0]),
+        ...     reference_rejected_logps=torch.tensor([-8.0, -8.0]),
+        ...     chosen_lengths=torch.tensor([3, 3]),
+        ...     rejected_lengths=torch.tensor([4, 4]),
+        ...     beta=0.5,
+        ... )  # (B,)
+        tensor([0.6931, 0.3133])
     """
     if name not in PAIRWISE_LOSSES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(PAIRWISE_LOSSES)}")

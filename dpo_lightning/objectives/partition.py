@@ -34,6 +34,14 @@ def log_partition(scores: Tensor, group: Tensor, *, groups: int | None = None) -
     Returns:
         (n,), the dtype of `scores` but at least float32. `exp(scores - log_z[group])` sums to 1
         in every group.
+
+    Example:
+        A pair and a group of three, each with equal scores: log 2 and log 3.
+
+        >>> scores = torch.zeros(5)  # (N,)
+        >>> group = torch.tensor([0, 0, 1, 1, 1])  # (N,)
+        >>> log_partition(scores, group)  # (n,)
+        tensor([0.6931, 1.0986])
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     shift = _highest(scores, group, groups)
@@ -54,6 +62,13 @@ def group_shares(scores: Tensor, group: Tensor, *, groups: int | None = None) ->
 
     Returns:
         (N,), the dtype of `scores` but at least float32.
+
+    Example:
+        A score ahead by log 3 has three times the share.
+
+        >>> scores = torch.tensor([3.0, 1.0, 7.0, 7.0]).log()  # (N,)
+        >>> group_shares(scores, torch.tensor([0, 0, 1, 1]))  # (N,)
+        tensor([0.7500, 0.2500, 0.5000, 0.5000])
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     shift = _highest(scores, group, groups)
@@ -81,6 +96,15 @@ def exact_log_partition(reference_logps: Tensor, rewards: Tensor, beta: float) -
 
     Returns:
         (...), one value per prompt.
+
+    Example:
+        One prompt with two responses that the reference likes equally, of which one is worth
+        log 3: Z = (1 + 3) / 2 and its log 0.6931.
+
+        >>> reference = torch.tensor([[0.5, 0.5]]).log()  # (prompts, responses)
+        >>> rewards = torch.tensor([[1.0, 3.0]]).log()  # (prompts, responses)
+        >>> exact_log_partition(reference, rewards, beta=1.0)  # (prompts,)
+        tensor([0.6931])
     """
     return torch.logsumexp(reference_logps + rewards / beta, dim=-1)
 
@@ -96,6 +120,14 @@ def optimal_logps(reference_logps: Tensor, rewards: Tensor, beta: float) -> Tens
 
     Returns:
         (..., responses); the probabilities of each prompt's responses sum to 1.
+
+    Example:
+        The same prompt: the optimum says the better response three times as often.
+
+        >>> reference = torch.tensor([[0.5, 0.5]]).log()  # (prompts, responses)
+        >>> rewards = torch.tensor([[1.0, 3.0]]).log()
+        >>> optimal_logps(reference, rewards, beta=1.0).exp()  # (prompts, responses)
+        tensor([[0.2500, 0.7500]])
     """
     log_z = exact_log_partition(reference_logps, rewards, beta)
     return reference_logps + rewards / beta - log_z.unsqueeze(-1)
@@ -126,6 +158,15 @@ def estimate_log_partition(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor
 
     Raises:
         ValueError: For no samples, or a beta out of range.
+
+    Example:
+        Four samples of one prompt. The mean weight is (1 + 1 + 1 + 5) / 4 = 2, its log 0.6931. The sample of
+        weight 5 makes up most of it: the effective sample size is 8^2 / 28.
+
+        >>> rewards = torch.tensor([[1.0, 1.0, 1.0, 5.0]]).log()  # (prompts, m)
+        >>> value, stderr, ess = estimate_log_partition(rewards, beta=1.0)  # (prompts,) each
+        >>> value, stderr, ess
+        (tensor([0.6931]), tensor([0.5000]), tensor([2.2857]))
     """
     _check_beta(beta)
     if rewards.ndim == 0 or rewards.shape[-1] == 0:

@@ -84,6 +84,12 @@ class PairwiseLoss:
         schema: The same with types and bounds.
         paper: Where the loss comes from.
         summary: The first line of its docstring.
+
+    Example:
+        >>> from dpo_lightning.objectives import PAIRWISE_LOSSES
+        >>> entry = PAIRWISE_LOSSES["simpo"]
+        >>> entry.uses_reference, entry.options
+        (False, {'gamma': 0.5})
     """
 
     fn: Callable[..., Any]
