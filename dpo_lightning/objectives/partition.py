@@ -160,8 +160,8 @@ def estimate_log_partition(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor
         ValueError: For no samples, or a beta out of range.
 
     Example:
-        Four samples of one prompt. The mean weight is (1 + 1 + 1 + 5) / 4 = 2, its log 0.6931. The sample of
-        weight 5 makes up most of it: the effective sample size is 8^2 / 28.
+        Four samples of one prompt. The mean weight is (1 + 1 + 1 + 5) / 4 = 2, its log 0.6931.
+        The sample of weight 5 makes up most of it: the effective sample size is 8^2 / 28.
 
         >>> rewards = torch.tensor([[1.0, 1.0, 1.0, 5.0]]).log()  # (prompts, m)
         >>> value, stderr, ess = estimate_log_partition(rewards, beta=1.0)  # (prompts,) each
