@@ -227,7 +227,7 @@ class Bench:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """What is measured."""
+    """Cases to measure."""
     if arguments.gpu:
         return [Case("lognormal", "bf16-mixed", ("trl_tuned", "shared", "cached", *LORA), 6)]
     found = [Case("lognormal", "bf16-mixed", LADDER, 5)]

@@ -149,7 +149,7 @@ def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
 
 
 def _place(error: BaseException) -> str:
-    """Where an exception came from, ``file:line``."""
+    """Returns the place that an exception came from, as ``file:line``."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"

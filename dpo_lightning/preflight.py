@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, known before any weights are loaded.
+"""Check that a run fits its devices, before any weights are loaded.
 
 ``python -m dpo_lightning.preflight <settings of train.py>`` prints the estimate of a run without
 running it; ``--gib 80`` compares it with a GPU that this machine need not have.

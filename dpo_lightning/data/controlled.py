@@ -287,7 +287,7 @@ class ControlledTask:
     def report(
         self, policy_logps: Tensor, reference_logps: Tensor, *, beta: float
     ) -> dict[str, float]:
-        """What is exactly true of a policy, averaged over the eight prompts.
+        """Exact quantities of a policy, averaged over the eight prompts.
 
         Args:
             policy_logps: Log-probabilities of the outcomes under the policy, (8, 4681), float64.

@@ -64,7 +64,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a source holds: ``total`` is ``len(groups) + len(bad)``.
+    """Rows of a source, good and bad: ``total`` is ``len(groups) + len(bad)``.
 
     Attributes:
         groups: The good rows.

@@ -288,7 +288,7 @@ class RowReader:
 
 
 def looks_like_sharegpt(row: Mapping[str, object], columns: Mapping[str, str]) -> bool:
-    """Whether the row is of ``{"from", "value"}`` turns, which are no messages."""
+    """True if the row consists of ``{"from", "value"}`` turns, which are no messages."""
     if "prompt" in row or columns.get("prompt") or "conversations" not in row:
         return False
     chosen = row.get(columns.get("chosen", "chosen"))

@@ -1,4 +1,4 @@
-"""Where rows come from: local jsonl, json and parquet files, and data sets of the hub.
+"""Sources of rows: local jsonl, json and parquet files, and data sets of the hub.
 
 A source yields raw records, good and bad, with their place. A file as a whole that cannot be read
 is a :class:`UserError`; what is inside a single line is not.
@@ -246,7 +246,7 @@ def _table_rows(batch: Any, first: int) -> Iterator[Record]:
 
 
 def _hint(path: Path, key: str) -> str:
-    """What could be meant by a path that is not there."""
+    """Returns a hint at the path that was meant, for one that does not exist."""
     here = "" if path.is_absolute() else f" (here is {Path.cwd()})"
     if not path.parent.is_dir():
         return f"; there is no directory {printable(str(path.parent))} either{here}"

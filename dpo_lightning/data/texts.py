@@ -72,7 +72,7 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def describe(value: object) -> str:
-    """What kind of value this is, in the words of JSON."""
+    """Describes a value by its kind, in the words of JSON."""
     if value is None or isinstance(value, bool):
         return show(value)
     if isinstance(value, int | float):

@@ -91,7 +91,7 @@ class TokenGroup:
 
 @dataclass(slots=True)
 class TokenizedGroups:
-    """What became of a list of groups.
+    """Outcome of tokenizing a list of groups.
 
     Attributes:
         groups: The groups that are left, in their order.
@@ -344,5 +344,5 @@ def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[
 
 
 def _comparable(responses: Sequence[tuple[list[int], int]]) -> bool:
-    """Whether any two of the (different) responses are strictly ranked."""
+    """True if any two of the (different) responses are strictly ranked."""
     return len({rank for _, rank in responses}) > 1

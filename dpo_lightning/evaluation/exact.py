@@ -1,4 +1,4 @@
-"""How far the policy is from the closed-form optimum while it trains, where that is known."""
+"""Exact distance of the policy from the closed-form optimum during training, where it is known."""
 
 from __future__ import annotations
 

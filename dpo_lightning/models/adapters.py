@@ -271,7 +271,7 @@ class ReferenceView:
 
 
 def _base_name(name: str) -> str:
-    """What a frozen weight was called before adapters were put around its module."""
+    """Returns the name that a frozen weight had before adapters were put around its module."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 

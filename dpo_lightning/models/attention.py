@@ -55,7 +55,7 @@ class AttentionPlan:
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
     def mask(self, number: int, window: int | None) -> Tensor:
-        """Which keys each query of a bucket sees, shape (B, 1, Q, K), bool."""
+        """Mask of the keys that each query of a bucket sees, shape (B, 1, Q, K), bool."""
         if (number, window) not in self._masks:
             self._masks[number, window] = _bucket_mask(self.buckets[number], window)
         return self._masks[number, window]
@@ -218,7 +218,7 @@ def _any_lengths(
 
 
 def _is_small(query: Tensor, key: Tensor) -> bool:
-    """Whether plain products, which keep the scores for the backward pass, are the faster way."""
+    """True if plain products, which keep the scores for the backward pass, are the faster way."""
     batch, heads, queries, _ = query.shape
     return query.device.type == "cpu" and batch * heads * queries * key.shape[2] <= _MOST_SCORES
 

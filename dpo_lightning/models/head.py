@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a kind of device is given at a time.
+    """Limits on the vocabulary scores that a kind of device computes at a time.
 
     Attributes:
         scores: Most scores at a time.
@@ -47,7 +47,7 @@ _ELSEWHERE = Limits(scores=1 << 25, kept=1 << 27)
 
 @dataclass(frozen=True, slots=True)
 class LogitsTransform:
-    """What a model family does to its vocabulary scores behind the head.
+    """Transform that a model family applies to its vocabulary scores behind the head.
 
     Attributes:
         scale: Factor of the scores.
@@ -59,12 +59,12 @@ class LogitsTransform:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the scores stay what they are."""
+        """True if the transform leaves the scores unchanged."""
         return self.scale == 1.0 and self.cap is None
 
     @classmethod
     def of(cls, config: Any) -> LogitsTransform:
-        """As a model's config has it (``logit_scale``, ``logits_scaling``, softcapping)."""
+        """Reads the transform from a config (``logit_scale``, ``logits_scaling``, softcapping)."""
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale = getattr(text_config, "logit_scale", None)
         divisor = getattr(text_config, "logits_scaling", None)
@@ -120,7 +120,7 @@ def token_logps_and_collisions(
     targets: Tensor,
     transform: LogitsTransform,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`token_logps` gives, and how concentrated the distribution of each token is.
+    """Results of :func:`token_logps`, and the concentration of each token's distribution.
 
     Args:
         states: Hidden states, shape (n, d), floating.

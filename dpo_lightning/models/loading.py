@@ -265,7 +265,7 @@ def weights_hash(model: Any) -> str:
 
 
 def load_error(what: str, error: Exception, *, remedy: str) -> UserError:
-    """What a folder or the hub said, in one line with a remedy."""
+    """Turns an error of a folder or the hub into one line with a remedy."""
     text = " ".join(str(error).split())
     lowered = text.lower()
     offline = ("couldn't connect", "can't load", "offline", "not find", "connection", "resolve")

@@ -35,7 +35,7 @@ def cast_frozen(model: Any, dtype: torch.dtype) -> Any:
 
 
 def stays_wide(model: Any, name: str) -> bool:
-    """Whether a model's family keeps the parameter of that name in float32."""
+    """True if a model's family keeps the parameter of that name in float32."""
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return any(part in kept for part in name.split("."))

@@ -14,7 +14,7 @@ _KEY = "peft.quantization=nf4"
 
 
 def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
-    """What transformers loads weights in NormalFloat4 by, the scales of blocks quantized too.
+    """Config for loading weights in NormalFloat4 by transformers, block scales quantized too.
 
     Args:
         compute: Type of the products.

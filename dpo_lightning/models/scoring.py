@@ -34,7 +34,7 @@ _PADDING = 1.25
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a model says of the scored tokens of a micro-batch.
+    """A model's scores of the scored tokens of a micro-batch.
 
     Attributes:
         logps: Log-probability of each, shape (S,), float32.
@@ -90,7 +90,7 @@ class Scorer:
 
     @property
     def shared(self) -> bool:
-        """Whether a prompt is computed once for all its responses."""
+        """True if a prompt is computed once for all its responses."""
         return self.path == "flat"
 
     def prepare(self, model: Any) -> None:
@@ -163,7 +163,7 @@ class Scorer:
 def _flat_inputs(
     model: Any, batch: GroupBatch, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
-    """What the head takes: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
+    """Inputs of the head: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],

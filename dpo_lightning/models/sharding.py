@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether a model's weights are shared out, so that all ranks must use it together."""
+    """True if a model's weights are shared out, so that all ranks must use it together."""
     return isinstance(model, FSDPModule)
 
 

@@ -1,4 +1,4 @@
-"""Which tokenizer and model the policy starts from, checked before any weights are loaded."""
+"""Tokenizer and model that the policy starts from, checked before any weights are loaded."""
 
 from __future__ import annotations
 

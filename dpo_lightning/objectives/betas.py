@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BetaPlan:
-    """How beta goes through a run.
+    """Plan of beta over a run.
 
     Attributes:
         start: Beta of the first step.
@@ -30,7 +30,7 @@ class BetaPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether it is not the same in every step."""
+        """True if beta is not the same in every step."""
         return bool(self.adaptive) or (self.end is not None and self.schedule != "constant")
 
     def at(self, step: int) -> float:

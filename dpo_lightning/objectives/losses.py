@@ -25,7 +25,7 @@ Share = Annotated[float, {"least": 0, "below": 0.5}]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogps:
-    """What a pairwise loss may look at. Tensors are (B,), floating, at least float32.
+    """Inputs of a pairwise loss. Tensors are (B,), floating, at least float32.
 
     The reference's logps are both None when there is no reference. The rejected side may be None
     for a loss that does not use it.

@@ -57,7 +57,7 @@ class ObjectiveSettings:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether any term compares with a reference."""
+        """True if any term compares with a reference."""
         return bool(self.listwise) or any(loss.uses_reference for loss in self.pairwise.values())
 
     @property
@@ -72,12 +72,12 @@ class ObjectiveSettings:
 
     @property
     def desensitises(self) -> bool:
-        """Whether log-probabilities of single tokens are needed."""
+        """True if log-probabilities of single tokens are needed."""
         return self.ld_alpha != 1.0
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether single tokens are looked at."""
+        """True if the loss looks at single tokens."""
         return self.desensitises or self.wpo
 
     def own_options(self, name: str) -> dict[str, Value]:
@@ -85,7 +85,7 @@ class ObjectiveSettings:
         return {key: self.options.get(key, d) for key, d in PAIRWISE_LOSSES[name].options.items()}
 
     def problems(self) -> Iterator[str]:
-        """What does not fit together, one clause each; options by their bare names."""
+        """Yields the contradictions, one clause each; options by their bare names."""
         known = known_losses()
         for name, weight in self.terms.items():
             if name not in known:

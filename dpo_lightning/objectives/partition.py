@@ -277,7 +277,7 @@ class _RunningMean:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is kept of all chunks.
+    """Running sums over all chunks.
 
     Attributes:
         offset: (...), float64. Some reward of each prompt, taken off all of them: a constant shifts

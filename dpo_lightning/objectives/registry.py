@@ -1,4 +1,4 @@
-"""What losses there are, and what each is called with. Imports no torch.
+"""Registry of the losses and of the options that each takes. Imports no torch.
 
 A loss is a function `fn(pairs, *, beta, **options) -> Tensor (B,)`; registering it is all that it
 takes: its options, their types and defaults are read off its signature, and settings are checked
@@ -37,7 +37,7 @@ class Option:
     rule: Mapping[str, Any]
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value is of the type and within the bounds; a whole number is a float too."""
+        """True if a value is of the type and within the bounds; a whole number is a float too."""
         if self.kind is float and type(value) is int:
             value = float(value)
         if type(value) is not self.kind:
@@ -56,7 +56,7 @@ class Option:
         return True
 
     def expected(self) -> str:
-        """What a value may be, in words."""
+        """Describes the accepted values in words."""
         if "choices" in self.rule:
             return f"one of {', '.join(map(str, self.rule['choices']))}"
         text = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[
@@ -175,7 +175,7 @@ def register_loss(
 
 
 def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether it is the same function, from a module that was imported again."""
+    """True if both are the same function, from a module that was imported again."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 

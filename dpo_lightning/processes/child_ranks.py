@@ -40,7 +40,7 @@ _EXIT_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a rank ended.
+    """The end of a rank.
 
     Attributes:
         code: The exit code that the run takes from it.
@@ -132,14 +132,14 @@ class ChildRanks:
 
 
 def is_about_ranks(error: BaseException) -> bool:
-    """Whether an error looks like that of a message to a rank that is gone."""
+    """True if an error looks like that of a message to a rank that is gone."""
     text = f"{type(error).__name__} {error}".lower()
     signs = ("gloo", "nccl", "distbackend", "distnetwork", "connection", "broken pipe")
     return any(sign in text for sign in signs)
 
 
 def is_child() -> bool:
-    """Whether another rank started this process."""
+    """True if another rank started this process."""
     return PARENT in os.environ
 
 

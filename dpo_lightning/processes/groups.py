@@ -43,7 +43,7 @@ def clear_group(group: int) -> None:
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process of the group still runs; one that nobody has reaped does not."""
+    """True if a process of the group still runs; one that nobody has reaped does not."""
     if not Path("/proc/self/stat").exists():
         try:
             os.killpg(group, 0)

@@ -1,4 +1,4 @@
-"""By what a trial knows that the process that started it is still there."""
+"""Heartbeat pipe from the sweep to a trial."""
 
 from __future__ import annotations
 

@@ -105,12 +105,12 @@ class SignalWatch:
 
     @property
     def noticed(self) -> bool:
-        """Whether the run is on its way out."""
+        """True if the run is about to end."""
         return self._noticed.is_set()
 
     @property
     def deferring(self) -> bool:
-        """Whether a signal is only noted."""
+        """True if signals are only noted."""
         return self._deferring
 
     def defer(self) -> None:

@@ -76,7 +76,7 @@ class ReferenceCache:
         return ReferenceCache(self._folder, self._facts, per_token=True)
 
     def widths(self, lengths: Lengths) -> Lengths:
-        """How many values each response has, shape (n,).
+        """Number of values that each response has, shape (n,).
 
         Args:
             lengths: Tokens of each response, shape (n,).

@@ -1,4 +1,4 @@
-"""Whether a reference is the policy's start, as it is before the first step."""
+"""Check before the first step that a reference is the policy's start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may not stand together in a config, and the files and folders that it names.
+"""Checks of settings against each other, and of the files and folders that they name.
 
 Each check takes the typed settings, every one of them valid by itself, and yields one clause per
 problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
@@ -252,7 +252,7 @@ def _peft(config: Config) -> Iterator[str]:
 
 
 def _adapter_folder(key: str, source: str | None) -> Iterator[str]:
-    """What is wrong with a LoRA adapter's folder, seen from outside."""
+    """Yields the faults of a LoRA adapter's folder, seen from outside."""
     yield from _model_folder(key, source, ("adapter_config.json",))
     if source is None or not (Path(source) / "adapter_config.json").is_file():
         return

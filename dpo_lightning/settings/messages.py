@@ -1,4 +1,4 @@
-"""What is answered to a key that there is not, and to a value that does not do."""
+"""Answers to unknown keys and to values that are refused."""
 
 import dataclasses
 import difflib
@@ -128,7 +128,7 @@ def shown(value: object) -> str:
 
 
 def expected(setting: Setting) -> str:
-    """What a value of this setting may be, in words."""
+    """Describes the accepted values of a setting in words."""
     rule = setting.rule
     if "choices" in rule:
         text = f"one of {', '.join(rule['choices'])}"

@@ -1,4 +1,4 @@
-"""What is typed on the command line, judged before anything is composed, and Hydra's own errors.
+"""Checks of the command line before anything is composed, and Hydra's own errors.
 
 Everything here turns a mistake into one line that names the argument and what would do. Values of
 keys that look like credentials are never repeated.
@@ -146,7 +146,7 @@ def _plugins_of(path: Path) -> list[object]:
 def override_problems(
     overrides: Iterable[Override], options_of: Callable[[str], list[str]]
 ) -> Iterator[str]:
-    """What is wrong with the keys and with the choices of groups.
+    """Yields the faults of the keys and of the choices of groups.
 
     Args:
         overrides: The parsed arguments.

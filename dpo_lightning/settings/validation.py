@@ -26,7 +26,7 @@ from dpo_lightning.settings.store import schema
 
 
 def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """What the schema has no place for; it is taken out of ``raw``, so that the rest is judged."""
+    """Yields unknown keys, and takes them out of ``raw`` so that the rest is judged."""
     for key in list(raw):
         dotted, value = f"{prefix}{key}", raw[key]
         setting = settings().get(dotted)
@@ -72,7 +72,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def _accepts(key: str, value: Any) -> bool:
-    """Whether a value of the right type also keeps to the rule of its key."""
+    """True if a value of the right type also keeps to the rule of its key."""
     setting = settings()[key]
     rule = setting.rule
     if value is None:

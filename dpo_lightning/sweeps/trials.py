@@ -96,7 +96,7 @@ class Trial:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended before its end."""
+        """True if the trial stopped before its end."""
         return self.status in ("failed", "diverged", "stopped")
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep shows: a live table on a terminal, lines in a log, and the table at the end."""
+"""Display of a sweep: a live table on a terminal, lines in a log, and the table at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class TrialProgress:
-    """How far a running trial is; None and nan where it has not said so yet."""
+    """Progress of a running trial; None and nan where it has not reported any yet."""
 
     step: int = 0
     total: int | None = None
@@ -229,7 +229,7 @@ def _line(trial: Trial, progress: TrialProgress) -> str:
 
 
 def show_end(console: Console, trials: Sequence[Trial]) -> None:
-    """What became of each trial; a failed one names its log."""
+    """Shows the outcome of each trial; a failed one names its log."""
     table = Table(title=_counts(trials), title_justify="left")
     table.add_column("trial", overflow="fold")
     table.add_column("status", no_wrap=True)
@@ -256,7 +256,7 @@ def show_end(console: Console, trials: Sequence[Trial]) -> None:
 
 
 def _log(folder: Path) -> Path:
-    """What to read about a failure; a trial that was not started by us has another log."""
+    """The file to read about a failure; a trial that was not started by us has another log."""
     return folder / (LOG_FILE if (folder / LOG_FILE).exists() else RESULT_FILE)
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, and wandb or csv files where the user wants them."""
+"""Loggers of metrics: metrics.jsonl always, and wandb or csv files where the user wants them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class JsonlLogger(Logger):
         return ""
 
     def rows_of(self, step: int) -> int:
-        """How many rows the newest step has."""
+        """Number of rows that the newest step has."""
         newest, rows = self._newest
         return rows if newest == step else 0
 

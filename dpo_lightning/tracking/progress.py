@@ -92,7 +92,7 @@ class MetricRows(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """How many rows the step has by now, and the last value of every metric."""
+        """Saves the number of rows of the step so far, and the last value of every metric."""
         checkpoint["metrics"] = {
             "rows": self._metrics.rows_of(trainer.global_step),
             "last": dict(self._metrics.last),

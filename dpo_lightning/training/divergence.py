@@ -1,4 +1,4 @@
-"""What is known of a step whose loss or gradient is not finite, and how it is said."""
+"""Facts about a step whose loss or gradient is not finite, and the message about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a micro-batch came to, kept until its step is known to be sound.
+    """Results of a micro-batch, kept until its step is known to be finite.
 
     Attributes:
         batch: The micro-batch.

@@ -1,4 +1,4 @@
-"""What is taken from Lightning: its handlers of signals, its watch over the other ranks."""
+"""Parts of Lightning that are replaced: its signal handlers, its watch over the other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the module keeps in a checkpoint beside its weights, which of these, and its metric rows."""
+"""The module's part of a checkpoint: its state, and which weights; and its metric rows."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class CheckpointedModule(pl.LightningModule):
             self._train_sums = sums.sum(0) * self.trainer.is_global_zero
 
     def on_train_start(self) -> None:
-        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        """Moves the sums of a log interval out of a checkpoint to the device of its other steps."""
         if self._train_sums is not None:
             self._train_sums = self._train_sums.to(self._no_sums())
 

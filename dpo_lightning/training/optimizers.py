@@ -244,7 +244,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, with at least one dimension."""
+    """This process's part of a tensor, with at least one dimension."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     tensor = tensor.detach()
@@ -297,7 +297,7 @@ def noise_seed(seed: int, step: int, shard: tuple[int, ...] = ()) -> int:
 
 
 def shard_of(parameter: Tensor) -> tuple[int, ...]:
-    """Which shard of a parameter this process has; replicas of one have to be rounded alike."""
+    """Shard of a parameter that this process has; replicas of one are to be rounded alike."""
     if not isinstance(parameter, DTensor):
         return ()
     place = parameter.device_mesh.get_coordinate() or ()

@@ -44,11 +44,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that reads and writes for all."""
+        """True if this rank reads and writes for all."""
         return self.rank == 0
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives on rank 0, on every rank; an error of ours is raised on all."""
+        """Returns rank 0's value of ``function`` on every rank; raises an error of ours on all."""
         answer: list[Any] = [None, None]
         if self.is_first:
             try:
@@ -103,7 +103,7 @@ def start_ranks(config: Config, children: ChildRanks) -> Ranks | None:
 
 @contextlib.contextmanager
 def refuse_as_user_error() -> Iterator[None]:
-    """What Lightning refuses is a setting that was wrong."""
+    """Turns the settings that Lightning refuses into a user's error."""
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
@@ -111,7 +111,7 @@ def refuse_as_user_error() -> Iterator[None]:
 
 
 def timeout_of(config: Config) -> datetime.timedelta:
-    """How long a rank waits for the others."""
+    """Longest time that a rank waits for the others."""
     return datetime.timedelta(minutes=config.strategy.timeout_minutes)
 
 

@@ -198,7 +198,7 @@ def cluster(monkeypatch) -> Iterator:
 
 
 def kill_node(raylet: int) -> None:
-    """What Ray runs on a node, at once; the trial is not touched."""
+    """Kills all that Ray runs on a node, at once; the trial is not touched."""
     children = [
         int(entry.name)
         for entry in Path("/proc").iterdir()

@@ -1,4 +1,4 @@
-"""What fails around a run does not end it, or ends it in one line: wandb, terminals, disks."""
+"""Failures around a run end it in one line, or not at all: wandb, terminals, disks."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def losses(run: Run) -> list[float]:
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """As one that is logged in; everything of wandb's in a folder of its own."""
+    """A user who is logged in; all of wandb's files go into a folder of the test's own."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HOME", str(tmp_path))

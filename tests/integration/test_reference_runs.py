@@ -1,4 +1,4 @@
-"""What a run computes of its reference, and what it finds: counts of `result.json.reference`."""
+"""Reference rows that a run computes or finds in the cache: `result.json.reference`."""
 
 import json
 import shutil

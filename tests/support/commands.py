@@ -93,7 +93,7 @@ files = st.dictionaries(
 
 
 def _only_asks(line: list[str]) -> bool:
-    """Whether Hydra would print something instead of running."""
+    """True if Hydra would print something instead of running."""
     return any(
         word.startswith(("-h", "--h", "--i", "-i", "-c", "-s", "--s", "-e")) for word in line
     )

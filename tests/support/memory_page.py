@@ -51,7 +51,7 @@ FULL = Training(
 
 
 def ways(model: ModelShape) -> dict[str, Training]:
-    """How it is trained, by the name in the table; on one device."""
+    """Ways to train on one device, by their names in the table."""
     half = replace(FULL, weight_bytes=2, masters=False)
     lora = replace(FULL, trained=model.lora_parameters(RANK))
     return {

@@ -151,7 +151,7 @@ def refusal(action: Callable[[], object]) -> str | None:
 
 
 def read(path: Path, format: str = "auto") -> Rows | None:
-    """What a file holds; None where it is refused."""
+    """Reads the rows of a file; None where it is refused."""
     found = []
 
     def action() -> None:
@@ -165,7 +165,7 @@ def read(path: Path, format: str = "auto") -> Rows | None:
 
 
 def check_read(found: Rows, folder: Path) -> None:
-    """What was read is whole: every row is a right group, or a bad row that can be shown."""
+    """Checks that rows are whole: each a right group, or a bad row that can be shown."""
     assert found.total == len(found.groups) + len(found.bad)
     for group in found.groups:
         _check_group(group)

@@ -31,7 +31,7 @@ def launch(folder: Path, *overrides: str) -> Run:
 def on_ranks(
     function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2
 ) -> list[Any]:
-    """What a function gives on each rank of a process group, in forks of the warm process.
+    """Calls a function on each rank of a process group, in forks of the warm process.
 
     A rank that raises, or that waits in vain for another, fails the test.
 

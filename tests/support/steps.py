@@ -66,7 +66,7 @@ def in_turn(*groups: TokenGroup) -> list[TokenGroup]:
 
 @dataclass
 class Taken:
-    """What steps left."""
+    """Results of some training steps."""
 
     folder: Path
     trainer: pl.Trainer

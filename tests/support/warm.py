@@ -113,7 +113,7 @@ class WarmRun:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
-        """What it wrote to its pipes, once it has ended; None where there is none.
+        """Returns the output of its pipes, once it has ended; None where there is none.
 
         Raises:
             TimeoutExpired: If it does not end, or what it started holds a pipe open.

@@ -1,4 +1,4 @@
-"""Which devices a trial of a sweep may use: a lease on as many as it asks for. Imports no torch."""
+"""Leases on the devices of a machine, one for each trial of a sweep. Imports no torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DevicePool:
         self._free = list(devices)
 
     def has(self, width: int) -> bool:
-        """Whether ``width`` devices are free."""
+        """True if ``width`` devices are free."""
         return width <= len(self._free)
 
     def take(self, width: int) -> Lease | None:
@@ -68,7 +68,7 @@ class DevicePool:
         self._free = [device for device in self.devices if device in free]
 
     def environment(self, lease: Lease, given: Mapping[str, str]) -> dict[str, str]:
-        """What a trial's environment must say so that it sees its devices and its share of cores.
+        """Variables of a trial's environment that limit it to its devices and its share of cores.
 
         Args:
             lease: The trial's lease.
@@ -161,7 +161,7 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for GPUs; torch is not imported for it."""
+    """True if the installed torch was built for GPUs; torch is not imported for it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False

@@ -165,7 +165,7 @@ class LocalProcesses:
         self._lifeline = lifeline
 
     def fits(self, trial: Trial) -> bool:
-        """Whether as many devices are free as it asks for."""
+        """True if as many devices are free as the trial asks for."""
         return self._pools[trial.plan.kind].has(trial.plan.width)
 
     def find(self, trial: Trial) -> Attempt | None:

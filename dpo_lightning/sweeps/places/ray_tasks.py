@@ -214,7 +214,7 @@ class RayTasks:
         self._tasks = 0
 
     def needs(self, plan: Plan) -> dict[str, int]:
-        """What a trial takes of a node: with ``trainer.accelerator=auto`` GPUs where there are."""
+        """Resources of a trial; with ``trainer.accelerator=auto``, GPUs if the cluster has any."""
         wants_gpus = plan.accelerator in ("gpu", "cuda") or (
             plan.accelerator == "auto" and bool(self._ray.cluster_resources().get("GPU"))
         )
@@ -244,7 +244,7 @@ class RayTasks:
         log.warning("no node of the Ray cluster has %s yet: %s waits", wanted, plan.name)
 
     def fits(self, trial: Trial) -> bool:
-        """Whether one more task may be with Ray; which of them runs is Ray's to say."""
+        """True if one more task may be with Ray; Ray decides which of them runs."""
         return self._max_parallel is None or self._tasks < self._max_parallel
 
     def find(self, trial: Trial) -> Attempt | None:

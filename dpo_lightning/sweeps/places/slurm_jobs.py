@@ -75,7 +75,7 @@ class JobTerms:
 
 
 class TrialJob:
-    """What a task of a job does; it is sent by its import name and plain values.
+    """The work of one task of a job; it is sent by its import name and plain values.
 
     Args:
         order: The trial.
@@ -147,7 +147,7 @@ class SlurmJobs:
             )
 
     def fits(self, trial: Trial) -> bool:
-        """Whether one more job may be in the queue."""
+        """True if one more job may be in the queue."""
         most = self._terms.max_parallel
         return most is None or len(self._jobs) < most
 

@@ -42,7 +42,7 @@ def job_name(trial: str, attempt: str) -> str:
 
 
 def is_alive(state: str) -> bool:
-    """Whether a job in this state runs or may run."""
+    """True if a job in this state runs or may run."""
     return state.partition(" ")[0] in (*_ALIVE, "UNKNOWN")
 
 
@@ -114,6 +114,6 @@ def _number(jobs: Iterable[QueuedJob] | None, attempt: str) -> str | None:
 
 
 def _seconds_left(given: Mapping[str, Any]) -> float:
-    """How long the submission of an order may still take, whatever the clocks say."""
+    """Seconds that the submission of an order may still take, whatever the clocks say."""
     age = time.time() - float(given.get("given", 0.0))
     return min(max(_SUBMISSION_SECONDS - age, 0.0), _SUBMISSION_SECONDS)

@@ -1,4 +1,4 @@
-"""What a report says, as texts and tables that the templates only place."""
+"""Content of a report, as texts and tables that the templates only place."""
 
 from __future__ import annotations
 
@@ -385,5 +385,5 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 
 
 def report_command(folder: str) -> str:
-    """What makes the report anew."""
+    """Command that makes the report again."""
     return f"python -m dpo_lightning.sweeps.report {shlex.quote(folder)}"

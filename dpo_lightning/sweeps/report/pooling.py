@@ -99,7 +99,7 @@ class Configuration:
 
 
 def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | None:
-    """What to rank by: what is wanted, else the first metric that every trial has.
+    """Metric to rank by: the wanted one, else the first that every trial has.
 
     Raises:
         UserError: If it is not one to rank by, or no trial has it.
@@ -121,7 +121,7 @@ def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | No
 
 
 def choose_kl(trials: Sequence[TrialResult], *, exact: bool) -> str | None:
-    """Where the KL to the reference comes from: the exact one for an exact metric."""
+    """Metric that gives the KL to the reference: the exact one for an exact metric."""
     order = (EXACT_KL, SAMPLED_KL) if exact else (SAMPLED_KL, EXACT_KL)
     counts = {name: sum(t.metric(name) is not None for t in trials) for name in order}
     best = max(order, key=counts.__getitem__)

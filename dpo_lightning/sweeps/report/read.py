@@ -57,12 +57,12 @@ class TrialResult:
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end."""
+        """True if the trial ran to its end."""
         return self.status == "finished"
 
     @property
     def failed(self) -> bool:
-        """Whether it ended before its end."""
+        """True if the trial stopped before its end."""
         return self.status in _FAILED
 
     @property
@@ -147,7 +147,7 @@ class Sweep:
 
     @property
     def status_counts(self) -> dict[str, int]:
-        """How many trials have each status."""
+        """Number of trials of each status."""
         return dict(Counter(trial.status for trial in self.trials).most_common())
 
 
@@ -262,7 +262,7 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_hydra_overrides(path: Path, notes: list[str]) -> list[str]:
-    """What Hydra wrote into a trial's folder, whoever launched it."""
+    """Reads the overrides that Hydra wrote into a trial's folder, whoever launched it."""
     if not path.is_file():
         return []
     try:
@@ -316,7 +316,7 @@ def override_value(line: str) -> str:
 
 
 def is_hydra_word(word: str) -> bool:
-    """Whether a word of a command line is Hydra's, not the experiment's."""
+    """True if a word of a command line is Hydra's, not the experiment's."""
     return override_key(word).startswith(("hydra.", "hydra/"))
 
 

@@ -1,4 +1,4 @@
-"""What can be said about a metric from a few seeds and many evaluated items. Imports only NumPy.
+"""Statistics of a metric over a few seeds and many evaluated items. Imports only NumPy.
 
 Items (evaluation groups or sampled prompts) are the same for every seed, so both are resampled.
 """

@@ -1,4 +1,4 @@
-"""What makes a resumed run equal an undisturbed one to the bit, beside weights and optimizer.
+"""State that makes a resumed run bit-identical, beside weights and optimizer.
 
 The order of the data is a function of seed and step, so a checkpoint needs no more of it than the
 step. What it does need: the states of the random number generators, for an adapter's dropout; a

@@ -29,7 +29,7 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds: its size in bytes, and their BLAKE2b hash in hexadecimal."""
+    """A file's content: its size in bytes, and their BLAKE2b hash in hexadecimal."""
 
     bytes: int
     blake2b: str
@@ -41,7 +41,7 @@ def new_digest() -> Any:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Path of a step's checkpoint."""
     return folder / f"step-{step:06d}.ckpt"
 
 
@@ -177,7 +177,7 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-    """What to resume from in place of a damaged checkpoint."""
+    """Names the checkpoint to resume from in place of a damaged one."""
     for sibling in saved_checkpoints(path.parent):
         if sibling != path and find_damage(sibling) is None:
             return f"resume={sibling} is whole"
@@ -185,7 +185,7 @@ def _remedy(path: Path) -> str:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, before anything is loaded from it; None if it is whole."""
+    """Finds the damage of a checkpoint before anything is loaded from it; None if it is whole."""
     manifest = _read(manifest_path(path))
     if isinstance(manifest, str):
         return manifest
@@ -238,7 +238,7 @@ def _read(path: Path) -> dict[str, Any] | str:
 def changed_settings(
     saved: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """What a checkpoint was made with and this run has otherwise.
+    """Settings that differ between a checkpoint and this run.
 
     Args:
         saved: The ``identity`` of a manifest.

@@ -115,7 +115,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a checkpoint that cannot be written, and what there is to go on from."""
+    """Remedy for a checkpoint that cannot be written, with the one to resume from, if any."""
     remedy = "make room, or take another folder with hydra.run.dir=<folder>"
     for other in checkpoints.saved_checkpoints(path.parent):
         if other != path and checkpoints.manifest_path(other).exists():
@@ -153,7 +153,7 @@ class _Hashed:
 
     @property
     def content(self) -> Content:
-        """What was written."""
+        """Content that was written."""
         return Content(self._bytes, self._digest.hexdigest())
 
 

@@ -187,7 +187,7 @@ def test_a_call_is_not_larger_than_allowed(monkeypatch):
 
 
 def test_sequences_of_like_lengths_are_one_call(monkeypatch):
-    """Where a call costs nothing: prompts of 40 apart from responses of 3, each kind together."""
+    """If a call costs nothing, prompts of 40 and responses of 3 are apart, each kind together."""
     groups = [
         TokenGroup(np.arange(p, dtype=np.int32), (np.zeros(3, np.int32),) * 2, (1, 2), 1.0, "", "")
         for p in (40, 40, 40)
@@ -206,7 +206,7 @@ COSTS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 def first_fit(costs: list[int], budget: int) -> int:
-    """How many bins the longest first, each where it fits first, needs."""
+    """Number of bins that first-fit needs, longest first."""
     room: list[int] = []
     for cost in costs:
         place = next((i for i, left in enumerate(room) if cost <= left), None)

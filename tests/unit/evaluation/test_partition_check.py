@@ -157,7 +157,7 @@ def test_faults_that_the_check_sees(models, drawn, caplog, fault):
 
 @pytest.mark.parametrize("fault", [without_first, without_eos])
 def test_faults_that_only_the_sum_to_one_sees(models, drawn, caplog, fault):
-    """What is left after the first token is a distribution too, given that token.
+    """The rest after the first token is a distribution too, given that token.
 
     So is a response without its end, nearly: what ends early gains what its end had lost.
     """

@@ -206,7 +206,7 @@ MEASURED = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_tex
 
 @pytest.mark.parametrize("way", MEASURED)
 def test_measured_is_within_15_percent_of_the_estimate(way: str):
-    """What benchmarks/memory.py measured stands on the page; the estimate is still today's.
+    """The measurements of benchmarks/memory.py stand on the page; the estimate is today's.
 
     But for activations and head, which depend on the lengths of the rows.
     """

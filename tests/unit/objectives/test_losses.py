@@ -577,10 +577,10 @@ def test_losses_on_single_responses_do_not_ignore_a_constant(name):
 @hypothesis_settings
 @given(batch=batches(), constants=st.tuples(st.floats(-4, 4), st.floats(-4, 4)))
 def test_only_log_ratios_count(name, batch, constants):
-    """What is added to policy and reference alike is nothing, whatever the side it is added to.
+    """Adding the same to policy and reference changes nothing, whichever side it is added to.
 
     AOT compares margins of the policy with margins of the reference of other pairs: there it is
-    nothing where it is the same for all pairs, as it is here.
+    changes nothing where it is the same for all pairs, as it is here.
     """
     policy, reference, lengths, beta = batch
     shift = float64(constants)

@@ -1,4 +1,4 @@
-"""What losses there are: registering one, checking an objective, and the files of `conf/loss`."""
+"""The registry of losses: registering one, checking an objective, the files of `conf/loss`."""
 
 import dataclasses
 import importlib

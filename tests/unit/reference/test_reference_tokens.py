@@ -268,7 +268,7 @@ def test_a_live_reference_counts_what_it_computes():
 
 @pytest.mark.parametrize("path", ["flat", "padded"])
 def test_prefixes_of_cached_responses_equal_live_ones(tmp_path, path):
-    """What a loss over the first tokens of each response takes: sums over min(lengths)."""
+    """Sums over min(lengths), as a loss over the first tokens of each response takes them."""
     groups = make_groups()
     scorer = Scorer(path)
     model = make_model("llama")

@@ -71,7 +71,7 @@ def test_a_clause_refuses_its_line_and_not_the_nearest_right_one(
 
 
 def clauses() -> dict[str, re.Pattern[str]]:
-    """What each clause may say, by the place where it stands."""
+    """Patterns of the clauses' words, by the place where each clause stands."""
     source = (ROOT / "dpo_lightning" / "settings" / "combinations.py").read_text()
     found = {}
     for node in ast.walk(ast.parse(source)):

@@ -95,7 +95,7 @@ def test_no_bits_of_a_nan_become_a_number():
 
 
 def moved(stochastic_rounding: bool) -> torch.Tensor:
-    """How far 10,000 weights of 1 went in 200 AdamW steps of 5e-7 with the same gradient."""
+    """Distance that 10,000 weights of 1 went in 200 AdamW steps of 5e-7, one gradient."""
     weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))
     optimizer = make_optimizer(
         [weight], name="adamw", lr=5e-7, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
@@ -248,7 +248,7 @@ def test_steps_with_8_bits_are_those_of_torchao():
     block=st.sampled_from([32, 256]),
 )  # fmt: skip
 def test_codes_stand_for_the_nearest_number_of_their_block(signed, seed, size, block):
-    """What lies between 0.1 and 1 of a block's largest is off by at most half of a 64th of 0.9
+    """Values between 0.1 and 1 of a block's largest are off by at most half of a 64th of 0.9
     (a 128th without a sign), and zero is zero; a second moment does not become it."""
     values = torch.randn(8, 256, generator=seeded(seed)) * size
     values[:, ::7] = 0

@@ -124,7 +124,7 @@ def test_weights_take_the_step_of_adamw_and_matrices_decay(tmp_path):
 
 
 class Moved(pl.Callback):
-    """How far the weight that went farthest went in each step."""
+    """Records how far the weight that went farthest went in each step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
