@@ -130,7 +130,7 @@ class Bench:
 
         Args:
             shape: Of the rows.
-            steps: How many are compared.
+            steps: Number of steps that are compared.
             arms: TRL's and ours.
 
         Raises:

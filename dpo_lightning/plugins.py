@@ -44,7 +44,7 @@ def register_scorer(name: str) -> Callable[[_Function], _Function]:
     """Makes a function known as ``evaluation.scorer=<name>``.
 
     Args:
-        name: What the setting will say.
+        name: Value of the setting.
 
     Example:
         >>> @register_scorer("brevity")
@@ -63,7 +63,7 @@ def register_callback(name: str) -> Callable[[_Maker], _Maker]:
     """Makes a Lightning callback known as ``trainer.callbacks=[<name>]``.
 
     Args:
-        name: What the setting will say.
+        name: Value in the setting's list.
 
     Example:
         >>> @register_callback("bell")

@@ -184,7 +184,7 @@ class ControlledTask:
             n: Number of pairs.
             seed: Of all draws.
             reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
-            population: Whether no label is drawn: then each pair counts both ways, by that
+            population: True draws no label: then each pair counts both ways, by that
                 probability, as it would on average over all labels.
         """
         draw = np.random.default_rng(seed)

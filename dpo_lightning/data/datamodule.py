@@ -85,9 +85,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         micro_batch_tokens: Most tokens of a micro-batch on one device.
         total_steps: Steps of the run.
         seed: With the epoch, decides the order of the groups.
-        shared: Whether the scorer computes a prompt once for all its responses.
+        shared: True if the scorer computes a prompt once for all its responses.
         num_workers: Processes that build batches ahead; 0 builds them in the training process.
-        equal_counts: Whether all ranks take as many micro-batches, as a sharded model needs.
+        equal_counts: True if all ranks take as many micro-batches, as a sharded model needs.
     """
 
     def __init__(

@@ -50,9 +50,9 @@ class BadRow:
     """A row that is no preference group.
 
     Attributes:
-        source: Where it is, ``file:line``.
+        source: Its place, ``file:line``.
         field: The column at fault, ``row`` for the whole.
-        problem: What was found there, on one line.
+        problem: The fault that was found there, on one line.
         row: The row as read.
     """
 
@@ -147,9 +147,9 @@ def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:
     """Stops at bad rows, unless they are to be skipped.
 
     Args:
-        rows: What was read.
+        rows: The rows that were read.
         on_bad_row: ``stop`` or ``skip``.
-        limit: How many bad rows the message names.
+        limit: Number of bad rows that the message names.
 
     Raises:
         UserError: If there is a bad row and ``on_bad_row`` is ``stop``.

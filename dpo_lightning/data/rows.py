@@ -54,7 +54,7 @@ class PreferenceGroup:
         ranks: Dense ranks of the responses, never decreasing; 1 is best, ties share a rank.
         weight: Weight of the group in the loss, finite and above 0.
         target_margin: The margin that the row asks for, or None.
-        source: Where the row came from, ``file:line``.
+        source: Origin of the row, ``file:line``.
     """
 
     prompt: Text

@@ -26,9 +26,9 @@ class Record(NamedTuple):
 
     Attributes:
         number: Its line; where there are no lines, its place, from 1.
-        value: What it holds; None when it could not be read.
+        value: Its content; None when it could not be read.
         raw: The line as read; None when the source has no lines.
-        problem: Why it could not be read, or None.
+        problem: Reason why it could not be read, or None.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Source:
     """An opened source.
 
     Attributes:
-        label: What stands before the number of a record: ``path`` or ``id[split]``.
+        label: Text before the number of a record: ``path`` or ``id[split]``.
         columns: The columns of a table; None when every record names its own.
         read: Yields the records. It is given the columns to look at: a table may have others,
             images say, that are expensive to read.

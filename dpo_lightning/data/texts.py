@@ -91,7 +91,7 @@ def read_text(value: object, label: str, *, sharegpt: bool = False) -> Text:
 
     Args:
         value: A string, or a list of ``{"role", "content"}`` messages.
-        label: Where the value stands in the row, for errors.
+        label: Place of the value in the row, for errors.
         sharegpt: The messages are ``{"from", "value"}`` turns instead: a list, or one by itself.
             A string is the assistant's then.
 
@@ -144,7 +144,7 @@ def split_messages(
 
     Args:
         lists: The conversations.
-        labels: Where they stand in the row, for errors.
+        labels: Their places in the row, for errors.
 
     Raises:
         RowError: If the conversations differ before the first answer.

@@ -51,13 +51,13 @@ class TokenGroup:
         responses: Ids of each response, shapes (R_k,), int32, EOS included unless it was cut off.
         ranks: Rank of each response, without gaps; 1 is best, ties share a rank.
         weight: Weight of the group in the loss.
-        source: Where the row came from, ``file:line``.
+        source: Origin of the row, ``file:line``.
         prompt_key: Identifies the prompt's text; groups with one key stay on one side of a split.
         reference_logps: Log-probability of each response under the reference, (K,), float32, or
             None where that is not known beforehand.
         reference_token_logps: Log-probability of each token of each response under the reference,
             shapes (R_k,), float32, or None where only sums are known, or nothing.
-        target_margin: How much better the row says its better responses are, in units of reward.
+        target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
     """

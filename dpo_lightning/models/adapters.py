@@ -37,9 +37,9 @@ class LoraSettings:
         r: Rank.
         alpha: Scale, over the rank or its square root.
         target_modules: Names of modules; None for all linear layers but the head.
-        rslora: Whether the scale is over the square root of the rank.
-        dora: Whether directions and lengths are trained apart.
-        gaussian: Whether the first matrix is drawn from a normal distribution.
+        rslora: True if the scale is over the square root of the rank.
+        dora: True if directions and lengths are trained apart.
+        gaussian: True if the first matrix is drawn from a normal distribution.
     """
 
     r: int
@@ -166,7 +166,7 @@ class Adapters:
         """Writes the trained adapter as PEFT does.
 
         Args:
-            folder: Where to.
+            folder: Folder to write to.
             base: Folder or hub id of the base model; None where nobody else has it.
             revision: Its revision on the hub.
         """

@@ -40,7 +40,7 @@ class AttentionPlan:
 
     Args:
         batch: The micro-batch.
-        varlen: Whether the kernel for any lengths is used where the type allows it.
+        varlen: True if the kernel for any lengths is used where the type allows it.
 
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
@@ -81,7 +81,7 @@ class Sequences:
     Attributes:
         keys: Flat place of each key, sequence after sequence, shape (K,), int64: a prompt's own
             tokens, or a prompt followed by a response.
-        query_ends: Where each sequence's queries end, after a 0, shape (S + 1,), int32.
+        query_ends: End of each sequence's queries, after a 0, shape (S + 1,), int32.
         key_ends: The same of the keys.
         most_queries: Queries of the longest sequence.
         most_keys: Its keys.
@@ -155,7 +155,7 @@ def group_attention(
         scaling: Factor of the scores; None is 1/sqrt(d).
         sliding_window: Only positions less than this far back are seen.
         group_plan: The plan of the micro-batch.
-        **kwargs: What this function does not know must not change the result.
+        **kwargs: Arguments unknown to this function must not change the result.
 
     Returns:
         The output, shape (1, T, heads, d), and no attention weights.
@@ -278,7 +278,7 @@ def varlen_fault(
     """Tries the kernel for any lengths against plain attention in float32.
 
     Args:
-        device: Where it will run.
+        device: Device that it will run on.
         dtype: Type of the queries.
         heads: Query heads.
         key_heads: Key heads.

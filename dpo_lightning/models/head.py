@@ -104,7 +104,7 @@ def token_logps(
         weight: Of the head, shape (V, d).
         bias: Of the head, shape (V,), or None.
         targets: Token ids, shape (n,), int64.
-        transform: What happens to the scores behind the head.
+        transform: Transform of the scores behind the head.
 
     Returns:
         Shape (n,), float32 (float64 for float64 states).
@@ -127,7 +127,7 @@ def token_logps_and_collisions(
         weight: Of the head, shape (V, d).
         bias: Of the head, shape (V,), or None.
         targets: Token ids, shape (n,), int64.
-        transform: What happens to the scores behind the head.
+        transform: Transform of the scores behind the head.
 
     Returns:
         The log-probabilities, and as :func:`collision_logps` the collisions, which have no
@@ -272,7 +272,7 @@ def _score_gradient(
         logps: Log-probability of each target, shape (n,), at least float32.
         normaliser: Log-sum-exp over all transformed scores, shape (n,), the same type.
         outer: Gradient of each log-probability, shape (n,); None for 1.
-        transform: What happens to the scores.
+        transform: Transform of the scores.
 
     Returns:
         Shape (n, v), in the type of the scores.

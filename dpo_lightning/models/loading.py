@@ -33,7 +33,7 @@ def load_tokenizer(
         source: A folder or a hub id.
         key: The config key that named it, for errors.
         revision: Revision on the hub.
-        needs_eos: Whether one that cannot is refused.
+        needs_eos: True refuses one that cannot.
 
     Raises:
         UserError: If there is none, or it has no EOS token.
@@ -123,7 +123,7 @@ def load_model(
         key: The config key that named it, for errors.
         dtype: Type of the weights in memory.
         revision: Revision on the hub.
-        quantization: How transformers is to hold the weights of linear layers, if in fewer bits.
+        quantization: transformers' config for linear layers in fewer bits, or None.
 
     Raises:
         UserError: If the weights are absent, incomplete or of another architecture.

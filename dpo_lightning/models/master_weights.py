@@ -46,10 +46,10 @@ class MasterWeights:
 
     Args:
         model: Its parameters are float32; from here on they are ``dtype``, until :meth:`restore`.
-        dtype: What to compute in.
+        dtype: Type to compute in.
 
     Attributes:
-        parameters: What the optimizer trains; ``grad`` of each is float32 and adds up what backward
+        parameters: Weights for the optimizer; ``grad`` of each is float32 and adds up what backward
             passes found.
     """
 

@@ -18,7 +18,7 @@ def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
 
     Args:
         compute: Type of the products.
-        device: Where they will be made.
+        device: Device on which they will be made.
 
     Raises:
         UserError: If bitsandbytes cannot do that there.

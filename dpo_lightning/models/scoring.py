@@ -51,7 +51,7 @@ class Scorer:
 
     Attributes:
         path: The path.
-        varlen: Whether the flat path may use the kernel for sequences of any lengths.
+        varlen: True if the flat path may use the kernel for sequences of any lengths.
     """
 
     def __init__(self, path: ScoringPath) -> None:
@@ -69,7 +69,7 @@ class Scorer:
 
         Args:
             config: The model's.
-            device: Where it will run.
+            device: Device that it will run on.
 
         Returns:
             Why a GPU goes without it.

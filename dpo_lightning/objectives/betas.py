@@ -17,7 +17,7 @@ class BetaPlan:
         end: Beta of the last one; not looked at by the constant schedule.
         schedule: `constant`, `linear` or `cosine`.
         total_steps: Steps of the run.
-        adaptive: By how much a step's beta follows its margins; 0 for none.
+        adaptive: Strength with which a step's beta follows its margins; 0 for none.
         momentum: Share of the old mean margin in the next one.
     """
 

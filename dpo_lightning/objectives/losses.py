@@ -37,7 +37,7 @@ class PairLogps:
         reference_rejected_logps: Of the rejected ones.
         chosen_lengths: Tokens of the chosen responses.
         rejected_lengths: Of the rejected ones.
-        target_margin: By how much the reward of the chosen one is to be higher, or None for 0.
+        target_margin: Lead that the reward of the chosen one is to have, or None for 0.
         link: Takes log-ratios to scores, for an f-divergence other than the reverse KL.
     """
 

@@ -32,7 +32,7 @@ class ObjectiveSettings:
         f_divergence: A name of `DIVERGENCES`.
         f_alpha: Order of the alpha divergence.
         ld_alpha: Weight of the tokens beyond the shorter response of a pair; 1 is all of it.
-        wpo: Whether pairs are weighted by how likely the policy is to write them.
+        wpo: True if pairs are weighted by how likely the policy is to write them.
         rpo_alpha: Weight of an added negative log-likelihood per token of the chosen response.
     """
 

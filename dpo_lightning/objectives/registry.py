@@ -73,16 +73,16 @@ class PairwiseLoss:
 
     Attributes:
         fn: `fn(pairs, *, beta, **options) -> Tensor (B,)`.
-        uses_reference: Whether it compares the policy with a reference.
-        needs_reference: Whether it has no meaning without one. A loss that uses one and does not
+        uses_reference: True if it compares the policy with a reference.
+        needs_reference: True if it has no meaning without one. A loss that uses one and does not
             need it takes plain log-probabilities in place of log-ratios.
         uses_rejected: False for a loss on the chosen response alone.
-        on_margin: Whether it sees the two responses through the difference of their scores alone,
+        on_margin: True if it sees the two responses through the difference of their scores alone,
             so that another f-divergence can take the place of the reverse KL.
-        couples: Whether the loss of a pair depends on the other pairs of its batch.
+        couples: True if the loss of a pair depends on the other pairs of its batch.
         options: Every option's name and default.
         schema: The same with types and bounds.
-        paper: Where the loss comes from.
+        paper: Source of the loss.
         summary: The first line of its docstring.
     """
 
@@ -123,13 +123,13 @@ def register_loss(
     float, int, bool and str; `Annotated[float, {"least": 0, "below": 1}]` gives bounds.
 
     Args:
-        name: What the setting will say.
-        paper: Where the loss comes from.
+        name: Value of the setting.
+        paper: Source of the loss.
         reference: `needed`, `optional` (then plain log-probabilities can take the place of
             log-ratios) or `unused`.
-        uses_rejected: Whether it looks at the rejected response.
-        on_margin: Whether it sees the responses through `pairs.margin()` alone.
-        couples: Whether the loss of a pair depends on the other pairs of its batch.
+        uses_rejected: True if it looks at the rejected response.
+        on_margin: True if it sees the responses through `pairs.margin()` alone.
+        couples: True if the loss of a pair depends on the other pairs of its batch.
 
     Raises:
         ValueError: If the name is taken, or a parameter has no usable type or default.

@@ -44,7 +44,7 @@ class Death:
 
     Attributes:
         code: The exit code that the run takes from it.
-        message: What is said about it.
+        message: Message about it.
     """
 
     code: int
@@ -111,7 +111,7 @@ class ChildRanks:
         """Sees to it that none is left.
 
         Args:
-            code: How this rank ends; where all decided to, the others get time to do it.
+            code: This rank's exit code; where all decided to end, the others get time to do it.
         """
         self._observing = False
         allowed = _AGREED_SECONDS if code in _AGREED else _FAILED_SECONDS

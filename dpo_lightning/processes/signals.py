@@ -44,7 +44,7 @@ class Stopped(SystemExit):
 
     Args:
         signum: The signal.
-        saved: What was saved, for the message; None where there was nothing to save.
+        saved: The part of the message about what was saved; None where there was nothing to save.
     """
 
     def __init__(self, signum: int, saved: str | None = None) -> None:

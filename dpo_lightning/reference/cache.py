@@ -55,9 +55,9 @@ class ReferenceCache:
     """The stored log-probabilities of one reference.
 
     Args:
-        folder: Where all references have their folders.
-        facts: What the numbers depend on beside the ids: weights, dtype, kernel, versions.
-        per_token: Whether each token of a response has a value, instead of their sum.
+        folder: Parent of the folders of all references.
+        facts: Facts beside the ids that decide the numbers: weights, dtype, kernel, versions.
+        per_token: True if each token of a response has a value, instead of their sum.
 
     Attributes:
         path: The folder of these values of this reference; it need not exist.

@@ -33,7 +33,7 @@ def check_same_model(
     Args:
         batch: The first step; its first micro-batch is scored.
         policy: The policy before its first step.
-        reference: What is to be the same.
+        reference: The reference, which is to be the same.
         scorer: Scores both.
         reduce: Sums a tensor over all ranks.
 

@@ -363,8 +363,8 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
 
     Args:
         config: Settings of which each is valid by itself.
-        multirun: Whether it is one of several that run in this process.
-        explicit_run_dir: Whether the run's folder was named.
+        multirun: True if it is one of several that run in this process.
+        explicit_run_dir: True if the run's folder was named.
 
     Yields:
         The keys, their values and the remedy.

@@ -27,7 +27,7 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
     """Checks ``hydra.<key>``; makes it, under a name that nothing else has, where time names it.
 
     Args:
-        cfg: What Hydra composed.
+        cfg: The config, as Hydra composed it.
         key: ``run.dir`` or ``sweep.dir``.
 
     Returns:

@@ -18,7 +18,7 @@ class Setting:
     Attributes:
         kind: The type of a value: ``int``, ``float``, ``bool``, ``str``, ``list``, ``dict``,
             ``object`` for any, or the dataclass of a section.
-        optional: Whether null is a value.
+        optional: True if null is a value.
         rule: The bounds or choices that the schema gives.
     """
 

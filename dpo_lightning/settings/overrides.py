@@ -112,7 +112,7 @@ def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
 
     Args:
         lines: The settings as typed; what cannot be read is left to those who judge it.
-        folders: Where config files are.
+        folders: Folders of config files.
 
     Returns:
         Import names, each once.

@@ -136,9 +136,9 @@ def validate(cfg: DictConfig, *, multirun: bool = False, explicit_run_dir: bool 
     """Check a composed config and return it as plain typed objects.
 
     Args:
-        cfg: What Hydra composed, with or without its ``hydra`` node.
-        multirun: Whether it is one of several that run in this process.
-        explicit_run_dir: Whether the run's folder was named, so that a run can be found again.
+        cfg: The config, as Hydra composed it, with or without its ``hydra`` node.
+        multirun: True if it is one of several that run in this process.
+        explicit_run_dir: True if the run's folder was named, so that a run can be found again.
 
     Returns:
         The settings; paths with ``~`` are expanded and ``trainer.devices`` is a count, a list of

@@ -49,9 +49,9 @@ class Dispatcher:
 
     Args:
         trials: In the order in which they are to start; finished ones are passed over.
-        place: Where they run; every trial fits there.
+        place: The place where they run; every trial fits there.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
         view: Whoever shows it.
     """
 

@@ -33,7 +33,7 @@ def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
         trials: The trials of this command; empty where they ran in this process.
 
     Returns:
-        Whether all of the trials finished and the report was written.
+        True if all of the trials finished and the report was written.
     """
     if trials:
         show_end(Console(), trials)

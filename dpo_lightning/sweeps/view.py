@@ -122,7 +122,7 @@ class SweepView:
 
     Args:
         trials: All trials of the command.
-        console: Where to.
+        console: Console to draw on.
     """
 
     def __init__(self, trials: Sequence[Trial], console: Console) -> None:

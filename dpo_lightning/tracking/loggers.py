@@ -61,7 +61,7 @@ class JsonlLogger(Logger):
 
         Args:
             step: Optimizer steps completed.
-            rows: How many rows that step had; any more come again, such as those of an evaluation.
+            rows: Number of rows of that step; any more come again, such as those of an evaluation.
             last: The last value of every metric.
         """
         kept: list[str] = []
@@ -152,7 +152,7 @@ def make_logger(
         run_name: Name of the run.
         folder: The run's folder.
         config: The resolved configuration.
-        continued: Whether the run goes on from where the folder's last one was.
+        continued: True if the run goes on from where the folder's last one was.
         run_id: The run in wandb that it goes on with where the folder has none.
 
     Raises:

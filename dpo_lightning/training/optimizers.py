@@ -48,13 +48,13 @@ def make_optimizer(
     """Makes the optimizer of a run.
 
     Args:
-        parameters: What is trained, all of it on one kind of device; shards of FSDP2 too.
+        parameters: Weights to train, all of them on one kind of device; shards of FSDP2 too.
         name: ``adamw``, or ``adamw_8bit`` for moments of 8 bits.
         lr: Peak learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, of matrices only: vectors (norms, biases) are not decayed.
-        stochastic_rounding: Whether bfloat16 weights are rounded by chance; None: yes.
+        stochastic_rounding: True rounds bfloat16 weights by chance; None: yes.
         seed: Of the rounding.
     """
     trained = list(parameters)
@@ -94,8 +94,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        eight_bit: Whether moments have 8 bits.
-        stochastic_rounding: Whether bfloat16 weights, and moments, are rounded by chance, or to the
+        eight_bit: True if moments have 8 bits.
+        stochastic_rounding: True rounds bfloat16 weights, and moments, by chance; False to the
             nearest.
         seed: Of the random bits.
     """
@@ -320,7 +320,7 @@ def quantise(values: Tensor, scales: Tensor, *, signed: bool) -> tuple[Tensor, T
     Args:
         values: Shape (rows, ...), float32.
         scales: Only its shape counts, (rows, blocks).
-        signed: Whether the map has negative numbers.
+        signed: True if the map has negative numbers.
 
     Returns:
         Codes in the shape of the values, uint8, and the largest of each block, (rows, blocks).
@@ -340,7 +340,7 @@ def dequantise(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     Args:
         codes: Shape (rows, ...), uint8.
         scales: The largest of each block, shape (rows, blocks), float32.
-        signed: Whether the map has negative numbers.
+        signed: True if the map has negative numbers.
 
     Returns:
         The same shape as the codes, float32.

@@ -22,7 +22,7 @@ class Preemption(Callback):
     Args:
         signals: Those that stop the run.
         folder: The run's ``checkpoints`` folder.
-        keep: How many checkpoints stay.
+        keep: Number of checkpoints that stay.
     """
 
     def __init__(self, signals: SignalWatch, folder: Path, *, keep: int) -> None:

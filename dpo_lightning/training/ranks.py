@@ -32,8 +32,8 @@ class Ranks:
 
     Attributes:
         rank: Its number.
-        size: How many there are.
-        device: Where it computes.
+        size: Number of ranks.
+        device: Device that it computes on.
         mesh: All of them.
     """
 

@@ -31,7 +31,7 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
     Args:
         config: The settings.
         groups: Training groups.
-        bundled: Whether the bundled model is trained, which decides an open learning rate.
+        bundled: True if the bundled model is trained, which decides an open learning rate.
     """
     trainer = config.trainer
     epoch = steps_per_epoch(groups, config.data.batch_size)

@@ -22,7 +22,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """Data parallel over all ranks, every rank with its shards.
 
     Args:
-        timeout: How long a rank waits for the others.
+        timeout: Longest time that a rank waits for the others.
     """
 
     def __init__(self, *, timeout: datetime.timedelta) -> None:

@@ -194,7 +194,7 @@ def check_rows(found: Rows | None, tokenizer: Any, *, truncation: str) -> int:
     """Takes what was read through the tokenizer; every row is accounted for.
 
     Returns:
-        How many rows there were.
+        Number of rows that there were.
     """
     if found is None:
         return 0

@@ -38,7 +38,7 @@ def on_ranks(
     Args:
         function: Of a module's top; takes the rank and the arguments; what it gives is pickled.
         folder: An empty one of the test's.
-        *arguments: What else it takes; pickled.
+        *arguments: Its further arguments; pickled.
         count: Ranks.
     """
     (folder / "arguments.pkl").write_bytes(pickle.dumps(arguments))

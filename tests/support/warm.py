@@ -63,10 +63,10 @@ class Order:
     """A run that the warm process is asked to fork.
 
     Attributes:
-        argv: What ``sys.argv`` is; the first is the program.
+        argv: Value of ``sys.argv``; the first is the program.
         environment: The whole environment.
         cwd: The working folder.
-        session: Whether it leads a session of its own, or stays in that of the warm process.
+        session: True if it leads a session of its own, else it stays in that of the warm process.
         target: ``module:function`` that is called, with no argument; it returns the exit code.
         path: Put ahead of where modules are looked for.
     """
@@ -153,7 +153,7 @@ class WarmProcess:
     """The warm process, as the one who spawned it sees it.
 
     Args:
-        modules: What it imports.
+        modules: Modules that it imports.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -256,7 +256,7 @@ def start_train(
         cwd: Its working folder.
         stdout: As for ``subprocess.Popen``: None, PIPE, DEVNULL or a file; pipes are text.
         stderr: The same, and STDOUT.
-        start_new_session: Whether it leads a session of its own.
+        start_new_session: True if it leads a session of its own.
         env: Added to this process's own environment; None takes a variable away.
     """
     changed: dict[str, str | None] = {**own_environment(), **(env or {})}

@@ -39,8 +39,8 @@ class Ending:
 
     Attributes:
         exit_code: Of the trial's process, negative for a signal; None when it just vanished.
-        reason: Why it vanished.
-        final: Whether somebody meant it, so that it is not started again.
+        reason: Reason why it vanished.
+        final: True if somebody meant it, so that it is not started again.
     """
 
     exit_code: int | None

@@ -41,7 +41,7 @@ def give_order(folder: Path) -> str:
     """Writes a new order; whoever carries out an older one stops.
 
     Returns:
-        What names it.
+        Its name.
     """
     attempt = uuid.uuid4().hex
     write_json(folder / _ORDER, {"attempt": attempt, "given": time.time()})
@@ -119,7 +119,7 @@ class Claim:
     Args:
         folder: The trial's.
         attempt: The order that it carries out.
-        run: What names this start; all tasks of a job share it.
+        run: Name of this start; all tasks of a job share it.
     """
 
     def __init__(self, folder: Path, attempt: str, run: str) -> None:
@@ -140,10 +140,10 @@ class Claim:
         """Takes the folder, from another runner if there is one, and waits until that is gone.
 
         Args:
-            devices: What this runner runs on, as a reader knows it.
+            devices: Devices that this runner runs on, as a reader knows them.
 
         Returns:
-            How often this attempt was started so far, with this start.
+            Number of times that this attempt was started so far, with this start.
 
         Raises:
             Taken: If the other's processes do not end.

@@ -25,7 +25,7 @@ class Lease:
     """Devices that one trial holds alone.
 
     Attributes:
-        kind: What they are.
+        kind: Their kind.
         devices: Their names: of CUDA devices what CUDA_VISIBLE_DEVICES takes, else numbers.
     """
 
@@ -42,7 +42,7 @@ class DevicePool:
     """The devices of one kind, and which of them are free.
 
     Args:
-        kind: What they are.
+        kind: Their kind.
         devices: Their names.
     """
 
@@ -93,7 +93,7 @@ def make_pool(kind: DeviceKind, wanted: Any, gpus: Sequence[str]) -> DevicePool:
     """The devices that ``hydra.launcher.devices`` names.
 
     Args:
-        kind: What the trials run on.
+        kind: Kind of device that the trials run on.
         wanted: ``auto`` (all there are), a count, or a list: of CUDA devices their numbers among
             the visible ones, or names as CUDA_VISIBLE_DEVICES takes them.
         gpus: The visible CUDA devices.

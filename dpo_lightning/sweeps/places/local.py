@@ -45,7 +45,7 @@ class LocalSite:
     Args:
         devices: ``auto``, a count or a list.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
     """
 
     def __init__(self, *, devices: Any, max_failures: int | None, retries: int) -> None:

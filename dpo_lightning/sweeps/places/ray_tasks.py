@@ -46,10 +46,10 @@ class RaySite:
     Args:
         address: ``auto``, ``local``, or where it is; None is ``auto``.
         cpus_per_device: CPU cores that each device of a trial takes.
-        node_retries: How often Ray starts a trial again whose node was lost.
+        node_retries: Number of times that Ray starts a trial again whose node was lost.
         max_parallel: Tasks that are with Ray at once; None: all.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
     """
 
     def __init__(
@@ -188,9 +188,9 @@ class RayTasks:
 
     Args:
         ray: The module, connected.
-        work: What they are about.
+        work: Their sweep.
         cpus_per_device: CPU cores that each device of a trial takes.
-        node_retries: How often Ray starts a trial again whose node was lost.
+        node_retries: Number of times that Ray starts a trial again whose node was lost.
         max_parallel: Tasks that are with Ray at once; None: all.
     """
 

@@ -60,11 +60,11 @@ class JobTerms:
     """On what terms jobs are submitted.
 
     Attributes:
-        on_slurm: Whether to SLURM, or as processes of this machine.
-        max_timeouts: How often a trial that reached its time limit is queued again.
+        on_slurm: True submits to SLURM; False starts processes of this machine.
+        max_timeouts: Number of times that a trial that reached its time limit is queued again.
         max_parallel: Jobs in the queue at once; None: all.
         threads: CPU threads of each process; None: by the node.
-        parameters: What the job of a trial asks for, in the words of submitit's executor.
+        parameters: Resources of a trial's job, in the words of submitit's executor.
     """
 
     on_slurm: bool
@@ -122,7 +122,7 @@ class SlurmJobs:
 
     Args:
         terms: On what terms.
-        work: What they are about.
+        work: Their sweep.
     """
 
     grace_seconds = 60.0

@@ -36,7 +36,7 @@ class BestTwo:
     Attributes:
         first: The better one.
         second: The next.
-        unit: What is paired, None where nothing could be.
+        unit: Unit of pairing, None where nothing could be paired.
         test: The outcome, None where nothing could be tested.
         sentence: The outcome in words.
     """
@@ -53,11 +53,11 @@ class Analysis:
     """Results that the report shows.
 
     Attributes:
-        metric: What the trials are ranked by, None where no trial has any.
-        kl_metric: Where the KL comes from, None where no trial has one.
+        metric: Metric that the trials are ranked by, None where no trial has any.
+        kl_metric: Metric that gives the KL, None where no trial has one.
         configurations: Best first; those without the metric last.
         pick: The chosen one.
-        reason: Why it was chosen, or why none was.
+        reason: Reason why it was chosen, or why none was.
         comparison: The best two, None where there are fewer.
         optimum: Points (KL, reward, beta) of the closed-form optimum, by KL.
         reference_value: The metric of the reference itself, where it is known.

@@ -33,9 +33,9 @@ class Row:
     Attributes:
         rank: Its place, a dash without the metric.
         label: Its settings, short.
-        cells: What stands under ``Content.columns``.
-        picked: Whether it is the pick.
-        commands: What reproduces its trials.
+        cells: Cells under ``Content.columns``.
+        picked: True if it is the pick.
+        commands: Commands that reproduce its trials.
     """
 
     rank: str
@@ -60,7 +60,7 @@ class Answers:
     """Answers to some prompts, side by side.
 
     Attributes:
-        columns: Who answers, and whether that is the pick.
+        columns: Label of each that answers, and True if that is the pick.
         rows: A prompt and the answer of each.
     """
 
@@ -74,17 +74,17 @@ class ReportContent:
 
     Attributes:
         title: Name of the sweep.
-        counts: How many trials there are of each status.
+        counts: Number of trials of each status.
         pick: The pick's label, None without one.
-        reason: Why it was picked.
-        metric: What is ranked by, in words.
+        reason: Reason why it was picked.
+        metric: Metric of the ranking, in words.
         columns: Heads of the table behind rank and settings.
         rows: The configurations, best first.
         comparison: The best two in words, None where there are fewer.
         answers: Sample answers, None without any.
         unfinished: Trials that failed, still run or wait.
-        notes: What could not be read.
-        method: How the numbers were made, a sentence each.
+        notes: Notes about what could not be read.
+        method: Origin of the numbers, a sentence each.
         versions: Versions of the packages.
     """
 
@@ -108,7 +108,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
 
     Args:
         sweep: The trials.
-        analysis: What was found.
+        analysis: The results.
     """
     pick = analysis.pick
     counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]

@@ -48,7 +48,7 @@ class Configuration:
         label: The swept settings, short.
         settings: The swept settings without the seed.
         trials: The finished ones.
-        unfinished: How many others there are.
+        unfinished: Number of others.
         value: The ranking metric, None where no trial has it.
         kl: KL to the reference in nats per response, exact or sampled.
         sampled_kl: Its estimate from samples, where ``kl`` is exact.
@@ -135,8 +135,8 @@ def pool(
 
     Args:
         trials: Finished or not.
-        metric: What to rank by.
-        kl_metric: Where the KL comes from.
+        metric: Metric to rank by.
+        kl_metric: Metric that gives the KL.
     """
     groups: defaultdict[frozenset[str], list[TrialResult]] = defaultdict(list)
     for trial in trials:

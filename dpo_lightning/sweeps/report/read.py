@@ -34,11 +34,11 @@ class TrialResult:
     """One trial, as its files tell.
 
     Attributes:
-        name: How a reader knows it.
+        name: Its name for a reader.
         folder: Its folder's name below the sweep's folder.
         overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
         status: ``waiting``, ``running``, ``finished``, ``failed``, ``diverged`` or ``stopped``.
-        error: Why it did not finish, if it said so.
+        error: Reason why it did not finish, if it gave one.
         result: ``result.json``, empty if there is none.
         rows: The lines of ``metrics.jsonl``.
         evaluation: ``evaluation.json``, empty if there is none.
@@ -133,7 +133,7 @@ class Sweep:
     Attributes:
         folder: The sweep's folder.
         trials: In the order of their swept values.
-        notes: What could not be read.
+        notes: Notes about what could not be read.
     """
 
     folder: Path

@@ -46,7 +46,7 @@ class PairedTest:
         low: Lower end of its 95% bootstrap interval.
         high: Upper end of it.
         p: Two-sided p-value of the sign-flip permutation test.
-        count: How many differences there were.
+        count: Number of differences.
     """
 
     difference: float

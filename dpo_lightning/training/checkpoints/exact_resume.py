@@ -25,7 +25,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators as plain values and tensors.
 
     Args:
-        device: Whose generator counts beside the CPU's.
+        device: Device with the generator that counts beside the CPU's.
     """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

@@ -61,9 +61,9 @@ def publish(
     Args:
         staged: The file, in the same folder.
         path: Its name.
-        content: What it holds.
+        content: Its content.
         step: Optimizer steps completed.
-        facts: What else the manifest says; plain values.
+        facts: Further entries of the manifest; plain values.
 
     Raises:
         OSError: If it cannot be written.

@@ -41,7 +41,7 @@ class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints that are whole or not there, and loads nothing but tensors and values.
 
     Args:
-        facts: What every manifest says beside step, size and hash; plain values.
+        facts: Entries of every manifest beside step, size and hash; plain values.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -240,8 +240,8 @@ class Checkpoints(Callback):
     Args:
         folder: The run's ``checkpoints`` folder.
         every_n_steps: Steps between two checkpoints; None writes none while training.
-        keep: How many stay while training.
-        last: Whether the end of the training is saved.
+        keep: Number of checkpoints that stay while training.
+        last: True if the end of the training is saved.
     """
 
     def __init__(self, folder: Path, *, every_n_steps: int | None, keep: int, last: bool) -> None:

@@ -579,7 +579,7 @@ def test_losses_on_single_responses_do_not_ignore_a_constant(name):
 def test_only_log_ratios_count(name, batch, constants):
     """Adding the same to policy and reference changes nothing, whichever side it is added to.
 
-    AOT compares margins of the policy with margins of the reference of other pairs: there it is
+    AOT compares margins of the policy with margins of the reference of other pairs: there it
     changes nothing where it is the same for all pairs, as it is here.
     """
     policy, reference, lengths, beta = batch
