@@ -1,4 +1,4 @@
-"""A user's own modules: imported because the settings name them, and what they register.
+"""A user's own modules: imported because the settings name them; they register losses and more.
 
 Only what a named plugin registers, or defines and the settings name in full, can be chosen by a
 setting; nothing else is ever imported or called for one. Imports no torch.
@@ -123,7 +123,7 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
-    """The function that ``evaluation.scorer`` names; None where it is something else's name.
+    """The function that ``evaluation.scorer`` names; None if the name is of another kind.
 
     Args:
         name: A registered name, or ``module.function`` or ``module:function`` of a plugin.

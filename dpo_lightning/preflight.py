@@ -18,7 +18,7 @@ from dpo_lightning.settings.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what a run would take.
+    """Prints the memory that a run would take.
 
     Args:
         argv: The settings, and ``--gib N``; None takes the process's own.

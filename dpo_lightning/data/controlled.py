@@ -267,7 +267,7 @@ class ControlledTask:
         return kept.log_softmax(1), self.rewards.gather(1, places)
 
     def frontier(self, reference_logps: Tensor, *, points: int = 60) -> list[dict[str, float]]:
-        """Points of the frontier from next to no reward gained to next to all there is."""
+        """Points of the frontier, from almost no gain in reward to almost all there is."""
         betas = np.geomspace(30.0, 0.03, points).tolist()
         return [self.optimum(reference_logps, beta=beta) for beta in betas]
 

@@ -122,7 +122,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         return steps_per_epoch(len(self.train_groups), self.batch_size)
 
     def train_dataloader(self) -> Any:
-        """The steps that are left; on resume the trainer already knows how many were taken."""
+        """The remaining steps; on resume the trainer already knows how many were taken."""
         assert self.trainer is not None
         steps = _TrainSteps(
             self.train_groups, batch_size=self.batch_size, seed=self._seed, **self._my_share()

@@ -172,7 +172,7 @@ def write_quarantine(path: Path, bad: Iterable[BadRow]) -> None:
 
 
 class _Shapes:
-    """The columns of all rows: what is wrong with every row is wrong with the settings.
+    """Columns of all rows: a fault of every row is a fault of the settings.
 
     Attributes:
         rows: Number of rows that are objects.
@@ -269,7 +269,7 @@ def _notes(where: str, reader: RowReader, good: int) -> list[str]:
 
 
 def _raw(record: Record) -> str:
-    """The record as it was read, or as JSON where it came without a line."""
+    """The record as it was read, or as JSON if it came without a line."""
     if record.raw is not None:
         return record.raw
     text = json.dumps(record.value, ensure_ascii=False, default=str)

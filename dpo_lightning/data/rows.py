@@ -1,4 +1,4 @@
-"""One row of a preference file to one :class:`PreferenceGroup`, or the reason why it is none.
+"""Conversion of a row of a preference file to a :class:`PreferenceGroup`, or a reason against it.
 
 A row is an object with ``prompt``, ``chosen`` and ``rejected``; or with ``prompt`` and
 ``responses`` (best first), which ``ranks`` (1 is best) or ``scores`` (higher is better) may order;
@@ -85,7 +85,7 @@ def prompt_of_key(key: str) -> str | list[dict[str, str]]:
 
 
 class ShapeError(RowError):
-    """The columns of a row are not those of a preference row.
+    """A row's columns are not those of a preference row.
 
     Attributes:
         reason: The problem without the columns of this one row.

@@ -1,4 +1,4 @@
-"""From read rows to the training and evaluation groups of a run, with an account of every row."""
+"""Split of read rows into training and evaluation groups, with an account of every row."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> 
 
 
 def _dropped(rows: Rows, tokenized: TokenizedGroups) -> Counter[str]:
-    """Rows that went by reason, those among them that could not be read."""
+    """Counts of dropped rows by reason, those that could not be read included."""
     return tokenized.dropped + Counter({"bad_row": len(rows.bad)})
 
 

@@ -60,7 +60,7 @@ def show(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with anything escaped that would break the line it is printed on."""
+    """Escapes everything in a text that would break the line it is printed on."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
@@ -175,7 +175,7 @@ def _common_length(first: str, second: str) -> int:
 
 
 def _checked(text: str, label: str) -> str:
-    """The text itself, if it is Unicode: JSON can spell one half of a character."""
+    """Returns the text if it is Unicode: JSON can spell one half of a character."""
     if not text.isascii():
         try:
             text.encode()

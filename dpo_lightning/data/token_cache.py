@@ -1,4 +1,4 @@
-"""Token ids on disk, by the content of what they were made of: text, tokenizer, limits."""
+"""Token ids on disk, found by the content that they were made of: text, tokenizer, limits."""
 
 from __future__ import annotations
 

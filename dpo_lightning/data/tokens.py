@@ -1,4 +1,4 @@
-"""From the text of a group to its token ids: one prompt shared by all responses, EOS, truncation.
+"""Tokenization of a group's text: one prompt shared by all responses, EOS, truncation.
 
 The prompt is the longest run of leading tokens that the prompt alone and the prompt with each of
 its responses have in common: a tokenizer may merge characters across the boundary, and every
@@ -85,7 +85,7 @@ class TokenGroup:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of the group when every response repeats the prompt."""
+        """Tokens of the group if every response repeats the prompt."""
         return len(self.prompt) * len(self.responses) + sum(map(len, self.responses))
 
 
@@ -276,7 +276,7 @@ def _assemble(
     max_length: int,
     truncation: str,
 ) -> tuple[TokenGroup | None, bool, str, list[str]]:
-    """One token group, whether its prompt shrank, why it was dropped, and what was changed."""
+    """A token group, True if its prompt shrank, why it was dropped, and what was changed."""
     eos: int = tokenizer.eos_token_id
     bos: int | None = tokenizer.bos_token_id
     prompt, full = encoded[0], encoded[1:]
@@ -334,7 +334,7 @@ def _assemble(
 
 
 def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[list[int], int]]:
-    """The responses without what is beyond ``length``, the best of those that became the same."""
+    """Cuts responses to ``length`` and keeps the best of those that became the same."""
     cut: list[tuple[list[int], int]] = []
     for ids, rank in responses:
         short = ids[:length]

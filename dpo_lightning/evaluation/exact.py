@@ -14,7 +14,7 @@ from dpo_lightning.models.sharding import is_sharded
 
 
 class ExactCurve(Callback):
-    """Adds what is exactly true of the policy to the metrics of each evaluation.
+    """Adds the exact quantities of the policy to the metrics of each evaluation.
 
     Args:
         task: The controlled task.

@@ -63,7 +63,7 @@ class AttentionPlan:
     def bias(
         self, number: int, window: int | None, *, heads: int, shared: int, dtype: torch.dtype
     ) -> Tensor:
-        """The same as -inf where a query does not see a key, shape (B * heads, shared * Q, K)."""
+        """The mask as a bias, -inf where it is False, shape (B * heads, shared * Q, K)."""
         key = (number, window, heads, shared, dtype)
         if key not in self._biases:
             mask = self.mask(number, window)
@@ -95,7 +95,7 @@ class Sequences:
 
     @classmethod
     def of(cls, batch: GroupBatch) -> Sequences:
-        """From the lengths of prompts and responses, which the host knows."""
+        """Makes the sequences from the lengths of prompts and responses, which the host knows."""
         keys: list[npt.NDArray[np.int64]] = []
         queries: list[int] = []
         start = 0
@@ -199,7 +199,7 @@ def _any_lengths(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """One call for all; (T, heads, d) -> (1, T, heads, d)."""
+    """One call for all sequences; (T, heads, d) -> (1, T, heads, d)."""
     output = varlen.varlen_attn(
         query,
         key.index_select(0, sequences.keys),
@@ -232,7 +232,7 @@ def _small_attention(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Two products and a softmax; (B, heads, L, d) -> (B, heads, Q, d)."""
+    """Attention by two products and a softmax; (B, heads, L, d) -> (B, heads, Q, d)."""
     batch, heads, queries, size = query.shape
     key_heads, keys = key.shape[1:3]
     # Query heads that share a key head are more queries to it: keys are not repeated.

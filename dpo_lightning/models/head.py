@@ -30,13 +30,13 @@ class Limits:
 
     @classmethod
     def of(cls, device: torch.device) -> Limits:
-        """Those of a device."""
+        """Returns the limits of a device."""
         # A CPU takes a large piece of memory anew from the system each time, page by page, which
         # costs more than what is computed in it.
         return _ON_CPU if device.type == "cpu" else _ELSEWHERE
 
     def pieces(self, length: int, width: int) -> list[slice]:
-        """A length cut so that no piece times the width has too many scores."""
+        """Slices of a length, each so short that times the width it has few enough scores."""
         size = max(1, self.scores // width)
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -84,7 +84,7 @@ class LogitsTransform:
         return logits
 
     def backward(self, gradient: Tensor, transformed: Tensor) -> Tensor:
-        """The gradient of the scores out of that of the transformed ones, in place."""
+        """Turns the gradient of transformed scores into that of the scores, in place."""
         if self.cap is not None:
             gradient.addcmul_(gradient, (transformed / self.cap).square_(), value=-1)
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient

@@ -192,7 +192,7 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
 
 
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
-    """A model without weights: the shapes of all that it would hold."""
+    """A model without weights, which has the shapes of all that it would hold."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

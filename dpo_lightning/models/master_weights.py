@@ -26,7 +26,7 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
 
 
 def cast_frozen(model: Any, dtype: torch.dtype) -> Any:
-    """The same for the weights that are not trained."""
+    """Casts the weights that are not trained, in place."""
     for name, parameter in model.named_parameters():
         frozen = parameter.is_floating_point() and not parameter.requires_grad
         if frozen and not stays_wide(model, name):

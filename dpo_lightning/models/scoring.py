@@ -61,7 +61,7 @@ class Scorer:
 
     @property
     def kernel(self) -> str:
-        """Tells kernels apart whose numbers are not the same."""
+        """Name of the kernels: two names where the numbers are not the same."""
         return f"{self.path}, any lengths" if self.varlen else self.path
 
     def choose_kernel(self, config: Any, device: torch.device) -> str | None:

@@ -81,7 +81,7 @@ def shard_model(
 
 
 def in_shards(model: Any) -> None:
-    """Gives up what a forward pass without a backward pass left gathered."""
+    """Frees the weights that a forward pass without a backward pass left gathered."""
     if is_sharded(model):
         model.reshard()
 
@@ -179,7 +179,7 @@ def of_first_rank(value: T) -> T:
 
 
 def decoder_layers(model: Any) -> Iterator[nn.Module]:
-    """The modules that a transformers model says are to stay in one piece."""
+    """Modules that a transformers model declares indivisible."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in names:
@@ -196,7 +196,7 @@ def _own_tensors(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def _take_weights(model: Any) -> dict[str, Tensor]:
-    """The tensors of a whole model, which is left without any: a meta model like the others'."""
+    """Takes the tensors of a whole model, which becomes a meta model like the others'."""
     taken = {name: tensor.detach() for name, tensor in _own_tensors(model)}
     model.to("meta")
     return taken

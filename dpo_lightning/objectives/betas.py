@@ -48,7 +48,7 @@ _LEAST_SHARE = 1e-3
 
 
 def adapted_beta(beta: float, margin: Tensor, average: Tensor, *, strength: float) -> Tensor:
-    """Beta of a batch by how far its margins are from what they were: beta-DPO.
+    """Beta of a batch by how far its margins moved from their average: beta-DPO.
 
     beta * (1 + strength * (M - M_0)), as in https://arxiv.org/abs/2407.08639 at batch level,
     with M the batch's mean reward margin and M_0 its moving average. A batch that is told apart

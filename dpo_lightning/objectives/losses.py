@@ -58,7 +58,7 @@ class PairLogps:
         return logratios if self.link is None else self.link(logratios)
 
     def rejected_scores(self) -> Tensor:
-        """The same of the rejected responses."""
+        """The rejected logratios behind the link, (B,); plain logps without a reference."""
         assert self.policy_rejected_logps is not None
         if self.reference_rejected_logps is None:
             return self.policy_rejected_logps
@@ -74,7 +74,7 @@ class PairLogps:
         return self.chosen_scores() - self.rejected_scores()
 
     def mean_margin(self) -> Tensor:
-        """The same with scores per token: each divided by its response's length, (B,)."""
+        """The margin of scores per token: each divided by its response's length, (B,)."""
         assert self.rejected_lengths is not None
         chosen = self.chosen_scores() / self.chosen_lengths
         return chosen - self.rejected_scores() / self.rejected_lengths
@@ -335,7 +335,7 @@ def _slic(pairs: PairLogps, *, beta: float, delta: Annotated[float, {"above": 0}
 
 
 def _without_reference(pairs: PairLogps) -> PairLogps:
-    """The same pairs, whose scores are plain logps."""
+    """Pairs whose scores are plain logps."""
     from dataclasses import replace
 
     return replace(pairs, reference_chosen_logps=None, reference_rejected_logps=None)

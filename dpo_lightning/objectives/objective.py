@@ -1,4 +1,4 @@
-"""An objective in plain values: its losses, their options, what fits together. Imports no torch."""
+"""An objective in plain values: its losses, their options, their fit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ObjectiveSettings:
 
     @property
     def needs_reference(self) -> list[str]:
-        """The terms that have no meaning without one."""
+        """The terms that have no meaning without a reference."""
         return [name for name, loss in self.pairwise.items() if loss.needs_reference]
 
     @property

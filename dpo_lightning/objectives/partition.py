@@ -1,4 +1,4 @@
-"""The partition function: what turns scores of the responses to one prompt into probabilities.
+"""The partition function, which turns scores of the responses to one prompt into probabilities.
 
 Two of them appear in preference optimization. Over the responses of one *group*, with scores
 s_k = beta * logratio_k, it is Z = sum_k exp(s_k): the normaliser of DPO (two responses) and of

@@ -97,7 +97,7 @@ class CachedReference:
 
 
 class NoReference:
-    """For losses that compare the policy with nothing."""
+    """No reference, for losses that compare the policy with nothing."""
 
     rows = 0
     computed = 0
@@ -106,7 +106,7 @@ class NoReference:
         """Holds nothing to move."""
 
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
-        """There is none."""
+        """Returns None: there is no reference."""
 
     def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
-        """There is none."""
+        """Returns None: there is no reference."""

@@ -359,7 +359,7 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 
 def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:
-    """All that does not fit together, one clause each.
+    """Yields all contradictions of a config, one clause each.
 
     Args:
         config: Settings of which each is valid by itself.

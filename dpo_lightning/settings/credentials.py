@@ -83,7 +83,7 @@ def _secrets_in(value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
 
 
 def typed_secrets(words: Sequence[str]) -> Iterator[str]:
-    """Of the words of a command line those that hold a secret, by what stands before the ``=``."""
+    """Words of a command line that hold a secret, by the text before the ``=``."""
     for word in words:
         if is_secret_text(word):
             key, equals, _ = word.partition("=")

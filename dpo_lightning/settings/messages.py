@@ -164,7 +164,7 @@ def wrong_value(key: str, value: object) -> str:
 
 
 def config_error(error: OmegaConfBaseException) -> str:
-    """The one-line form of what OmegaConf raised about a key or its value."""
+    """Puts an error of OmegaConf about a key or its value into one line."""
     key = re.sub(r"\[\d+\].*$", "", str(error.full_key or ""))
     text = str(error).partition("\n")[0]
     if key and "Key '" in text and not is_known(key):

@@ -40,7 +40,7 @@ def raise_all(problems: Iterable[str]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print as several lines."""
+        """Raise in one line what argparse would print as several."""
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)(=?)(\S*)", message)
         if unknown is None:
             raise UserError(f"{message}; `python train.py --help` says more")
@@ -56,12 +56,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def flag_parser() -> argparse.ArgumentParser:
-    """Hydra's flags, with errors of one line."""
+    """Parser of Hydra's flags, with errors of one line."""
     return _Parser(parents=[get_args_parser()], add_help=False)
 
 
 def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
-    """The arguments in Hydra's grammar.
+    """Parses the arguments by Hydra's grammar.
 
     Args:
         lines: As they were typed.
@@ -198,7 +198,7 @@ def needs_multirun(override: Override) -> str:
 
 
 def hydra_error(error: Exception) -> str:
-    """One line for what Hydra raised, without its advice to add a key by a ``+``."""
+    """Puts an error of Hydra into one line, without its advice to add a key by a ``+``."""
     message = str(error)
     where = re.match(r"In '([^']+)': ", message)
     cause = error.__cause__ or error.__context__

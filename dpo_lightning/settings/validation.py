@@ -1,4 +1,4 @@
-"""Checks of a composed config: unknown keys, types, ranges, and what may not be together.
+"""Checks of a composed config: unknown keys, types, ranges, contradictions.
 
 Every problem is one clause that names the key, the value and what would do; :func:`validate` raises
 all that it finds as one line. It needs neither torch nor a network: what only a loaded model can

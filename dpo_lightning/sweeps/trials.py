@@ -1,4 +1,4 @@
-"""The trials of a sweep: what each runs, which folder is its own, and what became of it."""
+"""The trials of a sweep: the command, the folder and the outcome of each."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def place_trials(plans: Iterable[Plan], sweep_dir: Path) -> list[Trial]:
 
 
 def _owner(folder: Path, trials: Mapping[Path, Trial]) -> str | None:
-    """The hash of the trial whose folder it is; empty for something else's, None for nobody's."""
+    """Hash of the trial that owns a folder; empty if something else does, None if nobody does."""
     if folder in trials:
         return trials[folder].plan.settings_hash
     for name in (TRIAL_FILE, RESULT_FILE):
@@ -174,7 +174,7 @@ def as_left(trial: Trial) -> Trial:
 
 
 def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | None = None) -> None:
-    """Sets the outcome of an attempt that ended, and sees to it that there is a ``result.json``.
+    """Sets the outcome of an attempt that ended, and writes a ``result.json`` if there is none.
 
     Args:
         trial: The trial.
@@ -226,7 +226,7 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
 
 
 def trial_command(script: Path, arguments: Sequence[str], folder: Path) -> list[str]:
-    """The command of a trial in Hydra's RUN mode; it goes on from a checkpoint where one is there.
+    """The command of a trial in Hydra's RUN mode, which resumes from a checkpoint if there is one.
 
     Args:
         script: The program, ``train.py``.

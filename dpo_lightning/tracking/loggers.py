@@ -42,12 +42,12 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks every logger for one."""
+        """Name of the logger, which Lightning asks for."""
         return "jsonl"
 
     @property
     def version(self) -> str:
-        """Lightning asks every logger for one."""
+        """Version of the logger, which Lightning asks for."""
         return ""
 
     def rows_of(self, step: int) -> int:
@@ -93,7 +93,7 @@ class JsonlLogger(Logger):
         self._write()
 
     def _write(self) -> None:
-        """Appends what is not in the file yet: whole rows, or nothing where they do not fit."""
+        """Appends the missing rows to the file: whole ones, or nothing where they do not fit."""
         try:
             with self.path.open("ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -117,11 +117,11 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration has files of its own."""
+        """Does nothing: the configuration has files of its own."""
 
 
 class _LastingWandbLogger(WandbLogger):
-    """Lightning's, but a run is not ended because wandb's own process was."""
+    """Lightning's wandb logger, except that the end of wandb's process does not end the run."""
 
     _failed = False
 

@@ -91,7 +91,7 @@ def _named(value: Any) -> Any:
 
 
 def what_happened(report: dict[str, Any]) -> str:
-    """One clause: the step, what it came to, and up to three rows that it is about."""
+    """One clause: the step, its loss and gradient, and up to three rows that it is about."""
     culprits = [row for row in report["rows"] if not row["finite"]]
     rows = culprits or report["rows"]
     names = ", ".join(row["source"] for row in rows[:_NAMED])

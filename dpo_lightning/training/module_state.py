@@ -52,7 +52,7 @@ class CheckpointedModule(pl.LightningModule):
         self._train_sums: Tensor | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding, and none else.
+        """Puts the trained weights into a checkpoint, not their rounding, and no other weights.
 
         Beside them: the sums of a log interval that has begun, a row per rank, and what the last
         evaluation found where it was of these weights. On every rank.
@@ -76,7 +76,7 @@ class CheckpointedModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the rest of the state; a setting that was changed may need other buffers.
+        """Takes the rest of the state; a changed setting may need other buffers.
 
         Raises:
             UserError: If the policy has weights of other shapes.
@@ -138,7 +138,7 @@ class CheckpointedModule(pl.LightningModule):
             )
 
     def restore_weights(self) -> bool:
-        """Ends training: the policy has the weights that were trained, in their own type.
+        """Ends training by giving the policy its trained weights, in their own type.
 
         Returns:
             True where they were others in an evaluation.

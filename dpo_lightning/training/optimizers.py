@@ -1,4 +1,4 @@
-"""The optimizers: AdamW as torch has it, and one whose weights or moments take less memory.
+"""Optimizers: torch's AdamW, and one whose weights or moments take less memory.
 
 A bfloat16 number keeps eight bits. A step at a small learning rate is less than half of the last
 one and is lost when it is rounded to the nearest; so is the decay of a second moment, a thousandth
@@ -173,7 +173,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state over in the types in which it was saved; torch would cast it.
+        """Loads a state in the types in which it was saved; torch would cast it.
 
         Args:
             state_dict: From :meth:`state_dict`.
@@ -232,7 +232,7 @@ def _write(target: Tensor, values: Tensor, generator: torch.Generator | None) ->
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy where the parameter is; of a whole tensor this process's share, if that is sharded."""
+    """Copies a value to the parameter's device; only this process's share, if that is sharded."""
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(
             value.to(parameter.device),
@@ -252,7 +252,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _pieces(weight: Tensor) -> list[slice | None]:
-    """Rows that are computed at a time; None for all."""
+    """Slices of the rows that are computed at a time; None for all."""
     count, size = len(weight), _PIECE.get(weight.device.type, _LARGE_PIECE)
     rows = max(1, size * count // max(1, weight.numel()))
     if count <= rows:
@@ -291,7 +291,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
 
 
 def noise_seed(seed: int, step: int, shard: tuple[int, ...] = ()) -> int:
-    """A seed for the rounding of one step; neighbours have nothing in common."""
+    """A seed for the rounding of one step; the seeds of neighbours are unrelated."""
     digest = hashlib.blake2b(repr((seed, step, shard)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -375,7 +375,7 @@ def _zero_code() -> int:
 
 
 def _block_size(parameter: Tensor) -> int | None:
-    """Entries of a block; None for what is not quantised. The same on every rank."""
+    """Number of entries of a block; None if the tensor is not quantised. The same on every rank."""
     if parameter.ndim < 2 or parameter.numel() < _SMALLEST_TENSOR:
         return None
     row = parameter.numel() // len(parameter)

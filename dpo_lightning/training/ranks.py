@@ -1,4 +1,4 @@
-"""The processes of a sharded run: started before anything is loaded, and how they talk.
+"""Processes of a sharded run: their start, before anything is loaded, and their messages.
 
 Lightning starts the others when training begins. A sharded model is loaded, scored and sampled from
 by all ranks together, so here they are started first; the trainer then finds them running.
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that share a model.
+    """This process as one of those that share a model.
 
     Attributes:
         rank: Its number.
@@ -116,7 +116,7 @@ def timeout_of(config: Config) -> datetime.timedelta:
 
 
 def leave_ranks() -> None:
-    """Ends the connection between the ranks, of which all are done.
+    """Ends the connection between the ranks, all of which are done.
 
     Not after an error: what a rank still waits for would be waited for here.
     """

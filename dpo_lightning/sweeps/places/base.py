@@ -62,14 +62,14 @@ class Attempt(Protocol):
         """Its end; None while it runs or waits."""
 
     def ask(self) -> None:
-        """Asks it to end, as Ctrl-C does."""
+        """Asks the trial to end, as Ctrl-C does."""
 
     def kill(self) -> Ending:
-        """Ends it now."""
+        """Kills the trial now."""
 
 
 class Place(Protocol):
-    """A site that is open: it starts trials."""
+    """A site that is open and starts trials."""
 
     @property
     def grace_seconds(self) -> float:
@@ -79,7 +79,7 @@ class Place(Protocol):
         """True if the place would start the trial now."""
 
     def find(self, trial: Trial) -> Attempt | None:
-        """An attempt of an earlier command that is still under way."""
+        """Finds an earlier command's attempt at the trial that is still under way."""
 
     def start(self, trial: Trial) -> Attempt:
         """Starts a trial whose folder is there."""
@@ -107,7 +107,7 @@ class Site(Protocol):
 
     @property
     def max_failures(self) -> int | None:
-        """After more failed trials than this no other is started; None: all are."""
+        """Number of failed trials after which no other is started; None: all are."""
 
     @property
     def retries(self) -> int:
@@ -123,7 +123,7 @@ class Site(Protocol):
         """The kind of device that ``trainer.accelerator`` means there."""
 
     def open(self, work: Work) -> AbstractContextManager[Place]:
-        """Opens it for the time of a sweep."""
+        """Opens the site for the time of a sweep."""
 
 
 def check_counts(options: Mapping[str, Any], least: Mapping[str, float]) -> None:

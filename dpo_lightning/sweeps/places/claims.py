@@ -54,12 +54,12 @@ def note_job(folder: Path, attempt: str, job: str) -> None:
 
 
 def withdraw_order(folder: Path) -> None:
-    """Has whoever carries out the folder's order stop its trial."""
+    """Withdraws the folder's order, so that its runner stops the trial."""
     write_json(folder / _ORDER, {"attempt": None})
 
 
 def stop_other(folder: Path) -> None:
-    """Has an earlier command's job that is at work in a folder stop, and waits until it is gone.
+    """Stops an earlier command's job that is at work in a folder, and waits until it is gone.
 
     Raises:
         Taken: If its processes do not end.

@@ -125,7 +125,7 @@ def _make_pools(
 def open_local(
     pools: Mapping[DeviceKind, DevicePool], script: Path, environment: Mapping[str, str]
 ) -> Iterator[LocalProcesses]:
-    """A place on this machine, with the pipe by which trials know that it is there.
+    """A place on this machine, and the pipe by which trials notice its end.
 
     Args:
         pools: The devices, by kind; every trial fits into the pool of its kind.
@@ -169,7 +169,7 @@ class LocalProcesses:
         return self._pools[trial.plan.kind].has(trial.plan.width)
 
     def find(self, trial: Trial) -> Attempt | None:
-        """None: trials of this machine end with the sweep that started them.
+        """Returns None: trials of this machine end with the sweep that started them.
 
         One that is about to end, or a job that another launcher left, is waited for: two of them
         must not write one folder.

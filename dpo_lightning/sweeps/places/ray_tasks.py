@@ -1,4 +1,4 @@
-"""Trials as tasks of Ray: which node they run on, and that a lost one is replaced, is Ray's.
+"""Trials as tasks of Ray, which chooses their nodes and replaces lost ones.
 
 A task runs its trial as a process of its own, which dies with Ray's worker. Imports neither torch
 nor, before a sweep, Ray.
@@ -80,7 +80,7 @@ class RaySite:
         check_texts(vars(self), ["address"])
 
     def check_trials(self, demands: Sequence[Demand]) -> None:
-        """Checks what is known here; which devices the nodes have is not.
+        """Checks the demands as far as possible here; the devices of the nodes are not known.
 
         Raises:
             UserError: If a trial would never fit, or Ray is not installed.
@@ -94,7 +94,7 @@ class RaySite:
         require_extra("ray", "ray", "hydra/launcher=ray")
 
     def kind(self, accelerator: str) -> DeviceKind:
-        """GPUs, unless the trial says that it wants none."""
+        """Returns GPUs, unless the trial wants none."""
         return "cpu" if accelerator == "cpu" else "cuda"
 
     @contextmanager
@@ -123,7 +123,7 @@ class RaySite:
 
 
 def _connect(address: str | None) -> tuple[Any, bool]:
-    """Ray, connected; and whether the cluster was started here."""
+    """Connects to Ray; returns it, and True if the cluster was started here."""
     # Read when Ray is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The runner hides GPUs itself.
@@ -179,12 +179,12 @@ def _check_answer(address: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """The first line of an exception's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 class RayTasks:
-    """Gives trials to Ray.
+    """Place that gives trials to Ray.
 
     Args:
         ray: The module, connected.
@@ -248,7 +248,7 @@ class RayTasks:
         return self._max_parallel is None or self._tasks < self._max_parallel
 
     def find(self, trial: Trial) -> Attempt | None:
-        """None: Ray ends the tasks of a sweep that is gone."""
+        """Returns None: Ray ends the tasks of a sweep that is gone."""
         return None
 
     def start(self, trial: Trial) -> Attempt:
@@ -268,7 +268,7 @@ class RayTasks:
         return _RayAttempt(self, self._ray, task, trial.folder, attempt)
 
     def forget(self) -> None:
-        """A task is over."""
+        """Notes that a task is over."""
         self._tasks -= 1
 
 

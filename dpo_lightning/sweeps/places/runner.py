@@ -1,4 +1,4 @@
-"""Runs a trial on the node where a cluster put it: as a process group that dies with the runner.
+"""Runner of a trial on a cluster's node: a process group that dies with the runner.
 
 The sweep sends plain values; what is decided late, such as whether there is a checkpoint to go on
 from, is decided here. Imports no torch.
@@ -69,7 +69,7 @@ class Order:
 
 
 class Runner:
-    """Carries out an order.
+    """Runner that carries out an order.
 
     Args:
         order: The order.
@@ -131,7 +131,7 @@ class Runner:
         kill_group(group)
 
     def _begin(self) -> bool:
-        """Takes the folder; whether the trial may be started."""
+        """Takes the folder; returns True if the trial may be started."""
         try:
             starts = self._claim.take(self._labels())
         except Taken as error:

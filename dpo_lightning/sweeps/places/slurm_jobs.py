@@ -57,7 +57,7 @@ SOURCE = str(Path(__file__).resolve().parents[3])
 
 @dataclass(frozen=True, slots=True)
 class JobTerms:
-    """On what terms jobs are submitted.
+    """Terms on which jobs are submitted.
 
     Attributes:
         on_slurm: True submits to SLURM; False starts processes of this machine.
@@ -118,10 +118,10 @@ def _exit_143(signum: int, frame: object) -> None:
 
 
 class SlurmJobs:
-    """Submits trials.
+    """Place that submits trials as jobs.
 
     Args:
-        terms: On what terms.
+        terms: Terms of the submission.
         work: Their sweep.
     """
 
@@ -152,7 +152,7 @@ class SlurmJobs:
         return most is None or len(self._jobs) < most
 
     def find(self, trial: Trial) -> Attempt | None:
-        """The job of an earlier command, which ended without it; it is gone on with.
+        """Finds the job of an earlier command that ended without it, and goes on with that job.
 
         Raises:
             UserError: If SLURM does not say whether there is one.
@@ -240,7 +240,7 @@ class SlurmJobs:
         return _SlurmAttempt(self, job, trial.folder, attempt, on_slurm=self._terms.on_slurm)
 
     def forget(self, job: Any) -> None:
-        """The job is over."""
+        """Notes that the job is over."""
         self._jobs.pop(job.job_id, None)
 
     def state(self, job: Any, *, seconds: float) -> str:
@@ -316,7 +316,7 @@ class _SlurmAttempt:
         return Ending(claim.get("exit_code"), claim.get("reason"))
 
     def _vanished(self) -> Ending | None:
-        """The end of a job whose trial said nothing, once it is sure."""
+        """The end of a job whose trial said nothing, once that is certain."""
         if self._on_slurm:
             seconds = _STATE_SECONDS_STOPPING if self._stopping else _STATE_SECONDS
             state = self._jobs.state(self._job, seconds=seconds)

@@ -104,7 +104,7 @@ class ReportContent:
 
 
 def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
-    """Puts a sweep and what was found into words.
+    """Puts a sweep and its results into words.
 
     Args:
         sweep: The trials.
@@ -144,7 +144,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
 
 
 def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The heads of the table and each configuration's cells; a column of nothing is left out."""
+    """Heads of the table, and each configuration's cells; an empty column is left out."""
     configurations = analysis.configurations
     metric = "" if analysis.metric is None else METRICS[analysis.metric]
     several = any(len(c.trials) > 1 for c in configurations)
@@ -218,7 +218,7 @@ def _answers(analysis: Analysis) -> Answers | None:
 
 
 def _texts(trial: TrialResult) -> dict[str, tuple[str, str, str]]:
-    """From each prompt to the preferred answer, the reference's and the policy's."""
+    """Answers of each prompt: the preferred one, the reference's and the policy's."""
     found: dict[str, tuple[str, str, str]] = {}
     for kind, own in (("answers", "after"), ("samples", "policy")):
         for row in as_rows(trial.evaluation.get(kind)):

@@ -1,4 +1,4 @@
-"""Trials that differ only in their seed, together, with what can be said about their metrics."""
+"""Pools of trials that differ only in their seed, and statistics of their metrics."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Configuration:
         return sorted(trial.seed for trial in self.trials if trial.seed is not None)
 
     def mean(self, *names: str) -> float | None:
-        """Mean over the seeds of the first of the metrics that all have."""
+        """Mean over the seeds of the first of the metrics that all of them have."""
         for name in names:
             values = [trial.metric(name) for trial in self.trials]
             known = [value for value in values if value is not None]
@@ -167,7 +167,7 @@ def pool(
 
 
 def _words(trial: TrialResult) -> frozenset[str]:
-    """The settings of the command line, without the seed and what only says where to run."""
+    """Settings of the command line, without the seed and the settings about where to run."""
     try:
         words = shlex.split(trial.command or "")
     except ValueError:

@@ -31,7 +31,7 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One trial, as its files tell.
+    """A trial, as far as its files tell.
 
     Attributes:
         name: Its name for a reader.
@@ -108,7 +108,7 @@ class TrialResult:
         return as_mapping(self.result.get(name))
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric; of a step that was taken twice the later value."""
+        """Steps and values of a metric; the later value of a step that was taken twice."""
         points: dict[float, float] = {}
         for row in self.rows:
             step, value = number(row.get("step")), number(row.get(name))
@@ -208,7 +208,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
 
 
 def _outcome(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The status and the error, where the launcher and the run may disagree."""
+    """Status and error of a trial, where the launcher and the run may disagree."""
     said, launched = result.get("status"), about.get("status")
     error = result.get("error")
     error = " ".join(error.split()) if isinstance(error, str) else None
@@ -281,7 +281,7 @@ def _damaged(path: Path) -> str:
 
 
 def _without_common(trials: Sequence[TrialResult], unsorted: Sequence[bool]) -> list[TrialResult]:
-    """Takes from what Hydra wrote the settings that all trials share: they were not swept."""
+    """Removes the settings that all trials share, which were not swept, from Hydra's."""
     lists = [t.overrides for t, mixed in zip(trials, unsorted, strict=True) if mixed]
     common = set(lists[0]).intersection(*lists) if len(lists) > 1 else set()
     return [
@@ -331,7 +331,7 @@ def as_rows(value: Any) -> list[Mapping[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a finite number, of a size that can be reckoned with."""
+    """The value if it is a finite number of a usable size."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

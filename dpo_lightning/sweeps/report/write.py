@@ -68,7 +68,7 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
 
 
 def _by_beta(analysis: Analysis) -> list[Configuration]:
-    """In the order of a legend."""
+    """Sorts configurations into the order of a legend."""
     return sorted(analysis.configurations, key=lambda c: (c.beta is None, c.beta or 0.0, c.label))
 
 

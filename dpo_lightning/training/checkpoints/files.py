@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are whole, which a run goes on from, which stay. Imports no torch.
+"""Checkpoints on disk: the whole ones, the one to resume from, those to keep. Imports no torch.
 
 A checkpoint is two files: ``step-000010.ckpt`` and, written last, its manifest
 ``step-000010.json`` with the size and the hash of the first. One without a manifest was not
@@ -36,7 +36,7 @@ class Content:
 
 
 def new_digest() -> Any:
-    """The hash of a checkpoint's content, to be fed."""
+    """A new hash for the content of a checkpoint."""
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
@@ -56,7 +56,7 @@ def manifest_path(path: Path) -> Path:
 def publish(
     staged: Path, path: Path, content: Content, *, step: int, facts: Mapping[str, Any]
 ) -> None:
-    """Gives a synced file its name, then writes its manifest; at no time is there less than before.
+    """Renames a synced file, then writes its manifest; at no time is there less than before.
 
     Args:
         staged: The file, in the same folder.
@@ -113,7 +113,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left: files that had no name yet, manifests of nothing."""
+    """Removes a killed process's leftovers: files that had no name yet, manifests of nothing."""
     with contextlib.suppress(OSError):
         for path in folder.glob(".step-*"):
             log.info("%s: left by a process that was killed; removed", path)
@@ -218,7 +218,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | str:
-    """A manifest, or what is wrong with it."""
+    """Reads a manifest; returns a text with its fault if it has one."""
     try:
         manifest = json.loads(path.read_bytes())
         if manifest["check"] != _check(manifest):
