@@ -74,10 +74,11 @@ coverage: $(READY) ## branches that the tests of test-all reach, in every proces
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)
 
-check: $(READY) ## lint, format and types
+check: $(READY) ## lint, format, types, first lines of docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_prose.py
 
 audit: $(READY) ## ask for known vulnerabilities of the pinned versions
 	@$(BIN)/python .ci/audit.py $(ARGS)
