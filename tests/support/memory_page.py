@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def shape(name: str) -> ModelShape:
-    """The shape of a Llama by hand: four attention and three feed-forward matrices, two norms."""
+    """The shape of a Llama, by hand: four attention and three feed-forward matrices, two norms."""
     layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
     size = hidden // heads
     sides = [(hidden, hidden), (hidden, key_heads * size), (hidden, key_heads * size),

@@ -1,4 +1,4 @@
-"""Rows, lines and files of every kind, and what must become of each: a group, a bad row, a line."""
+"""Rows, lines and files of every kind, and the outcome of each: a group, a bad row, a line."""
 
 import itertools
 import json
@@ -138,7 +138,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """The one line by which something is refused; None where it is not."""
+    """The one line by which something is refused; None if it is not."""
     try:
         action()
     except UserError as error:
@@ -191,7 +191,7 @@ def _check_group(group: PreferenceGroup) -> None:
 
 
 def check_rows(found: Rows | None, tokenizer: Any, *, truncation: str) -> int:
-    """Takes what was read through the tokenizer; every row is accounted for.
+    """Tokenizes the rows that were read; every row is accounted for.
 
     Returns:
         Number of rows that there were.

@@ -19,7 +19,7 @@ LIMIT = 60
 
 
 def launch(folder: Path, *overrides: str) -> Run:
-    """A run to its end; the second rank is started by the first one."""
+    """Runs a command to its end; the second rank is started by the first one."""
     done = run_apart(
         *(f"hydra.run.dir={folder}", "logger=none", "trainer.accelerator=cpu"),
         *("trainer.threads=1", "evaluation.samples=0", *overrides),

@@ -86,7 +86,7 @@ class Taken:
 
     @property
     def moments(self) -> dict[str, list[torch.Tensor]]:
-        """Of the optimizer, as a checkpoint has them: each kind in the order of its weights."""
+        """Moments of the optimizer, as in a checkpoint: each kind in the order of its weights."""
         states = self.trainer.optimizers[0].state_dict()["state"]
         return {
             kind: [states[number][kind] for number in sorted(states)]

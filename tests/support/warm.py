@@ -80,7 +80,7 @@ class Order:
 
 
 class WarmRun:
-    """A forked run, with what tests use of ``subprocess.Popen``."""
+    """A forked run, with the part of ``subprocess.Popen`` that tests use."""
 
     def __init__(
         self, warm: WarmProcess, pid: int, stdout: IO[Any] | None, stderr: IO[Any] | None
@@ -99,7 +99,7 @@ class WarmRun:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end.
+        """Waits for the end of the run.
 
         Raises:
             TimeoutExpired: If it does not come.
@@ -128,16 +128,16 @@ class WarmRun:
         return said[0], said[1]
 
     def send_signal(self, signum: int) -> None:
-        """Signals it, if it still runs."""
+        """Signals the run, if it is still there."""
         if self.poll() is None:
             os.kill(self.pid, signum)
 
     def kill(self) -> None:
-        """Kills it."""
+        """Kills the run."""
         self.send_signal(signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Asks it to end."""
+        """Asks the run to end."""
         self.send_signal(signal.SIGTERM)
 
     def __enter__(self) -> WarmRun:
@@ -150,7 +150,7 @@ class WarmRun:
 
 
 class WarmProcess:
-    """The warm process, as the one who spawned it sees it.
+    """The warm process, seen from the process that spawned it.
 
     Args:
         modules: Modules that it imports.
@@ -291,7 +291,7 @@ def start_train(
 def _stream(
     given: int | IO[Any] | None, inherited: int, opened: contextlib.ExitStack
 ) -> tuple[int, IO[Any] | None]:
-    """The descriptor that a run writes to, and the end that is read, if it is a pipe."""
+    """The descriptor that a run writes to, and, if it is a pipe, the end to read from."""
     if given == subprocess.PIPE:
         reader, writer = os.pipe()
         opened.callback(os.close, writer)
@@ -366,7 +366,7 @@ def _serve(connection: socket.socket) -> Order | None:
 
 
 def _become(order: Order, stdout: int, stderr: int) -> Order:
-    """Takes on what a run has that was started by its own command."""
+    """Takes over the settings of a run that was started by its own command."""
     if order.session:
         os.setsid()
     os.dup2(stdout, 1)
@@ -418,7 +418,7 @@ def _call(target: str) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """Ends as the interpreter does, but that it takes no module apart: that takes a second."""
+    """Ends as the interpreter does, without taking modules apart, which takes a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

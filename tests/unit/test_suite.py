@@ -83,7 +83,7 @@ BY_PROFILE = {"deadline", "derandomize", "database"}
 
 
 def called(node: ast.AST) -> str:
-    """The last word of what a call calls: ``b`` of ``a.b()``."""
+    """Last word of the name that is called: ``b`` of ``a.b()``."""
     function = node.func if isinstance(node, ast.Call) else None
     return getattr(function, "attr", getattr(function, "id", ""))
 

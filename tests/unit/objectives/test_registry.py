@@ -445,7 +445,7 @@ def test_a_file_is_one_loss_or_a_sum_of_them(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_states_no_default(path):
-    """Of the settings, which is what a run has where a file says nothing.
+    """The defaults are those of the settings, which a run has where a file says nothing.
 
     The one of `exo_pair` is needed: as an option of several losses label_smoothing has the default
     of the first, 0, at which EXO is infinite.

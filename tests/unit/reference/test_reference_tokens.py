@@ -122,7 +122,7 @@ def test_sums_and_tokens_do_not_mix(cache):
 
 
 def test_files_of_sums_are_named_and_made_of_what_they_were(cache):
-    """By the code before there were values per token; a file is named by its content."""
+    """Names by the code before there were values per token; a file is named by its content."""
     keys = np.arange(32, dtype=np.uint8).reshape(2, 16)
     cache.publish(keys, np.array([-1.5, -2.5], np.float32), np.array([3, 4], np.int32))
     assert (cache.path.name, only_part(cache).stem) == (

@@ -54,7 +54,7 @@ def result(folder: Path) -> dict:
 
 
 def beats(folder: Path) -> dict[str, list[float]]:
-    """Times by process, of lines that are whole."""
+    """Times by process, from lines that are whole."""
     found: dict[str, list[float]] = {}
     path = folder / "beats"
     for line in path.read_text().splitlines()[:-1] if path.exists() else []:

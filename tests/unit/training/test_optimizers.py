@@ -179,7 +179,7 @@ def test_float32_weights_are_stepped_as_torch_steps_them():
 
 
 def test_a_step_in_pieces_is_the_step(monkeypatch):
-    """But for the random bits, which float32 does not use."""
+    """Equal except for the random bits, which float32 does not use."""
     results = []
     for size in (1 << 18, 100):
         monkeypatch.setitem(optimizers._PIECE, "cpu", size)
@@ -293,7 +293,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_a_resumed_optimizer_goes_on_to_the_bit(name, dtype, tmp_path):
-    """Out of plain tensors; what is drawn elsewhere in between plays no part."""
+    """The state is loaded from plain tensors; draws elsewhere in between play no part."""
     whole, optimizer = make(name, dtype)
     take_steps(whole, optimizer, range(3))
     state = {"weights": [w.detach() for w in whole], "optimizer": optimizer.state_dict()}

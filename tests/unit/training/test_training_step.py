@@ -29,7 +29,7 @@ def groups_apart():
 
 
 def plain_gradients(groups) -> list[torch.Tensor]:
-    """Of sum_g w_g log(1 + exp(-beta margin_g)) / sum_g w_g, by the model's own forward pass."""
+    """Gradients of sum_g w_g log(1 + exp(-beta margin_g)) / sum_g w_g, by a plain forward pass."""
     model = policy()
     loss = torch.zeros(())
     for group in groups:
@@ -42,7 +42,7 @@ def plain_gradients(groups) -> list[torch.Tensor]:
 
 
 def in_groups(tensors) -> list[torch.Tensor]:
-    """In the optimizer's order: matrices, which may decay, before vectors."""
+    """Weights in the optimizer's order: matrices, which may decay, before vectors."""
     return [t for t in tensors if t.ndim >= 2] + [t for t in tensors if t.ndim < 2]
 
 
