@@ -182,7 +182,7 @@ def test_checkpointing_and_8_bits_take_less_and_a_live_reference_no_less(how):
 @settings(max_examples=examples(50))
 @given(HOW, st.sampled_from(sorted(SHAPES)), st.integers(3, 10))
 def test_more_devices_take_less_of_each(how, name, power):
-    """True from 8 devices on: two already gather layers, which can be more than they share out."""
+    """From 8 on: two already gather layers, which can be more than they share out."""
     totals = [
         footprint(shape(name), replace(how, masters=False, autocast=False, shards=n)).total
         for n in (2**power, 2 ** (power + 1))

@@ -395,7 +395,7 @@ def test_streaming_refuses_what_does_not_fit():
 
 @given(st.data())
 def test_shares_of_a_group_sum_to_one_in_float32(data):
-    """Even where log Z is -783, and a float32 of that size is good to 6e-5 only."""
+    """Also where log Z is -783 and a float32 of that size is good to 6e-5 only."""
     beta = data.draw(st.floats(0.01, 1))
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     group = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
