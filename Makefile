@@ -77,10 +77,11 @@ docs: $(READY) ## write the pages anew that are made from the code
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)
 
-check: $(READY) ## lint, format and types
+check: $(READY) ## lint, format, types, first lines of docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_prose.py
 
 audit: $(READY) ## ask for known vulnerabilities of the pinned versions
 	@$(BIN)/python .ci/audit.py $(ARGS)

@@ -39,7 +39,7 @@ class Meter:
         self._base = 0
 
     def imported(self) -> None:
-        """Everything is imported: from here on memory counts."""
+        """Notes the memory now that everything is imported: from here on memory counts."""
         import torch
 
         self.imports = time.perf_counter() - STARTED
@@ -50,7 +50,7 @@ class Meter:
             Path("/proc/self/clear_refs").write_text("5")
 
     def trained(self) -> None:
-        """The training is over; what comes after it does not count."""
+        """Notes the end of the training: later memory and time do not count."""
         import torch
 
         if torch.cuda.is_available():
@@ -60,7 +60,7 @@ class Meter:
 
 
 def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
-    """Through the command line, as a user would."""
+    """Trains through the command line, as a user would."""
     os.environ["DPO_LIGHTNING_CACHE"] = str(arguments.cache)
     import lightning.pytorch as pl
     from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -114,7 +114,7 @@ def ours(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
 
 
 def _take_away(arm: str) -> None:
-    """Takes levers away, for the ladder."""
+    """Turns optimizations off, for the ladder."""
     if arm == "padded":
         from dpo_lightning.models.scoring import Scorer
         from dpo_lightning.reference import pair
@@ -130,7 +130,7 @@ def _take_away(arm: str) -> None:
         collate = packing.collate_groups
 
         def apart(groups: Any, rows: Any) -> Any:
-            """Each response behind a prompt of its own: nothing is padded, nothing is shared."""
+            """Lays each response out behind a prompt of its own: no padding, no sharing."""
             alone = [
                 dataclasses.replace(group, responses=(response,), ranks=(1,), reference_logps=None)
                 for group in groups
@@ -148,7 +148,7 @@ def _take_away(arm: str) -> None:
 
 
 def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
-    """TRL's trainer: its defaults, or without checkpointing and with precomputed references."""
+    """Trains with TRL: its defaults, or without checkpointing and with precomputed references."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

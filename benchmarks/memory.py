@@ -80,7 +80,7 @@ def make_work(work: Path) -> None:
 
 
 def main() -> None:
-    """Measures all ways, or the one that ``--way`` names in this process."""
+    """Measures all ways, or in this process the one that ``--way`` names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--way")

@@ -1,4 +1,4 @@
-"""From the records of runs to a JSON file, a table and a picture."""
+"""Results of a benchmark: from the records of runs to a JSON file, a table and a picture."""
 
 from __future__ import annotations
 

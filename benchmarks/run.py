@@ -46,12 +46,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people and file names."""
+        """Name of the case for people and file names."""
         return f"{self.shape} {self.precision}"
 
 
 def run_arm(arm: str, out: Path, *, options: dict[str, Any]) -> dict[str, Any]:
-    """One arm in a process of its own.
+    """Runs one arm in a process of its own.
 
     Raises:
         SystemExit: If it fails; its output is shown.
@@ -74,7 +74,7 @@ def run_arm(arm: str, out: Path, *, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Bench:
-    """The measurements, one after the other, and what they gave."""
+    """The measurements, one after the other, and their records."""
 
     def __init__(self, work: Path, *, size: str, pairs: int, threads: int, rounds: int) -> None:
         self.work = work
@@ -87,7 +87,7 @@ class Bench:
         self._number = 0
 
     def workload(self, shape: str, rows: int) -> Workload:
-        """Model and rows of a shape, written once."""
+        """Writes the model and the rows of a shape, once."""
         if shape not in self._workloads:
             folder = self.work / shape.replace("/", "-")
             self._workloads[shape] = Workload.make(
@@ -98,7 +98,7 @@ class Bench:
     def arm(
         self, arm: str, shape: str, precision: str, steps: int, *, lr: float = 5e-7
     ) -> dict[str, Any]:
-        """One run of one arm."""
+        """Runs one arm once."""
         workload = self.workload(shape, rows=16 * self.pairs)
         self._number += 1
         out = self.work / f"{self._number}-{arm}.json"
@@ -126,11 +126,11 @@ class Bench:
     def check_equal(
         self, shape: str, *, steps: int = 6, arms: tuple[str, str] = ("trl_tuned", "cached")
     ) -> dict[str, float]:
-        """Refuses to time what does not compute the same.
+        """Refuses to time arms that do not compute the same.
 
         Args:
             shape: Of the rows.
-            steps: How many are compared.
+            steps: Number of steps that are compared.
             arms: TRL's and ours.
 
         Raises:
@@ -154,7 +154,7 @@ class Bench:
         return {"largest_difference": apart, "moved": moved, "steps": steps}
 
     def measure(self, case: Case) -> None:
-        """The arms of a case, taking turns."""
+        """Measures the arms of a case, taking turns."""
         for turn in range(self.rounds):
             # The other way round every other time, so that drift favours nobody.
             for arm in case.arms[:: -1 if turn % 2 else 1]:
@@ -168,7 +168,7 @@ class Bench:
                 )
 
     def head(self) -> dict[str, Any]:
-        """Peak of a step's activations at a vocabulary of 128k."""
+        """Measures the peak of a step's activations at a vocabulary of 128k."""
         record = run_arm("head", self.work / "head.json", options={"threads": self.threads})
         print(f"activations at V = 131,072: {record['peak_bytes'] / 1e6:.0f} MB", flush=True)
         return {key: record[key] for key in ("peak_bytes", "response_tokens", "vocabulary")}
@@ -227,7 +227,7 @@ class Bench:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """What is measured."""
+    """Cases to measure."""
     if arguments.gpu:
         return [Case("lognormal", "bf16-mixed", ("trl_tuned", "shared", "cached", *LORA), 6)]
     found = [Case("lognormal", "bf16-mixed", LADDER, 5)]

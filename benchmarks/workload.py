@@ -26,7 +26,7 @@ class Size:
     key_heads: int
 
     def describe(self) -> dict[str, int]:
-        """For the results."""
+        """The shape as a dict, for the results."""
         return asdict(self)
 
 
@@ -144,7 +144,7 @@ class Workload:
 
     @classmethod
     def make(cls, folder: Path, size: Size, shape: Shape, *, rows: int) -> Workload:
-        """Writes everything."""
+        """Writes a model, its tokenizer and rows, and returns the workload."""
         from dpo_lightning.data.packing import epoch_order
 
         folder.mkdir(parents=True)
@@ -168,7 +168,7 @@ class Workload:
         return cls(folder / "model", path, ordered, lengths, size)
 
     def options(self) -> dict[str, Path]:
-        """For an arm."""
+        """Options of an arm: the model and its rows."""
         return {"model": self.model, "rows": self.rows, "ordered": self.ordered}
 
     def flops(self, pairs: int, steps: int, *, frozen: bool = False) -> list[float]:

@@ -23,7 +23,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def staged_name(path: Path) -> Path:
-    """Where this process prepares a file: beside it, so that a rename is all that is left."""
+    """Path at which this process prepares a file: beside it, so that only a rename is left."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 

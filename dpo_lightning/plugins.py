@@ -1,4 +1,4 @@
-"""A user's own modules: imported because the settings name them, and what they register.
+"""A user's own modules: imported because the settings name them; they register losses and more.
 
 Only what a named plugin registers, or defines and the settings name in full, can be chosen by a
 setting; nothing else is ever imported or called for one. Imports no torch.
@@ -44,7 +44,7 @@ def register_scorer(name: str) -> Callable[[_Function], _Function]:
     """Makes a function known as ``evaluation.scorer=<name>``.
 
     Args:
-        name: What the setting will say.
+        name: Value of the setting.
 
     Example:
         >>> @register_scorer("brevity")
@@ -63,7 +63,7 @@ def register_callback(name: str) -> Callable[[_Maker], _Maker]:
     """Makes a Lightning callback known as ``trainer.callbacks=[<name>]``.
 
     Args:
-        name: What the setting will say.
+        name: Value in the setting's list.
 
     Example:
         >>> @register_callback("bell")
@@ -123,7 +123,7 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
-    """The function that ``evaluation.scorer`` names; None where it is something else's name.
+    """The function that ``evaluation.scorer`` names; None if the name is of another kind.
 
     Args:
         name: A registered name, or ``module.function`` or ``module:function`` of a plugin.
@@ -149,7 +149,7 @@ def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
 
 
 def _place(error: BaseException) -> str:
-    """Where an exception came from, ``file:line``."""
+    """Returns the place that an exception came from, as ``file:line``."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"

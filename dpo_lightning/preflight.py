@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, known before any weights are loaded.
+"""Check that a run fits its devices, before any weights are loaded.
 
 ``python -m dpo_lightning.preflight <settings of train.py>`` prints the estimate of a run without
 running it; ``--gib 80`` compares it with a GPU that this machine need not have.
@@ -18,7 +18,7 @@ from dpo_lightning.settings.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what a run would take.
+    """Prints the memory that a run would take.
 
     Args:
         argv: The settings, and ``--gib N``; None takes the process's own.

@@ -184,7 +184,7 @@ class ControlledTask:
             n: Number of pairs.
             seed: Of all draws.
             reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
-            population: Whether no label is drawn: then each pair counts both ways, by that
+            population: True draws no label: then each pair counts both ways, by that
                 probability, as it would on average over all labels.
         """
         draw = np.random.default_rng(seed)
@@ -267,7 +267,7 @@ class ControlledTask:
         return kept.log_softmax(1), self.rewards.gather(1, places)
 
     def frontier(self, reference_logps: Tensor, *, points: int = 60) -> list[dict[str, float]]:
-        """Points of the frontier from next to no reward gained to next to all there is."""
+        """Points of the frontier, from almost no gain in reward to almost all there is."""
         betas = np.geomspace(30.0, 0.03, points).tolist()
         return [self.optimum(reference_logps, beta=beta) for beta in betas]
 
@@ -287,7 +287,7 @@ class ControlledTask:
     def report(
         self, policy_logps: Tensor, reference_logps: Tensor, *, beta: float
     ) -> dict[str, float]:
-        """What is exactly true of a policy, averaged over the eight prompts.
+        """Exact quantities of a policy, averaged over the eight prompts.
 
         Args:
             policy_logps: Log-probabilities of the outcomes under the policy, (8, 4681), float64.

@@ -85,9 +85,9 @@ class PreferenceDataModule(pl.LightningDataModule):
         micro_batch_tokens: Most tokens of a micro-batch on one device.
         total_steps: Steps of the run.
         seed: With the epoch, decides the order of the groups.
-        shared: Whether the scorer computes a prompt once for all its responses.
+        shared: True if the scorer computes a prompt once for all its responses.
         num_workers: Processes that build batches ahead; 0 builds them in the training process.
-        equal_counts: Whether all ranks take as many micro-batches, as a sharded model needs.
+        equal_counts: True if all ranks take as many micro-batches, as a sharded model needs.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         return steps_per_epoch(len(self.train_groups), self.batch_size)
 
     def train_dataloader(self) -> Any:
-        """The steps that are left; on resume the trainer already knows how many were taken."""
+        """The remaining steps; on resume the trainer already knows how many were taken."""
         assert self.trainer is not None
         steps = _TrainSteps(
             self.train_groups, batch_size=self.batch_size, seed=self._seed, **self._my_share()

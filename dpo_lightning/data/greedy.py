@@ -20,9 +20,9 @@ def pack(
 
     Args:
         items: In the order in which they are packed.
-        start: What a part holds with an item alone.
-        join: What a part holds with one more; None where it has no room for it.
-        first_fit: Whether the item goes to the oldest part with room; else only the newest part is
+        start: Returns the load of a part that holds an item alone.
+        join: Returns the load of a part with one more item; None where it has no room for it.
+        first_fit: True puts the item into the oldest part with room; else only the newest part is
             asked, and neighbours stay together.
 
     Example:

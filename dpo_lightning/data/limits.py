@@ -32,12 +32,12 @@ class OutOfBounds(Exception):
 
 
 class _Interrupt(BaseException):
-    """Raised in the code; nothing on the way that catches an Exception may keep it."""
+    """Exception that is raised in the code; no ``except Exception`` on the way may keep it."""
 
 
 @contextlib.contextmanager
 def bounded(*, seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Ends what runs inside when it takes too much.
+    """Context that ends the code inside when it takes too much.
 
     Only the main thread can be interrupted: in another one there is no limit on time.
 

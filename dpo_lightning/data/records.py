@@ -50,9 +50,9 @@ class BadRow:
     """A row that is no preference group.
 
     Attributes:
-        source: Where it is, ``file:line``.
+        source: Its place, ``file:line``.
         field: The column at fault, ``row`` for the whole.
-        problem: What was found there, on one line.
+        problem: The fault that was found there, on one line.
         row: The row as read.
     """
 
@@ -64,7 +64,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a source holds: ``total`` is ``len(groups) + len(bad)``.
+    """Rows of a source, good and bad: ``total`` is ``len(groups) + len(bad)``.
 
     Attributes:
         groups: The good rows.
@@ -147,9 +147,9 @@ def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:
     """Stops at bad rows, unless they are to be skipped.
 
     Args:
-        rows: What was read.
+        rows: The rows that were read.
         on_bad_row: ``stop`` or ``skip``.
-        limit: How many bad rows the message names.
+        limit: Number of bad rows that the message names.
 
     Raises:
         UserError: If there is a bad row and ``on_bad_row`` is ``stop``.
@@ -172,7 +172,7 @@ def write_quarantine(path: Path, bad: Iterable[BadRow]) -> None:
 
 
 class _Shapes:
-    """The columns of all rows: what is wrong with every row is wrong with the settings.
+    """Columns of all rows: a fault of every row is a fault of the settings.
 
     Attributes:
         rows: Number of rows that are objects.
@@ -269,7 +269,7 @@ def _notes(where: str, reader: RowReader, good: int) -> list[str]:
 
 
 def _raw(record: Record) -> str:
-    """The record as it was read, or as JSON where it came without a line."""
+    """The record as it was read, or as JSON if it came without a line."""
     if record.raw is not None:
         return record.raw
     text = json.dumps(record.value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""One row of a preference file to one :class:`PreferenceGroup`, or the reason why it is none.
+"""Conversion of a row of a preference file to a :class:`PreferenceGroup`, or a reason against it.
 
 A row is an object with ``prompt``, ``chosen`` and ``rejected``; or with ``prompt`` and
 ``responses`` (best first), which ``ranks`` (1 is best) or ``scores`` (higher is better) may order;
@@ -54,7 +54,7 @@ class PreferenceGroup:
         ranks: Dense ranks of the responses, never decreasing; 1 is best, ties share a rank.
         weight: Weight of the group in the loss, finite and above 0.
         target_margin: The margin that the row asks for, or None.
-        source: Where the row came from, ``file:line``.
+        source: Origin of the row, ``file:line``.
     """
 
     prompt: Text
@@ -85,7 +85,7 @@ def prompt_of_key(key: str) -> str | list[dict[str, str]]:
 
 
 class ShapeError(RowError):
-    """The columns of a row are not those of a preference row.
+    """A row's columns are not those of a preference row.
 
     Attributes:
         reason: The problem without the columns of this one row.
@@ -288,7 +288,7 @@ class RowReader:
 
 
 def looks_like_sharegpt(row: Mapping[str, object], columns: Mapping[str, str]) -> bool:
-    """Whether the row is of ``{"from", "value"}`` turns, which are no messages."""
+    """True if the row consists of ``{"from", "value"}`` turns, which are no messages."""
     if "prompt" in row or columns.get("prompt") or "conversations" not in row:
         return False
     chosen = row.get(columns.get("chosen", "chosen"))

@@ -1,4 +1,4 @@
-"""What the name of a source means: a file of this machine, an id of the hub, or an address.
+"""Names of sources: a file of this machine, an id of the hub, or an address.
 
 Names are only looked at, but for whether there is such a file. Imports nothing heavy.
 """
@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name has the form of a model's or a data set's on the hub.
+    """True if a name has the form of a model's or a data set's on the hub.
 
     Example:
         >>> is_hub_id("owner/name"), is_hub_id("gpt2"), is_hub_id("a/b/c"), is_hub_id("-x")
@@ -29,7 +29,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def is_local_data(source: str) -> bool:
-    """Whether a data source names a file of this machine, and not a hub data set."""
+    """True if a data source names a file of this machine, and not a hub data set."""
     return (
         source.startswith((".", "/", "~"))
         or Path(source).suffix.lower() in FILE_SUFFIXES
@@ -38,5 +38,5 @@ def is_local_data(source: str) -> bool:
 
 
 def is_address(source: str) -> bool:
-    """Whether it names a place in a network."""
+    """True if the name is an address in a network."""
     return "://" in source

@@ -1,4 +1,4 @@
-"""Where rows come from: local jsonl, json and parquet files, and data sets of the hub.
+"""Sources of rows: local jsonl, json and parquet files, and data sets of the hub.
 
 A source yields raw records, good and bad, with their place. A file as a whole that cannot be read
 is a :class:`UserError`; what is inside a single line is not.
@@ -26,9 +26,9 @@ class Record(NamedTuple):
 
     Attributes:
         number: Its line; where there are no lines, its place, from 1.
-        value: What it holds; None when it could not be read.
+        value: Its content; None when it could not be read.
         raw: The line as read; None when the source has no lines.
-        problem: Why it could not be read, or None.
+        problem: Reason why it could not be read, or None.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Source:
     """An opened source.
 
     Attributes:
-        label: What stands before the number of a record: ``path`` or ``id[split]``.
+        label: Text before the number of a record: ``path`` or ``id[split]``.
         columns: The columns of a table; None when every record names its own.
         read: Yields the records. It is given the columns to look at: a table may have others,
             images say, that are expensive to read.
@@ -246,7 +246,7 @@ def _table_rows(batch: Any, first: int) -> Iterator[Record]:
 
 
 def _hint(path: Path, key: str) -> str:
-    """What could be meant by a path that is not there."""
+    """Returns a hint at the path that was meant, for one that does not exist."""
     here = "" if path.is_absolute() else f" (here is {Path.cwd()})"
     if not path.parent.is_dir():
         return f"; there is no directory {printable(str(path.parent))} either{here}"

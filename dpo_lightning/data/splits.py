@@ -1,4 +1,4 @@
-"""From read rows to the training and evaluation groups of a run, with an account of every row."""
+"""Split of read rows into training and evaluation groups, with an account of every row."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def prepare_rows(
         evaluation: The rows of ``data.eval``, or None to hold out a part of the training rows.
         tokenizer: A transformers tokenizer.
         max_length: Longest prompt + response, in tokens.
-        truncation: What gives way above it: ``drop``, ``prompt`` or ``response``.
+        truncation: The part that gives way above it: ``drop``, ``prompt`` or ``response``.
         eval_fraction: Share of the groups to hold out when ``evaluation`` is None.
         split_seed: Seed of that choice.
         max_dropped: Largest share of the rows that may be dropped.
-        cache: Where token ids are kept; None keeps none.
+        cache: Folder of the token ids; None keeps none.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
@@ -163,7 +163,7 @@ def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> 
 
 
 def _dropped(rows: Rows, tokenized: TokenizedGroups) -> Counter[str]:
-    """Rows that went by reason, those among them that could not be read."""
+    """Counts of dropped rows by reason, those that could not be read included."""
     return tokenized.dropped + Counter({"bad_row": len(rows.bad)})
 
 

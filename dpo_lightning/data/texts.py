@@ -60,7 +60,7 @@ def show(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with anything escaped that would break the line it is printed on."""
+    """Escapes everything in a text that would break the line it is printed on."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
@@ -72,7 +72,7 @@ def list_names(names: Iterable[object]) -> str:
 
 
 def describe(value: object) -> str:
-    """What kind of value this is, in the words of JSON."""
+    """Describes a value by its kind, in the words of JSON."""
     if value is None or isinstance(value, bool):
         return show(value)
     if isinstance(value, int | float):
@@ -91,7 +91,7 @@ def read_text(value: object, label: str, *, sharegpt: bool = False) -> Text:
 
     Args:
         value: A string, or a list of ``{"role", "content"}`` messages.
-        label: Where the value stands in the row, for errors.
+        label: Place of the value in the row, for errors.
         sharegpt: The messages are ``{"from", "value"}`` turns instead: a list, or one by itself.
             A string is the assistant's then.
 
@@ -144,7 +144,7 @@ def split_messages(
 
     Args:
         lists: The conversations.
-        labels: Where they stand in the row, for errors.
+        labels: Their places in the row, for errors.
 
     Raises:
         RowError: If the conversations differ before the first answer.
@@ -175,7 +175,7 @@ def _common_length(first: str, second: str) -> int:
 
 
 def _checked(text: str, label: str) -> str:
-    """The text itself, if it is Unicode: JSON can spell one half of a character."""
+    """Returns the text if it is Unicode: JSON can spell one half of a character."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""Token ids on disk, by the content of what they were made of: text, tokenizer, limits."""
+"""Token ids on disk, found by the content that they were made of: text, tokenizer, limits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tokenize_once(
         tokenizer: A transformers tokenizer.
         max_length: Longest prompt + response, in tokens.
         truncation: ``drop``, ``prompt`` or ``response``.
-        folder: Where token ids are kept; None keeps none.
+        folder: Folder of the token ids; None keeps none.
     """
 
     def compute() -> TokenizedGroups:

@@ -1,4 +1,4 @@
-"""From the text of a group to its token ids: one prompt shared by all responses, EOS, truncation.
+"""Tokenization of a group's text: one prompt shared by all responses, EOS, truncation.
 
 The prompt is the longest run of leading tokens that the prompt alone and the prompt with each of
 its responses have in common: a tokenizer may merge characters across the boundary, and every
@@ -51,13 +51,13 @@ class TokenGroup:
         responses: Ids of each response, shapes (R_k,), int32, EOS included unless it was cut off.
         ranks: Rank of each response, without gaps; 1 is best, ties share a rank.
         weight: Weight of the group in the loss.
-        source: Where the row came from, ``file:line``.
+        source: Origin of the row, ``file:line``.
         prompt_key: Identifies the prompt's text; groups with one key stay on one side of a split.
         reference_logps: Log-probability of each response under the reference, (K,), float32, or
             None where that is not known beforehand.
         reference_token_logps: Log-probability of each token of each response under the reference,
             shapes (R_k,), float32, or None where only sums are known, or nothing.
-        target_margin: How much better the row says its better responses are, in units of reward.
+        target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
     """
@@ -85,13 +85,13 @@ class TokenGroup:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of the group when every response repeats the prompt."""
+        """Tokens of the group if every response repeats the prompt."""
         return len(self.prompt) * len(self.responses) + sum(map(len, self.responses))
 
 
 @dataclass(slots=True)
 class TokenizedGroups:
-    """What became of a list of groups.
+    """Outcome of tokenizing a list of groups.
 
     Attributes:
         groups: The groups that are left, in their order.
@@ -276,7 +276,7 @@ def _assemble(
     max_length: int,
     truncation: str,
 ) -> tuple[TokenGroup | None, bool, str, list[str]]:
-    """One token group, whether its prompt shrank, why it was dropped, and what was changed."""
+    """A token group, True if its prompt shrank, why it was dropped, and what was changed."""
     eos: int = tokenizer.eos_token_id
     bos: int | None = tokenizer.bos_token_id
     prompt, full = encoded[0], encoded[1:]
@@ -334,7 +334,7 @@ def _assemble(
 
 
 def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[list[int], int]]:
-    """The responses without what is beyond ``length``, the best of those that became the same."""
+    """Cuts responses to ``length`` and keeps the best of those that became the same."""
     cut: list[tuple[list[int], int]] = []
     for ids, rank in responses:
         short = ids[:length]
@@ -344,5 +344,5 @@ def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[
 
 
 def _comparable(responses: Sequence[tuple[list[int], int]]) -> bool:
-    """Whether any two of the (different) responses are strictly ranked."""
+    """True if any two of the (different) responses are strictly ranked."""
     return len({rank for _, rank in responses}) > 1

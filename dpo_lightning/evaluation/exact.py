@@ -1,4 +1,4 @@
-"""How far the policy is from the closed-form optimum while it trains, where that is known."""
+"""Exact distance of the policy from the closed-form optimum during training, where it is known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_lightning.models.sharding import is_sharded
 
 
 class ExactCurve(Callback):
-    """Adds what is exactly true of the policy to the metrics of each evaluation.
+    """Adds the exact quantities of the policy to the metrics of each evaluation.
 
     Args:
         task: The controlled task.

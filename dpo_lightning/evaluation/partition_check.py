@@ -1,4 +1,4 @@
-"""A check of any trained run that costs next to nothing: its own partition function is 1.
+"""A cheap check of any trained run: the policy's own partition function is 1.
 
 For the implicit reward r = beta * log(pi / pi_ref) the partition function of every prompt is
 Z(x) = E_ref[exp(r / beta)] = sum_y pi(y|x) = 1, whatever was trained. So is that of the first m

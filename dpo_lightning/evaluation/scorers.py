@@ -28,8 +28,8 @@ def make_scorer(
     Args:
         name: A function of a plugin, or a folder or hub id of a reward model.
         plugins: The modules that were loaded.
-        device: Where a reward model runs.
-        batch_size: How many answers it reads at once.
+        device: Device that a reward model runs on.
+        batch_size: Number of answers that it reads at once.
 
     Returns:
         A function from prompts and answers to a finite number for each.
@@ -76,8 +76,8 @@ class _RewardModel:
 
     Args:
         source: A folder or a hub id.
-        device: Where it runs.
-        batch_size: How many answers it reads at once.
+        device: Device that it runs on.
+        batch_size: Number of answers that it reads at once.
     """
 
     def __init__(self, source: str, *, device: torch.device, batch_size: int) -> None:

@@ -46,8 +46,8 @@ class AdapterFile:
         name: The config key and its value, for errors.
         settings: Arguments of PEFT's ``LoraConfig`` that decide its function.
         weights: Name of each tensor in PEFT's format, and the tensor.
-        base: What it says it was trained on.
-        dropout: What it was trained with.
+        base: Name of the model that it says it was trained on.
+        dropout: Dropout that it was trained with.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""LoRA beside the frozen weights of a policy, and the reference that those weights are.
+"""LoRA beside a policy's frozen weights, which are also the reference.
 
 PEFT puts its layers into the transformers model itself, which stays what everybody works with: its
 attention, decoder, head and ``generate`` are where they were. PEFT's own wrapper around it is kept
@@ -37,9 +37,9 @@ class LoraSettings:
         r: Rank.
         alpha: Scale, over the rank or its square root.
         target_modules: Names of modules; None for all linear layers but the head.
-        rslora: Whether the scale is over the square root of the rank.
-        dora: Whether directions and lengths are trained apart.
-        gaussian: Whether the first matrix is drawn from a normal distribution.
+        rslora: True if the scale is over the square root of the rank.
+        dora: True if directions and lengths are trained apart.
+        gaussian: True if the first matrix is drawn from a normal distribution.
     """
 
     r: int
@@ -50,7 +50,7 @@ class LoraSettings:
     gaussian: bool
 
     def arguments(self) -> dict[str, Any]:
-        """Of PEFT's ``LoraConfig``."""
+        """Arguments of PEFT's ``LoraConfig``."""
         names = self.target_modules
         return {
             "r": self.r,
@@ -63,7 +63,7 @@ class LoraSettings:
 
 
 class Adapters:
-    """The adapter that is trained, and the reference in the same model.
+    """The trained adapter, and the reference in the same model.
 
     Args:
         policy: A transformers causal language model; from here on its weights are frozen and those
@@ -118,7 +118,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def switched(self) -> Iterator[None]:
-        """The policy is the reference, in eval mode; afterwards it is what it was."""
+        """Context in which the policy is the reference, in eval mode; then it is as it was."""
         training = [module for module in self.policy.modules() if module.training]
         self.policy.eval()
         if self._has_reference:
@@ -151,7 +151,7 @@ class Adapters:
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        """Gives frozen weights that were rounded the numbers back that they are stored in."""
+        """Restores frozen weights that were rounded to the numbers that they are stored in."""
         rounded = {
             own: parameter
             for name, parameter in self.policy.named_parameters()
@@ -166,7 +166,7 @@ class Adapters:
         """Writes the trained adapter as PEFT does.
 
         Args:
-            folder: Where to.
+            folder: Folder to write to.
             base: Folder or hub id of the base model; None where nobody else has it.
             revision: Its revision on the hub.
         """
@@ -207,7 +207,7 @@ class Adapters:
         set_peft_model_state_dict(self._peft, stored, adapter_name=adapter)
 
     def _refuse_head(self, name: str) -> None:
-        """The head is not trained: its gradient would be the dearest of a step."""
+        """Excludes the head from training: its gradient would be the dearest of a step."""
         layers = [self.policy.get_output_embeddings()]
         if self._tied:
             layers.append(self.policy.get_input_embeddings())
@@ -248,20 +248,20 @@ class ReferenceView:
             return self._adapters.policy.base_model(*arguments, **named)
 
     def generate(self, *arguments: Any, **named: Any) -> Any:
-        """Generation of transformers."""
+        """Generates, as transformers does."""
         with self._adapters.switched():
             return self._adapters.policy.generate(*arguments, **named)
 
     def eval(self) -> ReferenceView:
-        """It always is."""
+        """Does nothing: the reference is always in eval mode."""
         return self
 
     def train(self, mode: bool = True) -> ReferenceView:
-        """It never is trained."""
+        """Does nothing: the reference is never trained."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> ReferenceView:
-        """The trained weights are not its own."""
+        """Does nothing: the trained weights are the policy's."""
         return self
 
     def to(self, device: torch.device) -> ReferenceView:
@@ -271,13 +271,13 @@ class ReferenceView:
 
 
 def _base_name(name: str) -> str:
-    """What a frozen weight was called before adapters were put around its module."""
+    """Returns the name that a frozen weight had before adapters were put around its module."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 @contextlib.contextmanager
 def adapter_dropout_off(policy: Any) -> Iterator[None]:
-    """No dropout of adapters, whatever the mode of the policy."""
+    """Turns the dropout of adapters off, whatever the mode of the policy."""
     found = [
         module
         for name, module in policy.named_modules()
@@ -293,7 +293,7 @@ def adapter_dropout_off(policy: Any) -> Iterator[None]:
 
 
 def count_parameters(policy: Any) -> tuple[int, int]:
-    """Weights of a policy and those of them that are trained; the reference's adapter is not its.
+    """A policy's weights and the trained ones among them, without the reference's adapter.
 
     Args:
         policy: A model, with or without adapters, its weights in any type.
@@ -312,7 +312,7 @@ def count_parameters(policy: Any) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _fitting(name: str) -> Iterator[None]:
-    """PEFT's errors about modules as a user's."""
+    """Turns PEFT's errors about modules into a user's."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -40,7 +40,7 @@ class AttentionPlan:
 
     Args:
         batch: The micro-batch.
-        varlen: Whether the kernel for any lengths is used where the type allows it.
+        varlen: True if the kernel for any lengths is used where the type allows it.
 
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
@@ -55,7 +55,7 @@ class AttentionPlan:
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
     def mask(self, number: int, window: int | None) -> Tensor:
-        """Which keys each query of a bucket sees, shape (B, 1, Q, K), bool."""
+        """Mask of the keys that each query of a bucket sees, shape (B, 1, Q, K), bool."""
         if (number, window) not in self._masks:
             self._masks[number, window] = _bucket_mask(self.buckets[number], window)
         return self._masks[number, window]
@@ -63,7 +63,7 @@ class AttentionPlan:
     def bias(
         self, number: int, window: int | None, *, heads: int, shared: int, dtype: torch.dtype
     ) -> Tensor:
-        """The same as -inf where a query does not see a key, shape (B * heads, shared * Q, K)."""
+        """The mask as a bias, -inf where it is False, shape (B * heads, shared * Q, K)."""
         key = (number, window, heads, shared, dtype)
         if key not in self._biases:
             mask = self.mask(number, window)
@@ -81,7 +81,7 @@ class Sequences:
     Attributes:
         keys: Flat place of each key, sequence after sequence, shape (K,), int64: a prompt's own
             tokens, or a prompt followed by a response.
-        query_ends: Where each sequence's queries end, after a 0, shape (S + 1,), int32.
+        query_ends: End of each sequence's queries, after a 0, shape (S + 1,), int32.
         key_ends: The same of the keys.
         most_queries: Queries of the longest sequence.
         most_keys: Its keys.
@@ -95,7 +95,7 @@ class Sequences:
 
     @classmethod
     def of(cls, batch: GroupBatch) -> Sequences:
-        """From the lengths of prompts and responses, which the host knows."""
+        """Makes the sequences from the lengths of prompts and responses, which the host knows."""
         keys: list[npt.NDArray[np.int64]] = []
         queries: list[int] = []
         start = 0
@@ -155,7 +155,7 @@ def group_attention(
         scaling: Factor of the scores; None is 1/sqrt(d).
         sliding_window: Only positions less than this far back are seen.
         group_plan: The plan of the micro-batch.
-        **kwargs: What this function does not know must not change the result.
+        **kwargs: Arguments unknown to this function must not change the result.
 
     Returns:
         The output, shape (1, T, heads, d), and no attention weights.
@@ -199,7 +199,7 @@ def _any_lengths(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """One call for all; (T, heads, d) -> (1, T, heads, d)."""
+    """One call for all sequences; (T, heads, d) -> (1, T, heads, d)."""
     output = varlen.varlen_attn(
         query,
         key.index_select(0, sequences.keys),
@@ -218,7 +218,7 @@ def _any_lengths(
 
 
 def _is_small(query: Tensor, key: Tensor) -> bool:
-    """Whether plain products, which keep the scores for the backward pass, are the faster way."""
+    """True if plain products, which keep the scores for the backward pass, are the faster way."""
     batch, heads, queries, _ = query.shape
     return query.device.type == "cpu" and batch * heads * queries * key.shape[2] <= _MOST_SCORES
 
@@ -232,7 +232,7 @@ def _small_attention(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Two products and a softmax; (B, heads, L, d) -> (B, heads, Q, d)."""
+    """Attention by two products and a softmax; (B, heads, L, d) -> (B, heads, Q, d)."""
     batch, heads, queries, size = query.shape
     key_heads, keys = key.shape[1:3]
     # Query heads that share a key head are more queries to it: keys are not repeated.
@@ -278,7 +278,7 @@ def varlen_fault(
     """Tries the kernel for any lengths against plain attention in float32.
 
     Args:
-        device: Where it will run.
+        device: Device that it will run on.
         dtype: Type of the queries.
         heads: Query heads.
         key_heads: Key heads.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a kind of device is given at a time.
+    """Limits on the vocabulary scores that a kind of device computes at a time.
 
     Attributes:
         scores: Most scores at a time.
@@ -30,13 +30,13 @@ class Limits:
 
     @classmethod
     def of(cls, device: torch.device) -> Limits:
-        """Those of a device."""
+        """Returns the limits of a device."""
         # A CPU takes a large piece of memory anew from the system each time, page by page, which
         # costs more than what is computed in it.
         return _ON_CPU if device.type == "cpu" else _ELSEWHERE
 
     def pieces(self, length: int, width: int) -> list[slice]:
-        """A length cut so that no piece times the width has too many scores."""
+        """Slices of a length, each so short that times the width it has few enough scores."""
         size = max(1, self.scores // width)
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -47,7 +47,7 @@ _ELSEWHERE = Limits(scores=1 << 25, kept=1 << 27)
 
 @dataclass(frozen=True, slots=True)
 class LogitsTransform:
-    """What a model family does to its vocabulary scores behind the head.
+    """Transform that a model family applies to its vocabulary scores behind the head.
 
     Attributes:
         scale: Factor of the scores.
@@ -59,12 +59,12 @@ class LogitsTransform:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the scores stay what they are."""
+        """True if the transform leaves the scores unchanged."""
         return self.scale == 1.0 and self.cap is None
 
     @classmethod
     def of(cls, config: Any) -> LogitsTransform:
-        """As a model's config has it (``logit_scale``, ``logits_scaling``, softcapping)."""
+        """Reads the transform from a config (``logit_scale``, ``logits_scaling``, softcapping)."""
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale = getattr(text_config, "logit_scale", None)
         divisor = getattr(text_config, "logits_scaling", None)
@@ -84,7 +84,7 @@ class LogitsTransform:
         return logits
 
     def backward(self, gradient: Tensor, transformed: Tensor) -> Tensor:
-        """The gradient of the scores out of that of the transformed ones, in place."""
+        """Turns the gradient of transformed scores into that of the scores, in place."""
         if self.cap is not None:
             gradient.addcmul_(gradient, (transformed / self.cap).square_(), value=-1)
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
@@ -104,7 +104,7 @@ def token_logps(
         weight: Of the head, shape (V, d).
         bias: Of the head, shape (V,), or None.
         targets: Token ids, shape (n,), int64.
-        transform: What happens to the scores behind the head.
+        transform: Transform of the scores behind the head.
 
     Returns:
         Shape (n,), float32 (float64 for float64 states).
@@ -120,14 +120,14 @@ def token_logps_and_collisions(
     targets: Tensor,
     transform: LogitsTransform,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`token_logps` gives, and how concentrated the distribution of each token is.
+    """Results of :func:`token_logps`, and the concentration of each token's distribution.
 
     Args:
         states: Hidden states, shape (n, d), floating.
         weight: Of the head, shape (V, d).
         bias: Of the head, shape (V,), or None.
         targets: Token ids, shape (n,), int64.
-        transform: What happens to the scores behind the head.
+        transform: Transform of the scores behind the head.
 
     Returns:
         The log-probabilities, and as :func:`collision_logps` the collisions, which have no
@@ -272,7 +272,7 @@ def _score_gradient(
         logps: Log-probability of each target, shape (n,), at least float32.
         normaliser: Log-sum-exp over all transformed scores, shape (n,), the same type.
         outer: Gradient of each log-probability, shape (n,); None for 1.
-        transform: What happens to the scores.
+        transform: Transform of the scores.
 
     Returns:
         Shape (n, v), in the type of the scores.

@@ -33,7 +33,7 @@ def load_tokenizer(
         source: A folder or a hub id.
         key: The config key that named it, for errors.
         revision: Revision on the hub.
-        needs_eos: Whether one that cannot is refused.
+        needs_eos: True refuses one that cannot.
 
     Raises:
         UserError: If there is none, or it has no EOS token.
@@ -123,7 +123,7 @@ def load_model(
         key: The config key that named it, for errors.
         dtype: Type of the weights in memory.
         revision: Revision on the hub.
-        quantization: How transformers is to hold the weights of linear layers, if in fewer bits.
+        quantization: transformers' config for linear layers in fewer bits, or None.
 
     Raises:
         UserError: If the weights are absent, incomplete or of another architecture.
@@ -192,7 +192,7 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
 
 
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
-    """A model without weights: the shapes of all that it would hold."""
+    """A model without weights, which has the shapes of all that it would hold."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -265,7 +265,7 @@ def weights_hash(model: Any) -> str:
 
 
 def load_error(what: str, error: Exception, *, remedy: str) -> UserError:
-    """What a folder or the hub said, in one line with a remedy."""
+    """Turns an error of a folder or the hub into one line with a remedy."""
     text = " ".join(str(error).split())
     lowered = text.lower()
     offline = ("couldn't connect", "can't load", "offline", "not find", "connection", "resolve")

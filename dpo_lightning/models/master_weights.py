@@ -26,7 +26,7 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
 
 
 def cast_frozen(model: Any, dtype: torch.dtype) -> Any:
-    """The same for the weights that are not trained."""
+    """Casts the weights that are not trained, in place."""
     for name, parameter in model.named_parameters():
         frozen = parameter.is_floating_point() and not parameter.requires_grad
         if frozen and not stays_wide(model, name):
@@ -35,7 +35,7 @@ def cast_frozen(model: Any, dtype: torch.dtype) -> Any:
 
 
 def stays_wide(model: Any, name: str) -> bool:
-    """Whether a model's family keeps the parameter of that name in float32."""
+    """True if a model's family keeps the parameter of that name in float32."""
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return any(part in kept for part in name.split("."))
@@ -46,10 +46,10 @@ class MasterWeights:
 
     Args:
         model: Its parameters are float32; from here on they are ``dtype``, until :meth:`restore`.
-        dtype: What to compute in.
+        dtype: Type to compute in.
 
     Attributes:
-        parameters: What the optimizer trains; ``grad`` of each is float32 and adds up what backward
+        parameters: Weights for the optimizer; ``grad`` of each is float32 and adds up what backward
             passes found.
     """
 

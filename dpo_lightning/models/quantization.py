@@ -14,11 +14,11 @@ _KEY = "peft.quantization=nf4"
 
 
 def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
-    """What transformers loads weights in NormalFloat4 by, the scales of blocks quantized too.
+    """Config for loading weights in NormalFloat4 by transformers, block scales quantized too.
 
     Args:
         compute: Type of the products.
-        device: Where they will be made.
+        device: Device on which they will be made.
 
     Raises:
         UserError: If bitsandbytes cannot do that there.

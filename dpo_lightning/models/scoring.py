@@ -34,7 +34,7 @@ _PADDING = 1.25
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a model says of the scored tokens of a micro-batch.
+    """A model's scores of the scored tokens of a micro-batch.
 
     Attributes:
         logps: Log-probability of each, shape (S,), float32.
@@ -51,7 +51,7 @@ class Scorer:
 
     Attributes:
         path: The path.
-        varlen: Whether the flat path may use the kernel for sequences of any lengths.
+        varlen: True if the flat path may use the kernel for sequences of any lengths.
     """
 
     def __init__(self, path: ScoringPath) -> None:
@@ -61,7 +61,7 @@ class Scorer:
 
     @property
     def kernel(self) -> str:
-        """Tells kernels apart whose numbers are not the same."""
+        """Name of the kernels: two names where the numbers are not the same."""
         return f"{self.path}, any lengths" if self.varlen else self.path
 
     def choose_kernel(self, config: Any, device: torch.device) -> str | None:
@@ -69,7 +69,7 @@ class Scorer:
 
         Args:
             config: The model's.
-            device: Where it will run.
+            device: Device that it will run on.
 
         Returns:
             Why a GPU goes without it.
@@ -90,7 +90,7 @@ class Scorer:
 
     @property
     def shared(self) -> bool:
-        """Whether a prompt is computed once for all its responses."""
+        """True if a prompt is computed once for all its responses."""
         return self.path == "flat"
 
     def prepare(self, model: Any) -> None:
@@ -163,7 +163,7 @@ class Scorer:
 def _flat_inputs(
     model: Any, batch: GroupBatch, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
-    """What the head takes: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
+    """Inputs of the head: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether a model's weights are shared out, so that all ranks must use it together."""
+    """True if a model's weights are shared out, so that all ranks must use it together."""
     return isinstance(model, FSDPModule)
 
 
@@ -42,8 +42,8 @@ def shard_model(
         model: On rank 0 the whole model, on the CPU; on the others a :func:`meta_model` of it. It
             is consumed: its weights become shards.
         mesh: One dimension, over all ranks.
-        device: Where this rank keeps its shards.
-        compute_dtype: What weights are gathered in; gradients are then reduced in float32. None
+        device: Device for this rank's shards.
+        compute_dtype: Type of the gathered weights; gradients are then reduced in float32. None
             keeps the weights' own type.
 
     Returns:
@@ -81,7 +81,7 @@ def shard_model(
 
 
 def in_shards(model: Any) -> None:
-    """Gives up what a forward pass without a backward pass left gathered."""
+    """Frees the weights that a forward pass without a backward pass left gathered."""
     if is_sharded(model):
         model.reshard()
 
@@ -92,7 +92,7 @@ def run_whole(model: Any, function: Callable[..., T], *args: Any) -> T:
     Args:
         model: A model, sharded or not.
         function: Gives a tensor, or a tuple of them.
-        *args: What else it takes.
+        *args: Its further arguments.
     """
     result: T = model.run_whole(function, *args) if is_sharded(model) else function(model, *args)
     return result
@@ -103,7 +103,7 @@ def set_gradient_sync(model: Any, *, last: bool, every: bool) -> None:
 
     Args:
         model: A sharded model.
-        last: Whether it is: gradients are reduced, and the weights outside of the layers given up.
+        last: True if it is: gradients are reduced, and the weights outside of the layers given up.
         every: Reduce gradients in every backward pass: more traffic, and no whole gradients in
             memory.
     """
@@ -127,7 +127,7 @@ def whole_tensor(tensor: Tensor, *, keep: bool) -> Tensor | None:
 
     Args:
         tensor: A tensor or a shard.
-        keep: Whether this rank wants it; then it is on the CPU if it was sharded.
+        keep: True if this rank wants it; then it is on the CPU if it was sharded.
     """
     if not isinstance(tensor, DTensor):
         return tensor if keep else None
@@ -140,7 +140,7 @@ def like_shard(whole: Tensor, shard: Tensor) -> Tensor:
 
     Args:
         whole: The whole tensor, on any device.
-        shard: What is to be filled in; no DTensor gives the whole.
+        shard: The tensor to be filled in; no DTensor gives the whole.
     """
     if not isinstance(shard, DTensor):
         return whole
@@ -154,7 +154,7 @@ def whole_model(model: Any, *, keep: bool) -> Any:
 
     Args:
         model: The model; one that is not sharded is given back as it is.
-        keep: Whether this rank wants it; the others get None.
+        keep: True if this rank wants it; the others get None.
     """
     if not is_sharded(model):
         return model if keep else None
@@ -179,7 +179,7 @@ def of_first_rank(value: T) -> T:
 
 
 def decoder_layers(model: Any) -> Iterator[nn.Module]:
-    """The modules that a transformers model says are to stay in one piece."""
+    """Modules that a transformers model declares indivisible."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in names:
@@ -196,7 +196,7 @@ def _own_tensors(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def _take_weights(model: Any) -> dict[str, Tensor]:
-    """The tensors of a whole model, which is left without any: a meta model like the others'."""
+    """Takes the tensors of a whole model, which becomes a meta model like the others'."""
     taken = {name: tensor.detach() for name, tensor in _own_tensors(model)}
     model.to("meta")
     return taken

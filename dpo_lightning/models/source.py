@@ -1,4 +1,4 @@
-"""Which tokenizer and model the policy starts from, checked before any weights are loaded."""
+"""Tokenizer and model that the policy starts from, checked before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class ModelSource:
     """The ``model`` group, resolved.
 
     Attributes:
-        name: What the model is called in headers and cards.
+        name: The model's name in headers and cards.
         key: The config key that named it, for errors.
         source: Folder or hub id of weights, or of a config when ``random``.
-        random: Whether the weights are random.
-        bundled: Whether this is the bundled tiny model.
+        random: True if the weights are random.
+        bundled: True if this is the bundled tiny model.
         revision: Revision on the hub.
         dtype: Type of the weights.
         tokenizer: The tokenizer.
         config: The model's config as it was loaded.
         max_length: Longest prompt + response, in tokens.
-        quantization: How transformers holds linear layers, if in fewer bits.
+        quantization: transformers' config for linear layers in fewer bits, or None.
     """
 
     name: str
@@ -141,7 +141,7 @@ def set_chat_template(tokenizer: Any, template: str | None, *, needed: bool) -> 
     Args:
         tokenizer: The tokenizer; what it is given is exported with it.
         template: A Jinja template, or a file that holds one.
-        needed: Whether the data has messages.
+        needed: True if the data has messages.
 
     Returns:
         A line to say when the plain template is used.

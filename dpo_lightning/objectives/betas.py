@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BetaPlan:
-    """How beta goes through a run.
+    """Plan of beta over a run.
 
     Attributes:
         start: Beta of the first step.
         end: Beta of the last one; not looked at by the constant schedule.
         schedule: `constant`, `linear` or `cosine`.
         total_steps: Steps of the run.
-        adaptive: By how much a step's beta follows its margins; 0 for none.
+        adaptive: Strength with which a step's beta follows its margins; 0 for none.
         momentum: Share of the old mean margin in the next one.
     """
 
@@ -30,7 +30,7 @@ class BetaPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether it is not the same in every step."""
+        """True if beta is not the same in every step."""
         return bool(self.adaptive) or (self.end is not None and self.schedule != "constant")
 
     def at(self, step: int) -> float:
@@ -48,7 +48,7 @@ _LEAST_SHARE = 1e-3
 
 
 def adapted_beta(beta: float, margin: Tensor, average: Tensor, *, strength: float) -> Tensor:
-    """Beta of a batch by how far its margins are from what they were: beta-DPO.
+    """Beta of a batch by how far its margins moved from their average: beta-DPO.
 
     beta * (1 + strength * (M - M_0)), as in https://arxiv.org/abs/2407.08639 at batch level,
     with M the batch's mean reward margin and M_0 its moving average. A batch that is told apart

@@ -1,4 +1,4 @@
-"""f-divergences: what takes a log-ratio to the score whose margin a loss looks at.
+"""Links of the f-divergences: from a log-ratio to the score whose margin a loss looks at.
 
 A policy that is regularised by D_f(pi || pi_ref) = E_ref[f(pi / pi_ref)] has the optimum
 r(x, y) = beta * f'(pi(y|x) / pi_ref(y|x)) + a constant of the prompt (https://arxiv.org/abs/2309.16240,

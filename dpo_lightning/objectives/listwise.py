@@ -28,7 +28,7 @@ class ListwiseLoss:
         fn: `fn(against_worse, best) -> Tensor (n,)`. Both are (n, K), K the largest group:
             each response's loss against all that are strictly worse, 0 where none is and in the
             padding; and whether it is one of the best of its group, False in the padding.
-        paper: Where the loss comes from.
+        paper: Source of the loss.
     """
 
     fn: Callable[[Tensor, Tensor], Tensor]

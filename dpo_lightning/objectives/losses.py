@@ -28,7 +28,7 @@ Share = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogps:
-    """What a pairwise loss may look at. Tensors are (B,), floating, at least float32.
+    """Inputs of a pairwise loss. Tensors are (B,), floating, at least float32.
 
     The reference's logps are both None when there is no reference. The rejected side may be None
     for a loss that does not use it.
@@ -40,7 +40,7 @@ class PairLogps:
         reference_rejected_logps: Of the rejected ones.
         chosen_lengths: Tokens of the chosen responses.
         rejected_lengths: Of the rejected ones.
-        target_margin: By how much the reward of the chosen one is to be higher, or None for 0.
+        target_margin: Lead that the reward of the chosen one is to have, or None for 0.
         link: Takes log-ratios to scores, for an f-divergence other than the reverse KL.
 
     Example:
@@ -76,7 +76,7 @@ class PairLogps:
         return logratios if self.link is None else self.link(logratios)
 
     def rejected_scores(self) -> Tensor:
-        """The same of the rejected responses."""
+        """The rejected logratios behind the link, (B,); plain logps without a reference."""
         assert self.policy_rejected_logps is not None
         if self.reference_rejected_logps is None:
             return self.policy_rejected_logps
@@ -92,7 +92,7 @@ class PairLogps:
         return self.chosen_scores() - self.rejected_scores()
 
     def mean_margin(self) -> Tensor:
-        """The same with scores per token: each divided by its response's length, (B,)."""
+        """The margin of scores per token: each divided by its response's length, (B,)."""
         assert self.rejected_lengths is not None
         chosen = self.chosen_scores() / self.chosen_lengths
         return chosen - self.rejected_scores() / self.rejected_lengths
@@ -372,7 +372,7 @@ def _slic(
 
 
 def _without_reference(pairs: PairLogps) -> PairLogps:
-    """The same pairs, whose scores are plain logps."""
+    """Pairs whose scores are plain logps."""
     from dataclasses import replace
 
     return replace(pairs, reference_chosen_logps=None, reference_rejected_logps=None)

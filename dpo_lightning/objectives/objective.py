@@ -1,4 +1,4 @@
-"""An objective in plain values: its losses, their options, what fits together. Imports no torch."""
+"""An objective in plain values: its losses, their options, their fit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ObjectiveSettings:
         f_divergence: A name of `DIVERGENCES`.
         f_alpha: Order of the alpha divergence.
         ld_alpha: Weight of the tokens beyond the shorter response of a pair; 1 is all of it.
-        wpo: Whether pairs are weighted by how likely the policy is to write them.
+        wpo: True if pairs are weighted by how likely the policy is to write them.
         rpo_alpha: Weight of an added negative log-likelihood per token of the chosen response.
     """
 
@@ -57,12 +57,12 @@ class ObjectiveSettings:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether any term compares with a reference."""
+        """True if any term compares with a reference."""
         return bool(self.listwise) or any(loss.uses_reference for loss in self.pairwise.values())
 
     @property
     def needs_reference(self) -> list[str]:
-        """The terms that have no meaning without one."""
+        """The terms that have no meaning without a reference."""
         return [name for name, loss in self.pairwise.items() if loss.needs_reference]
 
     @property
@@ -72,12 +72,12 @@ class ObjectiveSettings:
 
     @property
     def desensitises(self) -> bool:
-        """Whether log-probabilities of single tokens are needed."""
+        """True if log-probabilities of single tokens are needed."""
         return self.ld_alpha != 1.0
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether single tokens are looked at."""
+        """True if the loss looks at single tokens."""
         return self.desensitises or self.wpo
 
     def own_options(self, name: str) -> dict[str, Value]:
@@ -85,7 +85,7 @@ class ObjectiveSettings:
         return {key: self.options.get(key, d) for key, d in PAIRWISE_LOSSES[name].options.items()}
 
     def problems(self) -> Iterator[str]:
-        """What does not fit together, one clause each; options by their bare names."""
+        """Yields the contradictions, one clause each; options by their bare names."""
         known = known_losses()
         for name, weight in self.terms.items():
             if name not in known:

@@ -48,11 +48,11 @@ def pairwise_loss(
         reference_rejected_logps: (B,), floating. None exactly when `reference_chosen_logps` is.
         chosen_lengths: (B,), integer or floating. Tokens in the chosen responses.
         rejected_lengths: (B,), of the rejected ones. None as `policy_rejected_logps`.
-        beta: How strongly the policy is held to the reference; finite and above 0. A tensor, of one
+        beta: Strength of the pull towards the reference; finite and above 0. A tensor, of one
             entry, is not looked at.
         target_margin: (B,), floating, or one number for all, or None for 0. By how much the reward
             of the chosen response is to be higher; `odpo` alone uses it.
-        f_divergence: What holds the policy to the reference, a name of `DIVERGENCES`; only for
+        f_divergence: Divergence from the reference, a name of `DIVERGENCES`; only for
             losses that are functions of the margin.
         f_alpha: Order of the alpha divergence.
         **options: The loss's own, as in `PAIRWISE_LOSSES[name].options`; others are refused.

@@ -1,4 +1,4 @@
-"""The partition function: what turns scores of the responses to one prompt into probabilities.
+"""The partition function, which turns scores of the responses to one prompt into probabilities.
 
 Two of them appear in preference optimization. Over the responses of one *group*, with scores
 s_k = beta * logratio_k, it is Z = sum_k exp(s_k): the normaliser of DPO (two responses) and of
@@ -318,7 +318,7 @@ class _RunningMean:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is kept of all chunks.
+    """Running sums over all chunks.
 
     Attributes:
         offset: (...), float64. Some reward of each prompt, taken off all of them: a constant shifts

@@ -1,4 +1,4 @@
-"""What losses there are, and what each is called with. Imports no torch.
+"""Registry of the losses and of the options that each takes. Imports no torch.
 
 A loss is a function `fn(pairs, *, beta, **options) -> Tensor (B,)`; registering it is all that it
 takes: its options, their types and defaults are read off its signature, and settings are checked
@@ -37,7 +37,7 @@ class Option:
     rule: Mapping[str, Any]
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value is of the type and within the bounds; a whole number is a float too."""
+        """True if a value is of the type and within the bounds; a whole number is a float too."""
         if self.kind is float and type(value) is int:
             value = float(value)
         if type(value) is not self.kind:
@@ -56,7 +56,7 @@ class Option:
         return True
 
     def expected(self) -> str:
-        """What a value may be, in words."""
+        """Describes the accepted values in words."""
         if "choices" in self.rule:
             return f"one of {', '.join(map(str, self.rule['choices']))}"
         text = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[
@@ -73,16 +73,16 @@ class PairwiseLoss:
 
     Attributes:
         fn: `fn(pairs, *, beta, **options) -> Tensor (B,)`.
-        uses_reference: Whether it compares the policy with a reference.
-        needs_reference: Whether it has no meaning without one. A loss that uses one and does not
+        uses_reference: True if it compares the policy with a reference.
+        needs_reference: True if it has no meaning without one. A loss that uses one and does not
             need it takes plain log-probabilities in place of log-ratios.
         uses_rejected: False for a loss on the chosen response alone.
-        on_margin: Whether it sees the two responses through the difference of their scores alone,
+        on_margin: True if it sees the two responses through the difference of their scores alone,
             so that another f-divergence can take the place of the reverse KL.
-        couples: Whether the loss of a pair depends on the other pairs of its batch.
+        couples: True if the loss of a pair depends on the other pairs of its batch.
         options: Every option's name and default.
         schema: The same with types and bounds.
-        paper: Where the loss comes from.
+        paper: Source of the loss.
         summary: The first line of its docstring.
 
     Example:
@@ -130,13 +130,13 @@ def register_loss(
     `help` the sentence that the list of settings has for it.
 
     Args:
-        name: What the setting will say.
-        paper: Where the loss comes from.
+        name: Value of the setting.
+        paper: Source of the loss.
         reference: `needed`, `optional` (then plain log-probabilities can take the place of
             log-ratios) or `unused`.
-        uses_rejected: Whether it looks at the rejected response.
-        on_margin: Whether it sees the responses through `pairs.margin()` alone.
-        couples: Whether the loss of a pair depends on the other pairs of its batch.
+        uses_rejected: True if it looks at the rejected response.
+        on_margin: True if it sees the responses through `pairs.margin()` alone.
+        couples: True if the loss of a pair depends on the other pairs of its batch.
 
     Raises:
         ValueError: If the name is taken, or a parameter has no usable type or default.
@@ -182,7 +182,7 @@ def register_loss(
 
 
 def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether it is the same function, from a module that was imported again."""
+    """True if both are the same function, from a module that was imported again."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run: the first one starts the others, and none outlives the rest.
+"""Child processes of one run: the first rank starts the others, and none outlives the rest.
 
 Nothing here talks between ranks: where one is gone, a message to it would wait for ever. Imports no
 torch.
@@ -40,11 +40,11 @@ _EXIT_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a rank ended.
+    """The end of a rank.
 
     Attributes:
         code: The exit code that the run takes from it.
-        message: What is said about it.
+        message: Message about it.
     """
 
     code: int
@@ -52,7 +52,7 @@ class Death:
 
 
 class ChildRanks:
-    """The ranks that this process started, if it did.
+    """The ranks that this process started, if any.
 
     Args:
         run_dir: The run's folder, where they leave word of their errors.
@@ -75,7 +75,7 @@ class ChildRanks:
         threading.Thread(target=self._observe, name="ranks", daemon=True).start()
 
     def release(self) -> None:
-        """From now on this process does not need the others."""
+        """Notes that this process does not need the others from now on."""
         self._observing = False
 
     def _observe(self) -> None:
@@ -100,7 +100,7 @@ class ChildRanks:
         return Death(code if code in _TYPED else 1, message)
 
     def death_behind(self, error: BaseException) -> Death | None:
-        """The end of another rank, where that is what an error of this one is about."""
+        """Finds the end of another rank, if an error of this one is about that."""
         if self._observing and is_about_ranks(error):
             deadline = time.monotonic() + _GRACE_SECONDS
             while self.death is None and time.monotonic() < deadline:
@@ -108,10 +108,10 @@ class ChildRanks:
         return self.death
 
     def end(self, code: int) -> None:
-        """Sees to it that none is left.
+        """Ends all the ranks that were started, so that none is left.
 
         Args:
-            code: How this rank ends; where all decided to, the others get time to do it.
+            code: This rank's exit code; where all decided to end, the others get time to do it.
         """
         self._observing = False
         allowed = _AGREED_SECONDS if code in _AGREED else _FAILED_SECONDS
@@ -132,14 +132,14 @@ class ChildRanks:
 
 
 def is_about_ranks(error: BaseException) -> bool:
-    """Whether an error looks like that of a message to a rank that is gone."""
+    """True if an error looks like that of a message to a rank that is gone."""
     text = f"{type(error).__name__} {error}".lower()
     signs = ("gloo", "nccl", "distbackend", "distnetwork", "connection", "broken pipe")
     return any(sign in text for sign in signs)
 
 
 def is_child() -> bool:
-    """Whether another rank started this process."""
+    """True if another rank started this process."""
     return PARENT in os.environ
 
 
@@ -156,13 +156,13 @@ def watch_parent() -> None:
 
 
 def leave_word(run_dir: Path, error: str | None) -> None:
-    """Leaves what a child rank has to say for the one that started it."""
+    """Leaves a child rank's message for the rank that started it."""
     with contextlib.suppress(OSError):
         write_json(_word_of(run_dir, int(os.environ["LOCAL_RANK"])), {"error": error})
 
 
 def end_soon(code: int) -> None:
-    """Ends this process in a while, should it hang at its end: connections are closed there."""
+    """Ends this process later, should it hang at its end: connections are closed there."""
     timer = threading.Timer(_EXIT_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()

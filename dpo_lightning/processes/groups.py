@@ -1,4 +1,4 @@
-"""The process group of a trial, and how it is ended with it."""
+"""Process groups of trials, and their end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def signal_group(group: int, signum: int) -> None:
 
 
 def kill_group(group: int) -> None:
-    """Kills every process of a group and sees them go."""
+    """Kills every process of a group and waits until they are gone."""
     signal_group(group, signal.SIGKILL)
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while group_lives(group) and time.monotonic() < deadline:
@@ -29,7 +29,7 @@ def kill_group(group: int) -> None:
 
 
 def clear_group(group: int) -> None:
-    """Ends what a trial left behind, such as the other ranks of one whose first rank died."""
+    """Ends the rest of a trial, such as the other ranks of one whose first rank died."""
     deadline = time.monotonic() + _ORPHAN_SECONDS
     asked = False
     while group_lives(group):
@@ -43,7 +43,7 @@ def clear_group(group: int) -> None:
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process of the group still runs; one that nobody has reaped does not."""
+    """True if a process of the group still runs; one that nobody has reaped does not."""
     if not Path("/proc/self/stat").exists():
         try:
             os.killpg(group, 0)

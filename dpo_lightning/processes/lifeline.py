@@ -1,4 +1,4 @@
-"""By what a trial knows that the process that started it is still there."""
+"""Heartbeat pipe from the sweep to a trial."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def watch_lifeline() -> None:
 
 
 def _die_with_parent() -> None:
-    """Has the system kill this process at once when its parent is gone; Linux alone can."""
+    """Has the system kill this process at once when its parent is gone, which only Linux can."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -35,7 +35,7 @@ _GRACE_SECONDS = 10.0
 
 
 def exit_code(signum: int) -> int:
-    """130 after Ctrl-C, 143 after any other signal."""
+    """Exit code: 130 after Ctrl-C, 143 after any other signal."""
     return 130 if signum == signal.SIGINT else 143
 
 
@@ -44,7 +44,7 @@ class Stopped(SystemExit):
 
     Args:
         signum: The signal.
-        saved: What was saved, for the message; None where there was nothing to save.
+        saved: The part of the message about what was saved; None where there was nothing to save.
     """
 
     def __init__(self, signum: int, saved: str | None = None) -> None:
@@ -105,20 +105,20 @@ class SignalWatch:
 
     @property
     def noticed(self) -> bool:
-        """Whether the run is on its way out."""
+        """True if the run is about to end."""
         return self._noticed.is_set()
 
     @property
     def deferring(self) -> bool:
-        """Whether a signal is only noted."""
+        """True if signals are only noted."""
         return self._deferring
 
     def defer(self) -> None:
-        """From now on a signal is only noted, in ``received``."""
+        """Has a signal only noted from now on, in ``received``."""
         self._deferring = True
 
     def release(self) -> None:
-        """From now on a signal raises.
+        """Has a signal raise from now on.
 
         Raises:
             Stopped: If one was noted.
@@ -128,7 +128,7 @@ class SignalWatch:
             raise Stopped(self.received)
 
     def notice(self) -> None:
-        """The run is on its way out: a first signal has done its work."""
+        """Notes that the run is about to end: a first signal has done its work."""
         self._noticed.set()
 
     def end_now(self, code: int) -> None:
@@ -177,7 +177,7 @@ _installed: list[SignalWatch] = []
 
 
 def _after_fork() -> None:
-    """A forked process is not the run: its signals are its own."""
+    """Restores the former handlers in a forked process, which is not the run."""
     for watch in _installed:
         signal.set_wakeup_fd(-1)
         for signum, handler in watch._before.items():
@@ -190,7 +190,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For the processes that build batches: whoever stops the group means the one that trains."""
+    """Ignores signals in the processes that build batches: a stop is for the one that trains."""
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
 

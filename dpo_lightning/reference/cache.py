@@ -1,4 +1,4 @@
-"""Reference log-probabilities on disk, by the content of what was scored. Imports no torch.
+"""Reference log-probabilities on disk, found by the scored content. Imports no torch.
 
 A namespace is a folder per reference (its weights, dtype, kernel); in it, one number per response
 (or, in a folder of its own, one per token), found by a hash of prompt and response ids. Beta,
@@ -55,9 +55,9 @@ class ReferenceCache:
     """The stored log-probabilities of one reference.
 
     Args:
-        folder: Where all references have their folders.
-        facts: What the numbers depend on beside the ids: weights, dtype, kernel, versions.
-        per_token: Whether each token of a response has a value, instead of their sum.
+        folder: Parent of the folders of all references.
+        facts: Facts beside the ids that decide the numbers: weights, dtype, kernel, versions.
+        per_token: True if each token of a response has a value, instead of their sum.
 
     Attributes:
         path: The folder of these values of this reference; it need not exist.
@@ -72,11 +72,11 @@ class ReferenceCache:
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
 
     def of_tokens(self) -> ReferenceCache:
-        """The values of single tokens under the same reference."""
+        """Returns the cache of single tokens' values under the same reference."""
         return ReferenceCache(self._folder, self._facts, per_token=True)
 
     def widths(self, lengths: Lengths) -> Lengths:
-        """How many values each response has, shape (n,).
+        """Number of values that each response has, shape (n,).
 
         Args:
             lengths: Tokens of each response, shape (n,).
@@ -149,7 +149,7 @@ class ReferenceCache:
         return dict(zip(_responses(part["keys"], part["lengths"]), values, strict=True))
 
     def _check(self, part: Part) -> None:
-        """Raises where values could not be log-probabilities of responses.
+        """Raises if values cannot be log-probabilities of responses.
 
         Raises:
             ValueError: With what is wrong.
@@ -167,7 +167,7 @@ class ReferenceCache:
 
 
 def pieces(values: Logps, widths: Lengths) -> Iterator[Logps]:
-    """Cuts what lies end to end into views, one per width.
+    """Cuts a flat array into views, one per width.
 
     Args:
         values: Shape (sum of the widths,).
@@ -180,7 +180,7 @@ def pieces(values: Logps, widths: Lengths) -> Iterator[Logps]:
 
 
 def _responses(keys: Keys, lengths: Lengths) -> list[tuple[bytes, int]]:
-    """Key and length of each response: what a stored value is found by."""
+    """Key and length of each response, by which a stored value is found."""
     data = np.ascontiguousarray(keys).tobytes()
     cut = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
     return list(zip(cut, lengths.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What the module asks of a reference: a model in memory, what groups bring along, or nothing."""
+"""Kinds of reference: a model in memory, log-probabilities that groups bring along, or none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_lightning.models.scoring import Scorer
 
 
 class Reference(Protocol):
-    """What the module asks of a reference.
+    """Interface of a reference, as the training module uses it.
 
     Attributes:
         rows: Groups whose log-probabilities were asked for.
@@ -97,7 +97,7 @@ class CachedReference:
 
 
 class NoReference:
-    """For losses that compare the policy with nothing."""
+    """No reference, for losses that compare the policy with nothing."""
 
     rows = 0
     computed = 0
@@ -106,7 +106,7 @@ class NoReference:
         """Holds nothing to move."""
 
     def logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
-        """There is none."""
+        """Returns None: there is no reference."""
 
     def token_logps(self, batch: GroupBatch, plan: AttentionPlan | None) -> None:
-        """There is none."""
+        """Returns None: there is no reference."""

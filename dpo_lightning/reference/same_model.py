@@ -1,4 +1,4 @@
-"""Whether a reference is the policy's start, as it is before the first step."""
+"""Check before the first step that a reference is the policy's start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_same_model(
     Args:
         batch: The first step; its first micro-batch is scored.
         policy: The policy before its first step.
-        reference: What is to be the same.
+        reference: The reference, which is to be the same.
         scorer: Scores both.
         reduce: Sums a tensor over all ranks.
 

@@ -1,4 +1,4 @@
-"""What can be set: the schema, how it is composed, and what is wrong with it. Imports no torch.
+"""Settings: their schema, their composition, their mistakes. Imports no torch.
 
 In: the words of a command line, the files of ``conf/``. Out: one checked ``Config`` of plain values
 and a folder for it, or one line that says what is wrong.

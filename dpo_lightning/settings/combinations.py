@@ -1,4 +1,4 @@
-"""What may not stand together in a config, and the files and folders that it names.
+"""Checks of settings against each other, and of the files and folders that they name.
 
 Each check takes the typed settings, every one of them valid by itself, and yields one clause per
 problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
@@ -252,7 +252,7 @@ def _peft(config: Config) -> Iterator[str]:
 
 
 def _adapter_folder(key: str, source: str | None) -> Iterator[str]:
-    """What is wrong with a LoRA adapter's folder, seen from outside."""
+    """Yields the faults of a LoRA adapter's folder, seen from outside."""
     yield from _model_folder(key, source, ("adapter_config.json",))
     if source is None or not (Path(source) / "adapter_config.json").is_file():
         return
@@ -359,12 +359,12 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 
 def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:
-    """All that does not fit together, one clause each.
+    """Yields all contradictions of a config, one clause each.
 
     Args:
         config: Settings of which each is valid by itself.
-        multirun: Whether it is one of several that run in this process.
-        explicit_run_dir: Whether the run's folder was named.
+        multirun: True if it is one of several that run in this process.
+        explicit_run_dir: True if the run's folder was named.
 
     Yields:
         The keys, their values and the remedy.

@@ -1,4 +1,4 @@
-"""What looks like a credential: in keys, in values, and in what is said. Imports nothing heavy.
+"""Detection of credentials in keys, values and messages. Imports nothing heavy.
 
 Settings are written to a run's folder, to wandb and to the terminal, so none may hold a secret.
 """
@@ -35,12 +35,12 @@ _HIDDEN = "[hidden]"
 
 
 def is_secret(key: str) -> bool:
-    """Whether the key looks like that of a credential, whose value must not be shown or stored."""
+    """True if the key looks like that of a credential, whose value is never shown or stored."""
     return any(_KEY.search(part) for part in re.split(r"[./]", key.lstrip("+~")))
 
 
 def is_secret_text(text: str) -> bool:
-    """Whether a text holds a token of a known form, or a secret of the environment."""
+    """True if a text holds a token of a known form, or a secret of the environment."""
     return _holds_secret(text, _environment())
 
 
@@ -83,7 +83,7 @@ def _secrets_in(value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
 
 
 def typed_secrets(words: Sequence[str]) -> Iterator[str]:
-    """Of the words of a command line those that hold a secret, by what stands before the ``=``."""
+    """Words of a command line that hold a secret, by the text before the ``=``."""
     for word in words:
         if is_secret_text(word):
             key, equals, _ = word.partition("=")

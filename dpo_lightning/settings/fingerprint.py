@@ -1,4 +1,4 @@
-"""A hash of what decides a run's numbers, known before anything is loaded. Imports no torch."""
+"""Hash of the inputs that decide a run's numbers, taken before loading. Imports no torch."""
 
 from __future__ import annotations
 

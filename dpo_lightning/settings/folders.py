@@ -16,7 +16,7 @@ _WRITTEN_INTO = ("checkpoints", ".hydra", "csv")
 
 
 def is_fixed(cfg: DictConfig, key: str) -> bool:
-    """Whether ``hydra.<key>`` is the same at every start, and not one made from the time."""
+    """True if ``hydra.<key>`` is the same at every start, and not one made from the time."""
     section, _, name = key.partition(".")
     unresolved = OmegaConf.to_container(cfg.hydra[section], resolve=False)
     assert isinstance(unresolved, dict)
@@ -27,7 +27,7 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
     """Checks ``hydra.<key>``; makes it, under a name that nothing else has, where time names it.
 
     Args:
-        cfg: What Hydra composed.
+        cfg: The config, as Hydra composed it.
         key: ``run.dir`` or ``sweep.dir``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What may stand in Hydra's own part of a config: who is called, where files go, what is kept.
+"""Checks of Hydra's own part of a config: allowed targets, folders and log handlers.
 
 Hydra calls whatever a ``_target_`` names, and Python's logging whatever a ``class`` does. Config
 files are passed around, so only what is installed as a plugin of Hydra, and the usual handlers, may
@@ -33,7 +33,7 @@ _STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
 
 
 def hydra_problems(node: DictConfig) -> Iterator[str]:
-    """What is wrong with Hydra's own node, one clause each.
+    """Yields the faults of Hydra's own node, one clause each.
 
     Args:
         node: As it was composed; what only exists inside a job need not resolve.
@@ -68,7 +68,7 @@ def _is_inside(path: str) -> bool:
 
 
 def _known_targets() -> frozenset[str]:
-    """What the installed launchers, sweepers and samplers registered of themselves."""
+    """Targets that the installed launchers, sweepers and samplers registered."""
     found: set[str] = set()
 
     def collect(value: Any) -> None:
@@ -101,7 +101,7 @@ def _targets(value: Any, key: str, known: frozenset[str]) -> Iterator[str]:
 
 
 def _by_new_name(item: Any) -> Any:
-    """What a file says that was written before the package's modules moved."""
+    """Replaces a name from before the package's modules moved by the new one."""
     return (name_now(item) or item) if isinstance(item, str) else item
 
 

@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def is_section(self) -> bool:
-        """Whether other keys stand below this one."""
+        """True if other keys stand below this one."""
         return dataclasses.is_dataclass(self.kind)
 
 
@@ -73,7 +73,7 @@ def _all_settings(_: tuple[str, ...]) -> dict[str, Setting]:
 
 
 def is_known(key: str) -> bool:
-    """Whether the schema has the key, or it stands below one whose keys or items are the user's."""
+    """True if the schema has the key, or one above it whose keys or items are the user's."""
     known = settings()
     parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     for end in range(1, len(parts) + 1):
@@ -87,5 +87,5 @@ def is_known(key: str) -> bool:
 
 
 def is_import_name(name: str) -> bool:
-    """Whether the name has the form of a module's."""
+    """True if the name has the form of a module's."""
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) is not None

@@ -1,4 +1,4 @@
-"""The ``loss`` group as an objective, and what of it decides a run's numbers. Imports no torch."""
+"""The ``loss`` group as an objective, and its part of a run's identity. Imports no torch."""
 
 from __future__ import annotations
 

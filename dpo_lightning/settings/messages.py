@@ -1,4 +1,4 @@
-"""What is answered to a key that there is not, and to a value that does not do."""
+"""Answers to unknown keys and to values that are refused."""
 
 import dataclasses
 import difflib
@@ -128,7 +128,7 @@ def shown(value: object) -> str:
 
 
 def expected(setting: Setting) -> str:
-    """What a value of this setting may be, in words."""
+    """Describes the accepted values of a setting in words."""
     rule = setting.rule
     if "choices" in rule:
         text = f"one of {', '.join(rule['choices'])}"
@@ -164,7 +164,7 @@ def wrong_value(key: str, value: object) -> str:
 
 
 def config_error(error: OmegaConfBaseException) -> str:
-    """The one-line form of what OmegaConf raised about a key or its value."""
+    """Puts an error of OmegaConf about a key or its value into one line."""
     key = re.sub(r"\[\d+\].*$", "", str(error.full_key or ""))
     text = str(error).partition("\n")[0]
     if key and "Key '" in text and not is_known(key):

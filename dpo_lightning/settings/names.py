@@ -1,4 +1,4 @@
-"""What runs, trials and kinds of device are called."""
+"""Names of runs, trials and kinds of device."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""What is typed on the command line, judged before anything is composed, and Hydra's own errors.
+"""Checks of the command line before anything is composed, and Hydra's own errors.
 
 Everything here turns a mistake into one line that names the argument and what would do. Values of
 keys that look like credentials are never repeated.
@@ -40,7 +40,7 @@ def raise_all(problems: Iterable[str]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print as several lines."""
+        """Raise in one line what argparse would print as several."""
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)(=?)(\S*)", message)
         if unknown is None:
             raise UserError(f"{message}; `python train.py --help` says more")
@@ -56,12 +56,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def flag_parser() -> argparse.ArgumentParser:
-    """Hydra's flags, with errors of one line."""
+    """Parser of Hydra's flags, with errors of one line."""
     return _Parser(parents=[get_args_parser()], add_help=False)
 
 
 def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
-    """The arguments in Hydra's grammar.
+    """Parses the arguments by Hydra's grammar.
 
     Args:
         lines: As they were typed.
@@ -112,7 +112,7 @@ def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
 
     Args:
         lines: The settings as typed; what cannot be read is left to those who judge it.
-        folders: Where config files are.
+        folders: Folders of config files.
 
     Returns:
         Import names, each once.
@@ -146,7 +146,7 @@ def _plugins_of(path: Path) -> list[object]:
 def override_problems(
     overrides: Iterable[Override], options_of: Callable[[str], list[str]]
 ) -> Iterator[str]:
-    """What is wrong with the keys and with the choices of groups.
+    """Yields the faults of the keys and of the choices of groups.
 
     Args:
         overrides: The parsed arguments.
@@ -198,7 +198,7 @@ def needs_multirun(override: Override) -> str:
 
 
 def hydra_error(error: Exception) -> str:
-    """One line for what Hydra raised, without its advice to add a key by a ``+``."""
+    """Puts an error of Hydra into one line, without its advice to add a key by a ``+``."""
     message = str(error)
     where = re.match(r"In '([^']+)': ", message)
     cause = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""The schema of all settings, and what Hydra is told of it."""
+"""The schema of all settings, and its registration with Hydra."""
 
 import functools
 

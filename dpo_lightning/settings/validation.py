@@ -1,4 +1,4 @@
-"""Checks of a composed config: unknown keys, types, ranges, and what may not be together.
+"""Checks of a composed config: unknown keys, types, ranges, contradictions.
 
 Every problem is one clause that names the key, the value and what would do; :func:`validate` raises
 all that it finds as one line. It needs neither torch nor a network: what only a loaded model can
@@ -26,7 +26,7 @@ from dpo_lightning.settings.store import schema
 
 
 def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """What the schema has no place for; it is taken out of ``raw``, so that the rest is judged."""
+    """Yields unknown keys, and takes them out of ``raw`` so that the rest is judged."""
     for key in list(raw):
         dotted, value = f"{prefix}{key}", raw[key]
         setting = settings().get(dotted)
@@ -72,7 +72,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def _accepts(key: str, value: Any) -> bool:
-    """Whether a value of the right type also keeps to the rule of its key."""
+    """True if a value of the right type also keeps to the rule of its key."""
     setting = settings()[key]
     rule = setting.rule
     if value is None:
@@ -136,9 +136,9 @@ def validate(cfg: DictConfig, *, multirun: bool = False, explicit_run_dir: bool 
     """Check a composed config and return it as plain typed objects.
 
     Args:
-        cfg: What Hydra composed, with or without its ``hydra`` node.
-        multirun: Whether it is one of several that run in this process.
-        explicit_run_dir: Whether the run's folder was named, so that a run can be found again.
+        cfg: The config, as Hydra composed it, with or without its ``hydra`` node.
+        multirun: True if it is one of several that run in this process.
+        explicit_run_dir: True if the run's folder was named, so that a run can be found again.
 
     Returns:
         The settings; paths with ``~`` are expanded and ``trainer.devices`` is a count, a list of

@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep, wherever that is: starts, judges, retries, stops. Imports no torch.
+"""Runs the trials of a sweep at any place: starts, judges, retries, stops. Imports no torch.
 
 A trial is `python train.py …` in Hydra's RUN mode: to Lightning it is an ordinary single run, and
 whatever happens to its process happens to it alone.
@@ -24,16 +24,16 @@ _POLL_SECONDS = 0.1
 
 
 class View(Protocol):
-    """Whoever shows the sweep while it runs."""
+    """Display of a sweep while it runs."""
 
     def started(self, trial: Trial) -> None:
-        """A trial was started."""
+        """Called when a trial was started."""
 
     def ended(self, trial: Trial, *, again: bool) -> None:
-        """A trial's process ended; ``again`` when it will be started once more."""
+        """Called when a trial's process ended; ``again`` when it will be started once more."""
 
     def refresh(self) -> None:
-        """Some time passed."""
+        """Called again and again while the sweep runs."""
 
 
 @dataclass(slots=True)
@@ -45,13 +45,13 @@ class _Running:
 
 
 class Dispatcher:
-    """Runs trials until all have ended.
+    """Dispatcher, which runs trials until all have ended.
 
     Args:
         trials: In the order in which they are to start; finished ones are passed over.
-        place: Where they run; every trial fits there.
+        place: The place where they run; every trial fits there.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
         view: Whoever shows it.
     """
 
@@ -74,7 +74,7 @@ class Dispatcher:
         self._failures = 0
 
     def run(self) -> None:
-        """Runs all; an interrupt stops the running trials first and then goes on its way.
+        """Runs all trials; an interrupt stops the running ones first and is then raised again.
 
         Raises:
             KeyboardInterrupt: Ctrl-C, when no trial is left.
@@ -100,7 +100,7 @@ class Dispatcher:
         return self._max_failures is not None and self._failures > self._max_failures
 
     def _start_what_fits(self) -> None:
-        """Starts in order; a wide trial that must wait lets narrower ones pass."""
+        """Starts trials in order; a wide one that must wait lets narrower ones pass."""
         if self._gave_up():
             return
         for trial in list(self._queue):
@@ -130,7 +130,7 @@ class Dispatcher:
             trial.save()  # it waits in a queue that is not ours
 
     def _notice_start(self, running: _Running) -> bool:
-        """Takes note when the trial's process was started, for the first time or again."""
+        """Notes that the trial's process was started, for the first time or again."""
         starts, trial = running.attempt.starts(), running.trial
         if starts <= running.starts:
             return False
@@ -198,7 +198,7 @@ class Dispatcher:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts an interrupt off to its end: a trial that is being started could not be stopped."""
+    """Defers an interrupt to its end: a trial that is being started could not be stopped."""
     came: list[int] = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     handled = {signum: handler for signum, handler in before.items() if callable(handler)}

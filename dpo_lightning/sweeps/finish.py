@@ -26,14 +26,14 @@ _METRICS = (
 
 
 def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
-    """Says what became of each trial and writes the report.
+    """Shows the outcome of each trial and writes the report.
 
     Args:
         sweep: The sweep.
         trials: The trials of this command; empty where they ran in this process.
 
     Returns:
-        Whether all of the trials finished and the report was written.
+        True if all of the trials finished and the report was written.
     """
     if trials:
         show_end(Console(), trials)
@@ -42,7 +42,7 @@ def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
 
 
 def show_stopped(sweep: SweepFacts, trials: Sequence[Trial]) -> None:
-    """Says what became of each trial of a sweep that was stopped, and how it goes on."""
+    """Shows the outcome of each trial of a sweep that was stopped, and how to go on with it."""
     if trials:
         show_end(Console(), trials)
         how = "the same command" if sweep.named else f"the same command with {_resume(sweep)}"

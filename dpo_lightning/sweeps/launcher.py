@@ -1,4 +1,4 @@
-"""The class that Hydra calls to run the trials of a sweep; what it needs is imported only then."""
+"""The class that Hydra calls to run the trials of a sweep, with its imports put off until then."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The trials of a sweep: what each runs, which folder is its own, and what became of it."""
+"""The trials of a sweep: the command, the folder and the outcome of each."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SweepFacts:
 
     Attributes:
         folder: Its folder.
-        named: Whether the command itself names the folder, so that the same command finds it.
-        metric: What its report ranks by; None leaves it to the report.
+        named: True if the command itself names the folder, so that the same command finds it.
+        metric: Metric that its report ranks by; None leaves it to the report.
         logger: The loggers of its trials.
     """
 
@@ -44,11 +44,11 @@ class Plan:
     Attributes:
         name: Its folder's name, made of the swept settings.
         overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
-        arguments: What follows ``python train.py`` to run it, without its folder.
+        arguments: Arguments of ``python train.py`` to run it, without its folder.
         settings_hash: Of all settings and input files; a finished trial with it is not run again.
         kind: The device it runs on.
-        width: How many devices it takes, of each node.
-        nodes: How many machines it runs on at once.
+        width: Number of devices that it takes, of each node.
+        nodes: Number of machines that it runs on at once.
         accelerator: ``trainer.accelerator``.
         facts: ``beta``, ``loss``, ``seed`` and ``command``, for a result that it cannot write.
         batch_size: Groups of a step, for the live view.
@@ -71,14 +71,14 @@ class Trial:
     """A trial and its state.
 
     Attributes:
-        plan: What it is.
+        plan: The trial as it was composed.
         folder: Its folder.
-        status: Where it stands.
+        status: Its state, in a word.
         exit_code: Of the last attempt; negative for a signal, None while there is none.
-        attempts: How often it was started by this command.
-        devices: What the last attempt ran on.
-        error: Why it did not finish, on one line.
-        skipped: Whether it had finished before this command.
+        attempts: Number of times that this command started it.
+        devices: Devices of the last attempt.
+        error: Reason why it did not finish, on one line.
+        skipped: True if it had finished before this command.
         metrics: The last metrics of its result.
         seconds: Wall time of its attempts in this command.
     """
@@ -96,7 +96,7 @@ class Trial:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended before its end."""
+        """True if the trial stopped before its end."""
         return self.status in ("failed", "diverged", "stopped")
 
     def save(self) -> None:
@@ -152,7 +152,7 @@ def place_trials(plans: Iterable[Plan], sweep_dir: Path) -> list[Trial]:
 
 
 def _owner(folder: Path, trials: Mapping[Path, Trial]) -> str | None:
-    """The hash of the trial whose folder it is; empty for something else's, None for nobody's."""
+    """Hash of the trial that owns a folder; empty if something else does, None if nobody does."""
     if folder in trials:
         return trials[folder].plan.settings_hash
     for name in (TRIAL_FILE, RESULT_FILE):
@@ -174,14 +174,14 @@ def as_left(trial: Trial) -> Trial:
 
 
 def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | None = None) -> None:
-    """Sets the outcome of an attempt that ended, and sees to it that there is a ``result.json``.
+    """Sets the outcome of an attempt that ended, and writes a ``result.json`` if there is none.
 
     Args:
         trial: The trial.
         exit_code: Of its process; negative for the signal that killed it, None when nobody saw it
             end.
-        stopped: Whether this command stopped it.
-        reason: What is known of an end that nobody saw.
+        stopped: True if this command stopped it.
+        reason: Known facts about an end that nobody saw.
     """
     path = trial.folder / RESULT_FILE
     result = read_json(path)
@@ -226,7 +226,7 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
 
 
 def trial_command(script: Path, arguments: Sequence[str], folder: Path) -> list[str]:
-    """The command of a trial in Hydra's RUN mode; it goes on from a checkpoint where one is there.
+    """The command of a trial in Hydra's RUN mode, which resumes from a checkpoint if there is one.
 
     Args:
         script: The program, ``train.py``.

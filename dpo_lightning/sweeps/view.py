@@ -1,4 +1,4 @@
-"""What a sweep shows: a live table on a terminal, lines in a log, and the table at the end."""
+"""Display of a sweep: a live table on a terminal, lines in a log, and the table at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class TrialProgress:
-    """How far a running trial is; None and nan where it has not said so yet."""
+    """Progress of a running trial; None and nan where it has not reported any yet."""
 
     step: int = 0
     total: int | None = None
@@ -56,7 +56,7 @@ class ProgressReader:
         self._begin = time.time()
 
     def read(self) -> TrialProgress:
-        """The newest there is."""
+        """The newest progress there is."""
         folder = self._trial.folder
         if self._total is None:
             self._total = _total_steps(folder / "config.yaml", since=self._begin)
@@ -80,7 +80,7 @@ class ProgressReader:
 
 
 def _total_steps(path: Path, *, since: float) -> int | None:
-    """The run's steps, out of the config it wrote at its start; None for an earlier run's."""
+    """Total steps of the run, from the config it wrote at its start; None for an earlier run's."""
     try:
         if path.stat().st_mtime < since - 1:
             return None
@@ -122,7 +122,7 @@ class SweepView:
 
     Args:
         trials: All trials of the command.
-        console: Where to.
+        console: Console to draw on.
     """
 
     def __init__(self, trials: Sequence[Trial], console: Console) -> None:
@@ -137,7 +137,7 @@ class SweepView:
             self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SweepView:
-        """Begins to draw; says which trials are done already."""
+        """Begins to draw; names the trials that are done already."""
         if self._live is not None:
             self._live.start()
         for trial in self._trials:
@@ -151,14 +151,14 @@ class SweepView:
             self._live.stop()
 
     def started(self, trial: Trial) -> None:
-        """A trial was started."""
+        """Notes that a trial was started."""
         self._readers[trial.folder.name] = ProgressReader(trial)
         self._began[trial.folder.name] = time.monotonic()
         again = f", attempt {trial.attempts}" if trial.attempts > 1 else ""
         self._say(f"{trial.folder.name}  started on {', '.join(trial.devices)}{again}")
 
     def ended(self, trial: Trial, *, again: bool) -> None:
-        """A trial's process ended; ``again`` when it will be started once more."""
+        """Notes that a trial's process ended; ``again`` when it will be started once more."""
         if trial.skipped:
             self._say(f"{trial.folder.name}  finished already, not run again")
             return
@@ -172,7 +172,7 @@ class SweepView:
         self._say(f"{trial.folder.name}  {what} after {duration(seconds)}: {trial.error} ({log})")
 
     def refresh(self) -> None:
-        """Draws anew when some time has passed."""
+        """Draws again when some time has passed."""
         now = time.monotonic()
         if self._live is not None and now - self._last_refresh >= _REFRESH_SECONDS:
             self._last_refresh = now
@@ -229,7 +229,7 @@ def _line(trial: Trial, progress: TrialProgress) -> str:
 
 
 def show_end(console: Console, trials: Sequence[Trial]) -> None:
-    """What became of each trial; a failed one names its log."""
+    """Shows the outcome of each trial; a failed one names its log."""
     table = Table(title=_counts(trials), title_justify="left")
     table.add_column("trial", overflow="fold")
     table.add_column("status", no_wrap=True)
@@ -256,7 +256,7 @@ def show_end(console: Console, trials: Sequence[Trial]) -> None:
 
 
 def _log(folder: Path) -> Path:
-    """What to read about a failure; a trial that was not started by us has another log."""
+    """The file to read about a failure; a trial that was not started by us has another log."""
     return folder / (LOG_FILE if (folder / LOG_FILE).exists() else RESULT_FILE)
 
 
@@ -267,7 +267,7 @@ def _counts(trials: Sequence[Trial]) -> str:
 
 
 def show(value: float, form: str = ".3f") -> str:
-    """A number, or nothing where there is none."""
+    """A number, or an empty text where there is none."""
     return "" if math.isnan(value) else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""What a user sees on the terminal: a header, the final table, the sample answers."""
+"""Output on the terminal: a header, the final table, the sample answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def show_header(console: Console, facts: Mapping[str, str]) -> None:
-    """What will run, a line per fact."""
+    """Shows the run that is about to start, a line per fact."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -37,7 +37,7 @@ def show_metrics(console: Console, metrics: Mapping[str, float]) -> None:
 
 
 def show_measured(console: Console, report: Mapping[str, float]) -> None:
-    """What was measured of the trained policy at the end."""
+    """Shows the measurements of the trained policy at the end."""
     table = Table(title="the trained policy", title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")

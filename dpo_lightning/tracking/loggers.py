@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, and wandb or csv files where the user wants them."""
+"""Loggers of metrics: metrics.jsonl always, and wandb or csv files where the user wants them."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks every logger for one."""
+        """Name of the logger, which Lightning asks for."""
         return "jsonl"
 
     @property
     def version(self) -> str:
-        """Lightning asks every logger for one."""
+        """Version of the logger, which Lightning asks for."""
         return ""
 
     def rows_of(self, step: int) -> int:
-        """How many rows the newest step has."""
+        """Number of rows that the newest step has."""
         newest, rows = self._newest
         return rows if newest == step else 0
 
@@ -61,7 +61,7 @@ class JsonlLogger(Logger):
 
         Args:
             step: Optimizer steps completed.
-            rows: How many rows that step had; any more come again, such as those of an evaluation.
+            rows: Number of rows of that step; any more come again, such as those of an evaluation.
             last: The last value of every metric.
         """
         kept: list[str] = []
@@ -93,7 +93,7 @@ class JsonlLogger(Logger):
         self._write()
 
     def _write(self) -> None:
-        """Appends what is not in the file yet: whole rows, or nothing where they do not fit."""
+        """Appends the missing rows to the file: whole ones, or nothing where they do not fit."""
         try:
             with self.path.open("ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -117,11 +117,11 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration has files of its own."""
+        """Does nothing: the configuration has files of its own."""
 
 
 class _LastingWandbLogger(WandbLogger):
-    """Lightning's, but a run is not ended because wandb's own process was."""
+    """Lightning's wandb logger, except that the end of wandb's process does not end the run."""
 
     _failed = False
 
@@ -152,7 +152,7 @@ def make_logger(
         run_name: Name of the run.
         folder: The run's folder.
         config: The resolved configuration.
-        continued: Whether the run goes on from where the folder's last one was.
+        continued: True if the run goes on from where the folder's last one was.
         run_id: The run in wandb that it goes on with where the folder has none.
 
     Raises:

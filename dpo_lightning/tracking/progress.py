@@ -52,7 +52,7 @@ class Throughput(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The loop begins."""
+        """Starts the clock of the loop."""
         self._begin = time.perf_counter()
 
     def on_train_batch_end(
@@ -63,21 +63,21 @@ class Throughput(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """A step was taken."""
+        """Counts a step."""
         self.pairs += batch.pairs
         self.tokens += batch.tokens
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluation has its own time."""
+        """Notes the start of an evaluation."""
         self._evaluation_begin = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluation has its own time."""
+        """Takes the evaluation's time off that of the loop."""
         if self._begin is not None and self._end is None:
             self._evaluating += time.perf_counter() - self._evaluation_begin
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The loop ended."""
+        """Stops the clock of the loop."""
         self._end = time.perf_counter()
 
 
@@ -92,7 +92,7 @@ class MetricRows(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """How many rows the step has by now, and the last value of every metric."""
+        """Saves the number of rows of the step so far, and the last value of every metric."""
         checkpoint["metrics"] = {
             "rows": self._metrics.rows_of(trainer.global_step),
             "last": dict(self._metrics.last),
@@ -101,22 +101,22 @@ class MetricRows(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Only keeps it: the checkpoint may yet be refused."""
+        """Keeps the saved state for later: the checkpoint may yet be refused."""
         self._saved = checkpoint["metrics"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The checkpoint, if any, is loaded."""
+        """Starts the metrics from the saved state: the checkpoint, if any, is loaded."""
         self._metrics.start(trainer.global_step, **self._saved)
         self._started = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run that had no step left has an evaluation before it all the same."""
+        """Starts the metrics before the evaluation of a run that had no step left."""
         if not self._started:
             self.on_train_start(trainer, pl_module)
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar; the run is one pass of steps, so it says so."""
+    """Lightning's progress bar, which shows the run as one pass of steps."""
 
     def __init__(self, throughput: Throughput) -> None:
         super().__init__(leave=True)
@@ -150,7 +150,7 @@ class LogProgress(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """A line every so often."""
+        """Logs a line every so often."""
         step = trainer.global_step
         if self._first is None:
             self._first = step - 1

@@ -1,4 +1,4 @@
-"""The log as a terminal and a file show it, and a terminal that may go away before the run does."""
+"""Log handlers for a terminal and a file, and a terminal that may close before the run ends."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ class HidingFormatter(logging.Formatter):
 
 
 class TerminalHandler(logging.Handler):
-    """Errors go to standard error, everything else to standard output."""
+    """Handler that sends errors to standard error, everything else to standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; the streams are looked up late because progress bars replace them."""
@@ -30,12 +30,12 @@ class TerminalHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """A file that the run goes on without when it cannot be written; that is said once."""
+    """A log file whose failure does not end the run; that is said once."""
 
     _failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says what is wrong the first time; Python's own way is a traceback for every line."""
+        """Reports the first error alone; Python's own way is a traceback for every line."""
         error = sys.exception()
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -46,10 +46,10 @@ class LogFile(logging.FileHandler):
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor that goes to nowhere once nobody reads it or its disk is full."""
+    """A file descriptor that discards its output once nobody reads it or its disk is full."""
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
-        """Writes, or pretends to."""
+        """Writes, or discards the text."""
         with contextlib.suppress(OSError):
             return super().write(data)
         nowhere = os.open(os.devnull, os.O_WRONLY)

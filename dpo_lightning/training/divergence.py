@@ -1,4 +1,4 @@
-"""What is known of a step whose loss or gradient is not finite, and how it is said."""
+"""Facts about a step whose loss or gradient is not finite, and the message about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a micro-batch came to, kept until its step is known to be sound.
+    """Results of a micro-batch, kept until its step is known to be finite.
 
     Attributes:
         batch: The micro-batch.
@@ -91,7 +91,7 @@ def _named(value: Any) -> Any:
 
 
 def what_happened(report: dict[str, Any]) -> str:
-    """One clause: the step, what it came to, and up to three rows that it is about."""
+    """One clause: the step, its loss and gradient, and up to three rows that it is about."""
     culprits = [row for row in report["rows"] if not row["finite"]]
     rows = culprits or report["rows"]
     names = ", ".join(row["source"] for row in rows[:_NAMED])

@@ -1,4 +1,4 @@
-"""What is taken from Lightning: its handlers of signals, its watch over the other ranks."""
+"""Parts of Lightning that are replaced: its signal handlers, its watch over the other ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_lightning.processes.child_ranks import PARENT, ChildRanks
 
 
 def take_over(trainer: pl.Trainer, children: ChildRanks) -> None:
-    """Takes from Lightning what it does about signals, and about ranks that ended.
+    """Replaces Lightning's handling of signals, and of ranks that ended.
 
     Its handler of SIGTERM sends a message to all ranks, which hangs where they do not all send one;
     and before each step another one asks whether rank 0 had that signal. Our ranks ask each other
@@ -33,13 +33,13 @@ def _nothing() -> None:
 
 
 class _NoHandlers(_SignalConnector):
-    """Leaves the signals to whoever has them."""
+    """Connector that leaves the signals to their present handlers."""
 
     def register_signal_handlers(self) -> None:
-        """Registers none."""
+        """Registers no handlers."""
 
     def teardown(self) -> None:
-        """There is nothing to restore."""
+        """Does nothing: there is nothing to restore."""
 
 
 class _ObservedLauncher(_SubprocessScriptLauncher):
@@ -52,7 +52,7 @@ class _ObservedLauncher(_SubprocessScriptLauncher):
     def launch(
         self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any
     ) -> Any:
-        """Starts them, once, and calls the function."""
+        """Starts the other ranks, once, and calls the function."""
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:

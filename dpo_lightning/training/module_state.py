@@ -1,4 +1,4 @@
-"""What the module keeps in a checkpoint beside its weights, which of these, and its metric rows."""
+"""The module's part of a checkpoint: its state, and which weights; and its metric rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CheckpointedModule(pl.LightningModule):
         self._train_sums: Tensor | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the weights that are trained, not their rounding, and none else.
+        """Puts the trained weights into a checkpoint, not their rounding, and no other weights.
 
         Beside them: the sums of a log interval that has begun, a row per rank, and what the last
         evaluation found where it was of these weights. On every rank.
@@ -76,7 +76,7 @@ class CheckpointedModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the rest of the state; a setting that was changed may need other buffers.
+        """Takes the rest of the state; a changed setting may need other buffers.
 
         Raises:
             UserError: If the policy has weights of other shapes.
@@ -110,7 +110,7 @@ class CheckpointedModule(pl.LightningModule):
             self._train_sums = sums.sum(0) * self.trainer.is_global_zero
 
     def on_train_start(self) -> None:
-        """What a checkpoint held of a log interval goes where the rest of it will be."""
+        """Moves the sums of a log interval out of a checkpoint to the device of its other steps."""
         if self._train_sums is not None:
             self._train_sums = self._train_sums.to(self._no_sums())
 
@@ -138,7 +138,7 @@ class CheckpointedModule(pl.LightningModule):
             )
 
     def restore_weights(self) -> bool:
-        """Ends training: the policy has the weights that were trained, in their own type.
+        """Ends training by giving the policy its trained weights, in their own type.
 
         Returns:
             True where they were others in an evaluation.

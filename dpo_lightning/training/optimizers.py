@@ -1,4 +1,4 @@
-"""The optimizers: AdamW as torch has it, and one whose weights or moments take less memory.
+"""Optimizers: torch's AdamW, and one whose weights or moments take less memory.
 
 A bfloat16 number keeps eight bits. A step at a small learning rate is less than half of the last
 one and is lost when it is rounded to the nearest; so is the decay of a second moment, a thousandth
@@ -48,13 +48,13 @@ def make_optimizer(
     """Makes the optimizer of a run.
 
     Args:
-        parameters: What is trained, all of it on one kind of device; shards of FSDP2 too.
+        parameters: Weights to train, all of them on one kind of device; shards of FSDP2 too.
         name: ``adamw``, or ``adamw_8bit`` for moments of 8 bits.
         lr: Peak learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, of matrices only: vectors (norms, biases) are not decayed.
-        stochastic_rounding: Whether bfloat16 weights are rounded by chance; None: yes.
+        stochastic_rounding: True rounds bfloat16 weights by chance; None: yes.
         seed: Of the rounding.
     """
     trained = list(parameters)
@@ -94,8 +94,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        eight_bit: Whether moments have 8 bits.
-        stochastic_rounding: Whether bfloat16 weights, and moments, are rounded by chance, or to the
+        eight_bit: True if moments have 8 bits.
+        stochastic_rounding: True rounds bfloat16 weights, and moments, by chance; False to the
             nearest.
         seed: Of the random bits.
     """
@@ -173,7 +173,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state over in the types in which it was saved; torch would cast it.
+        """Loads a state in the types in which it was saved; torch would cast it.
 
         Args:
             state_dict: From :meth:`state_dict`.
@@ -232,7 +232,7 @@ def _write(target: Tensor, values: Tensor, generator: torch.Generator | None) ->
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy where the parameter is; of a whole tensor this process's share, if that is sharded."""
+    """Copies a value to the parameter's device; only this process's share, if that is sharded."""
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(
             value.to(parameter.device),
@@ -244,7 +244,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, with at least one dimension."""
+    """This process's part of a tensor, with at least one dimension."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     tensor = tensor.detach()
@@ -252,7 +252,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _pieces(weight: Tensor) -> list[slice | None]:
-    """Rows that are computed at a time; None for all."""
+    """Slices of the rows that are computed at a time; None for all."""
     count, size = len(weight), _PIECE.get(weight.device.type, _LARGE_PIECE)
     rows = max(1, size * count // max(1, weight.numel()))
     if count <= rows:
@@ -291,13 +291,13 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
 
 
 def noise_seed(seed: int, step: int, shard: tuple[int, ...] = ()) -> int:
-    """A seed for the rounding of one step; neighbours have nothing in common."""
+    """A seed for the rounding of one step; the seeds of neighbours are unrelated."""
     digest = hashlib.blake2b(repr((seed, step, shard)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def shard_of(parameter: Tensor) -> tuple[int, ...]:
-    """Which shard of a parameter this process has; replicas of one have to be rounded alike."""
+    """Shard of a parameter that this process has; replicas of one are to be rounded alike."""
     if not isinstance(parameter, DTensor):
         return ()
     place = parameter.device_mesh.get_coordinate() or ()
@@ -320,7 +320,7 @@ def quantise(values: Tensor, scales: Tensor, *, signed: bool) -> tuple[Tensor, T
     Args:
         values: Shape (rows, ...), float32.
         scales: Only its shape counts, (rows, blocks).
-        signed: Whether the map has negative numbers.
+        signed: True if the map has negative numbers.
 
     Returns:
         Codes in the shape of the values, uint8, and the largest of each block, (rows, blocks).
@@ -340,7 +340,7 @@ def dequantise(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     Args:
         codes: Shape (rows, ...), uint8.
         scales: The largest of each block, shape (rows, blocks), float32.
-        signed: Whether the map has negative numbers.
+        signed: True if the map has negative numbers.
 
     Returns:
         The same shape as the codes, float32.
@@ -375,7 +375,7 @@ def _zero_code() -> int:
 
 
 def _block_size(parameter: Tensor) -> int | None:
-    """Entries of a block; None for what is not quantised. The same on every rank."""
+    """Number of entries of a block; None if the tensor is not quantised. The same on every rank."""
     if parameter.ndim < 2 or parameter.numel() < _SMALLEST_TENSOR:
         return None
     row = parameter.numel() // len(parameter)

@@ -1,4 +1,4 @@
-"""Stops a training at a step's boundary, on all ranks at the same one, and saves it there."""
+"""Stops a training at the same step's boundary on all ranks, and saves it there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preemption(Callback):
     Args:
         signals: Those that stop the run.
         folder: The run's ``checkpoints`` folder.
-        keep: How many checkpoints stay.
+        keep: Number of checkpoints that stay.
     """
 
     def __init__(self, signals: SignalWatch, folder: Path, *, keep: int) -> None:
@@ -31,13 +31,13 @@ class Preemption(Callback):
         self._keep = keep
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From now on there is something to finish."""
+        """Defers signals: from now on there is a step to finish."""
         self._signals.defer()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """All ranks know the same by now."""
+        """Stops after the step if any rank has had a signal, which all of them know by now."""
         if pl_module.stop_signal:
             self._stop(trainer, pl_module.stop_signal)
 
@@ -50,7 +50,7 @@ class Preemption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """An evaluation may take longer than a scheduler waits; it is done again on resume."""
+        """Stops between batches of an evaluation, which may take long; a resume does it again."""
         if not self._signals.deferring:
             return
         signum = self._signals.received
@@ -64,7 +64,7 @@ class Preemption(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Whatever it is, the run is on its way out."""
+        """Notes that the run is about to end, whatever the reason."""
         self._signals.notice()
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:

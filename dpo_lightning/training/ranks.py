@@ -1,4 +1,4 @@
-"""The processes of a sharded run: started before anything is loaded, and how they talk.
+"""Processes of a sharded run: their start, before anything is loaded, and their messages.
 
 Lightning starts the others when training begins. A sharded model is loaded, scored and sampled from
 by all ranks together, so here they are started first; the trainer then finds them running.
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that share a model.
+    """This process as one of those that share a model.
 
     Attributes:
         rank: Its number.
-        size: How many there are.
-        device: Where it computes.
+        size: Number of ranks.
+        device: Device that it computes on.
         mesh: All of them.
     """
 
@@ -44,11 +44,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that reads and writes for all."""
+        """True if this rank reads and writes for all."""
         return self.rank == 0
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives on rank 0, on every rank; an error of ours is raised on all."""
+        """Returns rank 0's value of ``function`` on every rank; raises an error of ours on all."""
         answer: list[Any] = [None, None]
         if self.is_first:
             try:
@@ -103,7 +103,7 @@ def start_ranks(config: Config, children: ChildRanks) -> Ranks | None:
 
 @contextlib.contextmanager
 def refuse_as_user_error() -> Iterator[None]:
-    """What Lightning refuses is a setting that was wrong."""
+    """Turns the settings that Lightning refuses into a user's error."""
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
@@ -111,12 +111,12 @@ def refuse_as_user_error() -> Iterator[None]:
 
 
 def timeout_of(config: Config) -> datetime.timedelta:
-    """How long a rank waits for the others."""
+    """Longest time that a rank waits for the others."""
     return datetime.timedelta(minutes=config.strategy.timeout_minutes)
 
 
 def leave_ranks() -> None:
-    """Ends the connection between the ranks, of which all are done.
+    """Ends the connection between the ranks, all of which are done.
 
     Not after an error: what a rank still waits for would be waited for here.
     """

@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings do not train."""
+"""Check that all ranks of a run were started with the same settings."""
 
 from __future__ import annotations
 

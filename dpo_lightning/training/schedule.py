@@ -1,4 +1,4 @@
-"""How many steps a run has, and what happens at which of them."""
+"""Schedule of a run: its number of steps, and the events at each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEARNING_RATE_FULL = 5e-7
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How many steps, how they are logged, warmed up and evaluated; the peak learning rate."""
+    """Number of steps, warmup, intervals of logging and evaluation, peak learning rate."""
 
     total_steps: int
     warmup_steps: int
@@ -31,7 +31,7 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
     Args:
         config: The settings.
         groups: Training groups.
-        bundled: Whether the bundled model is trained, which decides an open learning rate.
+        bundled: True if the bundled model is trained, which decides an open learning rate.
     """
     trainer = config.trainer
     epoch = steps_per_epoch(groups, config.data.batch_size)

@@ -19,10 +19,10 @@ from dpo_lightning.models.sharding import in_shards, like_shard, whole_tensor
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Data parallel over all ranks, every rank with its shards.
+    """Data-parallel strategy over all ranks, each of which has its shards.
 
     Args:
-        timeout: How long a rank waits for the others.
+        timeout: Longest time that a rank waits for the others.
     """
 
     def __init__(self, *, timeout: datetime.timedelta) -> None:
@@ -36,7 +36,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, (self.world_size,))
 
     def setup_environment(self) -> None:
-        """All ranks share the data; none splits a layer."""
+        """Sets all ranks to share the data; none splits a layer."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
@@ -45,7 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The optimizer is loaded the way one process would."""
+        """True: the optimizer is restored the way one process would do it."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -101,11 +101,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Rank 0 writes."""
+        """Saves a checkpoint from rank 0."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Every rank reads."""
+        """Loads a checkpoint on every rank."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=weights_only)

@@ -86,7 +86,7 @@ def test_with_every_checkpoint_damaged_auto_starts_anew(whole: Run, folder):
 
 
 def test_a_token_file_with_any_byte_flipped_is_never_used(tmp_path, tokenizer):
-    """Places over all of the file, its header and what it says of dropped rows included."""
+    """Places all over the file, its header and its words about dropped rows included."""
     expected = tokenize_groups(GROUPS, tokenizer, max_length=60, truncation="drop")
     tokens(tmp_path, tokenizer)
     [path] = tmp_path.glob("*.safetensors")
@@ -117,7 +117,7 @@ def test_a_reference_file_with_any_byte_flipped_is_never_used(tmp_path):
 
 
 def test_a_killed_holder_of_the_token_lock_is_followed_by_another(tmp_path, tokenizer):
-    """It is killed in the middle of its work; the next one finds no lock and does it."""
+    """A run is killed in the middle of its work; the next one finds no lock and does it."""
     context = multiprocessing.get_context("fork")
     started, waits = context.Event(), context.Event()
 

@@ -52,7 +52,7 @@ def newest_step(folder) -> int:
 
 
 def is_at(step: int, folder, process: subprocess.Popen) -> bool:
-    """Whether a run is at a step, or over."""
+    """True if a run has reached a step, or is over."""
     return newest_step(folder) >= step or process.poll() is not None
 
 

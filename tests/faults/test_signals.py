@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("repetition", range(10))
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_at_random_steps(whole, tmp_path, ranks: int, repetition: int):
-    """To one rank, the other, or the whole group, as a terminal does."""
+    """Signals go to one rank, the other, or the whole group, as a terminal sends them."""
     seed = random.randrange(10_000)
     moments = random.Random(seed)
     signum = moments.choice(list(CODES))

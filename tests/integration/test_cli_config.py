@@ -26,7 +26,7 @@ from tests.support.runs import ROOT
 
 @dataclass
 class Recorder:
-    """Stands for a run: keeps what it was started with and ends as it is told."""
+    """Stand-in for a run that keeps its arguments and ends as it is told."""
 
     starts: list[tuple[Config, Path, dict[str, Any], list[str]]] = field(default_factory=list)
     act: Callable[[Config], int] = lambda config: 0
@@ -41,7 +41,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An own working folder with rows and models, and the root logger as it was, afterwards."""
+    """A working folder with rows and models; the root logger is restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -69,7 +69,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def experiment(name: str, text: str) -> list[str]:
-    """Writes an experiment of one's own; returns the arguments that choose it."""
+    """Writes an experiment of the user's own; returns the arguments that choose it."""
     folder = Path("own/experiment")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}")

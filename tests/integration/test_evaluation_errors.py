@@ -43,7 +43,7 @@ def evaluation(run: Run) -> dict:
 
 
 def test_a_mean_of_samples_has_the_error_of_a_sample(run):
-    """By hand, of 10 answers.
+    """The errors of 10 answers, by hand.
 
     Marks are 0.5 off their mean 1.5: deviation 0.5 * sqrt(10 / 9), error that / sqrt(10) = 1/6. A
     mark of 1 ties with the reference and counts half, 2 wins: mean 0.75 and half of that error. The

@@ -83,7 +83,7 @@ def beats(place: Path, name: str) -> list[tuple[str, float, int]]:
 
 
 def wait_for_step(process: subprocess.Popen, place: Path, names: list[str], step: int) -> str:
-    """The first of the trials to be at a step."""
+    """Waits until a trial is at a step; returns its name."""
     found = []
 
     def is_there() -> bool:
@@ -185,7 +185,7 @@ def test_two_ranks_of_a_trial_are_tasks_of_its_job(place):
 
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator:
-    """A head that runs nothing, and two nodes of one core each."""
+    """A cluster with a head that runs nothing, and two nodes of one core each."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -198,7 +198,7 @@ def cluster(monkeypatch) -> Iterator:
 
 
 def kill_node(raylet: int) -> None:
-    """What Ray runs on a node, at once; the trial is not touched."""
+    """Kills all that Ray runs on a node, at once; the trial is not touched."""
     children = [
         int(entry.name)
         for entry in Path("/proc").iterdir()

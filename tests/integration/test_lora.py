@@ -38,7 +38,7 @@ def refusal(run: Run) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Run:
-    """On the embedded task: six steps, three of them saved."""
+    """A run on the embedded task: six steps, three of them saved."""
     run = run_train(
         tmp_path_factory.mktemp("lora") / "run",
         *TINY,
@@ -51,13 +51,13 @@ def whole(tmp_path_factory) -> Run:
 
 
 def train_from(train, started, more) -> Run:
-    """From a stored adapter, which has a rank of its own."""
+    """A run from a stored adapter, which has a rank of its own."""
     return train("peft.r=16", *started, *more)
 
 
 @pytest.fixture
 def train(tmp_path, tiny_model, pairs_file):
-    """Runs on rows of one's own, with a cache of the test's own."""
+    """Function that runs on rows of the test's own, with a cache of its own."""
     runs = iter(range(100))
 
     def run(*overrides: str) -> Run:
@@ -99,7 +99,7 @@ def base_of(run: Run) -> str:
 
 
 def test_the_exports_are_the_policy(whole: Run):
-    """Of either the exact expected reward is what the run said, and PEFT merges to the same."""
+    """Either run's exact expected reward is that of its result, and PEFT merges to the same."""
     from dpo_lightning.data.controlled import ControlledTask
 
     base = AutoModelForCausalLM.from_pretrained(base_of(whole)).eval()

@@ -38,7 +38,7 @@ FIRST = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
-    """One for all: no loss asks for a row that another had."""
+    """One cache for all: no loss asks for a row that another had."""
     return f"reference.cache_dir={tmp_path_factory.mktemp('cache')}"
 
 
@@ -153,7 +153,7 @@ def test_margins_of_rows_reach_their_loss(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("setting", ["loss.ld_alpha=0.3", "loss.wpo=true", "loss=mpo"])
 def test_a_cached_reference_is_the_live_one(tmp_path, setting):
-    """Also token by token, which the cache keeps apart from the sums."""
+    """The log-probabilities of tokens too, which the cache keeps apart from the sums."""
     cache = f"reference.cache_dir={tmp_path / 'cache'}"
     moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
     live = run_train(tmp_path / "live", *QUICK, *moving, setting, "reference=live")
@@ -222,7 +222,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> Path:
-    """A folder of somebody's own, outside the clone."""
+    """A user's folder, outside the clone."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "my_losses.py").write_text(PLUGIN)
     return folder

@@ -16,7 +16,7 @@ SIZES = range(1, 10)
 
 
 def few(folder: Path, n: int) -> list[str]:
-    """One training group in a batch of two; n evaluation groups, eight of them at once."""
+    """Settings of one training group in a batch of two; n evaluation groups, eight at once."""
     return [
         *(
             f"hydra.run.dir={folder / str(n)}",
@@ -38,7 +38,7 @@ sys.exit(max(codes))
 
 @pytest.mark.faults  # half a minute; test_ddp.py has five groups on two ranks
 def test_every_evaluation_group_counts_once_on_two_ranks(tmp_path):
-    """Of n = 1 ... 9 groups: sums and counts over ranks are those of one process.
+    """Sums and counts over ranks are those of one process, for n = 1 ... 9 groups.
 
     A sampler that pads repeats a group for every odd n: of n groups with losses l, its mean would
     be (sum of l + l_0) / (n + 1).

@@ -1,4 +1,4 @@
-"""What fails around a run does not end it, or ends it in one line: wandb, terminals, disks."""
+"""Failures around a run end it in one line, or not at all: wandb, terminals, disks."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def losses(run: Run) -> list[float]:
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """As one that is logged in; everything of wandb's in a folder of its own."""
+    """A user who is logged in; all of wandb's files go into a folder of the test's own."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -39,7 +39,7 @@ def online(monkeypatch, tmp_path):
 
 @pytest.fixture
 def server(request, monkeypatch, tmp_path):
-    """A server in a mode; gives what it was sent so far."""
+    """A server in a mode; yields the requests that it was sent so far."""
     log = tmp_path / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -58,7 +58,7 @@ def server(request, monkeypatch, tmp_path):
 
 
 def train_apart(folder: Path, *overrides: str) -> tuple[Run, str]:
-    """In a process of its own, as wandb keeps one server for a process."""
+    """Trains in a process of its own, as wandb keeps one server for a process."""
     done = run_apart(f"hydra.run.dir={folder}", "trainer.threads=1", *QUICK, *overrides)
     return Run(done.returncode, folder), done.stdout + done.stderr
 
@@ -167,7 +167,7 @@ def test_a_terminal_that_is_gone(redirection, tmp_path):
 
 
 class Full:
-    """A disk that is full for the writes that are numbered, counted from 1."""
+    """A disk that is full for the numbered writes, counted from 1."""
 
     def __init__(self, *numbers: int, torn: bool = False) -> None:
         self.numbers, self.torn, self.count = numbers, torn, 0

@@ -88,7 +88,7 @@ def test_micro_batches_do_not_change_the_step(whole: Run, single: Run, tmp_path)
 
 
 def test_a_live_reference_is_rounded_like_the_policy(tmp_path):
-    """Else the first loss would hold the rounding of one side alone."""
+    """Otherwise the first loss would hold the rounding of one side alone."""
     run = run_train(tmp_path / "run", *BF16, "reference=live", "trainer.max_steps=2")
     assert run.values("train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert np.isfinite(run.values("train/loss")).all()

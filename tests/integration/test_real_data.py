@@ -32,7 +32,7 @@ def polite(shared, tmp_path_factory) -> Run:
 
 
 def held_out(shared):
-    """The split, made again: token groups of the two sides."""
+    """Makes the split again: token groups of the two sides."""
     from dpo_lightning.data.records import read_rows
     from dpo_lightning.data.splits import prepare_rows
 

@@ -1,4 +1,4 @@
-"""What a run computes of its reference, and what it finds: counts of `result.json.reference`."""
+"""Reference rows that a run computes or finds in the cache: `result.json.reference`."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.support.runs import TINY, Run, run_train
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Messages, so that the chat template matters, some of them too long for 60 tokens."""
+    """Rows of messages, so that the chat template matters, some too long for 60 tokens."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
         json.dumps(

@@ -61,7 +61,7 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(whole: Run, tmp_path
 
 @pytest.mark.slow
 def test_a_finished_run_goes_on_like_one_that_was_to_be_longer(tmp_path):
-    """With a schedule that does not know the end; the first run ended between two saves."""
+    """A schedule that does not know the end; the first run ended between two saves."""
     task = (*LONG[:-1], "optimizer.lr=0.01", "optimizer.schedule=constant", "optimizer.warmup=0")
     task = (*task, "checkpoint.every_n_steps=5", "trainer.log_every_n_steps=1")
     longer = run_train(tmp_path / "longer", *task)

@@ -26,7 +26,7 @@ SECRET = "correct-horse-battery-staple"
 
 
 class Evil:
-    """What makes the canary when it is unpickled."""
+    """An object that creates the canary file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -53,7 +53,7 @@ def one_line(capfd) -> str:
 
 
 def test_the_canary_sings(tmp_path):
-    """What the tests below rely on: unpickled, it makes the file."""
+    """The premise of the tests below: unpickled, it makes the file."""
     canary = tmp_path / "canary"
     torch.save({"x": Evil(canary)}, tmp_path / "evil.ckpt")
     torch.load(tmp_path / "evil.ckpt", weights_only=False)

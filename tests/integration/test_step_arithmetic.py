@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def margins(run: Run) -> list[float]:
-    """Of the evaluation groups, by plain forward passes of the exported and the bundled model."""
+    """Margins of the evaluation groups by plain forward passes of exported and bundled model."""
     from dpo_lightning.assets import BUNDLED_MODEL
     from dpo_lightning.data.controlled import ControlledTask
 
@@ -63,7 +63,7 @@ def test_the_learning_rate_of_each_step(run: Run):
 
 
 def test_the_beta_of_each_step_and_of_the_evaluation(run: Run, margins: list[float]):
-    """From 0.1 to 0.6 in six steps; the evaluation after the last one has the last one's."""
+    """Beta goes from 0.1 to 0.6 in six steps; the last evaluation has that of the last step."""
     betas = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     assert run.values("train/beta") == pytest.approx(betas)
     expected = sum(math.log1p(math.exp(-0.6 * margin)) for margin in margins) / len(margins)

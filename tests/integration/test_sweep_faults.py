@@ -139,7 +139,7 @@ def test_a_rerun_does_only_what_is_missing(mended: Sweep):
 
 
 def files_of_trials(done: Sweep) -> dict[str, tuple[int, bytes]]:
-    """When each file below the folders of the trials was written last, and what is in it."""
+    """Time of the last write to each file below the trials' folders, and its content."""
     return {
         str(path.relative_to(done.folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for name in done.trials
@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
 
 @pytest.mark.faults
 def test_a_stopped_trial_goes_on_from_its_checkpoint(tmp_path):
-    """With a scorer that stops the whole thing once: the training is not done again."""
+    """A scorer stops the whole sweep once: the training is not done again."""
     (tmp_path / "once.py").write_text(
         "import os, signal\nfrom pathlib import Path\n\n"
         "def score(prompts, responses):\n"

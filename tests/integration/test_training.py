@@ -53,7 +53,7 @@ def brute_force(folder, prompts: list[list[int]]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory) -> Run:
-    """The main job as typed, in a process of its own."""
+    """Runs the main job as typed, in a process of its own."""
     folder = tmp_path_factory.mktemp("default") / "run"
     done = run_apart("logger=none", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Groups and micro-batches of random ids, and what is compared of their scores."""
+"""Groups and micro-batches of random ids, and the comparison of their scores."""
 
 import numpy as np
 import torch

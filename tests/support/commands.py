@@ -1,4 +1,4 @@
-"""Command lines of any kind, and what each must end in: it is accepted, or refused in one line."""
+"""Command lines of any kind, each of which must be accepted, or refused in one line."""
 
 import contextlib
 import io
@@ -93,7 +93,7 @@ files = st.dictionaries(
 
 
 def _only_asks(line: list[str]) -> bool:
-    """Whether Hydra would print something instead of running."""
+    """True if Hydra would print something instead of running."""
     return any(
         word.startswith(("-h", "--h", "--i", "-i", "-c", "-s", "--s", "-e")) for word in line
     )
@@ -101,7 +101,7 @@ def _only_asks(line: list[str]) -> bool:
 
 @contextlib.contextmanager
 def own_place(folder: Path) -> Iterator[None]:
-    """A working folder with rows and a model, no run behind the front door, the log as it was."""
+    """A working folder with rows and a model; no run behind the front door; the log is restored."""
     (folder / "rows.jsonl").touch()
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").touch()
@@ -133,7 +133,7 @@ def own_place(folder: Path) -> Iterator[None]:
 
 
 def check_command(line: list[str]) -> None:
-    """0 and nothing on standard error, or 2 and one line that says why."""
+    """Exit code 0 and nothing on standard error, or 2 and one line with the reason."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(line)

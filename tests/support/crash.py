@@ -88,7 +88,7 @@ def arm(point: str, step: int) -> None:
 
 
 def limit(step: int, size: int) -> None:
-    """From the save of a step on, no file may grow beyond so many bytes."""
+    """Lets no file grow beyond a size from the save of a step on."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     real = shutil.disk_usage
 
@@ -101,7 +101,7 @@ def limit(step: int, size: int) -> None:
 
 
 def believe_in_room() -> None:
-    """The preflight is told that there is room, as on a disk that others fill meanwhile."""
+    """Makes the preflight find room, as on a disk that others fill meanwhile."""
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=1 << 60)
 

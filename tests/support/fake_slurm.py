@@ -29,7 +29,7 @@ LIVE = ("PENDING", "RUNNING")
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Makes the commands; returns the environment in which they are found."""
+    """Makes the commands of SLURM; returns the environment in which they are found."""
     (folder / "bin").mkdir(parents=True)
     (folder / "jobs").mkdir()
     for name in NAMES:
@@ -56,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def set_state(folder: Path, state: str, *, only: tuple[str, ...] = ()) -> bool:
-    """Sets the state of a job, if it is one of some; whether it did."""
+    """Sets the state of a job, if it is one of ``only``; returns True if it did."""
     with locked(folder):
         path = folder / "state"
         if only and path.read_text() not in only:
@@ -79,7 +79,7 @@ def options(number: str) -> dict[str, str]:
 
 
 def cancel_all() -> None:
-    """Ends what a test that failed has left."""
+    """Ends the processes that a failed test has left."""
     for number in jobs():
         scancel(number)
 
@@ -116,32 +116,32 @@ def queue(script: str) -> str:
 
 
 def sbatch_dies_first(queue: Callable[[], str]) -> None:
-    """The command that called it is killed, and it has done nothing yet."""
+    """Kills the command that called it, before anything is done."""
     os.kill(os.getppid(), signal.SIGKILL)
 
 
 def sbatch_dies(queue: Callable[[], str]) -> None:
-    """The command that called it is killed when the job is there, and learns no number."""
+    """Kills the command that called it when the job is there, before it learns the number."""
     queue()
     os.kill(os.getppid(), signal.SIGKILL)
 
 
 def sbatch_is_late(queue: Callable[[], str]) -> None:
-    """The command that called it is killed, and the job is in the queue some time later."""
+    """Kills the command that called it; the job is in the queue some time later."""
     os.kill(os.getppid(), signal.SIGKILL)
     wait_for(here("go"))
     queue()
 
 
 def sbatch_is_interrupted(queue: Callable[[], str]) -> None:
-    """Ctrl-C reaches the command that called it before its answer does."""
+    """Sends Ctrl-C to the command that called it, before its answer arrives."""
     number = queue()
     os.kill(os.getppid(), signal.SIGINT)
     print(f"Submitted batch job {number}")
 
 
 def sbatch_times_out(queue: Callable[[], str]) -> None:
-    """The job is there, the answer got lost."""
+    """Loses the answer; the job is there."""
     queue()
     sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
 

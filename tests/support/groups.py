@@ -21,7 +21,7 @@ def token_group(key="q", number=0):
 
 
 def group(prompt: int, *responses: int) -> TokenGroup:
-    """Of so many tokens each, drawn at random."""
+    """A group of the given numbers of tokens, drawn at random."""
     draw = np.random.default_rng(prompt)
     ids = [draw.integers(3, 200, n).astype(np.int32) for n in (prompt, *responses)]
     return TokenGroup(ids[0], tuple(ids[1:]), tuple(range(1, len(ids))), 1.0, "f:1", "key")

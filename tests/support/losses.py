@@ -1,4 +1,4 @@
-"""A pairwise loss on a few pairs, with what it takes by default."""
+"""Calls of a pairwise loss on a few pairs, with default arguments."""
 
 import torch
 
@@ -6,7 +6,7 @@ from dpo_lightning.objectives import pairwise_loss
 
 
 def loss(name="sigmoid", *, policy, reference=None, lengths=((4, 5),), beta=0.1, **options):
-    """Each of `policy`, `reference` and `lengths` is a list of (chosen, rejected)."""
+    """Calls a loss; `policy`, `reference` and `lengths` are lists of (chosen, rejected)."""
     dtype = options.pop("dtype", torch.float32)
     policy = torch.tensor(policy, dtype=dtype)
     sides = None if reference is None else torch.tensor(reference, dtype=dtype)

@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def shape(name: str) -> ModelShape:
-    """The shape of a Llama by hand: four attention and three feed-forward matrices, two norms."""
+    """The shape of a Llama, by hand: four attention and three feed-forward matrices, two norms."""
     layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
     size = hidden // heads
     sides = [(hidden, hidden), (hidden, key_heads * size), (hidden, key_heads * size),
@@ -51,7 +51,7 @@ FULL = Training(
 
 
 def ways(model: ModelShape) -> dict[str, Training]:
-    """How it is trained, by the name in the table; on one device."""
+    """Ways to train on one device, by their names in the table."""
     half = replace(FULL, weight_bytes=2, masters=False)
     lora = replace(FULL, trained=model.lora_parameters(RANK))
     return {

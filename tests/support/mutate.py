@@ -54,7 +54,7 @@ class Mutation:
     test: str
 
     def problem(self, root: Path) -> str | None:
-        """A reason for which it is no break of this tree."""
+        """Reason why it is no break of this tree, if there is one."""
         path = root / self.file
         if not path.is_file():
             return "there is no such file"
@@ -64,7 +64,7 @@ class Mutation:
         return "it changes nothing" if self.before == self.after else None
 
     def __str__(self) -> str:
-        """The file, and the first line that differs."""
+        """The file, and its first line that differs."""
         pairs = zip(self.before.splitlines(), self.after.splitlines() or [""], strict=False)
         line = next((a for a, b in pairs if a != b), self.before.splitlines()[-1])
         return f"{self.file}: {line.strip()}"
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def read_mutations(root: Path) -> list[Mutation]:
-    """The list of a tree.
+    """Reads the list of mutations of a tree.
 
     Raises:
         TypeError: If an entry lacks a field, or has one too many.

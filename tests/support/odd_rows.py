@@ -1,4 +1,4 @@
-"""Rows, lines and files of every kind, and what must become of each: a group, a bad row, a line."""
+"""Rows, lines and files of every kind, and the outcome of each: a group, a bad row, a line."""
 
 import itertools
 import json
@@ -138,7 +138,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """The one line by which something is refused; None where it is not."""
+    """The one line by which something is refused; None if it is not."""
     try:
         action()
     except UserError as error:
@@ -151,7 +151,7 @@ def refusal(action: Callable[[], object]) -> str | None:
 
 
 def read(path: Path, format: str = "auto") -> Rows | None:
-    """What a file holds; None where it is refused."""
+    """Reads the rows of a file; None where it is refused."""
     found = []
 
     def action() -> None:
@@ -165,7 +165,7 @@ def read(path: Path, format: str = "auto") -> Rows | None:
 
 
 def check_read(found: Rows, folder: Path) -> None:
-    """What was read is whole: every row is a right group, or a bad row that can be shown."""
+    """Checks that rows are whole: each a right group, or a bad row that can be shown."""
     assert found.total == len(found.groups) + len(found.bad)
     for group in found.groups:
         _check_group(group)
@@ -191,10 +191,10 @@ def _check_group(group: PreferenceGroup) -> None:
 
 
 def check_rows(found: Rows | None, tokenizer: Any, *, truncation: str) -> int:
-    """Takes what was read through the tokenizer; every row is accounted for.
+    """Tokenizes the rows that were read; every row is accounted for.
 
     Returns:
-        How many rows there were.
+        Number of rows that there were.
     """
     if found is None:
         return 0

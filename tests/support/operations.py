@@ -1,4 +1,4 @@
-"""What the operations of torch give, seen from outside of the code that calls them."""
+"""Results of torch's operations, seen from outside of the code that calls them."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,7 @@ _TIMES_AS_LONG = 20
 
 
 def register_profiles() -> None:
-    """``ci``, which is taken unless ``--hypothesis-profile=long`` is given (`make fuzz`).
+    """Registers the profiles: ``ci`` is used unless ``--hypothesis-profile=long`` is given.
 
     Under ``ci`` a failure is one of the code, never of a draw, and what is printed repeats it.
     """
@@ -22,5 +22,5 @@ def register_profiles() -> None:
 
 
 def examples(count: int) -> int:
-    """So many under the usual profile, and in proportion more under a longer one."""
+    """Number of examples, in proportion more under a longer profile than under the usual one."""
     return count * settings().max_examples // _USUAL

@@ -19,7 +19,7 @@ LIMIT = 60
 
 
 def launch(folder: Path, *overrides: str) -> Run:
-    """A run to its end; the second rank is started by the first one."""
+    """Runs a command to its end; the second rank is started by the first one."""
     done = run_apart(
         *(f"hydra.run.dir={folder}", "logger=none", "trainer.accelerator=cpu"),
         *("trainer.threads=1", "evaluation.samples=0", *overrides),
@@ -31,14 +31,14 @@ def launch(folder: Path, *overrides: str) -> Run:
 def on_ranks(
     function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2
 ) -> list[Any]:
-    """What a function gives on each rank of a process group, in forks of the warm process.
+    """Calls a function on each rank of a process group, in forks of the warm process.
 
     A rank that raises, or that waits in vain for another, fails the test.
 
     Args:
         function: Of a module's top; takes the rank and the arguments; what it gives is pickled.
         folder: An empty one of the test's.
-        *arguments: What else it takes; pickled.
+        *arguments: Its further arguments; pickled.
         count: Ranks.
     """
     (folder / "arguments.pkl").write_bytes(pickle.dumps(arguments))

@@ -1,4 +1,4 @@
-"""What tests of saving and resuming share: an exact comparison, and a callback that draws."""
+"""Helpers for tests of saving and resuming: an exact comparison, a callback that draws."""
 
 import random
 from pathlib import Path
@@ -38,7 +38,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two values differ in type, shape or any bit; two NaNs of the same bits are equal."""
+    """Places where two values differ in type, shape or any bit; NaNs of the same bits are equal."""
     if type(a) is not type(b):
         return [f"{where}: {type(a).__name__}, {type(b).__name__}"]
     if isinstance(a, dict):

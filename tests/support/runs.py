@@ -1,4 +1,4 @@
-"""Runs of the front door in this process, and what they leave."""
+"""Runs of the front door in this process, and their results."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SHARED = ROOT.parent / "shared"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as other programs see it."""
+    """A finished run, as another program sees it."""
 
     code: int
     folder: Path
@@ -28,7 +28,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def values(self, name: str) -> list[float]:
-        """A metric over the run; that no row has it is never what a test compares."""
+        """Values of a metric over the run; at least one row has it."""
         found = [row[name] for row in self.rows if name in row]
         assert found, f"no row has {name}"
         return found

@@ -31,7 +31,7 @@ LONG = ("trainer.max_steps=400", "checkpoint.every_n_steps=null")
 
 
 def start(folder: Path, *overrides: str, disturb: str = "") -> WarmRun | subprocess.Popen[str]:
-    """Starts a run in a session of its own; what it says is in a log beside its folder."""
+    """Starts a run in a session of its own; its output is in a log beside its folder."""
     folder.parent.mkdir(exist_ok=True)
     with folder.with_suffix(".log").open("ab") as log:
         return start_train(

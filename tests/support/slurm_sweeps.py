@@ -82,7 +82,7 @@ _IN_SBATCH = {"in sbatch before its job": "dies_first", "in sbatch after its job
 
 
 def submit_and_die(moment: str, folder: Path, plans: list[Plan]) -> None:
-    """A command that is killed at a moment of the submission of its first job.
+    """Starts a command that is killed at a moment of the submission of its first job.
 
     One of MOMENTS, or ``is_late``: sbatch is still at work, until a file ``go`` is there.
     """
@@ -110,7 +110,7 @@ def _arm(moment: str) -> None:
     note, move = slurm_jobs.__dict__["note_job"], JobPaths.move_temporary_file
 
     def dies_on_move(paths: JobPaths, file: Path, name: str, **options: Any) -> None:
-        """submitit knows the number; the file that the job needs has not its name yet."""
+        """Kills once submitit knows the number; the file that the job needs has no name yet."""
         if name == "submitted_pickle":
             _die()
         move(paths, file, name, **options)

@@ -66,7 +66,7 @@ def in_turn(*groups: TokenGroup) -> list[TokenGroup]:
 
 @dataclass
 class Taken:
-    """What steps left."""
+    """Results of some training steps."""
 
     folder: Path
     trainer: pl.Trainer
@@ -86,7 +86,7 @@ class Taken:
 
     @property
     def moments(self) -> dict[str, list[torch.Tensor]]:
-        """Of the optimizer, as a checkpoint has them: each kind in the order of its weights."""
+        """Moments of the optimizer, as in a checkpoint: each kind in the order of its weights."""
         states = self.trainer.optimizers[0].state_dict()["state"]
         return {
             kind: [states[number][kind] for number in sorted(states)]
@@ -114,7 +114,7 @@ def take_steps(
     """Trains on groups that bring their reference along, in the order of the seed.
 
     Args:
-        folder: Where metrics.jsonl goes.
+        folder: Folder for metrics.jsonl.
         groups: Training groups.
         model: The policy; a small Llama where none is given.
         eval_groups: Evaluation groups.
@@ -123,11 +123,11 @@ def take_steps(
         batch_size: Groups of a step.
         micro_batch_tokens: Most tokens of a micro-batch.
         ranks: Processes that share each step; this is one of them (see :func:`on_ranks`).
-        equal_counts: Whether all ranks take as many micro-batches.
+        equal_counts: True if all ranks take as many micro-batches.
         beta: Of the first step.
-        plan: What else the plan of betas has.
+        plan: Further arguments of the plan of betas.
         callbacks: Lightning's.
-        **settings: What else the module takes.
+        **settings: Further arguments of the module.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model("llama") if model is None else model

@@ -1,4 +1,4 @@
-"""Sweep folders made of files alone, for tests of what reads them."""
+"""Sweep folders made of files alone, for tests of their readers."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def scored(scores: list[float], references: list[float], kls: list[float]) -> di
 
 
 def scored_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The ``samples/…`` metrics that belong to it."""
+    """The ``samples/…`` metrics that belong to the ``evaluation.json`` of such a run."""
     rows = evaluation["samples"]
     found = {}
     wins = [0.5 + 0.5 * ((r["score"] > r["reference_score"]) - (r["score"] < r["reference_score"]))

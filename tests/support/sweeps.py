@@ -88,7 +88,7 @@ def sweep(place: Path, *overrides: str, logger: str = "none", **environment: str
 
 
 def alive(folder: Path) -> list[str]:
-    """Command lines of the processes that have to do with a folder."""
+    """Command lines of the processes that use a folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

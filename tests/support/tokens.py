@@ -21,9 +21,9 @@ def make_tokenizer(*, begins: bool = True, ends: bool = False, has_bos: bool = T
     """A tokenizer of bytes with a few merges.
 
     Args:
-        begins: Whether it writes BOS before a text.
-        ends: Whether it writes EOS behind a text.
-        has_bos: Whether there is a BOS token at all.
+        begins: True if it writes BOS before a text.
+        ends: True if it writes EOS behind a text.
+        has_bos: True if there is a BOS token at all.
     """
     pieces = [END, *([BEGIN] if has_bos else [])]
     pieces += sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in MERGES]

@@ -31,7 +31,7 @@ exec(act)
 
 @dataclass
 class Silent:
-    """Shows nothing and remembers what it was told."""
+    """A view that shows nothing and remembers its calls."""
 
     said: list[tuple[str, str, bool]] = field(default_factory=list)
 

@@ -8,7 +8,7 @@ SECONDS = 120.0
 
 
 def until(condition: Callable[[], object], about: Callable[[], object] | str = "") -> None:
-    """Waits until a condition holds; `about` says what there is to know when it does not."""
+    """Waits until a condition holds; `about` gives the facts for a failure."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         if time.monotonic() > deadline:

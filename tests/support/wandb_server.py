@@ -20,7 +20,7 @@ _RUN = {
 
 
 def _answer(name: str) -> dict[str, Any]:
-    """One answer to every query: each takes from it what it asked for."""
+    """One answer to every query, from which each takes its part."""
     run = _RUN | {"name": name, "displayName": name}
     return {
         "viewer": {
@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -63,10 +63,10 @@ class Order:
     """A run that the warm process is asked to fork.
 
     Attributes:
-        argv: What ``sys.argv`` is; the first is the program.
+        argv: Value of ``sys.argv``; the first is the program.
         environment: The whole environment.
         cwd: The working folder.
-        session: Whether it leads a session of its own, or stays in that of the warm process.
+        session: True if it leads a session of its own, else it stays in that of the warm process.
         target: ``module:function`` that is called, with no argument; it returns the exit code.
         path: Put ahead of where modules are looked for.
     """
@@ -80,7 +80,7 @@ class Order:
 
 
 class WarmRun:
-    """A forked run, with what tests use of ``subprocess.Popen``."""
+    """A forked run, with the part of ``subprocess.Popen`` that tests use."""
 
     def __init__(
         self, warm: WarmProcess, pid: int, stdout: IO[Any] | None, stderr: IO[Any] | None
@@ -99,7 +99,7 @@ class WarmRun:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end.
+        """Waits for the end of the run.
 
         Raises:
             TimeoutExpired: If it does not come.
@@ -113,7 +113,7 @@ class WarmRun:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
-        """What it wrote to its pipes, once it has ended; None where there is none.
+        """Returns the output of its pipes, once it has ended; None where there is none.
 
         Raises:
             TimeoutExpired: If it does not end, or what it started holds a pipe open.
@@ -128,16 +128,16 @@ class WarmRun:
         return said[0], said[1]
 
     def send_signal(self, signum: int) -> None:
-        """Signals it, if it still runs."""
+        """Signals the run, if it is still there."""
         if self.poll() is None:
             os.kill(self.pid, signum)
 
     def kill(self) -> None:
-        """Kills it."""
+        """Kills the run."""
         self.send_signal(signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Asks it to end."""
+        """Asks the run to end."""
         self.send_signal(signal.SIGTERM)
 
     def __enter__(self) -> WarmRun:
@@ -150,10 +150,10 @@ class WarmRun:
 
 
 class WarmProcess:
-    """The warm process, as the one who spawned it sees it.
+    """The warm process, seen from the process that spawned it.
 
     Args:
-        modules: What it imports.
+        modules: Modules that it imports.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -256,7 +256,7 @@ def start_train(
         cwd: Its working folder.
         stdout: As for ``subprocess.Popen``: None, PIPE, DEVNULL or a file; pipes are text.
         stderr: The same, and STDOUT.
-        start_new_session: Whether it leads a session of its own.
+        start_new_session: True if it leads a session of its own.
         env: Added to this process's own environment; None takes a variable away.
     """
     changed: dict[str, str | None] = {**own_environment(), **(env or {})}
@@ -291,7 +291,7 @@ def start_train(
 def _stream(
     given: int | IO[Any] | None, inherited: int, opened: contextlib.ExitStack
 ) -> tuple[int, IO[Any] | None]:
-    """The descriptor that a run writes to, and the end that is read, if it is a pipe."""
+    """The descriptor that a run writes to, and, if it is a pipe, the end to read from."""
     if given == subprocess.PIPE:
         reader, writer = os.pipe()
         opened.callback(os.close, writer)
@@ -366,7 +366,7 @@ def _serve(connection: socket.socket) -> Order | None:
 
 
 def _become(order: Order, stdout: int, stderr: int) -> Order:
-    """Takes on what a run has that was started by its own command."""
+    """Takes over the settings of a run that was started by its own command."""
     if order.session:
         os.setsid()
     os.dup2(stdout, 1)
@@ -418,7 +418,7 @@ def _call(target: str) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """Ends as the interpreter does, but that it takes no module apart: that takes a second."""
+    """Ends as the interpreter does, without taking modules apart, which takes a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""What the benchmark makes of its records, and that what is kept of it is whole."""
+"""Summaries of the benchmark's records, and the completeness of the records that are kept."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What continuous integration runs, what its audit says, and which environments are left alone."""
+"""Continuous integration: its targets, its audit, and the environments that it leaves alone."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def audit():
 
 
 def report(**vulnerabilities: list[str] | None) -> str:
-    """What pip-audit writes; None stands for a package that the service does not know."""
+    """Output of pip-audit; None stands for a package that the service does not know."""
     return json.dumps(
         {
             "dependencies": [
@@ -148,7 +148,7 @@ def test_a_failure_without_an_audit_says_both(tmp_path):
 
 
 def commands(*targets: str) -> list[str]:
-    """What make would run on a fresh machine."""
+    """Commands that make would run on a fresh machine."""
     # What this run's own make was told is not for that one.
     told = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in told}

@@ -1,4 +1,4 @@
-"""The page on objectives says what the registry says, and its commands and examples work."""
+"""The page on objectives agrees with the registry, and its commands and examples work."""
 
 import re
 import shlex

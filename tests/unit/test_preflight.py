@@ -1,4 +1,4 @@
-"""What is said of a run that does not fit, what would make it fit, and the command that tells."""
+"""The message about a run that does not fit, its remedies, and the command that prints it."""
 
 import dataclasses
 import json

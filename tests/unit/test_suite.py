@@ -83,7 +83,7 @@ BY_PROFILE = {"deadline", "derandomize", "database"}
 
 
 def called(node: ast.AST) -> str:
-    """The last word of what a call calls: ``b`` of ``a.b()``."""
+    """Last word of the name that is called: ``b`` of ``a.b()``."""
     function = node.func if isinstance(node, ast.Call) else None
     return getattr(function, "attr", getattr(function, "id", ""))
 
@@ -93,7 +93,7 @@ def reads_clock(node: ast.AST) -> bool:
 
 
 def never_fails(test: ast.expr) -> bool:
-    """Whether an asserted expression is true whatever the code does."""
+    """True if an asserted expression is true whatever the code does."""
     if isinstance(test, ast.Constant):
         return bool(test.value)
     if isinstance(test, ast.Tuple | ast.List | ast.Set | ast.Dict):
@@ -104,7 +104,7 @@ def never_fails(test: ast.expr) -> bool:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """What an import names, in full; nothing of any other node."""
+    """Full names that an import names; none of any other node."""
     if isinstance(node, ast.ImportFrom):
         module = "." * node.level + (node.module or "")
         return [f"{module}.{alias.name}" for alias in node.names]
@@ -112,7 +112,7 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def skips_without_a_package(node: ast.AST) -> bool:
-    """Whether a test is skipped where a package is missing that every developer has."""
+    """True if a test is skipped where a package is missing that every developer has."""
     inside = [called(part) for part in ast.walk(node)]
     if called(node) == "importorskip":
         name = node.args[0]
@@ -123,7 +123,7 @@ def skips_without_a_package(node: ast.AST) -> bool:
 
 
 def faults(code: str, name: str = "test_it.py") -> list[str]:
-    """What a file of tests does against the rules."""
+    """Lists the rules that a file of tests breaks."""
     found = []
     in_faults = "faults/" in name
     for node in ast.walk(ast.parse(code)):

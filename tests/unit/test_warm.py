@@ -73,7 +73,7 @@ def test_a_variable_that_is_read_at_import_starts_cold(tmp_path):
 
 
 def test_a_fork_has_its_own_place_and_ends_as_a_program_does(tmp_path):
-    """What is registered for the end of the interpreter runs, and the exit code is the target's."""
+    """Exit handlers of the interpreter run, and the exit code is the target's."""
     (tmp_path / "program.py").write_text(
         "import atexit, os, sys\nfrom pathlib import Path\n\ndef main():\n"
         "    atexit.register(Path('left').write_text, os.environ['ONLY_HERE'])\n"

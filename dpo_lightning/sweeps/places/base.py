@@ -1,4 +1,4 @@
-"""Where the trials of a sweep run: what the dispatcher asks of a place, whichever it is.
+"""Interface between the dispatcher of a sweep and the places where trials run.
 
 A *site* is what ``hydra.launcher`` describes; nothing has been started there yet. It is opened for
 the time of a sweep, as a *place* that starts trials. An *attempt* is one start of one trial.
@@ -20,7 +20,7 @@ from dpo_lightning.sweeps.trials import Plan, Trial
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a trial asks for.
+    """Devices and machines that a trial asks for.
 
     Attributes:
         accelerator: ``trainer.accelerator``.
@@ -35,12 +35,12 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt ended.
+    """The end of an attempt.
 
     Attributes:
         exit_code: Of the trial's process, negative for a signal; None when it just vanished.
-        reason: Why it vanished.
-        final: Whether somebody meant it, so that it is not started again.
+        reason: Reason why it vanished.
+        final: True if somebody meant it, so that it is not started again.
     """
 
     exit_code: int | None
@@ -53,33 +53,33 @@ class Attempt(Protocol):
 
     @property
     def labels(self) -> list[str]:
-        """Where it runs, or waits to run, as a reader knows it."""
+        """Labels for a reader of the places where it runs, or waits to run."""
 
     def starts(self) -> int:
-        """How often its process was started so far; 0 while it waits in a queue."""
+        """Number of times its process was started so far; 0 while it waits in a queue."""
 
     def ending(self) -> Ending | None:
-        """How it ended; None while it runs or waits."""
+        """Its end; None while it runs or waits."""
 
     def ask(self) -> None:
-        """Asks it to end, as Ctrl-C does."""
+        """Asks the trial to end, as Ctrl-C does."""
 
     def kill(self) -> Ending:
-        """Ends it now."""
+        """Kills the trial now."""
 
 
 class Place(Protocol):
-    """A site that is open: it starts trials."""
+    """A site that is open and starts trials."""
 
     @property
     def grace_seconds(self) -> float:
-        """How long trials may take to end after they were asked to."""
+        """Seconds that trials may take to end after they were asked to."""
 
     def fits(self, trial: Trial) -> bool:
-        """Whether it would start the trial now."""
+        """True if the place would start the trial now."""
 
     def find(self, trial: Trial) -> Attempt | None:
-        """An attempt of an earlier command that is still under way."""
+        """Finds an earlier command's attempt at the trial that is still under way."""
 
     def start(self, trial: Trial) -> Attempt:
         """Starts a trial whose folder is there."""
@@ -87,7 +87,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is done at a place.
+    """Work of a place: the trials of one sweep.
 
     Attributes:
         plans: The trials as they were composed.
@@ -103,15 +103,15 @@ class Work:
 
 
 class Site(Protocol):
-    """What ``hydra.launcher`` describes."""
+    """A kind of place, described by ``hydra.launcher`` and not open yet."""
 
     @property
     def max_failures(self) -> int | None:
-        """After more failed trials than this no other is started; None: all are."""
+        """Number of failed trials after which no other is started; None: all are."""
 
     @property
     def retries(self) -> int:
-        """How often a trial that crashed is started again."""
+        """Number of times that a trial that crashed is started again."""
 
     def check(self) -> None:
         """Raises a ``UserError`` if the launcher's own settings are wrong."""
@@ -123,7 +123,7 @@ class Site(Protocol):
         """The kind of device that ``trainer.accelerator`` means there."""
 
     def open(self, work: Work) -> AbstractContextManager[Place]:
-        """Opens it for the time of a sweep."""
+        """Opens the site for the time of a sweep."""
 
 
 def check_counts(options: Mapping[str, Any], least: Mapping[str, float]) -> None:

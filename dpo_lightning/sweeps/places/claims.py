@@ -1,4 +1,4 @@
-"""Who may write a trial's folder, told through the folder itself; several machines share it.
+"""Claims on a trial's folder, kept in the folder itself, for machines that share it.
 
 Two small files: the *order* is written by the sweep alone and names the attempt that counts; the
 *claim* is written by the runner on the node that carries the order out. A runner whose order or
@@ -41,7 +41,7 @@ def give_order(folder: Path) -> str:
     """Writes a new order; whoever carries out an older one stops.
 
     Returns:
-        What names it.
+        Its name.
     """
     attempt = uuid.uuid4().hex
     write_json(folder / _ORDER, {"attempt": attempt, "given": time.time()})
@@ -54,12 +54,12 @@ def note_job(folder: Path, attempt: str, job: str) -> None:
 
 
 def withdraw_order(folder: Path) -> None:
-    """Has whoever carries out the folder's order stop its trial."""
+    """Withdraws the folder's order, so that its runner stops the trial."""
     write_json(folder / _ORDER, {"attempt": None})
 
 
 def stop_other(folder: Path) -> None:
-    """Has an earlier command's job that is at work in a folder stop, and waits until it is gone.
+    """Stops an earlier command's job that is at work in a folder, and waits until it is gone.
 
     Raises:
         Taken: If its processes do not end.
@@ -104,7 +104,7 @@ class ClaimReader:
         self._looked = -math.inf
 
     def look(self, *, now: bool = False) -> dict[str, Any]:
-        """What :func:`claim_of` says."""
+        """Returns the newest answer of :func:`claim_of`."""
         time_now = time.monotonic()
         if now or time_now - self._looked >= CHECK_SECONDS:
             self._looked = time_now
@@ -119,7 +119,7 @@ class Claim:
     Args:
         folder: The trial's.
         attempt: The order that it carries out.
-        run: What names this start; all tasks of a job share it.
+        run: Name of this start; all tasks of a job share it.
     """
 
     def __init__(self, folder: Path, attempt: str, run: str) -> None:
@@ -129,21 +129,21 @@ class Claim:
         self._content: dict[str, Any] = {}
 
     def is_ordered(self) -> bool:
-        """Whether the order still counts; one that cannot be read just now does."""
+        """True if the order still counts; one that cannot be read just now does."""
         return bool(order(self._folder).get("attempt", self._attempt) == self._attempt)
 
     def is_withdrawn(self) -> bool:
-        """Whether the sweep wants the end of the trial, and no other start of it."""
+        """True if the sweep wants the end of the trial, and no other start of it."""
         return order(self._folder).get("attempt", self._attempt) is None
 
     def take(self, devices: list[str]) -> int:
         """Takes the folder, from another runner if there is one, and waits until that is gone.
 
         Args:
-            devices: What this runner runs on, as a reader knows it.
+            devices: Devices that this runner runs on, as a reader knows them.
 
         Returns:
-            How often this attempt was started so far, with this start.
+            Number of times that this attempt was started so far, with this start.
 
         Raises:
             Taken: If the other's processes do not end.
@@ -172,7 +172,7 @@ class Claim:
         self._note(group=_birth(group))
 
     def holds(self) -> bool:
-        """Whether order and claim are still this runner's.
+        """True if order and claim are still this runner's.
 
         A runner whose order was given anew while it took the folder may have put its claim there;
         that is put right.
@@ -186,7 +186,7 @@ class Claim:
         return True
 
     def _may_write(self) -> bool:
-        """Whether the claim in the folder is this runner's, or of an order that does not count."""
+        """True if the folder's claim is this runner's, or of an order that does not count."""
         claim = read_json(self._folder / _CLAIM)
         return bool(
             claim.get("run") == self._run
@@ -194,7 +194,7 @@ class Claim:
         )
 
     def is_open(self) -> bool:
-        """Whether the runner of the first rank has begun this start and not ended it."""
+        """True if the runner of the first rank has begun this start and not ended it."""
         claim = read_json(self._folder / _CLAIM)
         return claim.get("run") == self._run and claim.get("state") == "open"
 
@@ -249,7 +249,7 @@ def _wait_until_gone(claim: dict[str, Any]) -> None:
 
 
 def _machine() -> str:
-    """What processes share that see each other by their numbers."""
+    """Identifies the machine, or container, whose processes see each other's process ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -285,7 +285,7 @@ def _is_alive(process: list[int] | None, *, group: bool = False) -> bool:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process that is there has not ended; one that nobody has reaped has."""
+    """True if an existing process has not ended; one that nobody has reaped has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

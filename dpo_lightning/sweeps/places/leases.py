@@ -1,4 +1,4 @@
-"""Which devices a trial of a sweep may use: a lease on as many as it asks for. Imports no torch."""
+"""Leases on the devices of a machine, one for each trial of a sweep. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Lease:
     """Devices that one trial holds alone.
 
     Attributes:
-        kind: What they are.
+        kind: Their kind.
         devices: Their names: of CUDA devices what CUDA_VISIBLE_DEVICES takes, else numbers.
     """
 
@@ -42,7 +42,7 @@ class DevicePool:
     """The devices of one kind, and which of them are free.
 
     Args:
-        kind: What they are.
+        kind: Their kind.
         devices: Their names.
     """
 
@@ -52,7 +52,7 @@ class DevicePool:
         self._free = list(devices)
 
     def has(self, width: int) -> bool:
-        """Whether ``width`` devices are free."""
+        """True if ``width`` devices are free."""
         return width <= len(self._free)
 
     def take(self, width: int) -> Lease | None:
@@ -68,7 +68,7 @@ class DevicePool:
         self._free = [device for device in self.devices if device in free]
 
     def environment(self, lease: Lease, given: Mapping[str, str]) -> dict[str, str]:
-        """What a trial's environment must say so that it sees its devices and its share of cores.
+        """Variables of a trial's environment that limit it to its devices and its share of cores.
 
         Args:
             lease: The trial's lease.
@@ -93,7 +93,7 @@ def make_pool(kind: DeviceKind, wanted: Any, gpus: Sequence[str]) -> DevicePool:
     """The devices that ``hydra.launcher.devices`` names.
 
     Args:
-        kind: What the trials run on.
+        kind: Kind of device that the trials run on.
         wanted: ``auto`` (all there are), a count, or a list: of CUDA devices their numbers among
             the visible ones, or names as CUDA_VISIBLE_DEVICES takes them.
         gpus: The visible CUDA devices.
@@ -161,7 +161,7 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for GPUs; torch is not imported for it."""
+    """True if the installed torch was built for GPUs; torch is not imported for it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False

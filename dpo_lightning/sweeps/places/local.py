@@ -45,7 +45,7 @@ class LocalSite:
     Args:
         devices: ``auto``, a count or a list.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
     """
 
     def __init__(self, *, devices: Any, max_failures: int | None, retries: int) -> None:
@@ -125,7 +125,7 @@ def _make_pools(
 def open_local(
     pools: Mapping[DeviceKind, DevicePool], script: Path, environment: Mapping[str, str]
 ) -> Iterator[LocalProcesses]:
-    """A place on this machine, with the pipe by which trials know that it is there.
+    """A place on this machine, and the pipe by which trials notice its end.
 
     Args:
         pools: The devices, by kind; every trial fits into the pool of its kind.
@@ -165,11 +165,11 @@ class LocalProcesses:
         self._lifeline = lifeline
 
     def fits(self, trial: Trial) -> bool:
-        """Whether as many devices are free as it asks for."""
+        """True if as many devices are free as the trial asks for."""
         return self._pools[trial.plan.kind].has(trial.plan.width)
 
     def find(self, trial: Trial) -> Attempt | None:
-        """None: trials of this machine end with the sweep that started them.
+        """Returns None: trials of this machine end with the sweep that started them.
 
         One that is about to end, or a job that another launcher left, is waited for: two of them
         must not write one folder.

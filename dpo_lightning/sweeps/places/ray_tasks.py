@@ -1,4 +1,4 @@
-"""Trials as tasks of Ray: which node they run on, and that a lost one is replaced, is Ray's.
+"""Trials as tasks of Ray, which chooses their nodes and replaces lost ones.
 
 A task runs its trial as a process of its own, which dies with Ray's worker. Imports neither torch
 nor, before a sweep, Ray.
@@ -46,10 +46,10 @@ class RaySite:
     Args:
         address: ``auto``, ``local``, or where it is; None is ``auto``.
         cpus_per_device: CPU cores that each device of a trial takes.
-        node_retries: How often Ray starts a trial again whose node was lost.
+        node_retries: Number of times that Ray starts a trial again whose node was lost.
         max_parallel: Tasks that are with Ray at once; None: all.
         max_failures: After more failed trials than this no other is started; None: all are.
-        retries: How often a trial that crashed is started again.
+        retries: Number of times that a trial that crashed is started again.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RaySite:
         check_texts(vars(self), ["address"])
 
     def check_trials(self, demands: Sequence[Demand]) -> None:
-        """Checks what is known here; which devices the nodes have is not.
+        """Checks the demands as far as possible here; the devices of the nodes are not known.
 
         Raises:
             UserError: If a trial would never fit, or Ray is not installed.
@@ -94,7 +94,7 @@ class RaySite:
         require_extra("ray", "ray", "hydra/launcher=ray")
 
     def kind(self, accelerator: str) -> DeviceKind:
-        """GPUs, unless the trial says that it wants none."""
+        """Returns GPUs, unless the trial wants none."""
         return "cpu" if accelerator == "cpu" else "cuda"
 
     @contextmanager
@@ -123,7 +123,7 @@ class RaySite:
 
 
 def _connect(address: str | None) -> tuple[Any, bool]:
-    """Ray, connected; and whether the cluster was started here."""
+    """Connects to Ray; returns it, and True if the cluster was started here."""
     # Read when Ray is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The runner hides GPUs itself.
@@ -179,18 +179,18 @@ def _check_answer(address: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """The first line of an exception's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 class RayTasks:
-    """Gives trials to Ray.
+    """Place that gives trials to Ray.
 
     Args:
         ray: The module, connected.
-        work: What they are about.
+        work: Their sweep.
         cpus_per_device: CPU cores that each device of a trial takes.
-        node_retries: How often Ray starts a trial again whose node was lost.
+        node_retries: Number of times that Ray starts a trial again whose node was lost.
         max_parallel: Tasks that are with Ray at once; None: all.
     """
 
@@ -214,7 +214,7 @@ class RayTasks:
         self._tasks = 0
 
     def needs(self, plan: Plan) -> dict[str, int]:
-        """What a trial takes of a node: with ``trainer.accelerator=auto`` GPUs where there are."""
+        """Resources of a trial; with ``trainer.accelerator=auto``, GPUs if the cluster has any."""
         wants_gpus = plan.accelerator in ("gpu", "cuda") or (
             plan.accelerator == "auto" and bool(self._ray.cluster_resources().get("GPU"))
         )
@@ -244,11 +244,11 @@ class RayTasks:
         log.warning("no node of the Ray cluster has %s yet: %s waits", wanted, plan.name)
 
     def fits(self, trial: Trial) -> bool:
-        """Whether one more task may be with Ray; which of them runs is Ray's to say."""
+        """True if one more task may be with Ray; Ray decides which of them runs."""
         return self._max_parallel is None or self._tasks < self._max_parallel
 
     def find(self, trial: Trial) -> Attempt | None:
-        """None: Ray ends the tasks of a sweep that is gone."""
+        """Returns None: Ray ends the tasks of a sweep that is gone."""
         return None
 
     def start(self, trial: Trial) -> Attempt:
@@ -268,7 +268,7 @@ class RayTasks:
         return _RayAttempt(self, self._ray, task, trial.folder, attempt)
 
     def forget(self) -> None:
-        """A task is over."""
+        """Notes that a task is over."""
         self._tasks -= 1
 
 

@@ -1,4 +1,4 @@
-"""Runs a trial on the node where a cluster put it: as a process group that dies with the runner.
+"""Runner of a trial on a cluster's node: a process group that dies with the runner.
 
 The sweep sends plain values; what is decided late, such as whether there is a checkpoint to go on
 from, is decided here. Imports no torch.
@@ -46,14 +46,14 @@ class Order:
     """A trial as it is sent to a node; every path is absolute and means the same there.
 
     Attributes:
-        attempt: What names the order in the trial's folder.
+        attempt: Name of the order in the trial's folder.
         folder: The trial's.
         script: The program, ``train.py``.
-        arguments: What follows it.
-        workdir: Where the command was typed; paths in the settings are seen from there.
+        arguments: Arguments of the program.
+        workdir: Folder in which the command was typed; paths in the settings are seen from there.
         environment: Added to the node's environment.
         defaults: Added where the node's environment has nothing under that name.
-        hide_gpus: Whether it must not see the node's GPUs.
+        hide_gpus: True if it must not see the node's GPUs.
         max_starts: After more starts than this the trial is given up; None: never.
     """
 
@@ -69,11 +69,11 @@ class Order:
 
 
 class Runner:
-    """Carries out an order.
+    """Runner that carries out an order.
 
     Args:
         order: The order.
-        run: What names this start; the tasks of a job share it. None: a new name.
+        run: Name of this start; the tasks of a job share it. None: a new name.
         rank: The task's number in its job.
     """
 
@@ -91,7 +91,7 @@ class Runner:
             The exit code of its process, negative for a signal; ``STOPPED`` if it no longer counts.
 
         Raises:
-            BaseException: What interrupted it, when the trial's processes have ended.
+            BaseException: The interruption, when the trial's processes have ended.
         """
         if not self._claim.is_ordered():
             return STOPPED  # it was cancelled, or ordered anew, while this waited in a queue
@@ -131,7 +131,7 @@ class Runner:
         kill_group(group)
 
     def _begin(self) -> bool:
-        """Takes the folder; whether the trial may be started."""
+        """Takes the folder; returns True if the trial may be started."""
         try:
             starts = self._claim.take(self._labels())
         except Taken as error:
@@ -250,10 +250,10 @@ def make_order(
 
     Args:
         trial: The trial.
-        work: What the place was opened for.
-        attempt: What names the order.
+        work: The sweep that the place was opened for.
+        attempt: Name of the order.
         threads: CPU threads of each of its processes; None leaves them to the node.
-        max_starts: How often the place may start it by itself; None: as often as it has to.
+        max_starts: Most starts by the place itself; None: as many as it needs.
     """
     passed_on = {
         name: value

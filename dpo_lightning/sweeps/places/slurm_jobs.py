@@ -57,14 +57,14 @@ SOURCE = str(Path(__file__).resolve().parents[3])
 
 @dataclass(frozen=True, slots=True)
 class JobTerms:
-    """On what terms jobs are submitted.
+    """Terms on which jobs are submitted.
 
     Attributes:
-        on_slurm: Whether to SLURM, or as processes of this machine.
-        max_timeouts: How often a trial that reached its time limit is queued again.
+        on_slurm: True submits to SLURM; False starts processes of this machine.
+        max_timeouts: Number of times that a trial that reached its time limit is queued again.
         max_parallel: Jobs in the queue at once; None: all.
         threads: CPU threads of each process; None: by the node.
-        parameters: What the job of a trial asks for, in the words of submitit's executor.
+        parameters: Resources of a trial's job, in the words of submitit's executor.
     """
 
     on_slurm: bool
@@ -75,7 +75,7 @@ class JobTerms:
 
 
 class TrialJob:
-    """What a task of a job does; it is sent by its import name and plain values.
+    """The work of one task of a job; it is sent by its import name and plain values.
 
     Args:
         order: The trial.
@@ -118,11 +118,11 @@ def _exit_143(signum: int, frame: object) -> None:
 
 
 class SlurmJobs:
-    """Submits trials.
+    """Place that submits trials as jobs.
 
     Args:
-        terms: On what terms.
-        work: What they are about.
+        terms: Terms of the submission.
+        work: Their sweep.
     """
 
     grace_seconds = 60.0
@@ -147,12 +147,12 @@ class SlurmJobs:
             )
 
     def fits(self, trial: Trial) -> bool:
-        """Whether one more job may be in the queue."""
+        """True if one more job may be in the queue."""
         most = self._terms.max_parallel
         return most is None or len(self._jobs) < most
 
     def find(self, trial: Trial) -> Attempt | None:
-        """The job of an earlier command, which ended without it; it is gone on with.
+        """Finds the job of an earlier command that ended without it, and goes on with that job.
 
         Raises:
             UserError: If SLURM does not say whether there is one.
@@ -240,7 +240,7 @@ class SlurmJobs:
         return _SlurmAttempt(self, job, trial.folder, attempt, on_slurm=self._terms.on_slurm)
 
     def forget(self, job: Any) -> None:
-        """The job is over."""
+        """Notes that the job is over."""
         self._jobs.pop(job.job_id, None)
 
     def state(self, job: Any, *, seconds: float) -> str:
@@ -316,7 +316,7 @@ class _SlurmAttempt:
         return Ending(claim.get("exit_code"), claim.get("reason"))
 
     def _vanished(self) -> Ending | None:
-        """The end of a job whose trial said nothing, once it is sure."""
+        """The end of a job whose trial said nothing, once that is certain."""
         if self._on_slurm:
             seconds = _STATE_SECONDS_STOPPING if self._stopping else _STATE_SECONDS
             state = self._jobs.state(self._job, seconds=seconds)

@@ -1,4 +1,4 @@
-"""SLURM's queue: which jobs squeue knows, and in what state. Imports no submitit."""
+"""SLURM's queue: the jobs that squeue knows, and their states. Imports no submitit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def job_name(trial: str, attempt: str) -> str:
 
 
 def is_alive(state: str) -> bool:
-    """Whether a job in this state runs or may run."""
+    """True if a job in this state runs or may run."""
     return state.partition(" ")[0] in (*_ALIVE, "UNKNOWN")
 
 
@@ -70,7 +70,7 @@ def queue_states(states: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_number(folder: Path) -> str | None:
-    """The number of the job that carries out a folder's order, where nobody noted it.
+    """Finds the number of the job that carries out a folder's order, if nobody noted it.
 
     The command that gave the order may have been killed before sbatch answered it. Then sbatch
     may even be at work still, so a young order is looked for until it has some age.
@@ -102,7 +102,7 @@ def find_number(folder: Path) -> str | None:
 
 
 def cancel_named(attempt: str) -> None:
-    """Cancels the job of an order, as far as SLURM answers."""
+    """Cancels the job of an order, if SLURM answers."""
     number = _number(queue(), attempt)
     if number is not None:
         with contextlib.suppress(OSError):
@@ -114,6 +114,6 @@ def _number(jobs: Iterable[QueuedJob] | None, attempt: str) -> str | None:
 
 
 def _seconds_left(given: Mapping[str, Any]) -> float:
-    """How long the submission of an order may still take, whatever the clocks say."""
+    """Seconds that the submission of an order may still take, whatever the clocks say."""
     age = time.time() - float(given.get("given", 0.0))
     return min(max(_SUBMISSION_SECONDS - age, 0.0), _SUBMISSION_SECONDS)

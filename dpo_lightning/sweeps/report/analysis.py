@@ -1,4 +1,4 @@
-"""What a sweep found: configurations ranked, one picked, the best two compared."""
+"""Results of a sweep: configurations ranked, one picked, the best two compared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BestTwo:
     Attributes:
         first: The better one.
         second: The next.
-        unit: What is paired, None where nothing could be.
+        unit: Unit of pairing, None where nothing could be paired.
         test: The outcome, None where nothing could be tested.
         sentence: The outcome in words.
     """
@@ -50,14 +50,14 @@ class BestTwo:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What the report says.
+    """Results that the report shows.
 
     Attributes:
-        metric: What the trials are ranked by, None where no trial has any.
-        kl_metric: Where the KL comes from, None where no trial has one.
+        metric: Metric that the trials are ranked by, None where no trial has any.
+        kl_metric: Metric that gives the KL, None where no trial has one.
         configurations: Best first; those without the metric last.
         pick: The chosen one.
-        reason: Why it was chosen, or why none was.
+        reason: Reason why it was chosen, or why none was.
         comparison: The best two, None where there are fewer.
         optimum: Points (KL, reward, beta) of the closed-form optimum, by KL.
         reference_value: The metric of the reference itself, where it is known.
@@ -74,7 +74,7 @@ class Analysis:
 
     @property
     def exact(self) -> bool:
-        """Whether the metric is computed over all responses, not estimated."""
+        """True if the metric is computed over all responses, not estimated."""
         return self.metric == REWARD
 
     @property
@@ -204,7 +204,7 @@ def _p_text(p: float) -> str:
 def _differences(
     one: Configuration, other: Configuration, metric: str
 ) -> tuple[str | None, NDArray[np.float64] | None]:
-    """What is paired, and the differences: items averaged over seeds, or one value per seed."""
+    """Unit of pairing, and the differences: items averaged over seeds, or one value per seed."""
     if metric in _UNITS and _same_items(one, other, metric):
         both = item_values([*one.trials, *other.trials], metric)
         if both is not None:
@@ -218,7 +218,7 @@ def _differences(
 
 
 def _same_items(one: Configuration, other: Configuration, metric: str) -> bool:
-    """Whether item n of one is item n of the other."""
+    """True if item n of one is item n of the other."""
     if metric == ACCURACY:
         changed = set(one.settings) ^ set(other.settings)
         keys = {override_key(line) for line in changed} - set(_SHAPES_ONLY)

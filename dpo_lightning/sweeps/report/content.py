@@ -1,4 +1,4 @@
-"""What a report says, as texts and tables that the templates only place."""
+"""Content of a report, as texts and tables that the templates only place."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Row:
     Attributes:
         rank: Its place, a dash without the metric.
         label: Its settings, short.
-        cells: What stands under ``Content.columns``.
-        picked: Whether it is the pick.
-        commands: What reproduces its trials.
+        cells: Cells under ``Content.columns``.
+        picked: True if it is the pick.
+        commands: Commands that reproduce its trials.
     """
 
     rank: str
@@ -60,7 +60,7 @@ class Answers:
     """Answers to some prompts, side by side.
 
     Attributes:
-        columns: Who answers, and whether that is the pick.
+        columns: Label of each that answers, and True if that is the pick.
         rows: A prompt and the answer of each.
     """
 
@@ -74,17 +74,17 @@ class ReportContent:
 
     Attributes:
         title: Name of the sweep.
-        counts: How many trials there are of each status.
+        counts: Number of trials of each status.
         pick: The pick's label, None without one.
-        reason: Why it was picked.
-        metric: What is ranked by, in words.
+        reason: Reason why it was picked.
+        metric: Metric of the ranking, in words.
         columns: Heads of the table behind rank and settings.
         rows: The configurations, best first.
         comparison: The best two in words, None where there are fewer.
         answers: Sample answers, None without any.
         unfinished: Trials that failed, still run or wait.
-        notes: What could not be read.
-        method: How the numbers were made, a sentence each.
+        notes: Notes about what could not be read.
+        method: Origin of the numbers, a sentence each.
         versions: Versions of the packages.
     """
 
@@ -104,11 +104,11 @@ class ReportContent:
 
 
 def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
-    """Puts a sweep and what was found into words.
+    """Puts a sweep and its results into words.
 
     Args:
         sweep: The trials.
-        analysis: What was found.
+        analysis: The results.
     """
     pick = analysis.pick
     counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]
@@ -144,7 +144,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
 
 
 def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The heads of the table and each configuration's cells; a column of nothing is left out."""
+    """Heads of the table, and each configuration's cells; an empty column is left out."""
     configurations = analysis.configurations
     metric = "" if analysis.metric is None else METRICS[analysis.metric]
     several = any(len(c.trials) > 1 for c in configurations)
@@ -218,7 +218,7 @@ def _answers(analysis: Analysis) -> Answers | None:
 
 
 def _texts(trial: TrialResult) -> dict[str, tuple[str, str, str]]:
-    """From each prompt to the preferred answer, the reference's and the policy's."""
+    """Answers of each prompt: the preferred one, the reference's and the policy's."""
     found: dict[str, tuple[str, str, str]] = {}
     for kind, own in (("answers", "after"), ("samples", "policy")):
         for row in as_rows(trial.evaluation.get(kind)):
@@ -385,5 +385,5 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 
 
 def report_command(folder: str) -> str:
-    """What makes the report anew."""
+    """Command that makes the report again."""
     return f"python -m dpo_lightning.sweeps.report {shlex.quote(folder)}"

@@ -1,4 +1,4 @@
-"""Trials that differ only in their seed, together, with what can be said about their metrics."""
+"""Pools of trials that differ only in their seed, and statistics of their metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Configuration:
         label: The swept settings, short.
         settings: The swept settings without the seed.
         trials: The finished ones.
-        unfinished: How many others there are.
+        unfinished: Number of others.
         value: The ranking metric, None where no trial has it.
         kl: KL to the reference in nats per response, exact or sampled.
         sampled_kl: Its estimate from samples, where ``kl`` is exact.
@@ -82,7 +82,7 @@ class Configuration:
         return sorted(trial.seed for trial in self.trials if trial.seed is not None)
 
     def mean(self, *names: str) -> float | None:
-        """Mean over the seeds of the first of the metrics that all have."""
+        """Mean over the seeds of the first of the metrics that all of them have."""
         for name in names:
             values = [trial.metric(name) for trial in self.trials]
             known = [value for value in values if value is not None]
@@ -99,7 +99,7 @@ class Configuration:
 
 
 def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | None:
-    """What to rank by: what is wanted, else the first metric that every trial has.
+    """Metric to rank by: the wanted one, else the first that every trial has.
 
     Raises:
         UserError: If it is not one to rank by, or no trial has it.
@@ -121,7 +121,7 @@ def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | No
 
 
 def choose_kl(trials: Sequence[TrialResult], *, exact: bool) -> str | None:
-    """Where the KL to the reference comes from: the exact one for an exact metric."""
+    """Metric that gives the KL to the reference: the exact one for an exact metric."""
     order = (EXACT_KL, SAMPLED_KL) if exact else (SAMPLED_KL, EXACT_KL)
     counts = {name: sum(t.metric(name) is not None for t in trials) for name in order}
     best = max(order, key=counts.__getitem__)
@@ -135,8 +135,8 @@ def pool(
 
     Args:
         trials: Finished or not.
-        metric: What to rank by.
-        kl_metric: Where the KL comes from.
+        metric: Metric to rank by.
+        kl_metric: Metric that gives the KL.
     """
     groups: defaultdict[frozenset[str], list[TrialResult]] = defaultdict(list)
     for trial in trials:
@@ -167,7 +167,7 @@ def pool(
 
 
 def _words(trial: TrialResult) -> frozenset[str]:
-    """The settings of the command line, without the seed and what only says where to run."""
+    """Settings of the command line, without the seed and the settings about where to run."""
     try:
         words = shlex.split(trial.command or "")
     except ValueError:

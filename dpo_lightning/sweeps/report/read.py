@@ -31,14 +31,14 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One trial, as its files tell.
+    """A trial, as far as its files tell.
 
     Attributes:
-        name: How a reader knows it.
+        name: Its name for a reader.
         folder: Its folder's name below the sweep's folder.
         overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
         status: ``waiting``, ``running``, ``finished``, ``failed``, ``diverged`` or ``stopped``.
-        error: Why it did not finish, if it said so.
+        error: Reason why it did not finish, if it gave one.
         result: ``result.json``, empty if there is none.
         rows: The lines of ``metrics.jsonl``.
         evaluation: ``evaluation.json``, empty if there is none.
@@ -57,12 +57,12 @@ class TrialResult:
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end."""
+        """True if the trial ran to its end."""
         return self.status == "finished"
 
     @property
     def failed(self) -> bool:
-        """Whether it ended before its end."""
+        """True if the trial stopped before its end."""
         return self.status in _FAILED
 
     @property
@@ -108,7 +108,7 @@ class TrialResult:
         return as_mapping(self.result.get(name))
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric; of a step that was taken twice the later value."""
+        """Steps and values of a metric; the later value of a step that was taken twice."""
         points: dict[float, float] = {}
         for row in self.rows:
             step, value = number(row.get("step")), number(row.get(name))
@@ -133,7 +133,7 @@ class Sweep:
     Attributes:
         folder: The sweep's folder.
         trials: In the order of their swept values.
-        notes: What could not be read.
+        notes: Notes about what could not be read.
     """
 
     folder: Path
@@ -147,7 +147,7 @@ class Sweep:
 
     @property
     def status_counts(self) -> dict[str, int]:
-        """How many trials have each status."""
+        """Number of trials of each status."""
         return dict(Counter(trial.status for trial in self.trials).most_common())
 
 
@@ -208,7 +208,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
 
 
 def _outcome(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The status and the error, where the launcher and the run may disagree."""
+    """Status and error of a trial, where the launcher and the run may disagree."""
     said, launched = result.get("status"), about.get("status")
     error = result.get("error")
     error = " ".join(error.split()) if isinstance(error, str) else None
@@ -262,7 +262,7 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_hydra_overrides(path: Path, notes: list[str]) -> list[str]:
-    """What Hydra wrote into a trial's folder, whoever launched it."""
+    """Reads the overrides that Hydra wrote into a trial's folder, whoever launched it."""
     if not path.is_file():
         return []
     try:
@@ -281,7 +281,7 @@ def _damaged(path: Path) -> str:
 
 
 def _without_common(trials: Sequence[TrialResult], unsorted: Sequence[bool]) -> list[TrialResult]:
-    """Takes from what Hydra wrote the settings that all trials share: they were not swept."""
+    """Removes the settings that all trials share, which were not swept, from Hydra's."""
     lists = [t.overrides for t, mixed in zip(trials, unsorted, strict=True) if mixed]
     common = set(lists[0]).intersection(*lists) if len(lists) > 1 else set()
     return [
@@ -316,7 +316,7 @@ def override_value(line: str) -> str:
 
 
 def is_hydra_word(word: str) -> bool:
-    """Whether a word of a command line is Hydra's, not the experiment's."""
+    """True if a word of a command line is Hydra's, not the experiment's."""
     return override_key(word).startswith(("hydra.", "hydra/"))
 
 
@@ -331,7 +331,7 @@ def as_rows(value: Any) -> list[Mapping[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a finite number, of a size that can be reckoned with."""
+    """The value if it is a finite number of a usable size."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What can be said about a metric from a few seeds and many evaluated items. Imports only NumPy.
+"""Statistics of a metric over a few seeds and many evaluated items. Imports only NumPy.
 
 Items (evaluation groups or sampled prompts) are the same for every seed, so both are resampled.
 """
@@ -22,7 +22,7 @@ _BLOCK = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and how far to trust it.
+    """A mean and its uncertainty.
 
     Attributes:
         mean: The mean.
@@ -46,7 +46,7 @@ class PairedTest:
         low: Lower end of its 95% bootstrap interval.
         high: Upper end of it.
         p: Two-sided p-value of the sign-flip permutation test.
-        count: How many differences there were.
+        count: Number of differences.
     """
 
     difference: float
@@ -58,7 +58,7 @@ class PairedTest:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Outcome of the one-standard-error rule; all are positions in what was given.
+    """Outcome of the one-standard-error rule; all are positions in the given list.
 
     Attributes:
         best: The largest mean.
@@ -83,7 +83,7 @@ def over_items(values: ArrayLike) -> Estimate:
 
 
 def over_seeds(values: ArrayLike) -> Estimate:
-    """One value per seed: the standard error of their mean, and a bootstrap over the seeds.
+    """Mean of one value per seed: its standard error, and a bootstrap over the seeds.
 
     Args:
         values: At least two finite values, shape (S,).
@@ -95,7 +95,7 @@ def over_seeds(values: ArrayLike) -> Estimate:
 
 
 def single(mean: float, stderr: float | None) -> Estimate:
-    """One value with the standard error that came with it, if any did."""
+    """One value with the standard error that was reported with it, if any."""
     if stderr is None:
         return Estimate(mean, None, None, None)
     return Estimate(mean, stderr, mean - _NORMAL_95 * stderr, mean + _NORMAL_95 * stderr)
@@ -138,7 +138,7 @@ def paired_test(differences: ArrayLike) -> PairedTest:
 
 
 def choose(values: Sequence[Estimate], kls: Sequence[float | None]) -> Choice:
-    """The one-standard-error rule: of what is as good as the best, the closest to the reference.
+    """One-standard-error rule: of those as good as the best, the closest to the reference.
 
     Args:
         values: The metric of each, larger is better; at least one.

@@ -1,4 +1,4 @@
-"""Numbers and texts as a reader sees them. Texts come from data sets: none may act as markup."""
+"""Numbers and texts for a reader. Texts come from data sets: none may act as markup."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def label_of(settings: Iterable[str], beta: float | None) -> str:
 
 
 def number_text(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and a real minus sign."""
+    """A number with a given number of significant digits and a real minus sign."""
     if value is None:
         return MISSING
     if value == 0:
@@ -74,12 +74,12 @@ def range_text(low: float | None, high: float | None) -> str:
 
 
 def clean(text: str) -> str:
-    """Without control characters and halves of characters, which no file can hold."""
+    """Removes control characters and halves of characters, which no file can hold."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def cut(text: object, longest: int = LONGEST_TEXT, *, keep_end: bool = False) -> str:
-    """A text of bounded length; of a prompt the end says more."""
+    """Cuts a text to a length; of a prompt it keeps the end, which says more."""
     whole = clean(text).strip() if isinstance(text, str) else ""
     if len(whole) <= longest:
         return whole
@@ -87,7 +87,7 @@ def cut(text: object, longest: int = LONGEST_TEXT, *, keep_end: bool = False) ->
 
 
 def own_words(command: str) -> str:
-    """A trial's command without what only the launcher adds."""
+    """A trial's command without the words that only the launcher adds."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -97,7 +97,7 @@ def own_words(command: str) -> str:
 
 
 def escape_markdown(value: object) -> str:
-    """Text for a line or a table cell of Markdown in which nothing is markup."""
+    """Escapes a text for a line or a table cell of Markdown, so that nothing in it is markup."""
     if isinstance(value, Markdown):
         return value
     text = html.escape(clean(str(value)), quote=False)

@@ -35,10 +35,10 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
 
     Args:
         folder: The sweep's folder.
-        metric: What to rank by; None takes the first of ``METRICS`` that the trials have.
+        metric: Metric to rank by; None takes the first of ``METRICS`` that the trials have.
 
     Returns:
-        What ``sweep.json`` holds; ``pick`` is None where nothing could be picked.
+        The content of ``sweep.json``; ``pick`` is None where nothing could be picked.
 
     Raises:
         UserError: If there is no sweep in the folder, or no trial has the metric.
@@ -68,7 +68,7 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
 
 
 def _by_beta(analysis: Analysis) -> list[Configuration]:
-    """In the order of a legend."""
+    """Sorts configurations into the order of a legend."""
     return sorted(analysis.configurations, key=lambda c: (c.beta is None, c.beta or 0.0, c.label))
 
 

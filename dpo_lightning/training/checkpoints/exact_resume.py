@@ -1,4 +1,4 @@
-"""What makes a resumed run equal an undisturbed one to the bit, beside weights and optimizer.
+"""State that makes a resumed run bit-identical, beside weights and optimizer.
 
 The order of the data is a function of seed and step, so a checkpoint needs no more of it than the
 step. What it does need: the states of the random number generators, for an adapter's dropout; a
@@ -25,7 +25,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators as plain values and tensors.
 
     Args:
-        device: Whose generator counts beside the CPU's.
+        device: Device with the generator that counts beside the CPU's.
     """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -43,7 +43,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts generators back to what :func:`random_state` found."""
+    """Restores generators to the states that :func:`random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     keys, *rest = state["numpy"]
@@ -54,7 +54,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class ExactResume(Callback):
-    """Keeps and restores what Lightning does not; it comes before callbacks that draw numbers."""
+    """Saves and restores what Lightning does not; stands before callbacks that draw numbers."""
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
@@ -62,7 +62,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """On every rank: each has generators of its own."""
+        """Saves the generators of every rank: each has its own."""
         own = random_state(pl_module.device)
         states: list[Any] = [own]
         if trainer.world_size > 1:
@@ -75,7 +75,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Only keeps them: what still draws before the first step would take from them."""
+        """Keeps the states for later: something may still draw before the first step."""
         self._states = checkpoint[_KEY]
         if len(self._states) != trainer.world_size:
             log.info(
@@ -104,7 +104,7 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The last moment before the first step: by now the data loaders have drawn their seeds."""
+        """Restores the generators before the first step: data loaders have drawn their seeds."""
         self._restore(trainer, pl_module)
         self._states = None
 
@@ -114,7 +114,7 @@ class ExactResume(Callback):
 
 
 def _settle(loops: dict[str, Any], step: int) -> None:
-    """Loop progress as it is right after a step, wherever the checkpoint is saved.
+    """Resets the loop progress to that right after a step, wherever the checkpoint is saved.
 
     The run is one Lightning epoch; what its loops count beside the step would make a difference
     between a checkpoint of an undisturbed run and one of a resumed run.

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are whole, which a run goes on from, which stay. Imports no torch.
+"""Checkpoints on disk: the whole ones, the one to resume from, those to keep. Imports no torch.
 
 A checkpoint is two files: ``step-000010.ckpt`` and, written last, its manifest
 ``step-000010.json`` with the size and the hash of the first. One without a manifest was not
@@ -29,19 +29,19 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds: its size in bytes, and their BLAKE2b hash in hexadecimal."""
+    """A file's content: its size in bytes, and their BLAKE2b hash in hexadecimal."""
 
     bytes: int
     blake2b: str
 
 
 def new_digest() -> Any:
-    """The hash of a checkpoint's content, to be fed."""
+    """A new hash for the content of a checkpoint."""
     return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Path of a step's checkpoint."""
     return folder / f"step-{step:06d}.ckpt"
 
 
@@ -56,14 +56,14 @@ def manifest_path(path: Path) -> Path:
 def publish(
     staged: Path, path: Path, content: Content, *, step: int, facts: Mapping[str, Any]
 ) -> None:
-    """Gives a synced file its name, then writes its manifest; at no time is there less than before.
+    """Renames a synced file, then writes its manifest; at no time is there less than before.
 
     Args:
         staged: The file, in the same folder.
         path: Its name.
-        content: What it holds.
+        content: Its content.
         step: Optimizer steps completed.
-        facts: What else the manifest says; plain values.
+        facts: Further entries of the manifest; plain values.
 
     Raises:
         OSError: If it cannot be written.
@@ -113,7 +113,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left: files that had no name yet, manifests of nothing."""
+    """Removes a killed process's leftovers: files that had no name yet, manifests of nothing."""
     with contextlib.suppress(OSError):
         for path in folder.glob(".step-*"):
             log.info("%s: left by a process that was killed; removed", path)
@@ -177,7 +177,7 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-    """What to resume from in place of a damaged checkpoint."""
+    """Names the checkpoint to resume from in place of a damaged one."""
     for sibling in saved_checkpoints(path.parent):
         if sibling != path and find_damage(sibling) is None:
             return f"resume={sibling} is whole"
@@ -185,7 +185,7 @@ def _remedy(path: Path) -> str:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, before anything is loaded from it; None if it is whole."""
+    """Finds the damage of a checkpoint before anything is loaded from it; None if it is whole."""
     manifest = _read(manifest_path(path))
     if isinstance(manifest, str):
         return manifest
@@ -218,7 +218,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | str:
-    """A manifest, or what is wrong with it."""
+    """Reads a manifest; returns a text with its fault if it has one."""
     try:
         manifest = json.loads(path.read_bytes())
         if manifest["check"] != _check(manifest):
@@ -238,7 +238,7 @@ def _read(path: Path) -> dict[str, Any] | str:
 def changed_settings(
     saved: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """What a checkpoint was made with and this run has otherwise.
+    """Settings that differ between a checkpoint and this run.
 
     Args:
         saved: The ``identity`` of a manifest.

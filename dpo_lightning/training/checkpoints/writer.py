@@ -1,4 +1,4 @@
-"""The one writer of checkpoints, and the callback that says when it writes.
+"""The one writer of checkpoints, and the callback that decides when it writes.
 
 A checkpoint is staged beside its target, hashed while it is written, synced, renamed and then named
 by its manifest; older ones go after that. Whatever interrupts this leaves the one before whole.
@@ -41,7 +41,7 @@ class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints that are whole or not there, and loads nothing but tensors and values.
 
     Args:
-        facts: What every manifest says beside step, size and hash; plain values.
+        facts: Entries of every manifest beside step, size and hash; plain values.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a checkpoint that cannot be written, and what there is to go on from."""
+    """Remedy for a checkpoint that cannot be written, with the one to resume from, if any."""
     remedy = "make room, or take another folder with hydra.run.dir=<folder>"
     for other in checkpoints.saved_checkpoints(path.parent):
         if other != path and checkpoints.manifest_path(other).exists():
@@ -124,7 +124,7 @@ def _remedy(path: Path) -> str:
 
 
 class _Hashed:
-    """A file that is hashed while it is written; torch writes from front to end.
+    """A file that is hashed while torch writes it from front to end.
 
     torch makes a RuntimeError of whatever a write raises, so that is kept.
     """
@@ -149,11 +149,11 @@ class _Hashed:
         return count
 
     def flush(self) -> None:
-        """Torch asks for it."""
+        """Does nothing; torch asks for it."""
 
     @property
     def content(self) -> Content:
-        """What was written."""
+        """Content that was written."""
         return Content(self._bytes, self._digest.hexdigest())
 
 
@@ -177,7 +177,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> Content:
 
 
 def _bytes_of(checkpoint: Mapping[str, Any]) -> int:
-    """About what a checkpoint takes on disk.
+    """Approximate size of a checkpoint on disk, in bytes.
 
     Raises:
         UserError: If something in it would be refused when it is loaded.
@@ -196,7 +196,7 @@ def _bytes_of(checkpoint: Mapping[str, Any]) -> int:
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """All that is in dicts and lists; other kinds of these are leaves, which are not loaded."""
+    """Keys and items of nested dicts and lists; other kinds of these are leaves and not loaded."""
     if type(value) in _DICTS:
         for key, item in value.items():
             place = f"{where}.{key}" if where else str(key)
@@ -210,7 +210,7 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def save_now(trainer: pl.Trainer, path: Path) -> None:
-    """Saves a checkpoint from a hook that all ranks are in; all of them learn how it went.
+    """Saves a checkpoint from a hook that all ranks are in; all of them learn the outcome.
 
     Args:
         trainer: The trainer.
@@ -235,13 +235,13 @@ def save_now(trainer: pl.Trainer, path: Path) -> None:
 
 
 class Checkpoints(Callback):
-    """Saves every so many steps and at the end; the newest stay.
+    """Saves at regular steps and at the end; the newest stay.
 
     Args:
         folder: The run's ``checkpoints`` folder.
         every_n_steps: Steps between two checkpoints; None writes none while training.
-        keep: How many stay while training.
-        last: Whether the end of the training is saved.
+        keep: Number of checkpoints that stay while training.
+        last: True if the end of the training is saved.
     """
 
     def __init__(self, folder: Path, *, every_n_steps: int | None, keep: int, last: bool) -> None:
@@ -251,7 +251,7 @@ class Checkpoints(Callback):
         self._last = last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes away what a killed process left."""
+        """Removes the leftovers of a killed process."""
         if trainer.is_global_zero:
             checkpoints.remove_leftovers(self._folder)
 
@@ -263,7 +263,7 @@ class Checkpoints(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Saves, and only then removes what is older."""
+        """Saves, and only then removes older checkpoints."""
         if self._every is None or trainer.global_step % self._every:
             return
         path = checkpoint_path(self._folder, trainer.global_step)
@@ -277,7 +277,7 @@ class Checkpoints(Callback):
                 ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the end, unless its step was saved on the way."""
+        """Saves the last step, unless it was saved on the way."""
         if not self._last:
             return
         path = checkpoint_path(self._folder, trainer.global_step)

@@ -141,7 +141,7 @@ def test_generation_says_only_outcomes_and_as_often_as_they_are_likely(
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_the_report_equals_a_loop_over_outcomes(task, reference_logps, beta):
-    """Written out again in numpy, prompt by prompt, from the definitions."""
+    """The report written out again in numpy, prompt by prompt, from the definitions."""
     policy_logps = task.outcome_logps(random_model())
     found: dict[str, list[float]] = {}
     for p in range(8):
@@ -224,7 +224,7 @@ def test_what_a_policy_never_says_counts_nothing(task, reference_logps):
 
 
 def indices(task: ControlledTask, groups) -> np.ndarray:
-    """(n, 3): prompt, chosen, rejected."""
+    """Pairs as an array (n, 3): prompt, chosen, rejected."""
     index = {y: i for i, y in enumerate(task.outcomes)}
     return np.array(
         [

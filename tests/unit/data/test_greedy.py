@@ -11,7 +11,7 @@ budgets = st.integers(1, 30)
 
 
 def first_fit(order, costs, budget):
-    """Each to the first part with room."""
+    """Puts each item into the first part with room."""
     parts, room = [], []
     for i in order:
         for place, left in enumerate(room):
@@ -26,7 +26,7 @@ def first_fit(order, costs, budget):
 
 
 def next_fit(order, costs, budget):
-    """Each to the last part, if that has room."""
+    """Puts each item into the last part, if that has room."""
     parts, room = [], 0
     for i in order:
         if not parts or costs[i] > room:

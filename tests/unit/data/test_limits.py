@@ -1,4 +1,4 @@
-"""A chat template is a program: what it may take is bounded, and who stopped it is named."""
+"""Limits on the time and the memory of a chat template, which is a program."""
 
 import resource
 import signal

@@ -1,4 +1,4 @@
-"""The margin that a row asks for is part of what its data is told apart by."""
+"""The margin that a row asks for is part of the identity of its data."""
 
 from dataclasses import replace
 

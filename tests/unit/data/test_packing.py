@@ -64,7 +64,7 @@ MANY = st.lists(token_groups(), min_size=1, max_size=8)
 
 
 def slow_layout(groups):
-    """The same row of tokens, one token and one pair at a time."""
+    """The row of tokens, one token and one pair at a time."""
     out = {name: [] for name in ("input_ids", "position_ids", "score_from", "targets", "response")}
     out |= {name: [] for name in ("lengths", "group", "rank", "pairs", "owner", "segment")}
     for g, group in enumerate(groups):
@@ -126,7 +126,7 @@ def test_the_layout_is_that_of_a_slow_loop(groups):
 
 
 def seen(batch) -> dict[int, set[int]]:
-    """For each flat token the flat tokens that the buckets let it see."""
+    """The flat tokens that the buckets let each flat token see."""
     found: dict[int, set[int]] = {}
     offset = 0
     places = {}
@@ -147,7 +147,7 @@ def seen(batch) -> dict[int, set[int]]:
 
 
 def should_see(groups) -> dict[int, set[int]]:
-    """The prompt before, and the own response before; written as a loop over tokens."""
+    """The prompt and the own response before each token, written as a loop over tokens."""
     slow = slow_layout(groups)
     tokens = range(len(slow["input_ids"]))
     return {
@@ -187,7 +187,7 @@ def test_a_call_is_not_larger_than_allowed(monkeypatch):
 
 
 def test_sequences_of_like_lengths_are_one_call(monkeypatch):
-    """Where a call costs nothing: prompts of 40 apart from responses of 3, each kind together."""
+    """If a call costs nothing, prompts of 40 and responses of 3 are apart, each kind together."""
     groups = [
         TokenGroup(np.arange(p, dtype=np.int32), (np.zeros(3, np.int32),) * 2, (1, 2), 1.0, "", "")
         for p in (40, 40, 40)
@@ -206,7 +206,7 @@ COSTS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 def first_fit(costs: list[int], budget: int) -> int:
-    """How many bins the longest first, each where it fits first, needs."""
+    """Number of bins that first-fit needs, longest first."""
     room: list[int] = []
     for cost in costs:
         place = next((i for i, left in enumerate(room) if cost <= left), None)

@@ -20,7 +20,7 @@ from tests.support.properties import examples
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per letter; "." is EOS, "^" is BOS and nobody writes it."""
+    """A tokenizer of letters; "." is EOS, "^" is BOS and nobody writes it."""
     pieces = [".", "^", "?", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
     backend = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -1,4 +1,4 @@
-"""Every form of a row, and what its group is."""
+"""Every form of a row, and the group that it becomes."""
 
 from pathlib import Path
 

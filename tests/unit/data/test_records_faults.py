@@ -1,4 +1,4 @@
-"""Every fault of a row, with its place, its field and what was found."""
+"""Every fault of a row, with its place, its field and the value that was found."""
 
 import json
 import math

@@ -24,7 +24,7 @@ def good(format: str) -> dict[str, Any]:
 
 
 def read_whole(path: Path, format: str, total: int) -> Rows:
-    """So many rows of a file that is not refused."""
+    """Reads a file that is not refused, and checks the number of its rows."""
     found = read(path, format)
     assert found is not None
     assert found.total == total

@@ -106,7 +106,7 @@ def test_parquet_without_rows_or_columns(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Answers as the hub would: with what ``answers`` holds, raised if it is an exception."""
+    """Stand-in for the hub that answers from ``answers``; exceptions in it are raised."""
     answers, asked = {}, []
 
     def load_dataset(path, **options):

@@ -1,4 +1,4 @@
-"""The form of a name says what it names; settings and sources go by the same."""
+"""The form of a name decides its kind; settings and sources agree on it."""
 
 import pytest
 

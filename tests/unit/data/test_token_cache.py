@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def count(monkeypatch):
-    """How often rows were really turned into tokens."""
+    """Sizes of the calls in which rows were really turned into tokens."""
     calls = []
 
     def counted(groups, *args, **kwargs):

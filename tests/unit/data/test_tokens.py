@@ -1,4 +1,4 @@
-"""Texts to token ids: where a prompt ends, how a response ends, and what becomes of long groups."""
+"""Texts to token ids: the end of a prompt, the end of a response, and long groups."""
 
 from dataclasses import replace
 

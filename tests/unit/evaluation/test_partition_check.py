@@ -1,4 +1,4 @@
-"""The policy's own partition function is 1: what that check sees, and what only enumerating does.
+"""The check that the policy's partition function is 1: faults that it finds, and others.
 
 Both are shown with four planted faults: a prompt token that is scored too, labels shifted by
 one, the first token of each response dropped, and its last one, the EOS, dropped.
@@ -21,7 +21,7 @@ from dpo_lightning.models.probe import choose_path
 
 
 class Faulty:
-    """A scorer with a fault in what it scores."""
+    """A scorer with a fault in the tokens that it scores."""
 
     def __init__(self, scorer, fault):
         self._scorer = scorer
@@ -39,7 +39,7 @@ def right(scorer, model, batch, plan):
 
 
 def prompt_token(scorer, model, batch, plan):
-    """The first token of each response is counted together with the prompt's last one."""
+    """Counts the first token of each response together with the prompt's last one."""
     values = scorer.token_logps(model, batch, plan)
     first = batch.lengths.cumsum(0) - batch.lengths
     last_of_prompt = batch.score_from[first]
@@ -53,7 +53,7 @@ def prompt_token(scorer, model, batch, plan):
 
 
 def shifted(scorer, model, batch, plan):
-    """Each place is asked for the token behind the next one."""
+    """Asks each place for the token behind the next one."""
     return scorer.token_logps(
         model, dataclasses.replace(batch, targets=batch.targets.roll(-1)), plan
     )
@@ -157,7 +157,7 @@ def test_faults_that_the_check_sees(models, drawn, caplog, fault):
 
 @pytest.mark.parametrize("fault", [without_first, without_eos])
 def test_faults_that_only_the_sum_to_one_sees(models, drawn, caplog, fault):
-    """What is left after the first token is a distribution too, given that token.
+    """The rest after the first token is a distribution too, given that token.
 
     So is a response without its end, nearly: what ends early gains what its end had lost.
     """

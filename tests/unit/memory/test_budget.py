@@ -1,4 +1,4 @@
-"""How many tokens at once, when activations are computed again, and what a step computes."""
+"""Budget of tokens, choice of checkpointing, and tokens that a step computes."""
 
 import itertools
 import logging

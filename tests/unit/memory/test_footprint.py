@@ -24,7 +24,7 @@ from tests.support.runs import ROOT
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_shape_of_a_model_is_that_by_hand(name: str):
-    """Of the config alone, on the meta device: 70 billion weights take no memory."""
+    """Shape from the config alone, on the meta device: 70 billion weights take no memory."""
     layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
@@ -88,7 +88,7 @@ def test_adapters_are_small_and_the_rest_is_frozen():
 
 
 def test_shares_of_a_sharded_model():
-    """Of 8: an eighth of each; whole for a while are what is outside of layers, and two layers."""
+    """Each of 8 has an eighth; whole for a while are two layers and what is outside of layers."""
     model = shape("1B")
     found = footprint(model, training(masters=False, shards=8))
     assert found.weights == 4 * model.parameters / 8
@@ -103,7 +103,7 @@ def test_shares_of_a_sharded_model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "key_heads"), [(6, 6), (8, 2)])
 def test_activations_are_what_autograd_saves(dtype: torch.dtype, heads: int, key_heads: int):
-    """Within 8%; the gradients of one layer, which come on top, are taken off the estimate."""
+    """Within 8% once the gradients of one layer, which come on top, are taken off the estimate."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=64 * heads, intermediate_size=1024, num_hidden_layers=8,
         num_attention_heads=heads, num_key_value_heads=key_heads,
@@ -206,7 +206,7 @@ MEASURED = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_tex
 
 @pytest.mark.parametrize("way", MEASURED)
 def test_measured_is_within_15_percent_of_the_estimate(way: str):
-    """What benchmarks/memory.py measured stands on the page; the estimate is still today's.
+    """The measurements of benchmarks/memory.py stand on the page; the estimate is today's.
 
     But for activations and head, which depend on the lengths of the rows.
     """

@@ -49,7 +49,7 @@ def make_adapters(model, start=NEW, **changes) -> Adapters:
 
 
 def shake(model, seed: int = 5) -> None:
-    """Trained matrices of any values: a new adapter does nothing yet."""
+    """Fills trained matrices with any values: a new adapter does nothing yet."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,7 +70,7 @@ def make_groups() -> list[TokenGroup]:
 
 
 def plain_logps(model, group: TokenGroup) -> list[torch.Tensor]:
-    """A forward pass a response, nothing shared, nothing padded."""
+    """Log-probabilities by a forward pass a response, nothing shared, nothing padded."""
     found = []
     for response in group.responses:
         row = torch.tensor(np.concatenate([group.prompt, response]).astype(np.int64))[None]
@@ -182,7 +182,7 @@ def test_bfloat16_has_float32_masters_of_the_adapter_alone():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3-capped", "gpt2", "gpt-neox", "opt"])
 def test_the_reference_is_the_base_model_to_the_bit(family):
-    """Before any step, after some, and with dropout in the trained adapter."""
+    """Equal before any step, after some, and with dropout in the trained adapter."""
     base = make_model(family).eval()
     model = make_model(family)
     scorer, reason = choose_path(model, max_length=32)

@@ -1,4 +1,4 @@
-"""The kernel for any lengths: how it is called, when it is trusted, and what it is compared with.
+"""The kernel for any lengths: its calls, the trust in it, and the comparison behind that.
 
 It runs on GPUs alone, so a plain one with the documented behaviour stands in for it here.
 """
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def plain_varlen(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
 ):
-    """Sequence by sequence; causal from the last key backwards, as the documentation says."""
+    """Plain attention, sequence by sequence; causal from the last key backwards, as documented."""
     left, right = window_size
     assert right == 0
     outputs = []

@@ -35,7 +35,7 @@ def inputs(dtype=torch.float64, *, bias=False, seed=0):
 
 
 def plain(tensors, targets, transform):
-    """What every text book does, with all scores in memory."""
+    """Plain log-softmax, with all scores in memory."""
     states, weight, *bias = tensors
     logits = states @ weight.t() * transform.scale
     if bias:

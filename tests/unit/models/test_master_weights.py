@@ -99,7 +99,7 @@ def test_frozen_weights_are_rounded_and_not_trained():
 
 
 def test_only_frozen_weights_are_cast_beside_an_adapter():
-    """But for those that a family keeps in float32, and codes of 4 bits, which are no numbers."""
+    """Frozen weights are cast, but no codes of 4 bits, and none that a family keeps in float32."""
     model = make_model()
     model._keep_in_fp32_modules = ["norm"]
     for parameter in model.parameters():

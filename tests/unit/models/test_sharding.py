@@ -81,7 +81,7 @@ def test_a_sharded_model_has_the_same_scores_and_gradients(mesh, family: str, pa
 
 
 def test_weights_are_gathered_in_the_type_that_is_computed_in(mesh):
-    """As bfloat16 weights behind float32 ones: the same numbers to the bit, float32 gradients."""
+    """Equal to bfloat16 weights behind float32 ones, to the bit; gradients are float32."""
     model, scorer = prepared("llama", "flat")
     rounded = cast_parameters(copy.deepcopy(model), torch.bfloat16)
     sharded = shard_model(model, mesh, CPU, compute_dtype=torch.bfloat16)
@@ -212,7 +212,7 @@ def test_a_tied_model_comes_back_whole_and_tied(mesh, tmp_path):
 
 
 def test_a_rank_without_weights_has_the_same_names(mesh):
-    """What the other ranks shard is a model without weights; its tensors must line up."""
+    """The other ranks shard a model without weights; its tensors must line up."""
     model, _ = prepared("gemma3-text", "flat")
     meta = meta_model(model.config, dtype=torch.float32)
     names = [(n, t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]]

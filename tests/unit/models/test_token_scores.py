@@ -1,4 +1,4 @@
-"""What a scorer says of each token, on both paths, against a plain log_softmax per response."""
+"""A scorer's values per token, on both paths, against a plain log_softmax per response."""
 
 import numpy as np
 import pytest

@@ -28,7 +28,7 @@ def test_linear_by_hand():
 
 
 def test_cosine_by_hand():
-    """(1 - cos(pi k / 4)) / 2 is 0, 0.146447, 0.5, 0.853553, 1; of a fall by 0.4 from 0.5."""
+    """(1 - cos(pi k / 4)) / 2 is 0, 0.146447, 0.5, 0.853553, 1; times a fall by 0.4 from 0.5."""
     plan = BetaPlan(start=0.5, end=0.1, schedule="cosine", total_steps=5)
     expected = [0.5, 0.4414214, 0.3, 0.1585786, 0.1]
     assert [plan.at(i) for i in range(5)] == pytest.approx(expected, abs=1e-7)

@@ -16,7 +16,7 @@ NAMES = ("softmax", "plackett_luce")
 
 
 def loss(name, *groups, dtype=torch.float64):
-    """Each group is a list of (score, rank)."""
+    """Calls a loss on groups, each a list of (score, rank)."""
     owners = [g for g, responses in enumerate(groups) for _ in responses]
     scores, ranks = zip(*[pair for responses in groups for pair in responses], strict=True)
     return listwise_loss(

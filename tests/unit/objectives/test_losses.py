@@ -48,7 +48,7 @@ def other_options(name):
 
 
 def divergences_of(name):
-    """Each f-divergence that a loss can be used under, as arguments."""
+    """Arguments for each f-divergence that a loss can be used under."""
     if name not in MARGIN_LOSSES:
         return [{}]
     others = [{"f_divergence": n} for n in DIVERGENCES if n != "alpha_divergence"]
@@ -56,7 +56,7 @@ def divergences_of(name):
 
 
 def call(name, policy, reference, lengths, *, beta=0.1, **options):
-    """Tensors of (B, 2), chosen and rejected; a reference of None is none."""
+    """Calls a loss on tensors of (B, 2), chosen and rejected; a reference of None is none."""
     return pairwise_loss(
         name,
         policy_chosen_logps=policy[:, 0],
@@ -71,7 +71,7 @@ def call(name, policy, reference, lengths, *, beta=0.1, **options):
 
 
 def gradient(name, policy, reference, lengths, **options):
-    """Of the sum over the batch with respect to the policy's logps, (B, 2)."""
+    """Gradient of the sum over the batch with respect to the policy's logps, (B, 2)."""
     policy = policy.detach().clone().requires_grad_()
     call(name, policy, reference, lengths, **options).sum().backward()
     return torch.zeros_like(policy) if policy.grad is None else policy.grad
@@ -361,7 +361,7 @@ def test_kto_has_a_gradient_through_its_reference_points():
 
 
 def extremes(option):
-    """The ends of what an option may be, or near them; 0 and 1000 where there is none."""
+    """Ends of an option's range, or values near them; 0 and 1000 where there is none."""
     rule = option.rule
     low = rule["least"] if "least" in rule else rule["above"] + 1e-6
     high = rule["most"] if "most" in rule else rule["below"] - 1e-6 if "below" in rule else 1e3
@@ -423,7 +423,7 @@ lengths_of_pair = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 @st.composite
 def batches(draw, least=1, most=5):
-    """(policy, reference, lengths, beta), float64."""
+    """Draws a batch (policy, reference, lengths, beta), float64."""
     n = draw(st.integers(least, most))
     sides = [draw(st.lists(st.tuples(logps, logps), min_size=n, max_size=n)) for _ in range(2)]
     lengths = draw(st.lists(lengths_of_pair, min_size=n, max_size=n))
@@ -568,7 +568,7 @@ def test_a_constant_in_both_scores_of_a_pair(name, batch, constant):
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if SHIFTED.get(name) is None])
 def test_losses_on_single_responses_do_not_ignore_a_constant(name):
-    """The other half of the table: what is None there is not invariant."""
+    """The other half of the table: a loss with None there is not invariant."""
     values = call(name, POLICY, REFERENCE, LENGTHS)
     assert not torch.allclose(call(name, POLICY - 0.4, REFERENCE, LENGTHS), values)
 
@@ -577,10 +577,10 @@ def test_losses_on_single_responses_do_not_ignore_a_constant(name):
 @hypothesis_settings
 @given(batch=batches(), constants=st.tuples(st.floats(-4, 4), st.floats(-4, 4)))
 def test_only_log_ratios_count(name, batch, constants):
-    """What is added to policy and reference alike is nothing, whatever the side it is added to.
+    """Adding the same to policy and reference changes nothing, whichever side it is added to.
 
-    AOT compares margins of the policy with margins of the reference of other pairs: there it is
-    nothing where it is the same for all pairs, as it is here.
+    AOT compares margins of the policy with margins of the reference of other pairs: there it
+    changes nothing where it is the same for all pairs, as it is here.
     """
     policy, reference, lengths, beta = batch
     shift = float64(constants)

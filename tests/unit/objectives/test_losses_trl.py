@@ -276,7 +276,7 @@ class Given(torch.nn.Module):
 
 
 def padded(tokens):
-    """(8, places) as TRL shifts them: 0 in the prompt and behind a response."""
+    """Log-probabilities (8, places) as TRL shifts them: 0 in the prompt and behind a response."""
     widest = max(max(side) for side in LENGTHS)
     lengths = LENGTHS[0] + LENGTHS[1]
     rows = []
@@ -287,7 +287,7 @@ def padded(tokens):
 
 
 def trls(name, options, composed):
-    """The same of TRL's own code."""
+    """Loss and gradients by TRL's own code."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     dtype = dtype_of(composed)
@@ -357,7 +357,7 @@ def test_trls_own_code(case):
 
 
 def ours_of(name, chosen, rejected, lengths, **options):
-    """Without a reference; each is a list over pairs."""
+    """Arguments without a reference; each is a list over pairs."""
     return pairwise_loss(
         name,
         policy_chosen_logps=torch.tensor(chosen, dtype=torch.float64),

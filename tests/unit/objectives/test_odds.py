@@ -9,7 +9,7 @@ from dpo_lightning.objectives import pairwise_loss
 
 
 def test_the_odds_of_nearly_certain_responses_keep_their_digits():
-    """By hand: one token each, log-probabilities -2e-6 and -4e-6, beta 0.5.
+    """Odds by hand: one token each, log-probabilities -2e-6 and -4e-6, beta 0.5.
 
     The odds are p / (1 - p), so about 1 / 2e-6 and 1 / 4e-6, and their ratio is 2: the loss is
     2e-6 - 0.5 log sigmoid(log 2) = 2e-6 + 0.5 log(3/2). 1 - p from p in float32 would be 34 and 67

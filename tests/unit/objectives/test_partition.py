@@ -283,7 +283,7 @@ RESULTS = (
 
 
 def all_at_once(reference, rewards, beta):
-    """The same by definition, from the policies themselves."""
+    """The quantities by definition, from the policies themselves."""
     optimum = optimal_logps(reference, rewards, beta)
 
     def expectation(logps, values):

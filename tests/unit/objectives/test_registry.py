@@ -1,4 +1,4 @@
-"""What losses there are: registering one, checking an objective, and the files of `conf/loss`."""
+"""The registry of losses: registering one, checking an objective, the files of `conf/loss`."""
 
 import dataclasses
 import importlib
@@ -454,7 +454,7 @@ def test_a_file_is_one_loss_or_a_sum_of_them(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_states_no_default(path):
-    """Of the settings, which is what a run has where a file says nothing."""
+    """The defaults are those of the settings, which a run has where a file says nothing."""
     content = yaml.safe_load(path.read_text())
     defaults = loss_schema()()
     stated = {key: value for key, value in content.items() if key not in ("name", "terms")}

@@ -1,4 +1,4 @@
-"""The reference cache: what a key is made of, damage, full disks, and several processes at once."""
+"""The reference cache: the parts of a key, damage, full disks, several processes at once."""
 
 import errno
 import json

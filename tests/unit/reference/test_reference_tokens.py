@@ -122,7 +122,7 @@ def test_sums_and_tokens_do_not_mix(cache):
 
 
 def test_files_of_sums_are_named_and_made_of_what_they_were(cache):
-    """By the code before there were values per token; a file is named by its content."""
+    """Names by the code before there were values per token; a file is named by its content."""
     keys = np.arange(32, dtype=np.uint8).reshape(2, 16)
     cache.publish(keys, np.array([-1.5, -2.5], np.float32), np.array([3, 4], np.int32))
     assert (cache.path.name, only_part(cache).stem) == (
@@ -268,7 +268,7 @@ def test_a_live_reference_counts_what_it_computes():
 
 @pytest.mark.parametrize("path", ["flat", "padded"])
 def test_prefixes_of_cached_responses_equal_live_ones(tmp_path, path):
-    """What a loss over the first tokens of each response takes: sums over min(lengths)."""
+    """Sums over min(lengths), as a loss over the first tokens of each response takes them."""
     groups = make_groups()
     scorer = Scorer(path)
     model = make_model("llama")

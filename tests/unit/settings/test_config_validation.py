@@ -1,4 +1,4 @@
-"""What a composed config must be: each problem is a clause that names key, value and remedy."""
+"""Faults of a composed config: each is a clause that names key, value and remedy."""
 
 import functools
 from pathlib import Path

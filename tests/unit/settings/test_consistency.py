@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def said(line: str) -> list[str]:
-    """The clauses about settings as a command line has them; ``-m`` is a sweep in this process."""
+    """The clauses about settings, as a command line has them; ``-m`` is a sweep in this process."""
     config = Config()
     words = line.split()
     for word in words:
@@ -71,7 +71,7 @@ def test_a_clause_refuses_its_line_and_not_the_nearest_right_one(
 
 
 def clauses() -> dict[str, re.Pattern[str]]:
-    """What each clause may say, by the place where it stands."""
+    """Patterns of the clauses' words, by the place where each clause stands."""
     source = (ROOT / "dpo_lightning" / "settings" / "combinations.py").read_text()
     found = {}
     for node in ast.walk(ast.parse(source)):
@@ -92,7 +92,7 @@ def clauses() -> dict[str, re.Pattern[str]]:
 
 
 def test_every_clause_is_that_of_some_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the clauses whose words a message has, the one with the most of them said it."""
+    """A message is by the clause with the most words, of those whose words it has."""
     known = clauses()
     assert len(known) > 50
     spoken = set()

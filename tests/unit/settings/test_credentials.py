@@ -1,4 +1,4 @@
-"""What is taken for a credential, and what only looks a little like one."""
+"""Texts that are taken for a credential, and some that only look a little like one."""
 
 import pytest
 

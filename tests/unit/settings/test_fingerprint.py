@@ -1,4 +1,4 @@
-"""The hash of what decides a run's numbers, by which a sweep knows its finished trials."""
+"""The hash of the inputs that decide a run's numbers, by which a sweep finds finished trials."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Device slots: what is there, what a trial gets, and what its environment says."""
+"""Device slots: those of a machine, those of a trial, and the trial's environment."""
 
 import os
 import random

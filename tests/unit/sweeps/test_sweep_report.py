@@ -1,4 +1,4 @@
-"""The report of a sweep, from folders of files: what is ranked, picked, tested, drawn and said."""
+"""The report of a sweep, from folders of files: its ranking, pick, tests, figures and words."""
 
 import base64
 import json
@@ -199,7 +199,7 @@ def test_damaged_files_say_less_and_stop_nothing(sweep, name, text):
 
 
 def test_a_trial_that_its_launcher_saw_fail_is_not_finished(sweep):
-    """Killed by a signal after it had written its result."""
+    """A trial is killed by a signal after it had written its result."""
     folder = reward_trial(sweep, 0.1, 6.0, 5.0)
     about = json.loads((folder / "trial.json").read_text())
     (folder / "trial.json").write_text(json.dumps(about | {"status": "failed", "exit_code": -9}))

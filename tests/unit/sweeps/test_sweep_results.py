@@ -1,4 +1,4 @@
-"""What is read of a sweep's folder in any state, how its trials are pooled, and what is said."""
+"""Reading a sweep's folder in any state, pooling its trials, and the words about them."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def analysed(sweep, metric=None) -> Analysis:
 
 
 def test_trials_are_folders_with_a_mark_in_the_order_of_their_values(tmp_path):
-    """As text 10 comes before 2, and 1e-3 after both."""
+    """In the order of texts 10 would come before 2, and 1e-3 after both."""
     for beta in ("10", "2", "1e-3"):
         write_trial(tmp_path, f"beta-{beta}", f"beta={beta}")
     write_trial(tmp_path, "default")

@@ -54,7 +54,7 @@ def result(folder: Path) -> dict:
 
 
 def beats(folder: Path) -> dict[str, list[float]]:
-    """Times by process, of lines that are whole."""
+    """Times by process, from lines that are whole."""
     found: dict[str, list[float]] = {}
     path = folder / "beats"
     for line in path.read_text().splitlines()[:-1] if path.exists() else []:
@@ -188,7 +188,7 @@ def test_a_note_of_one_that_was_taken_over_does_not_undo_it(folder, monkeypatch)
     second = claims.Claim(folder, given.attempt, "y")
 
     def take(*, meanwhile: dict) -> bool:
-        """Whether the second holds the folder after the other's last moments."""
+        """True if the second holds the folder after the other's last moments."""
         path.write_text(json.dumps(first | {"state": "open", "machine": "far"}))
         late = json.dumps(first | meanwhile)
         monkeypatch.setattr(claims.time, "sleep", lambda seconds: path.write_text(late))

@@ -31,7 +31,7 @@ def slurm(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 class LetGo(Silent):
-    """Lets the trials come to their end when one was seen to run."""
+    """Lets the trials end once one was seen to run."""
 
     def started(self, trial: Trial) -> None:
         super().started(trial)

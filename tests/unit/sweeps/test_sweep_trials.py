@@ -1,4 +1,4 @@
-"""Which folder is a trial's, which trials have finished before, and how an attempt is judged."""
+"""The folder of each trial, trials that have finished before, and judging an attempt."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: which rows a run that goes on keeps, and what becomes of odd values."""
+"""metrics.jsonl: the rows that a resumed run keeps, and odd values."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The writer of checkpoints: durable, or the old one and one line; and what it refuses to load."""
+"""The writer of checkpoints: durable, or the old one and one line; and its refusals to load."""
 
 import enum
 import errno

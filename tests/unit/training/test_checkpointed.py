@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the module, after steps that are known."""
+"""The module's part of a checkpoint, after steps that are known."""
 
 import lightning.pytorch as pl
 import pytest

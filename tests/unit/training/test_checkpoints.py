@@ -1,4 +1,4 @@
-"""Manifests: what is whole, what is resumed from, what stays, in which order things are written."""
+"""Manifests: the whole checkpoints, the one to resume from, those to keep, the order of writes."""
 
 import json
 import logging

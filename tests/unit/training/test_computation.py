@@ -1,4 +1,4 @@
-"""What a run computes in, by precision, processes, strategy and how the weights are held."""
+"""Computation of a run by precision, processes, strategy and storage of the weights."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Single steps of every optimizer, by hand: what decays, and what rounds apart."""
+"""Single steps of every optimizer, by hand: decay, and rounding."""
 
 import pytest
 import torch

@@ -95,7 +95,7 @@ def test_no_bits_of_a_nan_become_a_number():
 
 
 def moved(stochastic_rounding: bool) -> torch.Tensor:
-    """How far 10,000 weights of 1 went in 200 AdamW steps of 5e-7 with the same gradient."""
+    """Distance that 10,000 weights of 1 went in 200 AdamW steps of 5e-7, one gradient."""
     weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))
     optimizer = make_optimizer(
         [weight], name="adamw", lr=5e-7, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
@@ -179,7 +179,7 @@ def test_float32_weights_are_stepped_as_torch_steps_them():
 
 
 def test_a_step_in_pieces_is_the_step(monkeypatch):
-    """But for the random bits, which float32 does not use."""
+    """Equal except for the random bits, which float32 does not use."""
     results = []
     for size in (1 << 18, 100):
         monkeypatch.setitem(optimizers._PIECE, "cpu", size)
@@ -248,7 +248,7 @@ def test_steps_with_8_bits_are_those_of_torchao():
     block=st.sampled_from([32, 256]),
 )  # fmt: skip
 def test_codes_stand_for_the_nearest_number_of_their_block(signed, seed, size, block):
-    """What lies between 0.1 and 1 of a block's largest is off by at most half of a 64th of 0.9
+    """Values between 0.1 and 1 of a block's largest are off by at most half of a 64th of 0.9
     (a 128th without a sign), and zero is zero; a second moment does not become it."""
     values = torch.randn(8, 256, generator=seeded(seed)) * size
     values[:, ::7] = 0
@@ -293,7 +293,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_a_resumed_optimizer_goes_on_to_the_bit(name, dtype, tmp_path):
-    """Out of plain tensors; what is drawn elsewhere in between plays no part."""
+    """The state is loaded from plain tensors; draws elsewhere in between play no part."""
     whole, optimizer = make(name, dtype)
     take_steps(whole, optimizer, range(3))
     state = {"weights": [w.detach() for w in whole], "optimizer": optimizer.state_dict()}

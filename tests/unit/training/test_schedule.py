@@ -1,4 +1,4 @@
-"""How many steps a run has, how many of them warm up, and its peak learning rate."""
+"""Number of steps of a run, its warmup steps, and its peak learning rate."""
 
 import pytest
 

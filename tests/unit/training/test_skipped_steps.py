@@ -1,4 +1,4 @@
-"""Steps that are not finite: passed over without a trace, or the end; on one rank and on two."""
+"""Steps that are not finite: skipped without a trace, or the end; on one rank and on two."""
 
 import math
 from dataclasses import replace

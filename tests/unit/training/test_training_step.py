@@ -29,7 +29,7 @@ def groups_apart():
 
 
 def plain_gradients(groups) -> list[torch.Tensor]:
-    """Of sum_g w_g log(1 + exp(-beta margin_g)) / sum_g w_g, by the model's own forward pass."""
+    """Gradients of sum_g w_g log(1 + exp(-beta margin_g)) / sum_g w_g, by a plain forward pass."""
     model = policy()
     loss = torch.zeros(())
     for group in groups:
@@ -42,7 +42,7 @@ def plain_gradients(groups) -> list[torch.Tensor]:
 
 
 def in_groups(tensors) -> list[torch.Tensor]:
-    """In the optimizer's order: matrices, which may decay, before vectors."""
+    """Weights in the optimizer's order: matrices, which may decay, before vectors."""
     return [t for t in tensors if t.ndim >= 2] + [t for t in tensors if t.ndim < 2]
 
 
@@ -124,7 +124,7 @@ def test_weights_take_the_step_of_adamw_and_matrices_decay(tmp_path):
 
 
 class Moved(pl.Callback):
-    """How far the weight that went farthest went in each step."""
+    """Records how far the weight that went farthest went in each step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
