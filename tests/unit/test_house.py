@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 from pathlib import Path
 
 from tests.support.runs import ROOT
@@ -192,6 +193,14 @@ def test_the_folders_of_unit_tests_are_rooms():
     folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/test_*.py")}
     assert len(folders) > 5
     assert folders <= rooms()
+
+
+def test_the_stair_of_the_page_is_this_one():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.search(r"## The stair.*?```\n(.*?)```", page, flags=re.S).group(1)
+    named = re.findall(r"^(\w+)/ ", drawn, flags=re.M)
+    assert set(named) == rooms()
+    assert sorted(named, key=STAIR.index, reverse=True) == named
 
 
 # The tests see what they are about ----------------------------------------------------------------
