@@ -86,7 +86,7 @@ check: $(READY) ## lint, format, types, first lines of docstrings
 audit: $(READY) ## ask for known vulnerabilities of the pinned versions
 	@$(BIN)/python .ci/audit.py $(ARGS)
 
-bench: $(BENCH)/.ready ## measure speed beside TRL: make bench ARGS="--quick"
+bench: $(BENCH)/.ready ## measure speed beside TRL, or beside a commit: make bench ARGS="--against HEAD~1"
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from against import compare
 from machine import describe_machine, matrix_rate
 from results import write_results
 from workload import SHAPES, SIZES, Workload, make_adapter
@@ -256,10 +257,17 @@ def main() -> None:
     )
     parser.add_argument("--8b", dest="large", action="store_true", help="LoRA of 8B on a GPU")
     parser.add_argument("--sweep", action="store_true", help="the sweep alone, into kept results")
-    parser.add_argument("--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3)")
+    parser.add_argument("--against", metavar="COMMIT", help="CPU seconds beside an older commit's")
+    parser.add_argument(
+        "--rounds", type=int, help="runs of each arm (5; with --quick 2, --gpu 3, --against 10)"
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
+    if arguments.against:
+        with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
+            compare(arguments.against, Path(folder), rounds=arguments.rounds or 10)
+        return
     rounds = arguments.rounds or (2 if arguments.quick else 3 if arguments.gpu else 5)
     size, pairs = ("1b", 16) if arguments.gpu else ("8b", 16) if arguments.large else ("small", 8)
     rates = {p: matrix_rate(p, threads=arguments.threads) for p in ("bf16-mixed", "32-true")}

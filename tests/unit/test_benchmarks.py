@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 
 import pytest
@@ -103,3 +104,65 @@ def test_what_is_kept_is_what_the_readme_says(results):
     [adapters] = [row for row in kept["summary"] if row["arm"] == "lora"]
     assert f"{adapters['over_trl_tuned'][0]:.1f} times TRL tuned" in readme
     assert f"in {adapters['memory_over_trl_tuned']:.0%} of the memory" in readme
+
+
+# Beside an older commit --------------------------------------------------------------------------
+
+
+def test_the_ratio_is_that_of_paired_rounds():
+    """Ratios 1.1 and 1/1.1 have the geometric mean 1; their logs are +-0.09531.
+
+    With 2 rounds t is 12.71 and sd = 0.09531 * sqrt(2), so the log's error is 12.71 * 0.09531.
+    """
+    ratio = load("against").Ratio.of([1.1, 10.0], [1.0, 11.0])
+    assert ratio.value == pytest.approx(1)
+    assert ratio.high == pytest.approx(math.exp(12.71 * math.log(1.1)))
+    assert ratio.low == pytest.approx(1 / ratio.high)
+
+
+def test_a_commit_is_written_out_and_an_unknown_one_is_one_line(tmp_path):
+    against = load("against")
+    with pytest.raises(SystemExit, match="--against nothing: git knows no such commit"):
+        against.checkout("nothing", tmp_path / "a")
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository")
+    assert len(against.checkout("HEAD", tmp_path / "b")) == 40
+    assert (tmp_path / "b" / "train.py").is_file()
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+
+run = Path(next(a for a in sys.argv if a.startswith("hydra.run.dir=")).partition("=")[2])
+run.mkdir()
+(run / "metrics.jsonl").write_text(json.dumps({"train/loss": LOSS}))
+sum(i * i for i in range(300_000))
+"""
+
+
+@pytest.mark.parametrize(("loss", "said"), [("0.5", False), ("0.25", True)])
+def test_both_trees_run_in_turns_and_other_losses_are_said(
+    tmp_path, monkeypatch, capsys, loss: str, said: bool
+):
+    """On two trees whose program only spends a moment."""
+    against = load("against")
+    for name, value in (("here", "0.5"), ("older", loss)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.py").write_text(PROGRAM.replace("LOSS", value))
+    monkeypatch.setattr(against, "ROOT", tmp_path / "here")
+
+    def checkout(commit, folder):
+        (tmp_path / "older").rename(folder)
+        return commit * 10
+
+    monkeypatch.setattr(against, "checkout", checkout)
+    (tmp_path / "work").mkdir()
+    ratios = against.compare("abcd", tmp_path / "work", rounds=2)
+    assert set(ratios) == set(against.JOBS)
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in ratios.values())
+    out = capsys.readouterr().out
+    assert "against abcdabcdabcd, 2 rounds" in out
+    assert out.count("CPU seconds") == len(ratios)
+    assert ("the losses differ" in out) == said
+    assert len(list((tmp_path / "work").glob("*-*-*/metrics.jsonl"))) == 6 * len(ratios)
