@@ -17,8 +17,14 @@ from dpo_lightning.objectives.registry import DIVERGENCES, PAIRWISE_LOSSES
 FREE_FORM = ("model.config_overrides", "data.columns", "loss.terms")
 """Mappings whose keys belong to the user: any key may be set in them."""
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-"""The config files; ``train.py`` stands beside this folder."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of the package."""
+
+IN_CLONE = not (PACKAGE / "conf").is_dir()
+"""Whether this is a clone, where ``conf/`` and ``train.py`` stand beside the package."""
+
+CONF = (PACKAGE.parent if IN_CLONE else PACKAGE) / "conf"
+"""The config files; an installed wheel has them inside the package."""
 
 RANKING_METRICS = (
     "controlled/expected_reward",
