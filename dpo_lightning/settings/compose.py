@@ -43,7 +43,7 @@ from dpo_lightning.settings.overrides import (
     parse_overrides,
     raise_all,
 )
-from dpo_lightning.settings.schema import CONF, Config
+from dpo_lightning.settings.schema import CONF, IN_CLONE, Config
 from dpo_lightning.settings.store import register
 from dpo_lightning.settings.validation import validate
 
@@ -102,7 +102,9 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun would execute a pickle; give the settings again")
     if args.config_path is not None:
-        args.config_path = str((CONF.parent / args.config_path).absolute())
+        # As Hydra has it, seen from the program; the installed one stands where the user does.
+        seen_from = CONF.parent if IN_CLONE else Path.cwd()
+        args.config_path = str((seen_from / args.config_path).absolute())
     args.config_name = args.config_name or "config"
     _load_named_plugins(args)
     return args

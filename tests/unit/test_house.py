@@ -10,11 +10,11 @@ from tests.support.runs import ROOT
 PACKAGE = ROOT / "dpo_lightning"
 
 STAIR = (
-    *("moved", "__init__", "errors", "files"),
+    *("__init__", "errors", "files"),
     *("objectives", "plugins", "processes", "data", "assets", "settings", "models", "tracking"),
     *("reference", "memory", "training/checkpoints", "training", "evaluation", "run"),
     *("sweeps/trials", "sweeps/places", "sweeps/report", "sweeps"),
-    *("preflight", "cli", "__main__"),
+    *("preflight", "cli", "api", "__main__"),
 )
 """From the bottom to the top: a step imports from those before it. A file stands on the longest of
 them that its path begins with: a room, a room inside a room, or a file alone."""
