@@ -1,4 +1,4 @@
-"""The wheel, in an environment that knows nothing of the clone: its commands, from an empty folder."""
+"""The wheel in an environment that knows nothing of the clone: its commands, from any folder."""
 
 import json
 import os
@@ -129,17 +129,15 @@ def test_it_is_imported_from_the_wheel(bin_folder, place):
     code = (
         "import json, sys, dpo_lightning, hydra_plugins.dpo_lightning_ray as plugin;"
         "from dpo_lightning.settings.schema import CONF, IN_CLONE;"
-        "print(json.dumps([sys.path, dpo_lightning.__file__, plugin.__file__, str(CONF), IN_CLONE]))"
+        "files = [dpo_lightning.__file__, plugin.__file__, str(CONF)];"
+        "print(json.dumps([sys.path, files, IN_CLONE]))"
     )
     done = run(bin_folder / "python", "-c", code, cwd=place)
     assert done.returncode == 0, done.stderr
-    folders, package, plugin, conf, in_clone = json.loads(done.stdout)
-    fresh = str(bin_folder.parent)
-    assert (package.startswith(fresh), plugin.startswith(fresh), conf.startswith(fresh)) == (
-        True,
-    ) * 3
+    folders, files, in_clone = json.loads(done.stdout)
+    assert [file for file in files if not file.startswith(str(bin_folder.parent))] == []
     assert not in_clone
-    assert [path for path in folders if Path(path).resolve() == ROOT] == []
+    assert ROOT not in {(place / path).resolve() for path in folders}
 
 
 def test_settings_are_answered_without_torch(bin_folder, place):
@@ -150,7 +148,7 @@ def test_settings_are_answered_without_torch(bin_folder, place):
     done = run(bin_folder / "python", "-c", code, "train", "--cfg", "job", cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "set()"
-    assert "\nbeta: 0.1\n" in done.stdout
+    assert done.stdout.startswith("beta: 0.1\n")
     command = bin_folder / "dpo-lightning"
     assert run(command, "--version", cwd=place).stdout.endswith(f"{dpo_lightning.__version__}\n")
     listed = run(command, cwd=place)
