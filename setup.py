@@ -10,7 +10,7 @@ setup(
     packages=[
         *find_packages(include=["dpo_lightning", "dpo_lightning.*"]),
         # Hydra's namespace for plugins has no __init__.py.
-        *find_namespace_packages(include=["hydra_plugins.*"]),
+        *find_namespace_packages(include=["hydra_plugins", "hydra_plugins.*"]),
         "dpo_lightning.conf",
     ],
     package_dir={"dpo_lightning.conf": "conf"},

@@ -56,26 +56,37 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def builds_here() -> bool:
+    """Whether the setuptools of this environment knows all that pyproject.toml says."""
+    return Version(version("setuptools")) >= Version("77")
+
+
 @pytest.fixture(scope="module")
 def wheel(sources: Path) -> Path:
     """Built by the setuptools of this environment; by pip's own where that is too old."""
-    is_new = Version(version("setuptools")) >= Version("77")
-    isolation = ["--no-build-isolation"] if is_new else []
+    isolation = ["--no-build-isolation"] if builds_here() else []
     pip("wheel", "--no-deps", *isolation, "--wheel-dir", sources / "dist", sources, cwd=sources)
     [path] = (sources / "dist").glob("*.whl")
     return path
+
+
+def fresh(folder: Path) -> list[str | Path]:
+    """What pip is told to install into a new environment, which finds the libraries of the tests.
+
+    Only the folders are added: a .pth file in them, such as that of the clone, is not read.
+    """
+    venv.create(folder, with_pip=False, symlinks=True)
+    [site] = folder.glob("lib/python*/site-packages")
+    libraries = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
+    return ["--python", folder / "bin" / "python", "install", "--no-cache-dir"]
 
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with the wheel; what it depends on is found in that of the tests."""
     folder = tmp_path_factory.mktemp("fresh")
-    venv.create(folder, with_pip=False, symlinks=True)
-    [site] = folder.glob("lib/python*/site-packages")
-    # Only the folders are added: a .pth file in them, such as that of the clone, is not read.
-    libraries = [path for path in sys.path if Path(path).name == "site-packages"]
-    (site / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
-    into = ["--python", folder / "bin" / "python", "install", "--no-index", "--no-cache-dir"]
+    into = [*fresh(folder), "--no-index"]
     pip(*into, "--no-deps", "--ignore-installed", wheel, cwd=folder)
     # Now with what it and two of its extras depend on, which is there as it is pinned.
     pinned = ["-c", ROOT / "constraints.txt"]
@@ -110,7 +121,7 @@ def test_the_wheel_has_all_that_is_not_code(wheel):
 
 def test_the_source_distribution_makes_the_same_wheel(sources, wheel, tmp_path):
     code = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
-    if Version(version("setuptools")) < Version("77"):
+    if not builds_here():
         pytest.skip("setuptools of this environment is too old to build with")
     done = run(sys.executable, "-c", code, tmp_path, cwd=sources)
     assert done.returncode == 0, done.stderr
@@ -138,6 +149,25 @@ def test_it_is_imported_from_the_wheel(bin_folder, place):
     assert [file for file in files if not file.startswith(str(bin_folder.parent))] == []
     assert not in_clone
     assert ROOT not in {(place / path).resolve() for path in folders}
+
+
+def test_a_clone_is_installed_as_it_stands(sources, tmp_path, place):
+    """Its config files stay where they are, and Hydra finds the launchers."""
+    isolation = ["--no-build-isolation"] if builds_here() else []
+    words = ["--no-deps", "--ignore-installed", *isolation, "--editable", sources]
+    pip(*fresh(tmp_path / "env"), *words, cwd=tmp_path)
+    command = tmp_path / "env" / "bin" / "dpo-lightning"
+    (sources / "conf" / "experiment" / "new.yaml").write_text("# @package _global_\nbeta: 0.7\n")
+    try:
+        shown = run(command, "train", "--cfg", "job", "experiment=new", cwd=place)
+    finally:
+        (sources / "conf" / "experiment" / "new.yaml").unlink()
+    assert shown.stdout.startswith("beta: 0.7\n"), shown.stderr
+    program = [tmp_path / "env" / "bin" / "python", sources / "train.py"]
+    launcher = ["--cfg", "hydra", "-p", "hydra.launcher", "hydra/launcher=slurm"]
+    for start in ([command, "train"], program):
+        found = run(*start, *launcher, cwd=place)
+        assert "_target_: hydra_plugins.dpo_lightning_slurm.SlurmLauncher" in found.stdout
 
 
 def test_settings_are_answered_without_torch(bin_folder, place):
