@@ -1,12 +1,95 @@
-"""``python -m dpo_lightning``: the same as ``python train.py``."""
+"""The commands: ``dpo-lightning train …``, or ``python -m dpo_lightning train …``.
 
+A command is imported when it is asked for, and nothing here imports Hydra or torch.
+"""
+
+import difflib
 import os
 import sys
+from collections.abc import Callable, Sequence
+
+import dpo_lightning
 
 # Hydra then raises its errors instead of printing several lines and exiting with 1.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
-from dpo_lightning.cli import main
+
+def _train(argv: list[str]) -> int:
+    from dpo_lightning.cli import main
+
+    return main(argv)
+
+
+def _preflight(argv: list[str]) -> int:
+    from dpo_lightning.preflight import main
+
+    return main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from dpo_lightning.sweeps.report.write import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "train": ("one run, or a sweep with -m", _train),
+    "preflight": ("how much memory a run would take", _preflight),
+    "report": ("write the report of a sweep anew", _report),
+}
+"""What each command does, and its function."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is named first.
+
+    Args:
+        argv: The arguments, without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code of the command; 2 where there is none of that name.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"dpo-lightning {dpo_lightning.__version__}")
+        return 0
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]][1](words[1:])
+    print(f"error: {_unknown(words[0])}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    from dpo_lightning.settings.program import typed
+
+    lines = {" ".join(typed(name)): what for name, (what, _) in COMMANDS.items()}
+    width = max(map(len, lines))
+    return "\n".join(
+        [
+            "Direct Preference Optimization experiments.\n",
+            *(f"  {line:{width}}  {what}" for line, what in lines.items()),
+            f"\n`{' '.join(typed())} --help` says what settings there are, --version the version.",
+        ]
+    )
+
+
+def _unknown(word: str) -> str:
+    """The answer to a first word that is no command; a value is never shown."""
+    from dpo_lightning.settings.credentials import redact
+    from dpo_lightning.settings.messages import shown
+    from dpo_lightning.settings.program import typed
+
+    key, equals, _ = word.partition("=")
+    word = redact(shown(f"{key}{equals}{'…' if equals else ''}"))
+    there = f"there are {', '.join(COMMANDS)}"
+    if equals or key.startswith("-"):
+        return f"{word}: a command comes first, such as `{' '.join(typed())}`; {there}"
+    close = difflib.get_close_matches(key.lower(), COMMANDS, n=1)
+    return f"{word}: no such command; " + (f"did you mean `{close[0]}`?" if close else there)
+
 
 if __name__ == "__main__":
     sys.exit(main())

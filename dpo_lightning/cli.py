@@ -38,6 +38,7 @@ from dpo_lightning.settings.compose import (
     lines_of,
     make_hydra,
     parse_words,
+    ready_hydra,
     typed_overrides,
     with_folder,
     with_resumed_folder,
@@ -55,17 +56,18 @@ from dpo_lightning.settings.overrides import (
     parse_overrides,
     raise_all,
 )
+from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import CONF, Config, LoggerConfig
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 
 
 class _Job:
-    """What Hydra runs: a run, or each trial of a sweep in this process.
+    """The function that Hydra calls: for one run, or each trial of a sweep in this process.
 
     Args:
         sweep: What is known of the sweep; None for one run.
-        in_process: Whether the trials of a sweep share this process.
+        in_process: True if the trials of a sweep share this process.
 
     Attributes:
         codes: Exit codes of what ran in this process.
@@ -169,10 +171,7 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     raise_all(hydra_problems(cfg.hydra))
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
-        config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
-        if config.sweep.resume is not None:
-            raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
-        with_folder(args, cfg, "run.dir")
+        _check_run(args, cfg)
         return _Checked(_Job(None), cfg)
     args.multirun = True  # also where hydra.mode says it
     in_process = is_called(cfg.hydra.launcher, "BasicLauncher")
@@ -206,6 +205,37 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     assert isinstance(logger, LoggerConfig)
     facts = SweepFacts(folder, named=explicit, metric=cfg.sweep.metric, logger=logger)
     return _Checked(_Job(facts, in_process=in_process), cfg)
+
+
+def _check_run(args: argparse.Namespace, cfg: DictConfig) -> Path:
+    """Check the settings of one run, and give it a folder of its own."""
+    config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
+    if config.sweep.resume is not None:
+        raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
+    return with_folder(args, cfg, "run.dir")
+
+
+def folder_of_run(overrides: Sequence[str]) -> Path:
+    """The folder of one run that is about to be started by somebody else, its settings checked.
+
+    Args:
+        overrides: The settings, and flags that say where config files are.
+
+    Raises:
+        UserError: If a setting is wrong, or they are those of a sweep.
+    """
+    with ready_hydra():
+        args = parse_words(flag_parser(), list(overrides))
+        hydra = make_hydra(args)
+        fixed, swept = by_sweep(typed_overrides(args, hydra))
+        cfg = compose(hydra, args, lines_of(fixed))
+        raise_all(hydra_problems(cfg.hydra))
+        if args.multirun or swept or cfg.hydra.mode == RunMode.MULTIRUN:
+            raise UserError(
+                f"{' '.join(lines_of(swept)) or '-m'}: these settings are a sweep's, and one run "
+                f"is started; give one value, or start `{' '.join(typed())} -m`"
+            )
+        return _check_run(args, cfg)
 
 
 def _run(hydra: ComposedOnce, args: argparse.Namespace, checked: _Checked) -> None:
@@ -250,7 +280,7 @@ def _hydra_errors(folder_key: str) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error passed through this project's code on its way to the command line's."""
+    """True if an error passed through this project's code before the command line's."""
     package, own = Path(__file__).parent, (__file__, composing.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     return any(

@@ -5,6 +5,15 @@ The message of each is one line: the key or ``file:line``, the value that was fo
 
 from typing import Any
 
+__all__ = [
+    "CorruptArtifactError",
+    "DivergedError",
+    "DpoLightningError",
+    "OutOfMemoryError",
+    "StorageError",
+    "UserError",
+]
+
 
 class DpoLightningError(Exception):
     """Base of the errors below; the command line prints the message, exits with its code."""

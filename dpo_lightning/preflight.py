@@ -1,7 +1,8 @@
 """Check that a run fits its devices, before any weights are loaded.
 
-``python -m dpo_lightning.preflight <settings of train.py>`` prints the estimate of a run without
-running it; ``--gib 80`` compares it with a GPU that this machine need not have.
+``dpo-lightning preflight <settings of a run>``, or ``python -m dpo_lightning.preflight`` with them,
+prints the estimate of a run without running it; ``--gib 80`` compares it with a GPU that this
+machine need not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from dpo_lightning.memory.estimate import MemoryEstimate, check_fits, estimate_o
 from dpo_lightning.memory.footprint import GIB, in_gib
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.compose import compose_one
+from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
+
+_HELP = """\
+usage: {program} [--gib N] [settings of a run]
+
+Prints how much memory each device would take, before anything is downloaded or loaded.
+
+  --gib N  compare with a GPU of N GiB, which need not be there
+
+The settings are those of `{train}`. Exit code 2: they are wrong, or the run would not fit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if {"-h", "--help"} & {*argv}:
+        print(_HELP.format(program=" ".join(typed("preflight")), train=" ".join(typed())))
+        return 0
     gib, rest = _taken_out("--gib", argv)
     config = compose_one(rest)
     # Here, because it imports torch: by now every setting is checked.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -137,6 +138,23 @@ def load_model(
         dtype=dtype,
         **({} if quantization is None else {"quantization_config": quantization}),
     )
+
+
+def load_onto(base: Any, source: str, *, key: str) -> Any:
+    """Loads a stored adapter onto its base model, as PEFT has them together.
+
+    Args:
+        base: The base model.
+        source: The adapter's folder.
+        key: What named it, for errors.
+
+    Raises:
+        UserError: If it does not fit.
+    """
+    try:
+        return PeftModel.from_pretrained(base, source)
+    except Exception as error:
+        raise load_error(f"{key}={source}: no adapter", error, remedy=f"{key}=") from error
 
 
 def check_reward_model(source: str, *, key: str) -> Any:

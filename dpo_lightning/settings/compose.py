@@ -1,4 +1,4 @@
-"""What was typed, composed by Hydra and checked, before Hydra makes anything.
+"""Composition of the command line by Hydra, and its check, before Hydra makes anything.
 
 Hydra has no public way to parse its flags and compose with all of them; the few internals used here
 are those that ``hydra.main`` itself calls, and the version of Hydra is pinned to its minor release.
@@ -43,7 +43,7 @@ from dpo_lightning.settings.overrides import (
     parse_overrides,
     raise_all,
 )
-from dpo_lightning.settings.schema import CONF, Config
+from dpo_lightning.settings.schema import CONF, IN_CLONE, Config
 from dpo_lightning.settings.store import register
 from dpo_lightning.settings.validation import validate
 
@@ -102,14 +102,16 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun would execute a pickle; give the settings again")
     if args.config_path is not None:
-        args.config_path = str((CONF.parent / args.config_path).absolute())
+        # As Hydra has it, seen from the program; the installed one stands where the user does.
+        seen_from = CONF.parent if IN_CLONE else Path.cwd()
+        args.config_path = str((seen_from / args.config_path).absolute())
     args.config_name = args.config_name or "config"
     _load_named_plugins(args)
     return args
 
 
 def _load_named_plugins(args: argparse.Namespace) -> None:
-    """What plugins register may be a choice, or an option, of what is then composed."""
+    """Loads the plugins that are named, whose names may be choices or options in the config."""
     folders = [CONF if args.config_path is None else Path(args.config_path)]
     folders += [] if args.config_dir is None else [Path(args.config_dir)]
     names = named_plugins(args.overrides, folders)
@@ -250,7 +252,7 @@ def with_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> Path:
 
 
 def is_called(node: DictConfig, name: str) -> bool:
-    """Whether the node is of the class of that name."""
+    """True if the node is of the class of that name."""
     return str(node.get("_target_", "")).endswith(f".{name}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_lightning.moved import name_now
+from dpo_lightning import name_now
 from dpo_lightning.settings.credentials import refusal, secrets_in
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.names import slug

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.settings.credentials import is_secret, refusal
 from dpo_lightning.settings.keys import Setting, is_known, settings
+from dpo_lightning.settings.program import typed
 
 # Groups and Hydra's own keys that a typo may have meant, beside the keys of the schema.
 _OTHER_KEYS = ("experiment", "hydra.run.dir", "hydra.sweep.dir")
@@ -86,7 +87,7 @@ def unknown_key(key: str) -> str:
         close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
     meant = " or ".join(f"`{name}`" for name in same_leaf[:3] or close)
     if not meant:
-        return f"{key}: unknown key; `python train.py --cfg job` shows all there are"
+        return f"{key}: unknown key; `{' '.join(typed())} --cfg job` shows all there are"
     return f"{key}: unknown key; did you mean {meant}?"
 
 

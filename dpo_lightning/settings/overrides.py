@@ -23,6 +23,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.credentials import is_secret
 from dpo_lightning.settings.keys import is_import_name, is_known, settings
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, unknown_option
+from dpo_lightning.settings.program import typed
 
 # What is longer is not repeated whole.
 _LONGEST_LINE = 500
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         """Raise in one line what argparse would print as several."""
         unknown = re.match(r"unrecognized arguments: --?([^\s=]+)(=?)(\S*)", message)
         if unknown is None:
-            raise UserError(f"{message}; `python train.py --help` says more")
+            raise UserError(f"{message}; `{' '.join(typed())} --help` says more")
         key, equals, value = unknown.groups()
         key = key.replace("-", "_")
         if is_secret(key):

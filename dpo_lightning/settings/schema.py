@@ -59,8 +59,14 @@ __all__ = [
 FREE_FORM = ("model.config_overrides", "data.columns", "loss.terms")
 """Mappings whose keys belong to the user: any key may be set in them."""
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-"""The config files; ``train.py`` stands beside this folder."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of the package."""
+
+IN_CLONE = not (PACKAGE / "conf").is_dir()
+"""True in a clone, where ``conf/`` and ``train.py`` stand beside the package."""
+
+CONF = (PACKAGE.parent if IN_CLONE else PACKAGE) / "conf"
+"""The config files; an installed wheel has them inside the package."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.settings.names import run_name, trial_name
 from dpo_lightning.settings.page import settings_help
+from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import CONF, FREE_FORM, Config, loss_schema
 
 SCHEMA = "schema"
@@ -42,5 +43,6 @@ def register() -> None:
             differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
             store.store(group="loss", name=name, node={"name": name, **differing})
     OmegaConf.register_new_resolver("settings_help", settings_help, replace=True)
+    OmegaConf.register_new_resolver("typed", lambda: " ".join(typed()), replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)

@@ -1,7 +1,7 @@
 """Runs the trials of a sweep at any place: starts, judges, retries, stops. Imports no torch.
 
-A trial is `python train.py …` in Hydra's RUN mode: to Lightning it is an ordinary single run, and
-whatever happens to its process happens to it alone.
+A trial is `python -m dpo_lightning train …` in Hydra's RUN mode: to Lightning it is an ordinary
+single run, and whatever happens to its process happens to it alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.sweeps.view import show_end
 from dpo_lightning.tracking.wandb_runs import logger_settings, report_sweep
@@ -57,7 +59,7 @@ def _report(sweep: SweepFacts) -> bool:
     # Here, because drawing takes a second to import.
     from dpo_lightning.sweeps.report.write import write_report
 
-    again = f"python -m dpo_lightning.sweeps.report {sweep.folder}"
+    again = shlex.join([*typed("report"), str(sweep.folder)])
     try:
         report = write_report(sweep.folder, metric=sweep.metric)
     except UserError as error:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.fingerprint import settings_hash
+from dpo_lightning.settings.program import RUN, STARTED_AS, started_as, typed
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.dispatch import Dispatcher
@@ -97,9 +98,12 @@ def launch(
             work = Work(
                 plans=plans,
                 folder=sweep_dir,
-                script=CONF.parent / "train.py",
-                # wandb reads it; a group in the settings wins.
-                environment={"WANDB_RUN_GROUP": sweep_dir.resolve().name},
+                program=RUN,
+                environment={
+                    # wandb reads it; a group in the settings wins.
+                    "WANDB_RUN_GROUP": sweep_dir.resolve().name,
+                    STARTED_AS: started_as(),
+                },
             )
             with site.open(work) as place, SweepView(trials, Console()) as view:
                 Dispatcher(
@@ -189,7 +193,7 @@ def _plan(cfg: DictConfig, config: Config, overrides: Sequence[str], site: Site)
             "beta": config.beta,
             "loss": config.loss.name,
             "seed": config.seed,
-            "command": shlex.join(["python", "train.py", *own]),
+            "command": shlex.join([*typed(), *own]),
         },
         batch_size=config.data.batch_size,
     )

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 
 class TrialLauncher(Launcher):
-    """Runs each trial as `python train.py …` in Hydra's RUN mode.
+    """Runs each trial as `python -m dpo_lightning train …` in Hydra's RUN mode.
 
     Args:
         **options: ``hydra.launcher``, which is read where a sweep begins.

@@ -44,7 +44,7 @@ class Plan:
     Attributes:
         name: Its folder's name, made of the swept settings.
         overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
-        arguments: Arguments of ``python train.py`` to run it, without its folder.
+        arguments: Arguments of ``train`` to run it, without its folder.
         settings_hash: Of all settings and input files; a finished trial with it is not run again.
         kind: The device it runs on.
         width: Number of devices that it takes, of each node.
@@ -225,17 +225,17 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
         )
 
 
-def trial_command(script: Path, arguments: Sequence[str], folder: Path) -> list[str]:
+def trial_command(program: Sequence[str], arguments: Sequence[str], folder: Path) -> list[str]:
     """The command of a trial in Hydra's RUN mode, which resumes from a checkpoint if there is one.
 
     Args:
-        script: The program, ``train.py``.
+        program: Words behind the interpreter, ``-m dpo_lightning train``.
         arguments: The trial's settings.
         folder: Its folder.
     """
     escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return [
-        *(sys.executable, str(script), *arguments),
+        *(sys.executable, *program, *arguments),
         *(f"hydra.run.dir='{escaped}'", "hydra.mode=RUN"),
         *(["resume=auto"] if saved_checkpoints(folder) else []),
     ]

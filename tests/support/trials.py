@@ -57,10 +57,11 @@ def plan(name: str, act: str, *, width: int = 1, kind: DeviceKind = "cpu") -> Pl
     )
 
 
-def stand_in(folder: Path) -> Path:
+def stand_in(folder: Path) -> tuple[str, ...]:
+    """Words behind the interpreter that start one."""
     script = folder / "train.py"
     script.write_text(STAND_IN.format(root=str(ROOT)))
-    return script
+    return (str(script),)
 
 
 def run(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from dpo_lightning.moved import MOVED, name_now
+from dpo_lightning import MOVED, name_now
 from dpo_lightning.settings.hydra_node import hydra_problems
 from tests.support.runs import ROOT, TINY, run_train
 

@@ -92,13 +92,13 @@ class Work:
     Attributes:
         plans: The trials as they were composed.
         folder: The sweep's folder.
-        script: The program, ``train.py``.
+        program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
     """
 
     plans: Sequence[Plan]
     folder: Path
-    script: Path
+    program: Sequence[str]
     environment: Mapping[str, str]
 
 

@@ -21,6 +21,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.processes.groups import clear_group, signal_group
 from dpo_lightning.processes.lifeline import LIFELINE
 from dpo_lightning.settings.names import DeviceKind
+from dpo_lightning.settings.program import importing
 from dpo_lightning.sweeps.places.base import Attempt, Demand, Ending, Place, Work, check_counts
 from dpo_lightning.sweeps.places.claims import Taken, stop_other
 from dpo_lightning.sweeps.places.leases import (
@@ -101,7 +102,7 @@ class LocalSite:
         for plan in work.plans:
             widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
         pools = _make_pools(widths, self.devices, self._gpus)
-        with open_local(pools, work.script, work.environment) as place:
+        with open_local(pools, work.program, work.environment) as place:
             yield place
 
 
@@ -123,18 +124,18 @@ def _make_pools(
 
 @contextmanager
 def open_local(
-    pools: Mapping[DeviceKind, DevicePool], script: Path, environment: Mapping[str, str]
+    pools: Mapping[DeviceKind, DevicePool], program: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[LocalProcesses]:
     """A place on this machine, and the pipe by which trials notice its end.
 
     Args:
         pools: The devices, by kind; every trial fits into the pool of its kind.
-        script: The program, ``train.py``.
+        program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
     """
     lifeline, own_end = os.pipe()
     try:
-        yield LocalProcesses(pools, script, environment, lifeline)
+        yield LocalProcesses(pools, program, environment, lifeline)
     finally:
         os.close(lifeline)
         os.close(own_end)
@@ -145,7 +146,7 @@ class LocalProcesses:
 
     Args:
         pools: The devices, by kind; every trial fits into the pool of its kind.
-        script: The program, ``train.py``.
+        program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
         lifeline: The end of a pipe that the trials read from.
     """
@@ -155,12 +156,12 @@ class LocalProcesses:
     def __init__(
         self,
         pools: Mapping[DeviceKind, DevicePool],
-        script: Path,
+        program: Sequence[str],
         environment: Mapping[str, str],
         lifeline: int,
     ) -> None:
         self._pools = pools
-        self._script = script
+        self._program = program
         self._environment = environment
         self._lifeline = lifeline
 
@@ -190,12 +191,12 @@ class LocalProcesses:
         pool = self._pools[trial.plan.kind]
         lease = pool.take(trial.plan.width)
         assert lease is not None
-        environment = os.environ | self._environment
+        environment = importing(os.environ | self._environment)
         environment |= pool.environment(lease, environment)
         lock = _lock(trial.folder)
         with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
-                trial_command(self._script, trial.plan.arguments, trial.folder),
+                trial_command(self._program, trial.plan.arguments, trial.folder),
                 env=environment | {LIFELINE: str(self._lifeline)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

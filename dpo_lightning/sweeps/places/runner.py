@@ -21,6 +21,7 @@ from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.processes.groups import clear_group, group_lives, kill_group, signal_group
 from dpo_lightning.processes.lifeline import DIE_WITH_PARENT, LIFELINE
 from dpo_lightning.settings.credentials import is_secret
+from dpo_lightning.settings.program import importing
 from dpo_lightning.sweeps.places.base import Work
 from dpo_lightning.sweeps.places.claims import CHECK_SECONDS, Claim, Taken
 from dpo_lightning.sweeps.places.leases import THREAD_LIMITS
@@ -48,7 +49,7 @@ class Order:
     Attributes:
         attempt: Name of the order in the trial's folder.
         folder: The trial's.
-        script: The program, ``train.py``.
+        program: Words behind the interpreter, ``-m dpo_lightning train``.
         arguments: Arguments of the program.
         workdir: Folder in which the command was typed; paths in the settings are seen from there.
         environment: Added to the node's environment.
@@ -59,7 +60,7 @@ class Order:
 
     attempt: str
     folder: str
-    script: str
+    program: tuple[str, ...]
     arguments: tuple[str, ...]
     workdir: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -166,13 +167,14 @@ class Runner:
     def _start(self, lifeline: int) -> subprocess.Popen[bytes]:
         order = self._order
         name = LOG_FILE
-        command = trial_command(Path(order.script), order.arguments, self._folder)
+        command = trial_command(order.program, order.arguments, self._folder)
         if self._rank > 0:
             # Files of the folder are the first rank's; so is its log, as appending is not safe
             # between machines.
             command += [f"hydra.job.name=train_rank_{self._rank}", "hydra.output_subdir=null"]
             name = f"trial-rank-{self._rank}.log"
-        environment = {**order.defaults, **os.environ, **order.environment}
+        # This process imports the package from where it is on this node, and so does the trial.
+        environment = importing({**order.defaults, **os.environ, **order.environment})
         environment |= {LIFELINE: str(lifeline), DIE_WITH_PARENT: "1"}
         if order.hide_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -265,7 +267,7 @@ def make_order(
     return Order(
         attempt=attempt,
         folder=str(trial.folder.absolute()),
-        script=str(work.script),
+        program=tuple(work.program),
         arguments=trial.plan.arguments,
         workdir=str(Path.cwd()),
         environment=dict(work.environment),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.program import importing
 from dpo_lightning.sweeps.places.base import Attempt, Ending, Work
 from dpo_lightning.sweeps.places.claims import (
     ClaimReader,
@@ -50,9 +51,6 @@ _HINTS = {
     "OUT_OF_MEMORY": "; give it more with hydra.launcher.mem_gb=<GB>",
     "TIMEOUT": "; give it more with hydra.launcher.timeout_min=<minutes>",
 }
-
-SOURCE = str(Path(__file__).resolve().parents[3])
-"""Where this package is imported from; jobs import it from there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +267,9 @@ def _submit(executor: Any, function: TrialJob) -> Any:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SOURCE, before)))
+    found = importing(os.environ).get("PYTHONPATH")
+    if found is not None:
+        os.environ["PYTHONPATH"] = found
     try:
         return executor.submit(function)
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
@@ -277,7 +277,7 @@ def _submit(executor: Any, function: TrialJob) -> Any:
         raise UserError(f"hydra/launcher=slurm: sbatch does not take the job: {said}") from error
     finally:
         if before is None:
-            del os.environ["PYTHONPATH"]
+            os.environ.pop("PYTHONPATH", None)
         else:
             os.environ["PYTHONPATH"] = before
 

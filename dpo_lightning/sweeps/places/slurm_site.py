@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.names import DeviceKind
+from dpo_lightning.settings.program import SOURCE
 from dpo_lightning.sweeps.places.base import (
     Demand,
     Place,
@@ -18,7 +19,7 @@ from dpo_lightning.sweeps.places.base import (
     check_texts,
     require_extra,
 )
-from dpo_lightning.sweeps.places.slurm_jobs import SOURCE, JobTerms, SlurmJobs
+from dpo_lightning.sweeps.places.slurm_jobs import JobTerms, SlurmJobs
 from dpo_lightning.sweeps.trials import Plan
 
 _LEAST = {"timeout_min": 1, "cpus_per_task": 1, "max_parallel": 1}
@@ -210,6 +211,7 @@ class SlurmSite:
         if self.cluster == "local":
             return shared
         own: dict[str, Any] = {**self._names, "signal_delay_s": counts["signal_delay_s"]}
-        own["setup"] = [f"export PYTHONPATH={shlex.quote(SOURCE)}:$PYTHONPATH", *self._setup]
+        of_clone = [] if SOURCE is None else [f"PYTHONPATH={shlex.quote(SOURCE)}:$PYTHONPATH"]
+        own["setup"] = [*(f"export {line}" for line in of_clone), *self._setup]
         own["additional_parameters"] = self._additional or None
         return shared | {f"slurm_{name}": value for name, value in own.items()}

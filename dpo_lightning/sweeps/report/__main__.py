@@ -1,4 +1,4 @@
-"""``python -m dpo_lightning.sweeps.report FOLDER``."""
+"""``python -m dpo_lightning.sweeps.report FOLDER``: the same as ``dpo-lightning report``."""
 
 import sys
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
@@ -386,4 +387,4 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 
 def report_command(folder: str) -> str:
     """Command that makes the report again."""
-    return f"python -m dpo_lightning.sweeps.report {shlex.quote(folder)}"
+    return shlex.join([*typed("report"), folder])

@@ -8,6 +8,7 @@ import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.read import is_hydra_word, override_key, override_value
 
 MISSING = "–"
@@ -87,11 +88,13 @@ def cut(text: object, longest: int = LONGEST_TEXT, *, keep_end: bool = False) ->
 
 
 def own_words(command: str) -> str:
-    """A trial's command without the words that only the launcher adds."""
+    """A trial's command as this user would type it, without what only the launcher adds."""
     try:
         words = shlex.split(command)
     except ValueError:
         return clean(command)
+    if words[:2] == ["python", "train.py"]:
+        words[:2] = typed()
     kept = [word for word in words if word != "resume=auto" and not is_hydra_word(word)]
     return clean(shlex.join(kept))
 

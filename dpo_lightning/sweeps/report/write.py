@@ -1,4 +1,4 @@
-"""The report of a sweep: ``python -m dpo_lightning.sweeps.report FOLDER`` writes it at any time.
+"""The report of a sweep: ``dpo-lightning report FOLDER`` writes it at any time.
 
 ``report.html`` has everything in itself, ``report.md`` is for a terminal or a pull request,
 ``frontier.png`` is the picture and ``sweep.json`` the numbers. Imports no torch.
@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_json, write_whole
+from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
 from dpo_lightning.sweeps.report.figures import frontier, learning_curves, logratios
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 if the folder or the metric is wrong.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dpo_lightning.sweeps.report",
+        prog=" ".join(typed("report")),
         description="Writes report.html, report.md, frontier.png and sweep.json of a sweep.",
     )
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")

@@ -41,7 +41,7 @@ def order(folder: Path, act: str, *, attempt: str | None = None, **options) -> O
     return Order(
         attempt=attempt or give_order(folder),
         folder=str(folder),
-        script=str(folder.parent / "train.py"),
+        program=(str(folder.parent / "train.py"),),
         arguments=(act,),
         workdir=str(folder.parent),
         defaults={"OMP_NUM_THREADS": "1"},
@@ -118,7 +118,7 @@ def test_an_order_has_no_credentials(folder, monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HF_HOME", "WANDB_MODE", "AWS_SECRET"):
         monkeypatch.setenv(name, "x")
     trial = Trial(plan("a", "x"), folder)
-    work = Work([trial.plan], folder.parent, folder.parent / "train.py", {"WANDB_RUN_GROUP": "s"})
+    work = Work([trial.plan], folder.parent, ("train.py",), {"WANDB_RUN_GROUP": "s"})
     made = make_order(trial, work, attempt="a", threads=3, max_starts=None)
     assert {"HF_HOME", "WANDB_MODE"} <= set(made.defaults)
     assert not {"WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET"} & set(made.defaults)

@@ -1,0 +1,214 @@
+"""The project from Python: what a run comes to, and the policy that it left."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_lightning import api
+from dpo_lightning.api import Result, load, train
+from dpo_lightning.errors import UserError
+from tests.support.runs import ROOT, TINY, run_train
+
+SHORT = (*TINY, "logger=none", "trainer.max_steps=2", "trainer.threads=1")
+
+PUBLIC = {
+    "api": ["Result", "load", "train"],
+    "errors": [
+        *("CorruptArtifactError", "DivergedError", "DpoLightningError", "OutOfMemoryError"),
+        *("StorageError", "UserError"),
+    ],
+    "objectives": [
+        *("LISTWISE_LOSSES", "PAIRWISE_LOSSES", "PairLogps", "PairwiseLoss", "StreamedPartition"),
+        *("estimate_log_partition", "exact_log_partition", "fit_tabular_policy", "group_shares"),
+        *("listwise_loss", "log_partition", "optimal_logps", "pairwise_loss", "register_loss"),
+    ],
+    "plugins": [
+        *("load_plugins", "make_callbacks", "register_callback", "register_loss"),
+        "register_scorer",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_these_and_no_others(name: str):
+    module = importlib.import_module(f"dpo_lightning.{name}")
+    assert sorted(module.__all__) == sorted(PUBLIC[name])
+    assert [public for public in module.__all__ if not hasattr(module, public)] == []
+
+
+def test_errors_that_are_raised_are_public():
+    from dpo_lightning import errors
+
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)} - {"Any"}
+    assert kinds == set(errors.__all__)
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, dpo_lightning.api; print({'torch', 'peft'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Of a run that was started from a folder in which there is nothing else."""
+    here, place = Path.cwd(), tmp_path_factory.mktemp("place")
+    # By this name Python would find it ahead of the library.
+    (place / "datasets.py").write_text("raise SystemExit('a file of the user was imported')")
+    os.chdir(place)
+    try:
+        return train([*SHORT, "beta=0.3", "name=mine"])
+    finally:
+        os.chdir(here)
+
+
+def test_a_run_comes_to_a_result(result):
+    assert (result.status, result.exit_code, result.error) == ("finished", 0, None)
+    assert (result.beta, result.loss, result.step) == (0.3, "sigmoid", 2)
+    assert result.folder.parent.parent.name == "outputs"
+    assert result.folder.name.endswith("mine")
+    written = json.loads((result.folder / "result.json").read_text())
+    assert result.metrics == written["metrics"]
+    assert 0 < result.metrics["train/loss"] < 5
+    assert result.data["train_groups"] == 96
+    assert result.model["trainable"] == 74_624
+    assert result.config_hash
+    with pytest.raises(AttributeError):
+        result.step = 3
+
+
+def test_its_policy_is_loaded(result):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy, tokenizer = load(result.folder)
+    there = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    tokens = torch.tensor([tokenizer("fog snow")["input_ids"]])
+    assert not policy.training
+    torch.testing.assert_close(policy(tokens).logits, there(tokens).logits)
+
+
+def test_a_run_that_fails_is_a_result(tmp_path, tiny_model):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    words = [f"data.train={tmp_path / 'rows.jsonl'}", f"model.pretrained={tiny_model}"]
+    found = train([*words, f"hydra.run.dir={tmp_path / 'run'}", "logger=none"])
+    assert (found.status, found.exit_code, found.step) == ("failed", 2, 0)
+    assert "rows.jsonl: the columns of every row are wrong" in found.error
+    assert "\n" not in found.error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bta=0.1"], "bta: unknown key; did you mean `beta`?"),
+        (["beta=none"], "beta=none: needs a finite number"),
+        (["beta=0.1,0.5"], "beta=0.1,0.5: these settings are a sweep's"),
+        (["-m", "beta=0.1"], "-m: these settings are a sweep's"),
+        (["experiment=frontier"], "-m: these settings are a sweep's"),
+        (["sweep.resume=last"], "sweep.resume=last is for a sweep"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+    ],
+)
+def test_a_wrong_setting_is_raised_and_nothing_is_started(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "_run", None)
+    with pytest.raises(UserError) as caught:
+        train(words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_of_before_does_not_pass_for_this_runs(tmp_path, monkeypatch):
+    (tmp_path / "result.json").write_text('{"status": "finished", "step": 7}')
+    monkeypatch.setattr(api, "_run", lambda arguments: -9)
+    found = train([f"hydra.run.dir={tmp_path}"])
+    assert (found.status, found.exit_code, found.step) == ("failed", -9, 0)
+    assert "signal 9" in found.error
+
+
+def test_a_run_that_is_killed_is_failed_whatever_it_wrote(tmp_path, monkeypatch):
+    def run(arguments):
+        (tmp_path / "result.json").write_text('{"status": "running", "step": 7, "more": 1}')
+        return -9
+
+    monkeypatch.setattr(api, "_run", run)
+    found = train([f"hydra.run.dir={tmp_path}"])
+    assert (found.status, found.step, found.error) == ("failed", 7, "killed by signal 9")
+
+
+def test_an_interrupt_is_passed_on_and_raised(monkeypatch):
+    """The child says how it was asked to end by its exit code."""
+    code = (
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getppid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    os._exit(130)"
+    )
+    codes = []
+    wait = subprocess.Popen.wait
+
+    def noting(self, *args, **options):
+        codes.append(wait(self, *args, **options))
+        return codes[-1]
+
+    monkeypatch.setattr(subprocess.Popen, "wait", noting)
+    with pytest.raises(KeyboardInterrupt):
+        api._run(["-c", code])
+    assert codes == [130]
+
+
+def test_an_adapter_is_loaded_onto_its_base(tmp_path):
+    """Of its weights the policy has those of the base; with them it says something else."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dpo_lightning.assets import BUNDLED_MODEL
+
+    run = run_train(tmp_path / "run", *TINY, "trainer.max_steps=3", "peft=lora", "optimizer.lr=0.1")
+    assert run.code == 0
+    policy, tokenizer = load(run.folder)
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
+    tokens = torch.tensor([tokenizer("fog snow")["input_ids"]])
+    assert isinstance(policy, PeftModel)
+    assert not policy.training
+    with policy.disable_adapter():
+        torch.testing.assert_close(policy(tokens).logits, base(tokens).logits)
+    assert (policy(tokens).logits - base(tokens).logits).abs().max() > 1e-3
+    # Where the package was when it was trained does not matter.
+    path = run.folder / "model" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    values["base_model_name_or_path"] = "/elsewhere/dpo_lightning/assets/tiny_llama"
+    path.write_text(json.dumps(values))
+    again, _ = load(run.folder)
+    torch.testing.assert_close(again(tokens).logits, policy(tokens).logits)
+    # Beside random weights there is nothing to load it onto.
+    path.write_text(json.dumps(values | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=r"random weights.*peft\.merge=true"):
+        load(run.folder)
+    (run.folder / "model").rename(run.folder / "model-merged")
+    (run.folder / "model").mkdir()
+    (run.folder / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^run=.*no model config"):
+        load(run.folder)
+
+
+def test_a_folder_without_an_export_is_answered_in_one_line(tmp_path):
+    def said(folder: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            load(folder)
+        return str(caught.value)
+
+    assert said(tmp_path / "none").startswith(f"run={tmp_path / 'none'}: no such folder; name a")
+    assert "no model/ there, and no result.json" in said(tmp_path)
+    (tmp_path / "result.json").write_text('{"status": "stopped"}')
+    assert said(tmp_path).endswith(
+        f"no model/ there, the run is stopped; resume={tmp_path} brings it to its end"
+    )
+    (tmp_path / "sweep.json").touch()
+    assert said(tmp_path).endswith("a sweep's folder; name that of one of its trials")
