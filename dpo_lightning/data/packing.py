@@ -117,6 +117,11 @@ class GroupBatch(_Movable):
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
 
+    @property
+    def largest_group(self) -> int:
+        """Responses of the largest group."""
+        return max((len(shape) - 1 for shape in self.segments), default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch(_Movable):

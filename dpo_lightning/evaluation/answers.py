@@ -87,21 +87,29 @@ def choose_prompts(
 class SampleAnswers(Callback):
     """Collects greedy answers at both ends of the training; on rank 0, or of a sharded model all.
 
-    Args:
-        groups: Whose prompts are answered.
-        models: Policy and reference.
-        answering: How.
+    It asks nothing until :meth:`ask` says what and whom.
+
+    Attributes:
+        rows: A row of ``COLUMNS`` for each prompt, once the training has ended.
     """
 
-    def __init__(
-        self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering
-    ) -> None:
-        self._groups = groups
-        self._models = models
-        self._answering = answering
+    def __init__(self) -> None:
+        self._groups: Sequence[TokenGroup] = ()
         self._before: list[str] = []
         self._reference: list[str] = []
         self.rows: list[tuple[str, ...]] = []
+
+    def ask(self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering) -> None:
+        """Says what is asked, before the training.
+
+        Args:
+            groups: Whose prompts are answered.
+            models: Policy and reference.
+            answering: How.
+        """
+        self._groups = groups
+        self._models = models
+        self._answering = answering
 
     def state_dict(self) -> dict[str, Any]:
         """The first answers, for a run that goes on later."""
