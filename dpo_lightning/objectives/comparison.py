@@ -161,9 +161,7 @@ def compare_responses(
         beta: Strength of the pull towards the reference.
     """
     logratios = logps.ratios()
-    share = batch.pair_share
-    if share is None:
-        share = _share_of_group(batch.group[batch.chosen], len(batch.weight))
+    share = _pair_share(batch)
     of_group = _losses(objective, batch, logps, logratios, share, beta=beta)
     loss_sum = (of_group * batch.weight).sum()
     with torch.no_grad():
@@ -181,6 +179,13 @@ def compare_responses(
         policy_logps=policy,
         reference_logps=logps.reference,
     )
+
+
+def _pair_share(batch: RankedResponses) -> Tensor:
+    """Share of each pair in its group, (M,)."""
+    if batch.pair_share is not None:
+        return batch.pair_share
+    return _share_of_group(batch.group[batch.chosen], len(batch.weight))
 
 
 def _losses(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,15 +101,7 @@ def conclude(
         measured |= exact
         evaluation |= entries
     record.metrics |= measured
-    facts = {
-        "name": plan.folders.run.name,
-        "base_model": prepared.source.name,
-        "beta": plan.beta,
-        "loss": plan.names.loss,
-        "command": record.command,
-        "metrics": metrics | record.metrics,
-    }
-    _export(prepared, policy, plan.folders.run, merge=plan.evaluation.merge, facts=facts)
+    _export(trained, policy, command=record.command, metrics=metrics | record.metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
@@ -175,12 +166,18 @@ def _exact(
     return measured, entries
 
 
-def _export(
-    prepared: Prepared, policy: Any, run_dir: Path, *, merge: bool, facts: dict[str, Any]
-) -> None:
+def _export(trained: Trained, policy: Any, *, command: str, metrics: dict[str, float]) -> None:
     """The whole policy as ``model``; an adapter as that, and merged as ``model-merged``."""
-    source, models = prepared.source, prepared.models
-    folder = run_dir / "model"
+    plan, source, models = trained.plan, trained.prepared.source, trained.prepared.models
+    facts = {
+        "name": plan.folders.run.name,
+        "base_model": source.name,
+        "beta": plan.beta,
+        "loss": plan.names.loss,
+        "command": command,
+        "metrics": metrics,
+    }
+    folder = plan.folders.run / "model"
     if models.adapters is not None:
         export_adapter(
             models.adapters,
@@ -190,8 +187,8 @@ def _export(
             revision=source.revision,
             facts=facts,
         )
-        if not merge:
+        if not plan.evaluation.merge:
             return
         models.adapters.merge()
-        folder = run_dir / "model-merged"
+        folder = plan.folders.run / "model-merged"
     export_model(policy, source.tokenizer, folder, config=source.config, facts=facts)

@@ -24,12 +24,12 @@ from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
-from dpo_lightning.reference.pair import AdapterSettings, Models, load_models
+from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.identity import config_hash, identity_of
 from dpo_lightning.run.inputs import SourceRows
 from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.settings.schema import BASE, Config, PeftConfig
 from dpo_lightning.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -195,12 +195,15 @@ def _prepare_rows(
 
 
 def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:
+    reference = config.reference
     return load_models(
         source,
-        reference_kind=config.reference.kind,
-        reference_pretrained=config.reference.pretrained,
-        reference_revision=config.reference.revision,
-        needs_reference=objective_settings(config.loss).uses_reference,
+        ReferenceSettings(
+            kind=reference.kind,
+            pretrained=reference.pretrained,
+            revision=reference.revision,
+            needed=objective_settings(config.loss).uses_reference,
+        ),
         seed=config.seed,
         adapters=_adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
@@ -222,14 +225,7 @@ def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | 
     start: LoraSettings | AdapterFile
     frozen = None
     if peft.adapter is None:
-        start = LoraSettings(
-            r=peft.r,
-            alpha=peft.alpha,
-            target_modules=peft.target_modules,
-            rslora=peft.rslora,
-            dora=peft.dora,
-            gaussian=peft.init == "gaussian",
-        )
+        start = _new_adapter(peft)
     else:
         # Where nothing else is said, what the policy starts as is the reference, and not the base.
         start = frozen = read(peft.adapter, "peft.adapter", peft.revision)
@@ -243,6 +239,17 @@ def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | 
     elif reference.adapter is not None:
         frozen = read(reference.adapter, "reference.adapter", reference.revision)
     return AdapterSettings(start=start, reference=frozen, dropout=peft.dropout)
+
+
+def _new_adapter(peft: PeftConfig) -> LoraSettings:
+    return LoraSettings(
+        r=peft.r,
+        alpha=peft.alpha,
+        target_modules=peft.target_modules,
+        rslora=peft.rslora,
+        dora=peft.dora,
+        gaussian=peft.init == "gaussian",
+    )
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -169,13 +169,7 @@ class DPOModule(CheckpointedModule):
         """
         optimizer: Any = self.optimizers()
         if self.global_step == 0 and self.starts_from_reference:
-            check_same_model(
-                batch,
-                policy=self.policy,
-                reference=self.reference,
-                scorer=self.scorer,
-                reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
-            )
+            self._check_start(batch)
         average = self.margin_average.clone() if self.beta_plan.adaptive else None
         sums, scored = self._backward(batch)
         grad_norm = self._clip()
@@ -228,6 +222,16 @@ class DPOModule(CheckpointedModule):
         self.last_evaluation = self.global_step
 
     # Parts of a step --------------------------------------------------------------------------
+
+    def _check_start(self, batch: StepBatch) -> None:
+        """Refuses a reference that is not the policy as it starts."""
+        check_same_model(
+            batch,
+            policy=self.policy,
+            reference=self.reference,
+            scorer=self.scorer,
+            reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
+        )
 
     @property
     def _now(self) -> str:
