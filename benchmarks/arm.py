@@ -219,7 +219,7 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
     from dpo_lightning.memory.budget import LEAST_TOKENS
     from dpo_lightning.memory.peaks import keep_freed_memory
     from dpo_lightning.models.probe import choose_path
-    from dpo_lightning.objectives.comparison import compare_responses
+    from dpo_lightning.objectives.comparison import Logps, compare_responses
     from dpo_lightning.objectives.objective import ObjectiveSettings
 
     torch.set_num_threads(arguments.threads)
@@ -260,14 +260,8 @@ def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
             logps = scorer.logps(model, micro_batch)
             compare_responses(
                 ObjectiveSettings(terms={"sigmoid": 1.0}),
-                policy_logps=logps,
-                reference_logps=logps.detach(),
-                lengths=micro_batch.lengths,
-                group=micro_batch.group,
-                rank=micro_batch.rank,
-                weight=micro_batch.weight,
-                chosen=micro_batch.chosen,
-                rejected=micro_batch.rejected,
+                micro_batch,
+                Logps(policy=logps, reference=logps.detach()),
                 beta=0.1,
             ).loss.backward()
         optimizer.step()

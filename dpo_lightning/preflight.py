@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.memory.estimate import MemoryEstimate, check_fits, estimate_of
+from dpo_lightning.memory.estimate import MemoryEstimate, check_fits, estimate_of, memory_settings
 from dpo_lightning.memory.footprint import GIB, in_gib
+from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.program import typed
@@ -50,7 +51,8 @@ def _main(argv: list[str]) -> int:
     from dpo_lightning.models.source import load_model_config
 
     estimate = estimate_of(
-        config,
+        memory_settings(config),
+        decide_hardware(config.trainer, kind=None if gib is None else "cuda"),
         load_model_config(
             pretrained=config.model.pretrained,
             revision=config.model.revision,
@@ -58,7 +60,6 @@ def _main(argv: list[str]) -> int:
             config_overrides=config.model.config_overrides,
         ),
         device_bytes=None if gib is None else round(gib * GIB),
-        kind=None if gib is None else "cuda",
     )
     _show(estimate, config)
     check_fits(estimate, config.trainer.memory_check)

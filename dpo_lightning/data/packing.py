@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,13 +34,13 @@ class _Movable:
 
     def to(self: Self, device: torch.device | str, **kwargs: Any) -> Self:
         values = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
             if isinstance(value, Tensor | _Movable):
                 value = value.to(device, **kwargs)
             elif isinstance(value, tuple) and value and isinstance(value[0], _Movable):
-                value = tuple(item.to(device, **kwargs) for item in value)
-            values[field.name] = value
+                value = tuple(part.to(device, **kwargs) for part in value)
+            values[item.name] = value
         return type(self)(**values)
 
 
@@ -116,6 +116,11 @@ class GroupBatch(_Movable):
     reference_token_logps: Tensor | None
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+
+    @property
+    def largest_group(self) -> int:
+        """Responses of the largest group."""
+        return max((len(shape) - 1 for shape in self.segments), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,36 +292,83 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         >>> batch.response.tolist()
         [0, 0, 1, 1, 1]
     """
-    ids, positions = [], []
-    sequences: list[tuple[int, int, int, int]] = []
-    score_from, responses = [], []
-    lengths: list[int] = []
-    owner: list[int] = []
-    ranks: list[int] = []
-    chosen: list[int] = []
-    rejected: list[int] = []
-    shares: list[float] = []
-    shapes = []
-    start = n = 0
-    for g, group in enumerate(groups):
+    flat = _flat(groups)
+    pairs = _ranked_pairs(groups)
+    ranks = [rank for group in groups for rank in group.ranks]
+    buckets, inverse = _buckets(flat.sequences, tokens=sum(map(len, flat.ids)))
+    return GroupBatch(
+        input_ids=_tensor(np.concatenate(flat.ids)),
+        position_ids=_tensor(np.concatenate(flat.positions)),
+        buckets=buckets,
+        inverse=inverse,
+        score_from=_tensor(np.concatenate(flat.score_from)),
+        targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
+        response=_tensor(np.concatenate(flat.responses)),
+        lengths=_integers([len(r) for group in groups for r in group.responses]),
+        group=_integers([g for g, group in enumerate(groups) for _ in group.responses]),
+        rank=_integers(ranks),
+        weight=torch.tensor([group.weight for group in groups], dtype=torch.float32),
+        target_margin=torch.tensor([group.target_margin for group in groups], dtype=torch.float32),
+        chosen=_integers([better for better, _, _ in pairs]),
+        rejected=_integers([worse for _, worse, _ in pairs]),
+        pair_share=torch.tensor([share for _, _, share in pairs], dtype=torch.float32),
+        best=_integers([k for k, rank in enumerate(ranks) if rank == 1]),
+        reference_logps=_joined([group.reference_logps for group in groups]),
+        reference_token_logps=_joined(
+            [None if (t := g.reference_token_logps) is None else np.concatenate(t) for g in groups]
+        ),
+        segments=tuple((len(g.prompt), *map(len, g.responses)) for g in groups),
+        rows=tuple(rows),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """Groups one behind the other, part by part.
+
+    Attributes:
+        ids: Token ids of each prompt and response.
+        positions: Positions of each.
+        sequences: Place and number of the queries of each, and of the keys before them.
+        score_from: Places that predict each response.
+        responses: Number of the response, for each of its tokens.
+    """
+
+    ids: list[npt.NDArray[Any]] = field(default_factory=list)
+    positions: list[npt.NDArray[Any]] = field(default_factory=list)
+    sequences: list[tuple[int, int, int, int]] = field(default_factory=list)
+    score_from: list[npt.NDArray[Any]] = field(default_factory=list)
+    responses: list[npt.NDArray[Any]] = field(default_factory=list)
+
+
+def _flat(groups: Sequence[TokenGroup]) -> _Flat:
+    flat = _Flat()
+    start = 0
+    for group in groups:
         p = len(group.prompt)
-        ids.append(group.prompt)
-        positions.append(np.arange(p))
-        sequences.append((start, p, start, 0))
+        flat.ids.append(group.prompt)
+        flat.positions.append(np.arange(p))
+        flat.sequences.append((start, p, start, 0))
         cursor = start + p
-        for k, response in enumerate(group.responses):
+        for response in group.responses:
             r = len(response)
-            ids.append(response)
-            positions.append(np.arange(p, p + r))
-            sequences.append((cursor, r, start, p))
+            flat.ids.append(response)
+            flat.positions.append(np.arange(p, p + r))
+            flat.sequences.append((cursor, r, start, p))
             source = np.arange(cursor - 1, cursor + r - 1)
             source[0] = start + p - 1
-            score_from.append(source)
-            responses.append(np.full(r, n + k, dtype=np.int64))
-            lengths.append(r)
-            owner.append(g)
+            flat.score_from.append(source)
+            flat.responses.append(np.full(r, len(flat.responses), dtype=np.int64))
             cursor += r
-        ranks.extend(group.ranks)
+        start = cursor
+    return flat
+
+
+def _ranked_pairs(groups: Sequence[TokenGroup]) -> list[tuple[int, int, float]]:
+    """Better and worse response of each strictly ranked pair, and its share of its group."""
+    found: list[tuple[int, int, float]] = []
+    n = 0
+    for group in groups:
         ranked = [
             (n + i, n + j)
             for i, better in enumerate(group.ranks)
@@ -328,42 +380,13 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         if group.confidence < 1:
             orders.append(([(worse, better) for better, worse in ranked], 1 - group.confidence))
         for pairs, confidence in orders:
-            chosen += [better for better, _ in pairs]
-            rejected += [worse for _, worse in pairs]
-            shares += [confidence / len(pairs) for _ in pairs]
-        shapes.append((p, *map(len, group.responses)))
+            found += [(better, worse, confidence / len(pairs)) for better, worse in pairs]
         n += len(group.responses)
-        start = cursor
-    buckets, inverse = _buckets(sequences, tokens=start)
-    return GroupBatch(
-        input_ids=_tensor(np.concatenate(ids)),
-        position_ids=_tensor(np.concatenate(positions)),
-        buckets=buckets,
-        inverse=inverse,
-        score_from=_tensor(np.concatenate(score_from)),
-        targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
-        response=_tensor(np.concatenate(responses)),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        group=torch.tensor(owner, dtype=torch.int64),
-        rank=torch.tensor(ranks, dtype=torch.int64),
-        weight=torch.tensor([group.weight for group in groups], dtype=torch.float32),
-        target_margin=torch.tensor([group.target_margin for group in groups], dtype=torch.float32),
-        chosen=torch.tensor(chosen, dtype=torch.int64),
-        rejected=torch.tensor(rejected, dtype=torch.int64),
-        pair_share=torch.tensor(shares, dtype=torch.float32),
-        best=torch.tensor([k for k, rank in enumerate(ranks) if rank == 1], dtype=torch.int64),
-        reference_logps=_joined([group.reference_logps for group in groups]),
-        reference_token_logps=_joined(
-            [
-                None
-                if group.reference_token_logps is None
-                else np.concatenate(group.reference_token_logps)
-                for group in groups
-            ]
-        ),
-        segments=tuple(shapes),
-        rows=tuple(rows),
-    )
+    return found
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _joined(parts: Sequence[npt.NDArray[np.float32] | None]) -> Tensor | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dpo_lightning.data.rows import (
     FIELDS,
@@ -118,12 +119,8 @@ def read_rows(
     try:
         for record in opened.read(reader.wanted):
             place = f"{printable(opened.label)}:{record.number}"
-            row = record.value
             try:
-                if record.problem is not None:
-                    raise RowError("row", record.problem)
-                if not isinstance(row, dict):
-                    raise RowError("row", f"{describe(row)}, expected an object")
+                row = _mapping(record)
                 shapes.add(row)
                 if shapes.rows == 1 and format == "auto" and looks_like_sharegpt(row, columns):
                     raise UserError(
@@ -141,6 +138,19 @@ def read_rows(
     shapes.check(where, sharegpt=format == "sharegpt")
     notes = [*opened.notes, *_notes(where, reader, len(groups))]
     return Rows(groups, bad, len(groups) + len(bad), notes)
+
+
+def _mapping(record: Record) -> dict[str, Any]:
+    """The fields of a row.
+
+    Raises:
+        RowError: If it has none.
+    """
+    if record.problem is not None:
+        raise RowError("row", record.problem)
+    if not isinstance(record.value, dict):
+        raise RowError("row", f"{describe(record.value)}, expected an object")
+    return record.value
 
 
 def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:

@@ -22,6 +22,9 @@ from dpo_lightning.errors import UserError
 
 Ids = npt.NDArray[np.int32]
 
+Ranked = list[tuple[list[int], int]]
+"""Token ids of responses with their ranks."""
+
 DROP_REASONS = {
     "bad_row": "a row that could not be read, set aside in quarantine.jsonl",
     "too_long": "prompt and longest response exceed data.max_length",
@@ -285,38 +288,14 @@ def _assemble(
     # Some state has to predict the first token: the text begins where the model begins.
     prompt_ids = prompt[:n_prompt] or [eos if bos is None else bos]
 
-    kept: list[tuple[list[int], int]] = []
-    reason = "nothing_to_compare"
-    for response, ids, rank in zip(group.responses, full, group.ranks, strict=True):
-        response_ids = _response_ids(ids[n_prompt:], eos, special, tokenizer)
-        if _is_empty(response) or response_ids == [eos]:
-            reason = "empty_response"
-        elif any(response_ids == other for other, _ in kept):
-            reason = "identical_responses"
-        else:
-            kept.append((response_ids, rank))
+    kept, reason = _different(group, [ids[n_prompt:] for ids in full], special, tokenizer)
     if not _comparable(kept):
         tied = len(set(group.ranks)) == 1
         return None, shrank, "nothing_to_compare" if tied else reason, []
-
-    changes: list[str] = []
-    excess = len(prompt_ids) + max(len(ids) for ids, _ in kept) - max_length
-    if excess > 0:
-        if truncation == "drop":
-            return None, shrank, "too_long", []
-        if truncation == "prompt":
-            first = 1 if prompt_ids[0] == bos and len(prompt_ids) > 1 else 0
-            if len(prompt_ids) - excess <= first:
-                return None, shrank, "too_long", []
-            prompt_ids = prompt_ids[:first] + prompt_ids[first + excess :]
-            changes.append("truncated_prompt")
-        else:
-            cut = _cut(kept, max(0, max_length - len(prompt_ids)))
-            if not _comparable(cut):
-                return None, shrank, "nothing_to_compare", []
-            if any(response not in kept for response in cut):
-                changes.append("truncated_response")
-            kept = cut
+    short = _shortened(prompt_ids, kept, bos, max_length=max_length, truncation=truncation)
+    if isinstance(short, str):
+        return None, shrank, short, []
+    prompt_ids, kept, changes = short
     if len(kept) < len(group.responses):
         changes.append("removed_response")
     # The ranks that are left may have a gap, or begin with 2.
@@ -331,6 +310,46 @@ def _assemble(
         target_margin=group.target_margin or 0.0,
     )
     return token_group, shrank, "", changes
+
+
+def _different(
+    group: PreferenceGroup, texts: list[list[int]], special: frozenset[int], tokenizer: Any
+) -> tuple[Ranked, str]:
+    """Responses that are there and no other's copy, with their ranks; why the last one is not."""
+    eos: int = tokenizer.eos_token_id
+    kept: Ranked = []
+    reason = "nothing_to_compare"
+    for response, ids, rank in zip(group.responses, texts, group.ranks, strict=True):
+        response_ids = _response_ids(ids, eos, special, tokenizer)
+        if _is_empty(response) or response_ids == [eos]:
+            reason = "empty_response"
+        elif any(response_ids == other for other, _ in kept):
+            reason = "identical_responses"
+        else:
+            kept.append((response_ids, rank))
+    return kept, reason
+
+
+def _shortened(
+    prompt_ids: list[int], kept: Ranked, bos: int | None, *, max_length: int, truncation: str
+) -> tuple[list[int], Ranked, list[str]] | str:
+    """Prompt and responses within the limit and what was changed, or why the group is dropped."""
+    excess = len(prompt_ids) + max(len(ids) for ids, _ in kept) - max_length
+    if excess <= 0:
+        return prompt_ids, kept, []
+    if truncation == "drop":
+        return "too_long"
+    if truncation == "prompt":
+        first = 1 if prompt_ids[0] == bos and len(prompt_ids) > 1 else 0
+        if len(prompt_ids) - excess <= first:
+            return "too_long"
+        prompt_ids = prompt_ids[:first] + prompt_ids[first + excess :]
+        return prompt_ids, kept, ["truncated_prompt"]
+    cut = _cut(kept, max(0, max_length - len(prompt_ids)))
+    if not _comparable(cut):
+        return "nothing_to_compare"
+    whole = all(response in kept for response in cut)
+    return prompt_ids, cut, [] if whole else ["truncated_response"]
 
 
 def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[list[int], int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -87,21 +87,29 @@ def choose_prompts(
 class SampleAnswers(Callback):
     """Collects greedy answers at both ends of the training; on rank 0, or of a sharded model all.
 
-    Args:
-        groups: Whose prompts are answered.
-        models: Policy and reference.
-        answering: How.
+    It asks nothing until :meth:`ask` says what and whom.
+
+    Attributes:
+        rows: A row of ``COLUMNS`` for each prompt, once the training has ended.
     """
 
-    def __init__(
-        self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering
-    ) -> None:
-        self._groups = groups
-        self._models = models
-        self._answering = answering
+    def __init__(self) -> None:
+        self._groups: Sequence[TokenGroup] = ()
         self._before: list[str] = []
         self._reference: list[str] = []
         self.rows: list[tuple[str, ...]] = []
+
+    def ask(self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering) -> None:
+        """Says what is asked, before the training.
+
+        Args:
+            groups: Whose prompts are answered.
+            models: Policy and reference.
+            answering: How.
+        """
+        self._groups = groups
+        self._models = models
+        self._answering = answering
 
     def state_dict(self) -> dict[str, Any]:
         """The first answers, for a run that goes on later."""
@@ -182,69 +190,106 @@ def evaluate_samples(
         return [], {}
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
-    policy_ids = answering.answers(models, models.policy, prompts, seed=seed)
+    drawn = _Drawn(asked, answering.answers(models, models.policy, prompts, seed=seed))
     metrics: dict[str, float] = {}
     with models.reference_model(device) as reference:
-        divergences = sampled_divergences(
+        drawn.divergences = sampled_divergences(
             models.policy,
             reference,
             models.scorer,
             prompts,
-            policy_ids,
+            drawn.policy,
             pad=answering.tokenizer.eos_token_id,
             precision=answering.precision,
         )
-        reference_ids: list[Ids] = []
         if score is not None:
-            reference_ids = answering.answers(models, reference, prompts, seed=seed)
+            drawn.reference = answering.answers(models, reference, prompts, seed=seed)
         if partition_samples:
             begun = [groups[i % len(groups)].prompt for i in range(partition_samples)]
-            beginnings = replace(
-                answering, max_new_tokens=min(answering.max_new_tokens, LONGEST)
-            ).answers(models, reference, begun, seed=seed)
-            metrics |= check_partition(
-                models.policy,
-                reference,
-                models.scorer,
-                begun,
-                beginnings,
-                precision=answering.precision,
-            )
+            metrics |= _partition(models, reference, begun, answering=answering, seed=seed)
     if not count:
         return [], metrics
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": answering.text(group.prompt).strip(),
-            "preferred": answering.text(group.responses[0]).strip(),
-            "reference": "",
-            "policy": answering.text(ids).strip(),
-            "kl": kl,
-            "score": None,
-            "reference_score": None,
-        }
-        for group, ids, kl in zip(asked, policy_ids, divergences, strict=True)
-    ]
-    lengths = [float(len(ids)) for ids in policy_ids]
-    metrics |= _mean("kl", divergences) | {"samples/length": statistics.fmean(lengths)}
+    lengths = [float(len(ids)) for ids in drawn.policy]
+    metrics |= _mean("kl", drawn.divergences) | {"samples/length": statistics.fmean(lengths)}
+    rows = drawn.rows(answering)
     if score is not None:
-        questions = [prompt_of_key(group.prompt_key) for group in asked]
-        policy_scores = score(questions, [answering.text(ids) for ids in policy_ids])
-        reference_scores = score(questions, [answering.text(ids) for ids in reference_ids])
-        pairs = list(zip(policy_scores, reference_scores, strict=True))
-        for row, ids, (own, other) in zip(rows, reference_ids, pairs, strict=True):
-            row |= {
-                "reference": answering.text(ids).strip(),
-                "score": own,
-                "reference_score": other,
-            }
-        wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
-        metrics |= _mean("score", policy_scores) | _mean("reference_score", reference_scores)
-        metrics |= _mean("win_rate", wins)
-        # Of the scores' own optimum: what exp(score / beta) averages over the reference's answers.
-        estimate = estimate_log_partition(torch.tensor(reference_scores).double(), beta)
-        names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
-        metrics |= dict(zip(names, (float(value) for value in estimate), strict=True))
+        metrics |= _judged(rows, drawn, answering, score, beta=beta)
     return rows, metrics
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """Answers that were drawn.
+
+    Attributes:
+        asked: The group of each.
+        policy: Token ids of the policy's.
+        divergences: Estimates of the divergence, from each.
+        reference: Token ids of the reference's, where these are judged.
+    """
+
+    asked: list[TokenGroup]
+    policy: list[Ids]
+    divergences: list[float] = field(default_factory=list)
+    reference: list[Ids] = field(default_factory=list)
+
+    def rows(self, answering: Answering) -> list[dict[str, Any]]:
+        """A row for each, before anything is judged."""
+        return [
+            {
+                "prompt": answering.text(group.prompt).strip(),
+                "preferred": answering.text(group.responses[0]).strip(),
+                "reference": "",
+                "policy": answering.text(ids).strip(),
+                "kl": kl,
+                "score": None,
+                "reference_score": None,
+            }
+            for group, ids, kl in zip(self.asked, self.policy, self.divergences, strict=True)
+        ]
+
+
+def _partition(
+    models: Models, reference: Any, prompts: Sequence[Ids], *, answering: Answering, seed: int
+) -> dict[str, float]:
+    """The check of the log-probabilities, on beginnings of the reference's answers."""
+    short = replace(answering, max_new_tokens=min(answering.max_new_tokens, LONGEST))
+    return check_partition(
+        models.policy,
+        reference,
+        models.scorer,
+        prompts,
+        short.answers(models, reference, prompts, seed=seed),
+        precision=answering.precision,
+    )
+
+
+def _judged(
+    rows: Sequence[dict[str, Any]],
+    drawn: _Drawn,
+    answering: Answering,
+    score: Score,
+    *,
+    beta: float,
+) -> dict[str, float]:
+    """Scores of both models' answers, also put into the rows."""
+    questions = [prompt_of_key(group.prompt_key) for group in drawn.asked]
+    policy_scores = score(questions, [answering.text(ids) for ids in drawn.policy])
+    reference_scores = score(questions, [answering.text(ids) for ids in drawn.reference])
+    pairs = list(zip(policy_scores, reference_scores, strict=True))
+    for row, ids, (own, other) in zip(rows, drawn.reference, pairs, strict=True):
+        row |= {
+            "reference": answering.text(ids).strip(),
+            "score": own,
+            "reference_score": other,
+        }
+    wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
+    metrics = _mean("score", policy_scores) | _mean("reference_score", reference_scores)
+    metrics |= _mean("win_rate", wins)
+    # Of the scores' own optimum: what exp(score / beta) averages over the reference's answers.
+    estimate = estimate_log_partition(torch.tensor(reference_scores).double(), beta)
+    names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
+    return metrics | dict(zip(names, (float(value) for value in estimate), strict=True))
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float]:

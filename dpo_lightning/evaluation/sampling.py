@@ -61,15 +61,7 @@ def answer_prompts(
     ends = end_ids(model, tokenizer)
     # Behind the attention mask any id will do; a model without a pad token has this one.
     pad = tokenizer.eos_token_id
-    # Everything is said: a hub model's own settings would sharpen or cut its distribution.
-    settings = GenerationConfig(
-        do_sample=seed is not None,
-        **({} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    settings = _generation(tokenizer, ends, max_new_tokens=max_new_tokens, drawn=seed is not None)
     answers: list[Ids] = [np.zeros(0, dtype=np.int32)] * len(prompts)
     # Prompts of like lengths together: little padding.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -94,6 +86,20 @@ def answer_prompts(
                 length = ended[0] + 1 if len(ended) else len(row)
                 answers[i] = row[:length].astype(np.int32)
     return answers
+
+
+def _generation(
+    tokenizer: Any, ends: list[int], *, max_new_tokens: int, drawn: bool
+) -> GenerationConfig:
+    """Everything is said: a hub model's own settings would sharpen or cut its distribution."""
+    return GenerationConfig(
+        do_sample=drawn,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
 
 
 def _left_padded(sequences: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.footprint import Footprint, ModelShape, Training, footprint, in_gib
+from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import Config
 
@@ -64,37 +65,62 @@ class MemoryEstimate:
         return f"about {total} GiB: {found.describe()}"
 
 
-def device_kind(config: Config) -> DeviceKind:
-    """The kind of device that ``trainer.accelerator`` comes to on this machine."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """Settings that decide what a run takes of a device.
 
-    wanted = config.trainer.accelerator
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    return {"cpu": "cpu", "mps": "mps"}.get(wanted, "cuda")  # type: ignore[return-value]
+    Attributes:
+        half_weights: Whether the weights are held in bfloat16.
+        optimizer: ``adamw`` or ``adamw_8bit``.
+        lora_rank: Rank of the adapters that are trained; None trains all weights.
+        four_bit: Whether the frozen weights beside them are held in 4 bits.
+        live_reference: Whether a frozen copy of the model is held.
+        sharded: Whether the strategy shares the weights out.
+        whole_gradients: Whether it then adds up whole gradients until the end of a step.
+        tokens: Most tokens of a micro-batch; None: by the memory.
+        checkpointing: Whether activations are computed again; None: by the memory.
+        max_length: Most tokens of a prompt with one response; None: the model's own limit.
+        check: What happens where it is more than a device has: ``stop``, ``warn`` or ``off``.
+    """
+
+    half_weights: bool
+    optimizer: str
+    lora_rank: int | None
+    four_bit: bool
+    live_reference: bool
+    sharded: bool
+    whole_gradients: bool
+    tokens: int | None
+    checkpointing: bool | None
+    max_length: int | None
+    check: str
 
 
-def device_count(config: Config, kind: DeviceKind) -> int:
-    """Processes that share a step."""
-    import torch
-
-    devices = config.trainer.devices
-    if devices == "auto":
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-    else:
-        count = len(devices) if isinstance(devices, list) else devices
-    return max(1, count) * config.trainer.num_nodes
+def memory_settings(config: Config) -> MemorySettings:
+    """The settings that an estimate is made of."""
+    adapters = config.peft.kind == "lora"
+    return MemorySettings(
+        half_weights=config.model.dtype == "bfloat16",
+        optimizer=config.optimizer.name,
+        lora_rank=config.peft.r if adapters else None,
+        four_bit=adapters and config.peft.quantization == "nf4",
+        live_reference=config.reference.kind == "live",
+        sharded=config.strategy.name == "fsdp",
+        whole_gradients=config.strategy.sync_gradients == "step",
+        tokens=config.data.micro_batch_tokens,
+        checkpointing=config.model.gradient_checkpointing,
+        max_length=config.data.max_length,
+        check=config.trainer.memory_check,
+    )
 
 
 def plan_training(
-    config: Config, shape: ModelShape, device: torch.device, *, devices: int, mixed: bool
+    settings: MemorySettings, shape: ModelShape, device: torch.device, *, devices: int, mixed: bool
 ) -> Training:
     """What the settings come to; tokens and checkpointing are for the budget to fill in.
 
     Args:
-        config: The settings.
+        settings: The settings.
         shape: The model's shape.
         device: Where it is trained.
         devices: How many take part.
@@ -102,25 +128,23 @@ def plan_training(
     """
     from dpo_lightning.models.head import Limits
 
-    half = config.model.dtype == "bfloat16"
-    sharded = config.strategy.name == "fsdp" and devices > 1
-    peft = config.peft
-    adapters = peft.kind == "lora"
-    alone = devices == 1 and config.strategy.name != "fsdp"
+    half, rank = settings.half_weights, settings.lora_rank
+    sharded = settings.sharded and devices > 1
+    alone = devices == 1 and not settings.sharded
     limits = Limits.of(device)
     return Training(
         weight_bytes=2 if half else 4,
         compute_bytes=2 if half or mixed else 4,
         # The copy in bfloat16 is made once a step by one process, by autocast over several.
-        masters=mixed and alone and (adapters or not half),
+        masters=mixed and alone and (rank is not None or not half),
         autocast=mixed and not alone and not sharded,
-        optimizer=config.optimizer.name,
-        trained=shape.lora_parameters(peft.r) if adapters else None,
-        four_bit=adapters and peft.quantization == "nf4",
-        live_reference=config.reference.kind == "live",
+        optimizer=settings.optimizer,
+        trained=None if rank is None else shape.lora_parameters(rank),
+        four_bit=settings.four_bit,
+        live_reference=settings.live_reference,
         shards=devices if sharded else 1,
         buckets=devices > 1 and not sharded,
-        whole_gradients=sharded and config.strategy.sync_gradients == "step",
+        whole_gradients=sharded and settings.whole_gradients,
         tokens=0,
         checkpointing=False,
         keys=0,
@@ -143,19 +167,19 @@ def with_budget(training: Training, budget: Budget, *, longest: int, keys: int) 
 
 
 def estimate_of(
-    config: Config,
+    settings: MemorySettings,
+    hardware: Hardware,
     model_config: Any,
     *,
     device_bytes: int | None = None,
-    kind: DeviceKind | None = None,
 ) -> MemoryEstimate:
     """The estimate by settings and the model's config alone; no data, no weights.
 
     Args:
-        config: The settings.
+        settings: The settings.
+        hardware: The devices.
         model_config: The model's transformers config.
-        device_bytes: Memory of the device; None asks it.
-        kind: DeviceKind of the device; None is this machine's.
+        device_bytes: Memory of a device; None asks it.
     """
     import torch
 
@@ -163,15 +187,13 @@ def estimate_of(
     from dpo_lightning.memory.footprint import shape_of_model
     from dpo_lightning.models.loading import max_positions, meta_model
 
-    given = kind is not None
-    kind = kind or device_kind(config)
-    devices = device_count(config, kind)
-    if device_bytes is None and (kind != "cuda" or torch.cuda.is_available()):
+    kind, devices = hardware.kind, hardware.count
+    if device_bytes is None and hardware.is_here:
         device_bytes = memory_of(torch.device(kind))
     shape = shape_of_model(meta_model(model_config))
-    wanted = config.trainer.precision
-    mixed = wanted == "bf16-mixed" if wanted else kind == "cuda" and (given or _has_bf16())
-    training = plan_training(config, shape, torch.device(kind), devices=devices, mixed=mixed)
+    training = plan_training(
+        settings, shape, torch.device(kind), devices=devices, mixed=hardware.mixed
+    )
     # Of data nothing is known yet: the smallest budget that may be chosen is what it takes.
     budget = choose_budget(
         shape,
@@ -179,10 +201,10 @@ def estimate_of(
         kind=kind,
         device_bytes=device_bytes,
         longest=0,
-        tokens=config.data.micro_batch_tokens,
-        checkpointing=config.model.gradient_checkpointing,
+        tokens=settings.tokens,
+        checkpointing=settings.checkpointing,
     )
-    longest = config.data.max_length or max_positions(model_config) or budget.tokens
+    longest = settings.max_length or max_positions(model_config) or budget.tokens
     keys = min(longest // 2, _MOST_KEYS) if kind == "cpu" else 0
     return MemoryEstimate(
         shape=shape,
@@ -191,12 +213,6 @@ def estimate_of(
         device_bytes=device_bytes,
         devices=devices,
     )
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def check_fits(estimate: MemoryEstimate, mode: str) -> None:

@@ -14,6 +14,7 @@ decides where it ends: no model that cannot say pi*, no finite sample of labels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,33 @@ def fit_tabular_policy(
         >>> fit.policy_logps.exp()  # (prompts, n)
         tensor([[0.2500, 0.7500]], dtype=torch.float64)
     """
+    _check_table(reference_logps, rewards, beta)
+    reference, rewards = reference_logps.detach(), rewards.detach()
+    optimum = optimal_logps(reference, rewards, beta)
+    weights = _pair_weights(reference, rewards)
+
+    def losses_of(table: Tensor) -> Tensor:
+        return _prompt_losses(table, reference, weights, beta)
+
+    # Not normalised on the way: the constant of a prompt cancels in every margin.
+    table = reference.clone()
+    losses = losses_of(table)
+    history = [losses.mean()]
+    kl = [_divergence(optimum, reference)]
+    for _ in range(steps):
+        step, slope = _newton_step(table, reference, weights, beta)
+        table, losses = _searched(table, losses, step, slope, losses_of)
+        history.append(losses.mean())
+        kl.append(_divergence(optimum, table.log_softmax(1)))
+        if beta * step.abs().max() <= tolerance:
+            break
+    return TabularFit(
+        policy_logps=table.log_softmax(1), losses=torch.stack(history), kl=torch.stack(kl)
+    )
+
+
+def _check_table(reference_logps: Tensor, rewards: Tensor, beta: float) -> None:
+    """Raises where a fit would mean nothing."""
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
     if reference_logps.ndim != 2 or reference_logps.shape != rewards.shape:
@@ -127,33 +155,25 @@ def fit_tabular_policy(
     if (reference_logps.exp().sum(1) - 1).abs().amax() > 1e-6:
         raise ValueError("reference_logps is not normalised: log_softmax it over the responses")
 
-    reference, rewards = reference_logps.detach(), rewards.detach()
-    optimum = optimal_logps(reference, rewards, beta)
-    weights = _pair_weights(reference, rewards)
-    # Not normalised on the way: the constant of a prompt cancels in every margin.
-    table = reference.clone()
-    losses = _prompt_losses(table, reference, weights, beta)
-    history = [losses.mean()]
-    kl = [_divergence(optimum, reference)]
-    for _ in range(steps):
-        step, slope = _newton_step(table, reference, weights, beta)
-        length = torch.ones_like(losses)
-        for _ in range(_HALVINGS):
-            ahead = table + length.unsqueeze(1) * step
-            ahead_losses = _prompt_losses(ahead, reference, weights, beta)
-            # Near the minimum a step gains less than the loss rounds to.
-            allowed = losses * (1 + 1e-14) + 1e-4 * length * slope
-            if (ahead_losses <= allowed).all():
-                break
-            length = torch.where(ahead_losses <= allowed, length, length / 2)
-        table, losses = ahead, ahead_losses
-        history.append(losses.mean())
-        kl.append(_divergence(optimum, table.log_softmax(1)))
-        if beta * step.abs().max() <= tolerance:
+
+def _searched(
+    table: Tensor,
+    losses: Tensor,
+    step: Tensor,
+    slope: Tensor,
+    losses_of: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Table and losses after as much of the step as lowers the loss of each prompt."""
+    length = torch.ones_like(losses)
+    for _ in range(_HALVINGS):
+        ahead = table + length.unsqueeze(1) * step
+        ahead_losses = losses_of(ahead)
+        # Near the minimum a step gains less than the loss rounds to.
+        allowed = losses * (1 + 1e-14) + 1e-4 * length * slope
+        if (ahead_losses <= allowed).all():
             break
-    return TabularFit(
-        policy_logps=table.log_softmax(1), losses=torch.stack(history), kl=torch.stack(kl)
-    )
+        length = torch.where(ahead_losses <= allowed, length, length / 2)
+    return ahead, ahead_losses
 
 
 def _pair_weights(reference_logps: Tensor, rewards: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Everything here is a sum, so micro-batches, steps and ranks simply add up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,81 +81,144 @@ class Tokens:
     response: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logps:
+    """Log-probabilities of the N responses of a micro-batch.
+
+    Attributes:
+        policy: Of each response under the policy, shape (N,), float32.
+        reference: The same under the reference, or None without one: then the log-ratio is the
+            log-probability itself, as in the reference-free loss.
+        tokens: Needed by objectives that desensitise to lengths or weigh by likelihood.
+    """
+
+    policy: Tensor
+    reference: Tensor | None = None
+    tokens: Tokens | None = None
+
+    def ratios(self) -> Tensor:
+        """Log-ratio of each response, shape (N,)."""
+        return self.policy if self.reference is None else self.policy - self.reference
+
+
+class RankedResponses(Protocol):
+    """N ranked responses in G groups with M strictly ranked pairs; a ``GroupBatch`` is such."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, shape (N,), int64."""
+
+    @property
+    def group(self) -> Tensor:
+        """Group of each response, numbered 0..G-1 in order, shape (N,), int64."""
+
+    @property
+    def rank(self) -> Tensor:
+        """Rank of each response, 1 is best, shape (N,), int64."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each group, shape (G,), float32."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """Better response of each strictly ranked pair, shape (M,), int64."""
+
+    @property
+    def rejected(self) -> Tensor:
+        """Worse response of each pair, shape (M,), int64."""
+
+    @property
+    def best(self) -> Tensor | None:
+        """Responses of rank 1, int64; None waits for the device to find them."""
+
+    @property
+    def largest_group(self) -> int | None:
+        """Responses of the largest group; None waits for the device to count them."""
+
+    @property
+    def pair_share(self) -> Tensor | None:
+        """Share of each pair in its group, shape (M,), float32; None for equal ones."""
+
+    @property
+    def target_margin(self) -> Tensor | None:
+        """Margin that a group's better response is to have, shape (G,), float32; None for 0."""
+
+
 def compare_responses(
     objective: ObjectiveSettings,
+    batch: RankedResponses,
+    logps: Logps,
     *,
-    policy_logps: Tensor,
-    reference_logps: Tensor | None,
-    lengths: Tensor,
-    group: Tensor,
-    rank: Tensor,
-    weight: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
     beta: float | Tensor,
-    best: Tensor | None = None,
-    largest_group: int | None = None,
-    pair_share: Tensor | None = None,
-    target_margin: Tensor | None = None,
-    tokens: Tokens | None = None,
 ) -> Comparison:
     """Compares the responses of each group of a micro-batch.
 
     Args:
         objective: What is minimised.
-        policy_logps: Log-probability of each response under the policy, shape (N,), float32.
-        reference_logps: The same under the reference, or None without one: then the log-ratio
-            is the log-probability itself, as in the reference-free loss.
-        lengths: Tokens of each response, shape (N,), int64.
-        group: Group of each response, numbered 0..G-1 in order, shape (N,), int64.
-        rank: Rank of each response, 1 is best, shape (N,), int64.
-        weight: Weight of each group, shape (G,), float32.
-        chosen: Better response of each strictly ranked pair, shape (M,), int64.
-        rejected: Worse response of each pair, shape (M,), int64.
+        batch: The responses, their groups and pairs.
+        logps: Their log-probabilities.
         beta: Strength of the pull towards the reference.
-        best: The responses of rank 1, int64, and
-        largest_group: the size of the largest group, where the host knows them: without them it
-            waits for the device.
-        pair_share: Share of each pair in its group, shape (M,), float32; None for equal ones.
-        target_margin: By how much a group's better response is to be better, shape (G,), float32;
-            None for 0.
-        tokens: Needed by objectives that desensitise to lengths or weigh by likelihood.
     """
-    groups = len(weight)
-    is_best = rank == 1
-    logratios = policy_logps if reference_logps is None else policy_logps - reference_logps
-    if pair_share is None:
-        pair_share = _share_of_group(group[chosen], groups)
-    pairs = _Pairs(
-        policy=policy_logps,
-        reference=reference_logps,
-        lengths=lengths,
-        group=group,
-        chosen=chosen,
-        rejected=rejected,
-        share=pair_share,
-        target_margin=target_margin,
-        groups=groups,
+    logratios = logps.ratios()
+    share = _pair_share(batch)
+    of_group = _losses(objective, batch, logps, logratios, share, beta=beta)
+    loss_sum = (of_group * batch.weight).sum()
+    with torch.no_grad():
+        policy, logratios = logps.policy.detach(), logratios.detach()
+        accuracies = _accuracies(batch, policy, logratios, share)
+        sums = _sums(batch, policy, logratios, beta=beta)
+        dtype = torch.float32 if policy.device.type == "mps" else torch.float64
+        known = {"loss": loss_sum.detach(), "accuracy": accuracies.sum()} | sums
+        stacked = torch.stack([known[name].to(dtype) for name in SUMS])
+    return Comparison(
+        loss=loss_sum,
+        sums=stacked,
+        accuracies=accuracies,
+        losses=of_group.detach(),
+        policy_logps=policy,
+        reference_logps=logps.reference,
     )
+
+
+def _pair_share(batch: RankedResponses) -> Tensor:
+    """Share of each pair in its group, (M,)."""
+    if batch.pair_share is not None:
+        return batch.pair_share
+    return _share_of_group(batch.group[batch.chosen], len(batch.weight))
+
+
+def _losses(
+    objective: ObjectiveSettings,
+    batch: RankedResponses,
+    logps: Logps,
+    logratios: Tensor,
+    share: Tensor,
+    *,
+    beta: float | Tensor,
+) -> Tensor:
+    """Loss of each group, (G,)."""
+    groups, policy_logps = len(batch.weight), logps.policy
+    pairs = _Pairs.of(batch, logps, share)
     # Without a rejected side every best response of a group is one term, and not once per pair.
-    best = is_best.nonzero()[:, 0] if best is None else best
+    best = (batch.rank == 1).nonzero()[:, 0] if batch.best is None else batch.best
     singles = replace(
         pairs,
         chosen=best,
         rejected=best,
-        share=_share_of_group(group[best], groups),
+        share=_share_of_group(batch.group[best], groups),
         target_margin=None,
     )
-    if tokens is not None:
-        pairs = pairs.by_token(objective, tokens)
+    if logps.tokens is not None:
+        pairs = pairs.by_token(objective, logps.tokens)
     of_group = torch.zeros(groups, dtype=policy_logps.dtype, device=policy_logps.device)
     for name in objective.listwise:
         values = listwise_loss(
             name,
             scores=beta * logratios,
-            group=group,
-            rank=rank,
-            shape=None if largest_group is None else (groups, largest_group),
+            group=batch.group,
+            rank=batch.rank,
+            shape=None if batch.largest_group is None else (groups, batch.largest_group),
         )
         of_group = of_group + objective.terms[name] * values
     for name, loss in objective.pairwise.items():
@@ -162,53 +226,42 @@ def compare_responses(
         values = compared.mean_by_group(name, loss, objective, beta=beta)
         of_group = of_group + objective.terms[name] * values
     if objective.rpo_alpha:
-        nll = -policy_logps[best] / lengths[best] * singles.share
-        of_group = of_group.index_add(0, group[best], objective.rpo_alpha * nll)
-    loss_sum = (of_group * weight).sum()
+        nll = -policy_logps[best] / batch.lengths[best] * singles.share
+        of_group = of_group.index_add(0, batch.group[best], objective.rpo_alpha * nll)
+    return of_group
 
-    with torch.no_grad():
-        policy = policy_logps.detach()
-        logratios = logratios.detach()
-        margins = logratios[chosen] - logratios[rejected]
-        # A tie counts one half: at the start, policy = reference, every pair is one.
-        tied = margins.abs() <= _TIE * (policy[chosen].abs() + policy[rejected].abs())
-        right = torch.where(tied, 0.5, (margins > 0).float())
-        accuracies = torch.zeros(groups, device=policy.device).index_add(
-            0, group[chosen], right * pair_share
-        )
-        scores = beta * logratios
-        log_z = log_partition(scores, group, groups=groups)
-        share = group_shares(scores, group, groups=groups)
-        best_mask = is_best.float()
-        rest = 1.0 - best_mask
-        dtype = torch.float32 if policy.device.type == "mps" else torch.float64
-        sums = torch.stack(
-            [
-                value.to(dtype)
-                for value in (
-                    loss_sum.detach(),
-                    weight.sum(),
-                    weight.new_tensor(groups),
-                    accuracies.sum(),
-                    log_z.sum(),
-                    (best_mask * share).sum(),
-                    best_mask.sum(),
-                    (best_mask * policy).sum(),
-                    (best_mask * logratios).sum(),
-                    rest.sum(),
-                    (rest * policy).sum(),
-                    (rest * logratios).sum(),
-                )
-            ]
-        )
-    return Comparison(
-        loss=loss_sum,
-        sums=sums,
-        accuracies=accuracies,
-        losses=of_group.detach(),
-        policy_logps=policy,
-        reference_logps=reference_logps,
-    )
+
+def _accuracies(batch: RankedResponses, policy: Tensor, logratios: Tensor, share: Tensor) -> Tensor:
+    """Share of each group's pairs that is ranked right, (G,); a tie counts one half."""
+    chosen, rejected = batch.chosen, batch.rejected
+    margins = logratios[chosen] - logratios[rejected]
+    # At the start, policy = reference, every pair is a tie.
+    tied = margins.abs() <= _TIE * (policy[chosen].abs() + policy[rejected].abs())
+    right = torch.where(tied, 0.5, (margins > 0).float())
+    zeros = torch.zeros(len(batch.weight), device=policy.device)
+    return zeros.index_add(0, batch.group[chosen], right * share)
+
+
+def _sums(
+    batch: RankedResponses, policy: Tensor, logratios: Tensor, *, beta: float | Tensor
+) -> dict[str, Tensor]:
+    """Entries of ``SUMS`` but for the loss and the accuracy."""
+    groups = len(batch.weight)
+    scores = beta * logratios
+    best = (batch.rank == 1).float()
+    rest = 1.0 - best
+    return {
+        "weight": batch.weight.sum(),
+        "groups": batch.weight.new_tensor(groups),
+        "log_z": log_partition(scores, batch.group, groups=groups).sum(),
+        "best_share": (best * group_shares(scores, batch.group, groups=groups)).sum(),
+        "best": best.sum(),
+        "best_logps": (best * policy).sum(),
+        "best_logratios": (best * logratios).sum(),
+        "rest": rest.sum(),
+        "rest_logps": (rest * policy).sum(),
+        "rest_logratios": (rest * logratios).sum(),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +281,21 @@ class _Pairs:
     policy_sides: tuple[Tensor, Tensor] | None = None
     reference_sides: tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: RankedResponses, logps: Logps, share: Tensor) -> _Pairs:
+        """All strictly ranked pairs."""
+        return cls(
+            policy=logps.policy,
+            reference=logps.reference,
+            lengths=batch.lengths,
+            group=batch.group,
+            chosen=batch.chosen,
+            rejected=batch.rejected,
+            share=share,
+            target_margin=batch.target_margin,
+            groups=len(batch.weight),
+        )
 
     def by_token(self, objective: ObjectiveSettings, tokens: Tokens) -> _Pairs:
         """The pairs with shortened log-probabilities, or weighted, as the objective wants it."""

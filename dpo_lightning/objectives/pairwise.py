@@ -7,6 +7,8 @@ weights) is the caller's matter.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -80,6 +82,29 @@ def pairwise_loss(
         ... )  # (B,)
         tensor([0.6931, 0.3133])
     """
+    loss = _known(name, options)
+    if isinstance(beta, float | int) and not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
+    if isinstance(target_margin, float | int):
+        target_margin = torch.full_like(policy_chosen_logps, float(target_margin))
+    pairs = PairLogps(
+        policy_chosen_logps=_at_least_float32(policy_chosen_logps),
+        policy_rejected_logps=_optional(policy_rejected_logps),
+        reference_chosen_logps=_optional(reference_chosen_logps),
+        reference_rejected_logps=_optional(reference_rejected_logps),
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        target_margin=_optional(target_margin),
+        link=link(f_divergence, f_alpha),
+    )
+    _check_sides(name, loss, pairs, f_divergence)
+    _check_shapes(pairs)
+    losses: Tensor = loss.fn(pairs, beta=beta, **{**loss.options, **options})
+    return losses
+
+
+def _known(name: str, options: Mapping[str, Value]) -> PairwiseLoss:
+    """The loss of that name, which takes these options."""
     if name not in PAIRWISE_LOSSES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(PAIRWISE_LOSSES)}")
     loss = PAIRWISE_LOSSES[name]
@@ -89,52 +114,38 @@ def pairwise_loss(
             raise ValueError(f"loss {name!r} has no option {option!r}: its options are {choices}")
         if not loss.schema[option].accepts(value):
             raise ValueError(f"{option} is {value!r}: needs {loss.schema[option].expected()}")
-    if isinstance(beta, float | int) and not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
-    if (reference_chosen_logps is None) != (reference_rejected_logps is None):
+    return loss
+
+
+def _check_sides(name: str, loss: PairwiseLoss, pairs: PairLogps, f_divergence: str) -> None:
+    """Raises where the loss needs what is not there."""
+    reference = pairs.reference_chosen_logps
+    if (reference is None) != (pairs.reference_rejected_logps is None):
         raise ValueError("reference logps of one side alone: give both, or None for both")
-    if loss.needs_reference and reference_chosen_logps is None:
+    if loss.needs_reference and reference is None:
         raise ValueError(
             f"loss {name!r} compares each response with the reference: its logps are None"
         )
-    link_function = link(f_divergence, f_alpha)
-    if link_function is not None and (not loss.on_margin or reference_chosen_logps is None):
+    if pairs.link is not None and (not loss.on_margin or reference is None):
         raise ValueError(
             f"f_divergence is {f_divergence!r}: that is for losses on the margin of two log-ratios"
         )
-    if loss.uses_rejected and (policy_rejected_logps is None or rejected_lengths is None):
+    if loss.uses_rejected and (
+        pairs.policy_rejected_logps is None or pairs.rejected_lengths is None
+    ):
         raise ValueError(f"loss {name!r} compares two responses: the rejected one is None")
 
-    if isinstance(target_margin, float | int):
-        target_margin = torch.full_like(policy_chosen_logps, float(target_margin))
-    tensors = {
-        "policy_chosen_logps": policy_chosen_logps,
-        "policy_rejected_logps": policy_rejected_logps,
-        "reference_chosen_logps": reference_chosen_logps,
-        "reference_rejected_logps": reference_rejected_logps,
-        "chosen_lengths": chosen_lengths,
-        "rejected_lengths": rejected_lengths,
-        "target_margin": target_margin,
-    }
-    # (B, 1) against (B,) would broadcast to every pairing of the batch, and train on it.
-    for key, tensor in tensors.items():
-        if tensor is not None and (tensor.ndim != 1 or tensor.shape != policy_chosen_logps.shape):
+
+def _check_shapes(pairs: PairLogps) -> None:
+    """(B, 1) against (B,) would broadcast to every pairing of the batch, and train on it."""
+    shape = pairs.policy_chosen_logps.shape
+    for item in fields(pairs):
+        tensor = getattr(pairs, item.name)
+        if isinstance(tensor, Tensor) and (tensor.ndim != 1 or tensor.shape != shape):
             raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)}, policy_chosen_logps "
-                f"{tuple(policy_chosen_logps.shape)}: both are (B,)"
+                f"{item.name} has shape {tuple(tensor.shape)}, policy_chosen_logps "
+                f"{tuple(shape)}: both are (B,)"
             )
-    pairs = PairLogps(
-        policy_chosen_logps=_at_least_float32(policy_chosen_logps),
-        policy_rejected_logps=_optional(policy_rejected_logps),
-        reference_chosen_logps=_optional(reference_chosen_logps),
-        reference_rejected_logps=_optional(reference_rejected_logps),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        target_margin=_optional(target_margin),
-        link=link_function,
-    )
-    losses: Tensor = loss.fn(pairs, beta=beta, **{**loss.options, **options})
-    return losses
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -156,14 +156,7 @@ def register_loss(
         if name in LISTWISE_LOSSES or (known is not None and not _same(known.fn, function)):
             raise ValueError(f"loss {name!r} is registered already: choose another name")
         schema = dict(_options(name, function))
-        for option, own in schema.items():
-            for other, entry in PAIRWISE_LOSSES.items():
-                theirs = entry.schema.get(option)
-                if other != name and theirs is not None and theirs.kind is not own.kind:
-                    raise ValueError(
-                        f"loss {name!r}: the option {option!r} is a {theirs.kind.__name__} of loss "
-                        f"{other!r} and cannot be a {own.kind.__name__} here"
-                    )
+        _check_kinds(name, schema)
         PAIRWISE_LOSSES[name] = PairwiseLoss(
             fn=function,
             uses_reference=reference != "unused",
@@ -179,6 +172,18 @@ def register_loss(
         return function
 
     return register
+
+
+def _check_kinds(name: str, schema: Mapping[str, Option]) -> None:
+    """Raises where an option of that name has another type in another loss."""
+    for option, own in schema.items():
+        for other, entry in PAIRWISE_LOSSES.items():
+            theirs = entry.schema.get(option)
+            if other != name and theirs is not None and theirs.kind is not own.kind:
+                raise ValueError(
+                    f"loss {name!r}: the option {option!r} is a {theirs.kind.__name__} of loss "
+                    f"{other!r} and cannot be a {own.kind.__name__} here"
+                )
 
 
 def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

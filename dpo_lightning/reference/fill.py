@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.reference.cache import ReferenceCache, pieces, response_key
+from dpo_lightning.reference.cache import Logps, ReferenceCache, pieces, response_key
 from dpo_lightning.reference.kinds import CachedReference
 
 log = logging.getLogger(__name__)
@@ -91,13 +91,58 @@ def with_reference_logps(
         UserError: If the reference gives a response no finite log-probability.
     """
     groups = [group for part in parts for group in part]
+    computing = _Computing(
+        load=load,
+        scorer=scorer,
+        device=device,
+        precision=precision,
+        budget=_PASS_BUDGET * micro_batch_tokens,
+        per_token=per_token,
+        ranks=ranks,
+    )
+    values, computed = _read_or_compute(
+        groups, cache.of_tokens() if per_token else cache, computing
+    )
+    filled = iter(_with_values(groups, values, per_token=per_token))
+    reference = CachedReference(rows=len(groups), computed=computed)
+    return [[next(filled) for _ in part] for part in parts], reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Computing:
+    """How log-probabilities are computed; see :func:`with_reference_logps`.
+
+    Attributes:
+        load: Makes the frozen model.
+        scorer: Scores micro-batches.
+        device: Where to compute.
+        precision: The context to compute in.
+        budget: Most tokens of a micro-batch.
+        per_token: Whether the tokens of a response have a value each.
+        ranks: Those that compute together.
+    """
+
+    load: Callable[[], Any]
+    scorer: Scorer
+    device: torch.device
+    precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    budget: int
+    per_token: bool
+    ranks: Team | None
+
+    def ask(self, function: Callable[[], T]) -> T:
+        """What the function gives here, or on the first of several ranks."""
+        return function() if self.ranks is None else self.ranks.from_first(function)
+
+
+def _read_or_compute(
+    groups: Sequence[TokenGroup], cache: ReferenceCache, computing: _Computing
+) -> tuple[Logps, int]:
+    """The values of all responses end to end, and how many groups were computed for it."""
     keys, lengths = _keys(groups)
-    cache = cache.of_tokens() if per_token else cache
     widths = cache.widths(lengths)
     starts = np.cumsum(widths, dtype=np.int64) - widths
-    ask: Callable[[Callable[[], Any]], Any] = _call if ranks is None else ranks.from_first
-    values = ask(lambda: cache.read(keys, lengths))
-    computed = 0
+    values = computing.ask(lambda: cache.read(keys, lengths))
 
     def fill(publish: Callable[..., None]) -> int:
         missing = np.isnan(values[starts])
@@ -106,44 +151,38 @@ def with_reference_logps(
         found = _compute(
             [(groups[g], index) for g, index in _responses(groups, missing)],
             keys[missing],
-            model=load().to(device),
-            scorer=scorer,
-            device=device,
-            precision=precision,
-            budget=_PASS_BUDGET * micro_batch_tokens,
-            per_token=per_token,
+            computing.load().to(computing.device),
+            computing,
             publish=publish,
-            ranks=ranks,
         )
         values[np.repeat(missing, widths)] = found
         return len(wanted)
 
-    if np.isnan(values).any():
-        with contextlib.ExitStack() as held:
-            if ask(lambda: _lock(cache, held)):
-                values = ask(lambda: cache.read(keys, lengths))
-                if np.isnan(values).any():
-                    log.info("the reference's log-probabilities are computed once and kept")
-                    computed = fill(_Publisher(cache))
-            else:
-                computed = fill(_keep_nothing)
+    if not np.isnan(values).any():
+        return values, 0
+    with contextlib.ExitStack() as held:
+        if not computing.ask(lambda: _lock(cache, held)):
+            return values, fill(_keep_nothing)
+        values = computing.ask(lambda: cache.read(keys, lengths))
+        if not np.isnan(values).any():
+            return values, 0
+        log.info("the reference's log-probabilities are computed once and kept")
+        return values, fill(_Publisher(cache))
+
+
+def _with_values(
+    groups: Sequence[TokenGroup], values: Logps, *, per_token: bool
+) -> Iterator[TokenGroup]:
+    """The groups with their reference log-probabilities."""
+    lengths = [len(response) for group in groups for response in group.responses]
+    widths = np.asarray(lengths if per_token else [1] * len(lengths), dtype=np.int32)
+    starts = np.cumsum(widths, dtype=np.int64) - widths
     counts = np.array([len(group.responses) for group in groups], dtype=np.int32)
     sums = np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
     tokens = pieces(values, widths)
-    filled = iter(
-        replace(
-            group,
-            reference_logps=own,
-            reference_token_logps=tuple(itertools.islice(tokens, len(own))) if per_token else None,
-        )
-        for group, own in zip(groups, pieces(sums, counts), strict=True)
-    )
-    reference = CachedReference(rows=len(groups), computed=computed)
-    return [[next(filled) for _ in part] for part in parts], reference
-
-
-def _call(function: Callable[[], T]) -> T:
-    return function()
+    for group, own in zip(groups, pieces(sums, counts), strict=True):
+        of_tokens = tuple(itertools.islice(tokens, len(own))) if per_token else None
+        yield replace(group, reference_logps=own, reference_token_logps=of_tokens)
 
 
 def _lock(cache: ReferenceCache, held: contextlib.ExitStack) -> bool:
@@ -211,93 +250,127 @@ def _responses(
     return [place for place, absent in zip(places, missing.tolist(), strict=True) if absent]
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Different responses in groups of one prompt, and micro-batches of these.
+
+    Attributes:
+        unique: A group and the number of one of its responses, each different response once.
+        members: Those that each pass group has.
+        passes: The pass groups.
+        micro_batches: Numbers of pass groups.
+    """
+
+    unique: Sequence[tuple[TokenGroup, int]]
+    members: Sequence[Sequence[int]]
+    passes: Sequence[TokenGroup]
+    micro_batches: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, unique: Sequence[tuple[TokenGroup, int]], *, shared: bool, budget: int) -> _Work:
+        """Responses of one prompt together, whichever groups they came from."""
+        prompts: dict[bytes, list[int]] = {}
+        for number, (group, _) in enumerate(unique):
+            prompts.setdefault(group.prompt.tobytes(), []).append(number)
+        members: list[list[int]] = []
+        for numbers in prompts.values():
+            members += [
+                numbers[i : i + _PASS_RESPONSES] for i in range(0, len(numbers), _PASS_RESPONSES)
+            ]
+        passes = [_pass_group(unique, numbers) for numbers in members]
+        costs = [group.tokens if shared else group.padded_tokens for group in passes]
+        return cls(unique, members, passes, _in_budget(costs, budget))
+
+    def length(self, number: int) -> int:
+        """Tokens of a response."""
+        group, place = self.unique[number]
+        return len(group.responses[place])
+
+
 @torch.no_grad()
 def _compute(
     responses: Sequence[tuple[TokenGroup, int]],
     keys: npt.NDArray[np.uint8],
-    *,
     model: Any,
-    scorer: Scorer,
-    device: torch.device,
-    precision: Callable[[], contextlib.AbstractContextManager[Any]],
-    budget: int,
-    per_token: bool,
+    computing: _Computing,
+    *,
     publish: Callable[..., None],
-    ranks: Team | None,
-) -> npt.NDArray[np.float32]:
+) -> Logps:
     """Log-probabilities of responses, or of their tokens, each different response computed once.
 
     Args:
         responses: A group and the number of one of its responses.
         keys: Their keys, (n, 16).
         model: The frozen model, on the device.
-        scorer: Scores micro-batches.
-        device: Where to compute.
-        precision: The context to compute in.
-        budget: Most tokens of a micro-batch.
-        per_token: Whether the tokens of a response have a value each.
+        computing: How.
         publish: Takes keys, values and lengths as they become known; rank 0's is called.
-        ranks: Those that compute together.
 
     Returns:
         The values of all responses end to end.
     """
     _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     unique = [responses[i] for i in first.tolist()]
-    prompts: dict[bytes, list[int]] = {}
-    for number, (group, _) in enumerate(unique):
-        prompts.setdefault(group.prompt.tobytes(), []).append(number)
-    # Responses of one prompt are computed together, whichever groups they came from.
-    members: list[list[int]] = []
-    for numbers in prompts.values():
-        members += [
-            numbers[i : i + _PASS_RESPONSES] for i in range(0, len(numbers), _PASS_RESPONSES)
-        ]
-    passes = [_pass_group(unique, numbers) for numbers in members]
-    costs = [group.tokens if scorer.shared else group.padded_tokens for group in passes]
-    micro_batches = _in_budget(costs, budget)
+    work = _Work.of(unique, shared=computing.scorer.shared, budget=computing.budget)
     values = [np.zeros(0, dtype=np.float32)] * len(unique)
     unpublished: list[int] = []
-    fresh: dict[int, npt.NDArray[np.float32]] = {}
-    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    rounds = -(-len(micro_batches) // size)
     last = began = time.monotonic()
-    for done in range(1, rounds + 1):
-        # A rank that has none left computes another's once more: all make each forward pass.
-        place = min((done - 1) * size + rank, len(micro_batches) - 1)
-        micro = micro_batches[place]
-        batch = collate_groups([passes[i] for i in micro], micro).to(device)
-        with precision():
-            if per_token:
-                logps = scorer.token_logps(model, batch, scorer.plan(batch))
-            else:
-                logps = scorer.logps(model, batch)
-        widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
-        numbers = [number for i in micro for number in members[i]]
-        found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
-        fresh |= dict(zip(numbers, found, strict=True))
-        if ranks is None or done % _ROUNDS_APART == 0 or done == rounds:
-            for part in [fresh] if ranks is None else ranks.gather(fresh):
-                for number, own in part.items():
-                    _check_finite(own, unique[number][0])
-                    values[number] = own
-                unpublished += part
-            fresh = {}
+    for done, rounds, found in _rounds(work, model, computing):
+        for number, own in found:
+            _check_finite(own, unique[number][0])
+            values[number] = own
+            unpublished.append(number)
         now = time.monotonic()
-        if unpublished and rank == 0 and (now - last > _PUBLISH_SECONDS or done == rounds):
+        is_first = computing.ranks is None or computing.ranks.rank == 0
+        if unpublished and is_first and (now - last > _PUBLISH_SECONDS or done == rounds):
             last = now
             unpublished = sorted({*unpublished})
-            lengths = [len(unique[n][0].responses[unique[n][1]]) for n in unpublished]
             publish(
                 keys[first[unpublished]],
                 np.concatenate([values[n] for n in unpublished]),
-                np.asarray(lengths, dtype=np.int32),
+                np.asarray([work.length(n) for n in unpublished], dtype=np.int32),
             )
             unpublished = []
             if done < rounds:
                 left = (now - began) / done * (rounds - done)
                 log.info("reference: %d of %d, %ds left", done, rounds, left)
     return np.concatenate([values[n] for n in which.reshape(-1).tolist()])
+
+
+def _rounds(
+    work: _Work, model: Any, computing: _Computing
+) -> Iterator[tuple[int, int, list[tuple[int, Logps]]]]:
+    """Number of each round, of all rounds, and what is known after it of responses, by number."""
+    ranks = computing.ranks
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    rounds = -(-len(work.micro_batches) // size)
+    fresh: dict[int, Logps] = {}
+    for done in range(1, rounds + 1):
+        # A rank that has none left computes another's once more: all make each forward pass.
+        place = min((done - 1) * size + rank, len(work.micro_batches) - 1)
+        fresh |= _score(work, work.micro_batches[place], model, computing)
+        found: list[tuple[int, Logps]] = []
+        if ranks is None or done % _ROUNDS_APART == 0 or done == rounds:
+            for part in [fresh] if ranks is None else ranks.gather(fresh):
+                found += part.items()
+            fresh = {}
+        yield done, rounds, found
+
+
+def _score(
+    work: _Work, micro: Sequence[int], model: Any, computing: _Computing
+) -> dict[int, Logps]:
+    """Values of the responses of a micro-batch, by their numbers."""
+    scorer, per_token = computing.scorer, computing.per_token
+    batch = collate_groups([work.passes[i] for i in micro], micro).to(computing.device)
+    with computing.precision():
+        if per_token:
+            logps = scorer.token_logps(model, batch, scorer.plan(batch))
+        else:
+            logps = scorer.logps(model, batch)
+    widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
+    numbers = [number for i in micro for number in work.members[i]]
+    found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
+    return dict(zip(numbers, found, strict=True))
 
 
 def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:

@@ -32,6 +32,9 @@ from dpo_lightning.reference.kinds import LiveReference, NoReference, Reference
 
 log = logging.getLogger(__name__)
 
+FromFirst = Callable[[Callable[[], Any]], Any]
+"""Calls a function on rank 0, and gives every rank what it gave."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
@@ -46,6 +49,28 @@ class AdapterSettings:
     start: LoraSettings | AdapterFile
     reference: AdapterFile | None
     dropout: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSettings:
+    """Which reference is wanted.
+
+    Attributes:
+        kind: ``auto`` (``cached`` where the loss uses one), ``cached``, ``live`` or ``none``.
+        pretrained: Folder or hub id of another reference; None is the policy's start.
+        revision: Its revision on the hub.
+        needed: Whether the loss uses a reference.
+    """
+
+    kind: str
+    pretrained: str | None
+    revision: str | None
+    needed: bool
+
+    @property
+    def is_used(self) -> bool:
+        """False where the loss compares with nothing, or is to."""
+        return self.kind != "none" and self.needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,114 +113,160 @@ class Models:
 
 def load_models(
     model: ModelSource,
+    wanted: ReferenceSettings,
     *,
-    reference_kind: str,
-    reference_pretrained: str | None,
-    reference_revision: str | None,
-    needs_reference: bool,
     seed: int,
-    from_first: Callable[[Callable[[], Any]], Any] | None = None,
+    from_first: FromFirst | None = None,
     adapters: AdapterSettings | None = None,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
 
     Args:
         model: The policy's source.
-        reference_kind: ``auto`` (``cached`` where the loss uses one), ``cached``, ``live`` or
-            ``none``.
-        reference_pretrained: Folder or hub id of another reference; None is the policy's start.
-        reference_revision: Its revision on the hub.
-        needs_reference: Whether the loss uses a reference.
+        wanted: Which reference.
         seed: Of a random model, and of a new adapter.
-        adapters: What is trained beside frozen weights; None trains all.
         from_first: Gives every rank what a function gives on rank 0, where ranks are to share the
             models: rank 0 then has them whole, on the CPU, and the others have models without
             weights. None: each process has its own.
+        adapters: What is trained beside frozen weights; None trains all.
     """
-    policy: Any = None
-    scorer: Scorer | None = None
-
-    def load_policy() -> tuple[ScoringPath, str | None, str, str]:
-        nonlocal policy, scorer
-        policy = _load_policy(model, seed)
-        scorer, reason = choose_path(policy, max_length=model.max_length)
-        weights = reference_weights = weights_hash(policy)
-        if reference_pretrained is not None:
-            # Loaded once more when it is used; in between it takes no memory.
-            reference_weights = weights_hash(
-                _other_reference(model, reference_pretrained, reference_revision)
-            )
-        return scorer.path, reason, weights, reference_weights
-
-    found = load_policy() if from_first is None else from_first(load_policy)
-    path, reason, weights, reference_weights = found
-    if policy is None or scorer is None:
-        scorer = Scorer(path)
-        policy = meta_model(without_dropout(model.config), dtype=model.dtype)
-        scorer.prepare(policy)
-    if reason is not None:
-        log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
+    loader = _Loader(model, wanted, seed=seed, from_first=from_first)
+    policy, scorer, hashes = loader.load_policy()
     own: Adapters | None = None
-    starts_alike = reference_pretrained is None
+    starts_alike = wanted.pretrained is None
     if adapters is not None:
-        # Hashed before, so that a reference without an adapter is that of a run of all weights.
-        base, start = weights, adapters.start
-        own = Adapters(
-            policy,
-            start,
-            reference=adapters.reference,
-            dropout=adapters.dropout,
-            seed=seed,
-            load_base=lambda: _load_policy(model, seed),
-        )
-        weights = _with_adapter(base, start if isinstance(start, AdapterFile) else None)
-        if reference_pretrained is None:
-            reference_weights = _with_adapter(base, adapters.reference)
-        starts_alike = starts_alike and weights == reference_weights
-    is_used = reference_kind != "none" and needs_reference
-
-    def load_reference() -> Any:
-        if reference_pretrained is None:
-            return _load_policy(model, seed)
-        return _other_reference(model, reference_pretrained, reference_revision)
+        own = loader.adapt(policy, adapters)
+        hashes = _with_adapters(hashes, adapters, other=wanted.pretrained is not None)
+        starts_alike = starts_alike and hashes.policy == hashes.reference
 
     def make_reference() -> Any:
-        assert scorer is not None
-        if reference_pretrained is None and own is not None:
+        if wanted.pretrained is None and own is not None:
             return own.reference
-        if from_first is None:
-            frozen = load_reference()
-        else:
-            frozen = None
+        return loader.load_reference(scorer)
 
-            def load() -> Any:
-                nonlocal frozen
-                frozen = load_reference()
-                return frozen.config
-
-            config = from_first(load)
-            if frozen is None:
-                frozen = meta_model(config, dtype=model.dtype)
-        scorer.prepare(frozen)
-        return frozen.requires_grad_(False).eval()
-
-    live = is_used and reference_kind == "live"
-    reference: Reference | None = NoReference()
-    if is_used:
-        reference = None
-        if live and from_first is None:
-            reference = LiveReference(make_reference(), scorer)
+    live = wanted.is_used and wanted.kind == "live"
+    reference: Reference | None = None if wanted.is_used else NoReference()
+    if live and from_first is None:
+        reference = LiveReference(make_reference(), scorer)
     return Models(
         policy=policy,
         reference=reference,
         scorer=scorer,
-        starts_from_reference=is_used and starts_alike,
-        weights=weights,
-        reference_weights=reference_weights,
+        starts_from_reference=wanted.is_used and starts_alike,
+        weights=hashes.policy,
+        reference_weights=hashes.reference,
         make_reference=make_reference,
         live=live,
         adapters=own,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Hashes:
+    """Hashes of the first weights."""
+
+    policy: str
+    reference: str
+
+
+class _Loader:
+    """Loads models here, or on rank 0 for all ranks.
+
+    Args:
+        model: The policy's source.
+        wanted: Which reference.
+        seed: Of a random model, and of a new adapter.
+        from_first: As :func:`load_models` takes it.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        wanted: ReferenceSettings,
+        *,
+        seed: int,
+        from_first: FromFirst | None,
+    ) -> None:
+        self._model = model
+        self._wanted = wanted
+        self._seed = seed
+        self._from_first = from_first
+
+    def load_policy(self) -> tuple[Any, Scorer, _Hashes]:
+        """The policy, the scorer that prepared it, and the hashes of both models."""
+        model = self._model
+        loaded: list[tuple[Any, Scorer]] = []
+
+        def load() -> tuple[ScoringPath, str | None, _Hashes]:
+            policy = _load_policy(model, self._seed)
+            scorer, reason = choose_path(policy, max_length=model.max_length)
+            loaded.append((policy, scorer))
+            weights = reference_weights = weights_hash(policy)
+            if self._wanted.pretrained is not None:
+                # Loaded once more when it is used; in between it takes no memory.
+                reference_weights = weights_hash(self._load_reference())
+            return scorer.path, reason, _Hashes(weights, reference_weights)
+
+        path, reason, hashes = self._ask(load)
+        if loaded:
+            [(policy, scorer)] = loaded
+        else:
+            scorer = Scorer(path)
+            policy = meta_model(without_dropout(model.config), dtype=model.dtype)
+            scorer.prepare(policy)
+        if reason is not None:
+            log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
+        return policy, scorer, hashes
+
+    def adapt(self, policy: Any, adapters: AdapterSettings) -> Adapters:
+        """The policy's own weights frozen, and adapters beside them."""
+        return Adapters(
+            policy,
+            adapters.start,
+            reference=adapters.reference,
+            dropout=adapters.dropout,
+            seed=self._seed,
+            load_base=lambda: _load_policy(self._model, self._seed),
+        )
+
+    def load_reference(self, scorer: Scorer) -> Any:
+        """The frozen reference, prepared by the scorer."""
+        loaded: list[Any] = []
+
+        def load() -> Any:
+            loaded.append(self._load_reference())
+            return loaded[0].config
+
+        config = self._ask(load)
+        frozen = loaded[0] if loaded else meta_model(config, dtype=self._model.dtype)
+        scorer.prepare(frozen)
+        return frozen.requires_grad_(False).eval()
+
+    def _load_reference(self) -> Any:
+        if self._wanted.pretrained is None:
+            return _load_policy(self._model, self._seed)
+        return _other_reference(self._model, self._wanted.pretrained, self._wanted.revision)
+
+    def _ask(self, function: Callable[[], Any]) -> Any:
+        return function() if self._from_first is None else self._from_first(function)
+
+
+def _with_adapters(hashes: _Hashes, adapters: AdapterSettings, *, other: bool) -> _Hashes:
+    """The hashes with what is beside the base model.
+
+    The base was hashed before, so that a reference without an adapter is that of a run of all
+    weights.
+
+    Args:
+        hashes: Of models without adapters.
+        adapters: What is trained, and what the reference has.
+        other: Whether the reference is another model.
+    """
+    start = adapters.start
+    own = _with_adapter(hashes.policy, start if isinstance(start, AdapterFile) else None)
+    if other:
+        return _Hashes(own, hashes.reference)
+    return _Hashes(own, _with_adapter(hashes.policy, adapters.reference))
 
 
 def _with_adapter(base: str, adapter: AdapterFile | None) -> str:

@@ -1,4 +1,4 @@
-"""One experiment, in the order of time: supervise, prepare, session, build, conclude.
+"""One experiment, in the order of time: supervise, prepare, plan, place, build, conclude.
 
 In: checked settings and a folder. Out: that folder with ``result.json``, checkpoints and the
 export, whatever the outcome.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from dpo_lightning.files import write_json
 from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
 from dpo_lightning.run.export import export_adapter, export_model
+from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
-from dpo_lightning.settings.schema import Config
+from dpo_lightning.run.record import RunRecord
 from dpo_lightning.training.module import DPOModule
 
 EVALUATION_FILE = "evaluation.json"
@@ -26,18 +27,35 @@ EVALUATION_FILE = "evaluation.json"
 _TABULAR_RESPONSES = 400
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A session whose training is over.
+
+    Attributes:
+        plan: The run's.
+        prepared: What it worked on.
+        module: The trained module.
+        groups: Whose prompts are answered.
+        answering: How.
+        curve: What is exactly true of the policy at its evaluations; None but for the controlled
+            task.
+        device: Where to compute.
+    """
+
+    plan: RunPlan
+    prepared: Prepared
+    module: DPOModule
+    groups: Sequence[TokenGroup]
+    answering: Answering
+    curve: ExactCurve | None
+    device: torch.device
+
+
 def conclude(
-    config: Config,
-    prepared: Prepared,
-    module: DPOModule,
+    trained: Trained,
     *,
-    groups: Sequence[TokenGroup],
-    answering: Answering,
     answers: Sequence[dict[str, str]],
-    curve: ExactCurve | None,
-    device: torch.device,
-    run_dir: Path,
-    result: dict[str, Any],
+    record: RunRecord,
     metrics: dict[str, float],
 ) -> dict[str, float]:
     """Measures the trained policy, exports it and writes ``evaluation.json``.
@@ -46,17 +64,9 @@ def conclude(
     What takes long comes before what can fail, such as a terminal that went away.
 
     Args:
-        config: The settings.
-        prepared: What the session worked on.
-        module: The trained module.
-        groups: Whose prompts are answered.
-        answering: How.
+        trained: The session.
         answers: Greedy answers that were collected on the way.
-        curve: What is exactly true of the policy at its evaluations; None but for the controlled
-            task.
-        device: Where to compute.
-        run_dir: The run's folder.
-        result: The content of result.json; its metrics are added to.
+        record: What is known of the run; its metrics are added to.
         metrics: The last metrics of the training and of its evaluation.
 
     Returns:
@@ -65,78 +75,109 @@ def conclude(
     Raises:
         UserError: If the scorer failed; the export is written all the same.
     """
-    policy = prepared.models.policy
+    plan, prepared, module = trained.plan, trained.prepared, trained.module
     # Lightning takes a model off its device when it is done with it.
-    policy.to(device)
-    evaluation: dict[str, Any] = {"answers": list(answers), "scorer": config.evaluation.scorer}
+    prepared.models.policy.to(trained.device)
+    evaluation: dict[str, Any] = {"answers": list(answers), "scorer": plan.evaluation.scorer}
     if module.eval_accuracies is not None:
         evaluation["accuracies"] = module.eval_accuracies.tolist()
     measured: dict[str, float] = {}
     failure: UserError | None = None
-    rows: list[dict[str, Any]] = []
+    evaluation["samples"] = []
     try:
-        rows, sampled = evaluate_samples(
-            prepared.models,
-            groups,
-            count=config.evaluation.samples,
-            seed=config.seed,
-            answering=answering,
-            score=prepared.score,
-            device=device,
-            beta=config.beta,
-            partition_samples=config.evaluation.partition_samples,
-        )
-        measured |= sampled
+        evaluation["samples"], measured = _sampled(trained)
     except UserError as error:  # a scorer that fails must not cost the trained model
         failure = error
-    evaluation["samples"] = rows
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
-    adapters = prepared.models.adapters
-    alone = adapters is None and prepared.ranks is None
+    alone = prepared.models.adapters is None and prepared.ranks is None
     as_evaluated = not module.restore_weights() and alone
-    policy = whole_model(policy, keep=prepared.ranks is None or prepared.ranks.is_first)
+    policy = _whole_policy(prepared, merge=plan.evaluation.merge)
     if policy is None:
         return measured
-    if adapters is not None and (prepared.task is not None or config.peft.merge):
-        adapters.restore_base()
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
-        reference_logps = prepared.reference_outcome_logps
-        exact = curve.at(module.global_step) if curve is not None and as_evaluated else None
-        if exact is None:
-            with prepared.models.scorer.plain(policy) as plain:
-                policy_logps = prepared.task.outcome_logps(plain)
-            exact = prepared.task.report(policy_logps, reference_logps, beta=config.beta)
-        exact["bayes_accuracy"] = prepared.task.bayes_accuracy(prepared.data.eval)
-        measured |= {f"controlled/{name}": value for name, value in exact.items()}
-        evaluation["optimum"] = prepared.task.frontier(reference_logps)
-        if config.data.controlled.population:
-            space = prepared.task.likeliest(reference_logps, count=_TABULAR_RESPONSES)
-            fit = fit_tabular_policy(*space, config.beta)
-            kl = fit.kl.mean(1).clamp(min=0).tolist()
-            measured["controlled/tabular_kl_optimum_policy"] = kl[-1]
-            evaluation["tabular"] = {"loss": fit.losses.tolist(), "kl_optimum_policy": kl}
-    result["metrics"] |= measured
-    facts = {
-        "name": run_dir.name,
-        "base_model": prepared.source.name,
-        "beta": config.beta,
-        "loss": config.loss.name,
-        "command": result["command"],
-        "metrics": metrics | result["metrics"],
-    }
-    _export(prepared, policy, run_dir, merge=config.peft.merge, facts=facts)
-    write_json(run_dir / EVALUATION_FILE, evaluation)
+        curve = trained.curve if as_evaluated else None
+        known = None if curve is None else curve.at(module.global_step)
+        exact, entries = _exact(plan, prepared, policy, known)
+        measured |= exact
+        evaluation |= entries
+    record.metrics |= measured
+    _export(trained, policy, command=record.command, metrics=metrics | record.metrics)
+    write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
     return measured
 
 
-def _export(
-    prepared: Prepared, policy: Any, run_dir: Path, *, merge: bool, facts: dict[str, Any]
-) -> None:
+def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and metrics of answers that are drawn."""
+    plan, prepared = trained.plan, trained.prepared
+    return evaluate_samples(
+        prepared.models,
+        trained.groups,
+        count=plan.evaluation.samples,
+        seed=plan.seed,
+        answering=trained.answering,
+        score=prepared.score,
+        device=trained.device,
+        beta=plan.beta,
+        partition_samples=plan.evaluation.partition_samples,
+    )
+
+
+def _whole_policy(prepared: Prepared, *, merge: bool) -> Any:
+    """The policy with all of its weights; None on a rank that only helps."""
+    models, ranks = prepared.models, prepared.ranks
+    policy = whole_model(models.policy, keep=ranks is None or ranks.is_first)
+    if policy is None:
+        return None
+    if models.adapters is not None and (prepared.task is not None or merge):
+        models.adapters.restore_base()
+    return policy
+
+
+def _exact(
+    plan: RunPlan, prepared: Prepared, policy: Any, known: dict[str, float] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What is exactly true of the policy on the controlled task: metrics, and entries of a file.
+
+    Args:
+        plan: The run's.
+        prepared: What it worked on.
+        policy: The policy.
+        known: Its report, if that was made already.
+    """
+    task, reference_logps = prepared.task, prepared.reference_outcome_logps
+    assert task is not None
+    assert reference_logps is not None
+    exact = known
+    if exact is None:
+        with prepared.models.scorer.plain(policy) as plain:
+            policy_logps = task.outcome_logps(plain)
+        exact = task.report(policy_logps, reference_logps, beta=plan.beta)
+    exact["bayes_accuracy"] = task.bayes_accuracy(prepared.data.eval)
+    measured = {f"controlled/{name}": value for name, value in exact.items()}
+    entries: dict[str, Any] = {"optimum": task.frontier(reference_logps)}
+    if plan.evaluation.population:
+        space = task.likeliest(reference_logps, count=_TABULAR_RESPONSES)
+        fit = fit_tabular_policy(*space, plan.beta)
+        kl = fit.kl.mean(1).clamp(min=0).tolist()
+        measured["controlled/tabular_kl_optimum_policy"] = kl[-1]
+        entries["tabular"] = {"loss": fit.losses.tolist(), "kl_optimum_policy": kl}
+    return measured, entries
+
+
+def _export(trained: Trained, policy: Any, *, command: str, metrics: dict[str, float]) -> None:
     """The whole policy as ``model``; an adapter as that, and merged as ``model-merged``."""
-    source, models = prepared.source, prepared.models
-    folder = run_dir / "model"
+    plan, source, models = trained.plan, trained.prepared.source, trained.prepared.models
+    facts = {
+        "name": plan.folders.run.name,
+        "base_model": source.name,
+        "beta": plan.beta,
+        "loss": plan.names.loss,
+        "command": command,
+        "metrics": metrics,
+    }
+    folder = plan.folders.run / "model"
     if models.adapters is not None:
         export_adapter(
             models.adapters,
@@ -146,8 +187,8 @@ def _export(
             revision=source.revision,
             facts=facts,
         )
-        if not merge:
+        if not plan.evaluation.merge:
             return
         models.adapters.merge()
-        folder = run_dir / "model-merged"
+        folder = plan.folders.run / "model-merged"
     export_model(policy, source.tokenizer, folder, config=source.config, facts=facts)

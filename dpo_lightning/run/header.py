@@ -5,77 +5,69 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 
 from dpo_lightning.data.splits import PreparedData
-from dpo_lightning.memory.budget import Budget
-from dpo_lightning.memory.estimate import MemoryEstimate
 from dpo_lightning.models.adapters import count_parameters
-from dpo_lightning.models.source import ModelSource
 from dpo_lightning.reference.kinds import NoReference
 from dpo_lightning.reference.pair import Models
-from dpo_lightning.settings.schema import BASE, Config
-from dpo_lightning.training.schedule import Schedule
+from dpo_lightning.run.placement import Placed
+from dpo_lightning.run.plan import Names, RunPlan
+from dpo_lightning.run.prepare import Prepared
 
 
-def header_facts(
-    config: Config,
-    source: ModelSource,
-    models: Models,
-    data: PreparedData,
-    schedule: Schedule,
-    *,
-    trainer: pl.Trainer,
-    precision: str,
-    estimate: MemoryEstimate,
-    budget: Budget,
-    folder: Path,
-) -> dict[str, str]:
+def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str, str]:
     """A line per fact: model, data and what was dropped, loss, steps, device, folder."""
-    device = trainer.strategy.root_device.type
+    models, schedule, names = prepared.models, plan.schedule, plan.names
+    total, trainable = count_parameters(models.policy)
+    parameters = f"{total:,} parameters"
+    if trainable != total:
+        parameters += f", {trainable:,} of them trained"
+    device = placed.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name()
+    devices = f"{placed.world_size} x {device}"
+    if plan.trainer.strategy != "auto":
+        devices += f", {plan.trainer.strategy}"
+    budget = placed.budget
+    memory = f"{placed.estimate.describe()}; up to {budget.tokens:,} tokens at once"
+    if budget.checkpointing:
+        memory += ", activations computed again in the backward pass"
+    facts = {
+        "model": f"{prepared.source.name}: {parameters}",
+        **({} if models.adapters is None else {"peft": models.adapters.describe()}),
+        "data": f"{names.data}: {_counts(prepared.data)}",
+        "loss": f"{names.loss}, beta {plan.beta:g}, reference {_reference(models, names)}",
+        "steps": f"{schedule.total_steps:,} of {plan.batches.size} groups, learning rate "
+        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
+        "device": f"{devices}, {placed.computation.precision}, torch {torch.__version__}",
+        "memory": memory,
+        "folder": str(plan.folders.run),
+    }
+    if device == "cpu" and _has_nvidia_gpu():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
+        facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
+    return facts
+
+
+def _counts(data: PreparedData) -> str:
     counts = f"{len(data.train):,} training and {len(data.eval):,} evaluation groups"
     for what in ("dropped", "changed"):
         reasons = getattr(data, what)
         if reasons:
             listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             counts += f"; {what}: {listed}"
-    total, trainable = count_parameters(models.policy)
-    parameters = f"{total:,} parameters"
-    if trainable != total:
-        parameters += f", {trainable:,} of them trained"
-    reference = config.reference.pretrained or "the policy's start, frozen"
-    if models.adapters is not None and config.reference.pretrained is None:
-        named = config.reference.adapter or config.peft.adapter
-        without = named is None or named == BASE
-        reference = "the base model, adapter off" if without else f"the adapter {named}, frozen"
+    return counts
+
+
+def _reference(models: Models, names: Names) -> str:
+    reference = names.reference or "the policy's start, frozen"
+    if models.adapters is not None and names.reference is None:
+        adapter = names.frozen_adapter
+        reference = f"the adapter {adapter}, frozen" if adapter else "the base model, adapter off"
     if isinstance(models.reference, NoReference):
-        reference = "none"
-    elif models.reference is None:
-        reference += ", cached"
-    devices = f"{trainer.world_size} x {device}"
-    if config.strategy.name != "auto":
-        devices += f", {config.strategy.name}"
-    memory = f"{estimate.describe()}; up to {budget.tokens:,} tokens at once"
-    if budget.checkpointing:
-        memory += ", activations computed again in the backward pass"
-    facts = {
-        "model": f"{source.name}: {parameters}",
-        **({} if models.adapters is None else {"peft": models.adapters.describe()}),
-        "data": f"{config.data.train or 'controlled task'}: {counts}",
-        "loss": f"{config.loss.name}, beta {config.beta:g}, reference {reference}",
-        "steps": f"{schedule.total_steps:,} of {config.data.batch_size} groups, learning rate "
-        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
-        "device": f"{devices}, {precision}, torch {torch.__version__}",
-        "memory": memory,
-        "folder": str(folder),
-    }
-    if device == "cpu" and _has_nvidia_gpu():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
-        facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
-    return facts
+        return "none"
+    return f"{reference}, cached" if models.reference is None else reference
 
 
 def _has_nvidia_gpu() -> bool:

@@ -46,7 +46,7 @@ def reference_facts(
 
 
 def allowed_changes(
-    config: Config, saved: dict[str, Any], identity: dict[str, Any]
+    saved: dict[str, Any], identity: dict[str, Any], *, may_change: bool
 ) -> dict[str, Any]:
     """What differs between a checkpoint's experiment and this one, where that is allowed.
 
@@ -54,7 +54,7 @@ def allowed_changes(
         UserError: Where it is not, naming the first thing that differs.
     """
     changed = changed_settings(saved, identity)
-    if changed and not config.resume_changed:
+    if changed and not may_change:
         key, values = next(iter(changed.items()))
         raise UserError(
             f"resume: the checkpoint was made with {key}={values['from']}, this run has "

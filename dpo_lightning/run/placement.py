@@ -1,43 +1,155 @@
-"""Models and data where they are needed: shards on their ranks, the reference in its place."""
+"""A run on its devices: precision and budget, shards on their ranks, the reference's place."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
 
 from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
 )
-from dpo_lightning.memory.budget import Budget
+from dpo_lightning.memory.budget import Budget, choose_budget, longest_share, mean_keys, memory_of
+from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_budget
+from dpo_lightning.memory.footprint import Training
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.sharding import shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.run.identity import reference_facts
+from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
-from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.schema import Config
-from dpo_lightning.training.precision import Computation
+from dpo_lightning.settings.names import DeviceKind
+from dpo_lightning.training.precision import Computation, make_computation
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A run on its devices, as the trainer found them.
+
+    Attributes:
+        device: Where this process computes.
+        world_size: Processes that share a step.
+        computation: What is computed in.
+        budget: What the device holds at once.
+        estimate: What the run takes with it.
+    """
+
+    device: torch.device
+    world_size: int
+    computation: Computation
+    budget: Budget
+    estimate: MemoryEstimate
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a step, for what is computed outside of one."""
+        return self.computation.context(self.device)
+
+
+def place(plan: RunPlan, prepared: Prepared, trainer: pl.Trainer) -> Placed:
+    """Decides what depends on the devices that the trainer has.
+
+    The policy's frozen weights take the type that it computes in.
+
+    Raises:
+        UserError: If the loss needs a whole step at once and the settings allow less.
+    """
+    memory = plan.memory
+    computation = make_computation(
+        plan.hardware.precision,
+        trainer,
+        sharded=plan.trainer.sharded,
+        half_weights=memory.half_weights,
+        adapters=memory.lora_rank is not None,
+    )
+    # Beside an adapter most weights are frozen: half of their memory, before they are moved.
+    computation.cast(prepared.models.policy)
+    device, world_size = trainer.strategy.root_device, trainer.world_size
+    training = plan_training(
+        memory,
+        prepared.shape,
+        device,
+        devices=world_size,
+        mixed=computation.precision == "bf16-mixed",
+    )
+    budget, estimate = _make_budget(plan, prepared, training, device, world_size=world_size)
+    return Placed(device, world_size, computation, budget, estimate)
+
+
+def _make_budget(
+    plan: RunPlan,
+    prepared: Prepared,
+    training: Training,
+    device: torch.device,
+    *,
+    world_size: int,
+) -> tuple[Budget, MemoryEstimate]:
+    """What the device holds at once, and what the run takes with it."""
+    groups = [*prepared.data.train, *prepared.data.eval]
+    shared = prepared.models.scorer.shared
+    costs = [group.tokens if shared else group.padded_tokens for group in groups]
+    keys = mean_keys(groups) if device.type == "cpu" else 0
+    training = replace(training, keys=keys)
+
+    def choose(tokens: int | None) -> tuple[Budget, MemoryEstimate]:
+        budget = choose_budget(
+            prepared.shape,
+            training,
+            kind=device.type,
+            device_bytes=memory_of(device),
+            longest=max(costs),
+            tokens=tokens,
+            checkpointing=plan.memory.checkpointing,
+        )
+        estimate = MemoryEstimate(
+            shape=prepared.shape,
+            training=with_budget(training, budget, longest=max(costs), keys=keys),
+            kind=cast(DeviceKind, device.type),
+            device_bytes=memory_of(device),
+            devices=world_size,
+        )
+        return budget, estimate
+
+    budget, estimate = choose(plan.memory.tokens)
+    if not plan.learning.coupling:
+        return budget, estimate
+    needed = longest_share(
+        costs[: len(prepared.data.train)],
+        batch_size=plan.batches.size,
+        world_size=world_size,
+    )
+    if budget.tokens >= needed:
+        return budget, estimate
+    if plan.memory.tokens is None:
+        return choose(needed)
+    raise UserError(
+        f"data.micro_batch_tokens={plan.memory.tokens}: {', '.join(plan.learning.coupling)} "
+        f"compares all pairs of a step at once, and a step has up to {needed} tokens on a device: "
+        "raise data.micro_batch_tokens to that, or lower data.batch_size"
+    )
 
 
 def choose_answering(
-    config: Config, prepared: Prepared, computation: Computation
+    plan: RunPlan, prepared: Prepared, computation: Computation
 ) -> tuple[list[TokenGroup], Answering]:
     """Whose prompts are answered, and how."""
     source, data, policy = prepared.source, prepared.data, prepared.models.policy
+    evaluation = plan.evaluation
     positions = max_positions(source.config)
     groups = choose_prompts(
         data.eval or data.train,
-        count=max(config.evaluation.samples, config.evaluation.partition_samples),
+        count=max(evaluation.samples, evaluation.partition_samples),
         max_tokens=min(source.max_length, positions or source.max_length),
     )
-    longest = config.evaluation.max_new_tokens
+    longest = evaluation.max_new_tokens
     if prepared.task is not None:
         longest = min(longest, MAX_TOKENS)
     if positions is not None:
@@ -45,7 +157,7 @@ def choose_answering(
     answering = Answering(
         tokenizer=source.tokenizer,
         max_new_tokens=longest,
-        batch_size=config.evaluation.batch_size,
+        batch_size=evaluation.batch_size,
         precision=lambda: computation.context(policy.device),
     )
     return groups, answering
@@ -71,15 +183,9 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
     return replace(prepared, models=sharded)
 
 
-def with_reference(
-    config: Config,
-    prepared: Prepared,
-    device: torch.device,
-    computation: Computation,
-    budget: Budget,
-) -> Prepared:
+def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache."""
-    models, data, source = prepared.models, prepared.data, prepared.source
+    models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
     models = replace(models, make_reference=lambda: computation.cast(make_reference()))
     if models.reference is not None:
@@ -88,12 +194,11 @@ def with_reference(
         return replace(prepared, models=models)
     facts = reference_facts(
         weights=models.reference_weights,
-        dtype=str(source.dtype),
+        dtype=str(prepared.source.dtype),
         precision=computation.name,
-        device=device.type,
+        device=placed.device.type,
         kernel=models.scorer.kernel,
     )
-    cache = ReferenceCache(prepared.cache_dir, facts)
 
     def load() -> Any:
         # Before its first step the policy is the reference, and its shards are in memory already.
@@ -102,13 +207,13 @@ def with_reference(
 
     parts, reference = with_reference_logps(
         [data.train, data.eval],
-        cache,
+        ReferenceCache(plan.folders.references, facts),
         load=load,
         scorer=models.scorer,
-        device=device,
-        precision=lambda: computation.context(device),
-        micro_batch_tokens=budget.tokens,
-        per_token=objective_settings(config.loss).desensitises,
+        device=placed.device,
+        precision=placed.context,
+        micro_batch_tokens=placed.budget.tokens,
+        per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
     )
     train, evaluation = parts

@@ -1,13 +1,11 @@
-"""Models, data and steps from the settings, made ready before a session begins.
+"""Models and data from the settings, made ready before a session begins.
 
-The settings end here: every class below takes plain values.
+The settings end here and in ``plan``: every class below takes plain values.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +17,22 @@ from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
-from dpo_lightning.memory.estimate import check_fits, estimate_of
+from dpo_lightning.memory.estimate import check_fits, estimate_of, memory_settings
 from dpo_lightning.memory.footprint import ModelShape
+from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
-from dpo_lightning.reference.pair import AdapterSettings, Models, load_models
+from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.identity import config_hash, identity_of
 from dpo_lightning.run.inputs import SourceRows
+from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.schema import BASE, Config
-from dpo_lightning.training.precision import decide_precision
+from dpo_lightning.settings.schema import BASE, Config, PeftConfig
 from dpo_lightning.training.ranks import Ranks
-from dpo_lightning.training.schedule import Schedule, make_schedule
 
 log = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
-_CACHE_DIR = "outputs/cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +44,10 @@ class Prepared:
         shape: The policy's shape, as far as its memory goes.
         models: Policy, reference and scorer.
         data: The groups.
-        schedule: The steps.
         identity: What a checkpoint to resume from must agree with.
         task: The controlled task, if that is trained on.
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         score: Judges answers, if the settings name a scorer.
-        cache_dir: Where reference log-probabilities are kept.
         ranks: The processes that share the models' weights; None where each has its own.
     """
 
@@ -62,12 +55,10 @@ class Prepared:
     shape: ModelShape
     models: Models
     data: PreparedData
-    schedule: Schedule
     identity: dict[str, Any]
     task: ControlledTask | None
     reference_outcome_logps: Tensor | None
     score: Score | None
-    cache_dir: Path
     ranks: Ranks | None = None
 
 
@@ -75,79 +66,82 @@ def prepare(
     config: Config,
     rows: SourceRows | None,
     *,
+    hardware: Hardware,
     ranks: Ranks | None,
+    tokens: Path,
     resolved: dict[str, Any],
-    result: dict[str, Any],
-) -> tuple[Prepared, dict[str, Any]]:
+    record: RunRecord,
+) -> Prepared:
     """Loads models and data, as far as a session needs them before it begins.
 
     Args:
         config: The validated settings.
         rows: The rows that were read, or None for the controlled task.
+        hardware: Devices and precision.
         ranks: The processes that share the models' weights; None where each has its own.
+        tokens: Where token ids of rows are kept.
         resolved: The settings as plain values.
-        result: The content of result.json, filled as facts become known.
-
-    Returns:
-        What the session works on, and the settings with what was open decided.
+        record: What is known of the run; filled.
     """
-    source = _resolve_source(config, rows)
+    source = _resolve_source(config, rows, hardware)
     # The bundled model is too small to share out: threads would only wait for each other.
     threads = config.trainer.threads or (1 if source.bundled else None)
     if threads is not None:
         torch.set_num_threads(threads)
     task = ControlledTask() if rows is None else None
-    data = None if rows is None else _prepare_rows(config, rows, source)
+    data = None if rows is None else _prepare_rows(config, rows, source, tokens)
     # Before anything large is loaded.
-    estimate = estimate_of(config, source.config)
-    check_fits(estimate, config.trainer.memory_check)
+    memory = memory_settings(config)
+    estimate = estimate_of(memory, hardware, source.config)
+    check_fits(estimate, memory.check)
     models = _load_models(config, source, ranks)
     reference_logps = None
     if task is not None:
-
-        def outcome_logps() -> torch.Tensor:
-            start = models.policy if models.adapters is None else models.adapters.reference
-            with models.scorer.plain(start) as reference:
-                return task.outcome_logps(reference)
-
-        reference_logps = outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
+        reference_logps = _outcome_logps(task, models, ranks)
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
-
-    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
     hashes = {
         "data": data_hash(data.train, data.eval),
         "weights": models.weights,
         "reference": models.reference_weights,
     }
-    result["config_hash"] = config_hash(resolved, hashes)
-    result["data"] = data.counts()
-    parameters, trainable = count_parameters(models.policy)
-    result["model"] = {
-        "name": source.name,
-        "parameters": parameters,
-        "trainable": trainable,
-    }
-    prepared = Prepared(
+    _fill(record, source, models, data)
+    record.config_hash = config_hash(resolved, hashes)
+    return Prepared(
         source=source,
         shape=estimate.shape,
         models=models,
         data=data,
-        schedule=schedule,
         identity=identity_of(config, hashes),
         task=task,
         reference_outcome_logps=reference_logps,
-        score=_make_score(config, judges=ranks is None or ranks.is_first),
-        cache_dir=_cache_dir(config) / "reference",
+        score=_make_score(config, hardware, judges=ranks is None or ranks.is_first),
         ranks=ranks,
     )
-    return prepared, _filled_in(resolved, source, schedule)
+
+
+def _outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> Tensor:
+    """Log-probabilities of the controlled task's outcomes under the reference, (8, 4681)."""
+
+    def outcome_logps() -> Tensor:
+        start = models.policy if models.adapters is None else models.adapters.reference
+        with models.scorer.plain(start) as reference:
+            return task.outcome_logps(reference)
+
+    return outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
+
+
+def _fill(record: RunRecord, source: ModelSource, models: Models, data: PreparedData) -> None:
+    """The entries of model and data."""
+    parameters, trainable = count_parameters(models.policy)
+    record.data = data.counts()
+    record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}
 
 
 # Building ---------------------------------------------------------------------------------------
 
 
-def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
+def _resolve_source(config: Config, rows: SourceRows | None, hardware: Hardware) -> ModelSource:
     model = config.model
     source = resolve_model(
         pretrained=model.pretrained,
@@ -160,9 +154,9 @@ def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
     )
     if config.peft.quantization == "nf4":
         # What is not held in 4 bits is held in what is computed in.
-        half = source.dtype == torch.bfloat16 or decide_precision(config) == "bf16-mixed"
+        half = source.dtype == torch.bfloat16 or hardware.mixed
         dtype = torch.bfloat16 if half else torch.float32
-        source = replace(source, dtype=dtype, quantization=nf4_config(dtype, _device(config)))
+        source = replace(source, dtype=dtype, quantization=nf4_config(dtype, hardware.beside))
     if rows is not None:
         parts = [rows.train.groups, rows.eval.groups if rows.eval else []]
         messages = any(not isinstance(g.prompt, str) for groups in parts for g in groups)
@@ -174,7 +168,9 @@ def _resolve_source(config: Config, rows: SourceRows | None) -> ModelSource:
     return source
 
 
-def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> PreparedData:
+def _prepare_rows(
+    config: Config, rows: SourceRows, source: ModelSource, tokens: Path
+) -> PreparedData:
     data = prepare_rows(
         rows.train,
         rows.eval,
@@ -184,7 +180,7 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
         eval_fraction=config.data.eval_fraction,
         split_seed=config.data.split_seed,
         max_dropped=config.data.max_dropped,
-        cache=_cache_dir(config) / "tokens",
+        cache=tokens,
     )
     with_margin = sum(group.target_margin is not None for group in rows.train.groups)
     uses_margin = "odpo" in objective_settings(config.loss).terms
@@ -199,12 +195,15 @@ def _prepare_rows(config: Config, rows: SourceRows, source: ModelSource) -> Prep
 
 
 def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:
+    reference = config.reference
     return load_models(
         source,
-        reference_kind=config.reference.kind,
-        reference_pretrained=config.reference.pretrained,
-        reference_revision=config.reference.revision,
-        needs_reference=objective_settings(config.loss).uses_reference,
+        ReferenceSettings(
+            kind=reference.kind,
+            pretrained=reference.pretrained,
+            revision=reference.revision,
+            needed=objective_settings(config.loss).uses_reference,
+        ),
         seed=config.seed,
         adapters=_adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
@@ -226,14 +225,7 @@ def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | 
     start: LoraSettings | AdapterFile
     frozen = None
     if peft.adapter is None:
-        start = LoraSettings(
-            r=peft.r,
-            alpha=peft.alpha,
-            target_modules=peft.target_modules,
-            rslora=peft.rslora,
-            dora=peft.dora,
-            gaussian=peft.init == "gaussian",
-        )
+        start = _new_adapter(peft)
     else:
         # Where nothing else is said, what the policy starts as is the reference, and not the base.
         start = frozen = read(peft.adapter, "peft.adapter", peft.revision)
@@ -249,6 +241,17 @@ def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | 
     return AdapterSettings(start=start, reference=frozen, dropout=peft.dropout)
 
 
+def _new_adapter(peft: PeftConfig) -> LoraSettings:
+    return LoraSettings(
+        r=peft.r,
+        alpha=peft.alpha,
+        target_modules=peft.target_modules,
+        rslora=peft.rslora,
+        dora=peft.dora,
+        gaussian=peft.init == "gaussian",
+    )
+
+
 def _same_place(one: str, other: str) -> bool:
     if one == other:
         return True
@@ -256,7 +259,7 @@ def _same_place(one: str, other: str) -> bool:
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def _make_score(config: Config, *, judges: bool) -> Score | None:
+def _make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | None:
     """The scorer, before the training: what is wrong with it need not cost one."""
     evaluation = config.evaluation
     if evaluation.scorer is None:
@@ -266,19 +269,9 @@ def _make_score(config: Config, *, judges: bool) -> Score | None:
     return make_scorer(
         evaluation.scorer,
         config.plugins,
-        device=_device(config),
+        device=hardware.beside,
         batch_size=evaluation.batch_size,
     )
-
-
-def _device(config: Config) -> torch.device:
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
-def _cache_dir(config: Config) -> Path:
-    named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
-    return Path(named).expanduser()
 
 
 def _controlled_data(
@@ -295,15 +288,3 @@ def _controlled_data(
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
     )
-
-
-def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule) -> dict[str, Any]:
-    """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
-    filled = copy.deepcopy(resolved)
-    filled["optimizer"]["lr"] = schedule.learning_rate
-    filled["trainer"]["max_steps"] = schedule.total_steps
-    filled["trainer"]["log_every_n_steps"] = schedule.log_every_n_steps
-    filled["data"]["max_length"] = source.max_length
-    if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
-        filled["data"]["name"] = "rows"
-    return filled

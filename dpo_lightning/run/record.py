@@ -1,10 +1,11 @@
-"""``result.json``: which versions ran, and how it is written. Imports no torch."""
+"""What ``result.json`` says of a run, which versions ran, and its writer. Imports no torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
 import platform
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,77 @@ _PACKAGES = (
 )
 
 
-def write_result(path: Path, result: dict[str, Any]) -> bool:
-    """Writes ``result.json``; where even that cannot be, the run still says how it ended."""
-    try:
-        write_json(path, result)
-    except OSError as error:
-        log.error("error: %s: %s", path, error.strerror or error)
-        return False
-    return True
+@dataclass(slots=True, kw_only=True)
+class RunRecord:
+    """What a run is known to be so far; entries and order are those of ``result.json``.
+
+    Attributes:
+        status: ``running``, ``finished``, ``stopped``, ``diverged`` or ``failed``.
+        error: One line, where it did not finish.
+        resumed: From which checkpoint, at which step, with which changes.
+        beta: Of the first step.
+        loss: Name of the loss.
+        seed: Of all that is drawn.
+        step: Optimizer steps completed.
+        epoch: Passes over the data.
+        config_hash: Of what decides the numbers, with data and weights.
+        settings_hash: Of the settings alone.
+        metrics: Last value of every metric.
+        reference: Rows whose reference was asked for, computed and found in the cache.
+        throughput: Speed of the training loop, and seconds of the whole process.
+        memory: Bytes, as estimated and as measured.
+        model: Name and parameters.
+        data: Counts of groups and of what was dropped.
+        versions: What ran, by package.
+        command: What was typed.
+    """
+
+    status: str = "running"
+    error: str | None = None
+    resumed: dict[str, Any] | None = None
+    beta: float
+    loss: str
+    seed: int
+    step: int = 0
+    epoch: float = 0.0
+    config_hash: str | None = None
+    settings_hash: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, int] = field(default_factory=lambda: reference_counts(0, 0))
+    throughput: dict[str, float | None] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str]
+    command: str
+
+    def write(self, path: Path, **changes: Any) -> bool:
+        """Writes the file; where even that cannot be, the run still says how it ended.
+
+        Args:
+            path: The file.
+            **changes: Entries that the file has otherwise.
+
+        Returns:
+            False where it could not be written.
+        """
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        try:
+            write_json(path, content | changes)
+        except OSError as error:
+            log.error("error: %s: %s", path, error.strerror or error)
+            return False
+        return True
+
+
+def reference_counts(rows: int, computed: int) -> dict[str, int]:
+    """The ``reference`` entry.
+
+    Args:
+        rows: Groups whose log-probabilities were asked for.
+        computed: Those of them that were not in the cache.
+    """
+    return {"rows": rows, "computed": computed, "cached": rows - computed}
 
 
 def package_versions() -> dict[str, str]:

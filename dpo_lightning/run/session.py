@@ -1,11 +1,15 @@
-"""One training session: trainer, header, fit, evaluation, export and what is said at the end."""
+"""One session: trainer, header, fit, evaluation, export and what is said at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +17,7 @@ import torch
 import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from dpo_lightning.data.datamodule import PreferenceDataModule, steps_per_epoch
@@ -23,28 +28,36 @@ from dpo_lightning.errors import (
     OutOfMemoryError,
     UserError,
 )
-from dpo_lightning.evaluation.answers import (
-    COLUMNS,
-    SHOWN,
-    SampleAnswers,
-)
-from dpo_lightning.evaluation.exact import ExactCurve
+from dpo_lightning.evaluation.answers import COLUMNS, SHOWN
 from dpo_lightning.files import DIVERGED_FILE, write_json
 from dpo_lightning.memory.budget import say_if_over
 from dpo_lightning.memory.estimate import check_fits
+from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.memory.peaks import keep_freed_memory, peak_bytes, reset_peak
-from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.reference.kinds import CachedReference
-from dpo_lightning.run.build import make_budget, make_data_module, make_module, make_trainer
-from dpo_lightning.run.conclude import conclude
+from dpo_lightning.run.build import (
+    SessionCallbacks,
+    make_data_module,
+    make_module,
+    make_session_callbacks,
+    make_trainer,
+)
+from dpo_lightning.run.conclude import Trained, conclude
 from dpo_lightning.run.header import header_facts
 from dpo_lightning.run.identity import allowed_changes
 from dpo_lightning.run.inputs import SourceRows
-from dpo_lightning.run.placement import choose_answering, with_reference, with_shards
+from dpo_lightning.run.placement import (
+    Placed,
+    choose_answering,
+    place,
+    with_reference,
+    with_shards,
+)
+from dpo_lightning.run.plan import RunPlan, TrainerPlan, choose_folders, make_plan, trainer_plan
 from dpo_lightning.run.prepare import Prepared, prepare
-from dpo_lightning.settings.names import run_name
+from dpo_lightning.run.record import RunRecord, reference_counts
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking import display
 from dpo_lightning.tracking.loggers import (
@@ -54,23 +67,30 @@ from dpo_lightning.tracking.loggers import (
     logger_run_id,
     make_logger,
 )
-from dpo_lightning.tracking.progress import MetricRows, Throughput
-from dpo_lightning.tracking.wandb_runs import logger_settings
-from dpo_lightning.training.checkpoints.exact_resume import ExactResume
+from dpo_lightning.tracking.progress import Throughput
 from dpo_lightning.training.checkpoints.files import (
-    CHECKPOINTS,
     find_checkpoint,
     read_manifest,
     saved_checkpoints,
 )
 from dpo_lightning.training.launching import take_over
 from dpo_lightning.training.module import DPOModule
-from dpo_lightning.training.precision import make_computation
-from dpo_lightning.training.preemption import Preemption
-from dpo_lightning.training.ranks import leave_ranks, start_ranks
-from dpo_lightning.training.same_config import SameConfig
+from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What may end a run from outside.
+
+    Attributes:
+        signals: Those that stop it.
+        children: The other ranks, once they are started.
+    """
+
+    signals: SignalWatch
+    children: ChildRanks
 
 
 def run_experiment(
@@ -79,38 +99,60 @@ def run_experiment(
     *,
     run_dir: Path,
     resolved: dict[str, Any],
-    result: dict[str, Any],
+    record: RunRecord,
     signals: SignalWatch,
     children: ChildRanks,
 ) -> None:
-    """Trains, evaluates and exports; fills ``result`` as facts become known.
+    """Trains, evaluates and exports; fills ``record`` as facts become known.
 
     Args:
         config: The validated settings.
         rows: The rows that were read, or None for the controlled task.
         run_dir: The run's folder.
         resolved: The settings as plain values.
-        result: The content of result.json.
+        record: What is known of the run.
         signals: Those that stop the run.
         children: The other ranks, once they are started.
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    ranks = start_ranks(config, children)
+    folders = choose_folders(config, run_dir)
+    hardware = decide_hardware(config.trainer)
+    ranks = _start_ranks(trainer_plan(config), children)
     checkpoint = find_checkpoint(config.resume, run_dir)
-    prepared, resolved = prepare(config, rows, ranks=ranks, resolved=resolved, result=result)
-    run_session(
+    prepared = prepare(
         config,
-        prepared,
-        run_dir=run_dir,
+        rows,
+        hardware=hardware,
+        ranks=ranks,
+        tokens=folders.tokens,
         resolved=resolved,
-        result=result,
-        checkpoint=checkpoint,
-        signals=signals,
-        children=children,
+        record=record,
     )
+    plan = make_plan(
+        config,
+        folders=folders,
+        hardware=hardware,
+        source=prepared.source,
+        groups=len(prepared.data.train),
+        resolved=resolved,
+    )
+    run_session(plan, prepared, checkpoint, record, Supervision(signals, children))
     if ranks is not None:
         leave_ranks()
+
+
+def _start_ranks(trainer: TrainerPlan, children: ChildRanks) -> Ranks | None:
+    """The processes that share the models' weights; None where each has its own."""
+    if not trainer.sharded:
+        return None
+    return start_ranks(
+        children,
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        timeout=trainer.timeout,
+    )
 
 
 def _quiet_libraries() -> None:
@@ -130,202 +172,234 @@ def _quiet_libraries() -> None:
 
 
 def run_session(
-    config: Config,
+    plan: RunPlan,
     prepared: Prepared,
-    *,
-    run_dir: Path,
-    resolved: dict[str, Any],
-    result: dict[str, Any],
     checkpoint: Path | None,
-    signals: SignalWatch,
-    children: ChildRanks,
+    record: RunRecord,
+    supervision: Supervision,
 ) -> None:
     """Trains, evaluates, exports and says so; a wandb run is finished in every ending.
 
     Args:
-        config: The settings.
-        prepared: Models, data and steps.
-        run_dir: The run's folder.
-        resolved: The settings as plain values, with what was open filled in.
-        result: The content of result.json, filled as facts become known.
+        plan: The run's.
+        prepared: Models and data.
         checkpoint: What to resume from.
+        record: What is known of the run; filled.
+        supervision: What may end the run from outside.
+    """
+    session = _open_session(plan, prepared, checkpoint, record, supervision)
+    with contextlib.ExitStack() as ending:
+        ending.enter_context(session)
+        ending.enter_context(_reported(session))
+        callbacks, trainer = _make_trainer(session)
+        placed = _place(session, trainer)
+        prepared = _with_models_in_place(session, placed)
+        module, datamodule, trained = _build(session, prepared, placed, callbacks)
+        reset_peak(placed.device)
+        _fit(trainer, module, datamodule, checkpoint)
+        _evaluate(session, trainer, module, datamodule)
+        _conclude(session, trainer, trained, callbacks)
+    if session.is_first:
+        _say_where(session)
+
+
+@dataclass(slots=True)
+class _Session:
+    """A session from its loggers to its end, which is left in the record however it comes.
+
+    Attributes:
+        plan: The run's.
+        prepared: Models and data before they were placed.
+        record: What is known of the run.
         signals: Those that stop the run.
         children: The other ranks, once they are started.
+        metrics: Logger of ``metrics.jsonl``.
+        logger: The one beside it, if there is one.
+        throughput: Counts pairs and tokens.
+        console: Where a person reads.
+        trainer: The trainer, once it is made.
+        where: How to find the run in wandb, once it has ended.
     """
+
+    plan: RunPlan
+    prepared: Prepared
+    record: RunRecord
+    signals: SignalWatch
+    children: ChildRanks
+    metrics: JsonlLogger
+    logger: Logger | None
+    throughput: Throughput = field(default_factory=Throughput)
+    console: Console = field(default_factory=Console)
+    trainer: pl.Trainer | None = None
+    where: str | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes and speaks for all, once there is a trainer."""
+        return self.trainer is not None and self.trainer.is_global_zero
+
+    def __enter__(self) -> None:
+        """Nothing: its loggers are open."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Fills the record and ends wandb's run."""
+        self.signals.notice()
+        record, trainer = self.record, self.trainer
+        if trainer is not None:
+            record.step = trainer.global_step
+            epoch = steps_per_epoch(len(self.prepared.data.train), self.plan.batches.size)
+            record.epoch = trainer.global_step / epoch
+        # What the conclusion measured is of the weights that are exported.
+        record.metrics = self.metrics.last | record.metrics
+        record.throughput |= {
+            "pairs_per_second": self.throughput.pairs_per_second,
+            "tokens_per_second": self.throughput.tokens_per_second,
+            "seconds": self.throughput.seconds,
+        }
+        if trainer is None or trainer.is_global_zero:
+            summary = record.metrics | {"beta": self.plan.beta}
+            self.where = finish_logger(self.logger, summary=summary, exit_code=_exit_code(error))
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """The code that a session ends with, as wandb is told it."""
+    if isinstance(error, DpoLightningError):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 0 if error is None else 1
+
+
+# The steps --------------------------------------------------------------------------------------
+
+
+def _open_session(
+    plan: RunPlan,
+    prepared: Prepared,
+    checkpoint: Path | None,
+    record: RunRecord,
+    supervision: Supervision,
+) -> _Session:
+    """Says what is resumed, and opens the loggers."""
     saved = {} if checkpoint is None else read_manifest(checkpoint)
+    changed = None
     if checkpoint is not None:
-        changed = allowed_changes(config, saved["identity"], prepared.identity)
-        result["resumed"] = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
-    # What another experiment logs does not belong to the run in wandb of the first one.
-    goes_on = checkpoint is not None and not result["resumed"]["changed"]
-    throughput = Throughput()
-    metrics = JsonlLogger(run_dir)
-    logger = make_logger(
-        logger_settings(config.logger),
-        run_name=run_name(config.name, config.model.name, config.loss.name, config.beta),
-        folder=run_dir,
-        config=resolved,
-        continued=goes_on,
-        run_id=saved.get("wandb_run_id"),
+        changed = allowed_changes(
+            saved["identity"], prepared.identity, may_change=plan.checkpoints.may_change
+        )
+        record.resumed = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
+    return _Session(
+        plan,
+        prepared,
+        record,
+        signals=supervision.signals,
+        children=supervision.children,
+        metrics=JsonlLogger(plan.folders.run),
+        logger=make_logger(
+            plan.logger,
+            run_name=plan.names.run,
+            folder=plan.folders.run,
+            config=plan.names.settings,
+            # What another experiment logs does not belong to the run in wandb of the first one.
+            continued=checkpoint is not None and not changed,
+            run_id=saved.get("wandb_run_id"),
+        ),
     )
-    console = Console()
-    exit_code, where = 1, None
-    trainer = None
+
+
+@contextlib.contextmanager
+def _reported(session: _Session) -> Iterator[None]:
+    """What an error leaves: ``diverged.json``, and the last checkpoint in its message."""
+    run_dir = session.plan.folders.run
     try:
-        same = SameConfig(result["config_hash"])
-        trainer = make_trainer(
-            config,
-            prepared.schedule,
-            loggers=[metrics] if logger is None else [metrics, logger],
-            callbacks=[
-                *(same, MetricRows(metrics), throughput, ExactResume()),
-                *make_callbacks(config.trainer.callbacks),
-            ],
-            throughput=throughput,
-            run_dir=run_dir,
-            manifest={"identity": prepared.identity, "wandb_run_id": logger_run_id(logger)},
-        )
-        take_over(trainer, children)
-        computation = make_computation(config, trainer)
-        device = trainer.strategy.root_device
-        # Beside an adapter most weights are frozen: half of their memory, before they are moved.
-        computation.cast(prepared.models.policy)
-        budget, estimate = make_budget(
-            config, prepared, computation, device, world_size=trainer.world_size
-        )
-        check_fits(estimate, config.trainer.memory_check)
-        result["memory"] = {"estimated_bytes": estimate.footprint.parts()}
-        if trainer.is_global_zero:
-            (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved))
-            facts = header_facts(
-                config,
-                prepared.source,
-                prepared.models,
-                prepared.data,
-                prepared.schedule,
-                trainer=trainer,
-                precision=computation.precision,
-                estimate=estimate,
-                budget=budget,
-                folder=run_dir,
-            )
-            display.show_header(console, facts)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if budget.checkpointing:
-            prepared.models.policy.activation_checkpointing_enable({"use_reentrant": False})
-        fault = prepared.models.scorer.choose_kernel(prepared.source.config, device)
-        if fault is not None:
-            log.info("attention takes the slower of two ways: %s", fault)
-        prepared = with_shards(prepared, computation)
-        prepared = with_reference(config, prepared, device, computation, budget)
-        models, data = prepared.models, prepared.data
-        assert models.reference is not None
-        result["reference"] = _reference_counts(models.reference.rows, models.reference.computed)
-        groups, answering = choose_answering(config, prepared, computation)
-        samples = SampleAnswers(groups[:SHOWN], models=models, answering=answering)
-        # Before all others: its answers are no part of the training loop's time.
-        trainer.callbacks.insert(0, samples)  # type: ignore[attr-defined]
-        curve = None
-        if prepared.task is not None and prepared.reference_outcome_logps is not None:
-            curve = ExactCurve(
-                prepared.task, prepared.reference_outcome_logps, models.scorer, beta=config.beta
-            )
-            trainer.callbacks.append(curve)  # type: ignore[attr-defined]
-        module = make_module(
-            config,
-            models,
-            models.reference,
-            prepared.schedule,
-            computation,
-            pending_signal=lambda: signals.received,
-        )
-        datamodule = make_data_module(
-            config,
-            data,
-            total_steps=prepared.schedule.total_steps,
-            shared=models.scorer.shared,
-            budget=budget,
-        )
-        if trainer.is_global_zero:
-            say_if_over(data.train, budget, shared=models.scorer.shared)
-        preemption = Preemption(signals, run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
-        trainer.callbacks.append(preemption)  # type: ignore[attr-defined]
-        reset_peak(device)
-        _fit(trainer, module, datamodule, checkpoint)
-        module.require_finite()
-        result["memory"]["training_peak_bytes"] = peak_bytes(device)
-        reset_peak(device)
-        signals.release()
-        if data.eval and module.last_evaluation != trainer.global_step:
-            trainer.validate(module, datamodule=datamodule, verbose=False)
-        result["reference"] = _count_reference_rows(trainer, module)
-        if prepared.ranks is None:
-            children.release()  # what is left is rank 0's alone
-        if trainer.is_global_zero or prepared.ranks is not None:
-            report = conclude(
-                config,
-                prepared,
-                module,
-                groups=groups,
-                answering=answering,
-                curve=curve,
-                answers=[dict(zip(COLUMNS, row, strict=True)) for row in samples.rows],
-                device=device,
-                run_dir=run_dir,
-                result=result,
-                metrics=metrics.last,
-            )
-        if trainer.is_global_zero:
-            display.show_metrics(console, metrics.last)
-            if report:
-                display.show_measured(console, report)
-            if samples.rows:
-                display.show_samples(console, COLUMNS, samples.rows)
-                log_table(logger, "samples", COLUMNS, samples.rows)
-        result["memory"]["evaluation_peak_bytes"] = peak_bytes(device)
-        exit_code = 0
+        yield
     except DpoLightningError as error:
-        exit_code = error.exit_code
-        first = trainer is not None and trainer.is_global_zero
-        if isinstance(error, DivergedError) and error.report and first:
+        if isinstance(error, DivergedError) and error.report and session.is_first:
             write_json(run_dir / DIVERGED_FILE, error.report)
         if isinstance(error, OutOfMemoryError):
             raise with_last_checkpoint(error, run_dir) from error
         raise
-    except KeyboardInterrupt:
-        exit_code = 130
-        raise
-    except SystemExit as error:
-        exit_code = error.code if isinstance(error.code, int) else 1
-        raise
-    finally:
-        signals.notice()
-        if trainer is not None:
-            result["step"] = trainer.global_step
-            epoch = steps_per_epoch(len(prepared.data.train), config.data.batch_size)
-            result["epoch"] = trainer.global_step / epoch
-        # What the conclusion measured is of the weights that are exported.
-        result["metrics"] = metrics.last | result["metrics"]
-        result["throughput"] |= {
-            "pairs_per_second": throughput.pairs_per_second,
-            "tokens_per_second": throughput.tokens_per_second,
-            "seconds": throughput.seconds,
-        }
-        if trainer is None or trainer.is_global_zero:
-            where = finish_logger(
-                logger, summary=result["metrics"] | {"beta": config.beta}, exit_code=exit_code
-            )
+
+
+def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
+    """All callbacks, then the trainer; the ranks that it starts are looked after."""
+    assert session.record.config_hash is not None
+    callbacks = make_session_callbacks(
+        session.plan,
+        session.prepared,
+        metrics=session.metrics,
+        throughput=session.throughput,
+        config_hash=session.record.config_hash,
+        signals=session.signals,
+    )
+    identity, run_id = session.prepared.identity, logger_run_id(session.logger)
+    trainer = make_trainer(
+        session.plan,
+        loggers=[x for x in (session.metrics, session.logger) if x is not None],
+        callbacks=callbacks.all,
+        manifest={"identity": identity, "wandb_run_id": run_id},
+    )
+    session.trainer = trainer
+    take_over(trainer, session.children)
+    return callbacks, trainer
+
+
+def _place(session: _Session, trainer: pl.Trainer) -> Placed:
+    """Precision and budget on the trainer's devices; the header says them."""
+    plan, prepared = session.plan, session.prepared
+    placed = place(plan, prepared, trainer)
+    check_fits(placed.estimate, plan.memory.check)
+    session.record.memory = {"estimated_bytes": placed.estimate.footprint.parts()}
     if trainer.is_global_zero:
-        for name in ("model", "result.json", "metrics.jsonl"):
-            log.info("%-10s%s", name.partition(".")[0], run_dir / name)
-        if config.peft.merge:
-            log.info("%-10s%s", "merged", run_dir / "model-merged")
-        if where is not None:
-            log.info("%-10s%s", "wandb", where)
+        text = yaml.safe_dump(plan.names.settings)
+        (plan.folders.run / "config.yaml").write_text(text)
+        display.show_header(session.console, header_facts(plan, prepared, placed))
+    return placed
 
 
-# Parts of it ------------------------------------------------------------------------------------
+def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
+    """Kernel, shards and reference, in this order: each is computed with the one before."""
+    prepared = session.prepared
+    models = prepared.models
+    if placed.device.type == "cpu":
+        keep_freed_memory()
+    if placed.budget.checkpointing:
+        models.policy.activation_checkpointing_enable({"use_reentrant": False})
+    fault = models.scorer.choose_kernel(prepared.source.config, placed.device)
+    if fault is not None:
+        log.info("attention takes the slower of two ways: %s", fault)
+    prepared = with_shards(prepared, placed.computation)
+    prepared = with_reference(session.plan, prepared, placed)
+    reference = prepared.models.reference
+    assert reference is not None
+    session.record.reference = reference_counts(reference.rows, reference.computed)
+    return prepared
+
+
+def _build(
+    session: _Session, prepared: Prepared, placed: Placed, callbacks: SessionCallbacks
+) -> tuple[DPOModule, PreferenceDataModule, Trained]:
+    """Module and data, and what the end of the run needs of them."""
+    plan, models = session.plan, prepared.models
+    groups, answering = choose_answering(plan, prepared, placed.computation)
+    callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
+    signals = session.signals
+    module = make_module(plan, prepared, placed, pending_signal=lambda: signals.received)
+    datamodule = make_data_module(plan, prepared, placed)
+    if session.is_first:
+        say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
+    return (
+        module,
+        datamodule,
+        Trained(plan, prepared, module, groups, answering, callbacks.curve, placed.device),
+    )
 
 
 def _fit(
@@ -349,6 +423,56 @@ def _fit(
         ) from error
 
 
+def _evaluate(
+    session: _Session, trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule
+) -> None:
+    """The last evaluation, where that is not of these weights already; ranks part after it."""
+    module.require_finite()
+    device = trainer.strategy.root_device
+    session.record.memory["training_peak_bytes"] = peak_bytes(device)
+    reset_peak(device)
+    session.signals.release()
+    if data.eval_groups and module.last_evaluation != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    session.record.reference = _count_reference_rows(trainer, module)
+    if session.prepared.ranks is None:
+        session.children.release()  # what is left is rank 0's alone
+
+
+def _conclude(
+    session: _Session, trainer: pl.Trainer, trained: Trained, callbacks: SessionCallbacks
+) -> None:
+    """Measures, exports and shows what came of the training."""
+    rows = callbacks.samples.rows
+    report: dict[str, float] = {}
+    if trainer.is_global_zero or session.prepared.ranks is not None:
+        report = conclude(
+            trained,
+            answers=[dict(zip(COLUMNS, row, strict=True)) for row in rows],
+            record=session.record,
+            metrics=session.metrics.last,
+        )
+    if trainer.is_global_zero:
+        display.show_metrics(session.console, session.metrics.last)
+        if report:
+            display.show_measured(session.console, report)
+        if rows:
+            display.show_samples(session.console, COLUMNS, rows)
+            log_table(session.logger, "samples", COLUMNS, rows)
+    session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
+
+
+def _say_where(session: _Session) -> None:
+    """The files to look at."""
+    run_dir = session.plan.folders.run
+    for name in ("model", "result.json", "metrics.jsonl"):
+        log.info("%-10s%s", name.partition(".")[0], run_dir / name)
+    if session.plan.evaluation.merge:
+        log.info("%-10s%s", "merged", run_dir / "model-merged")
+    if session.where is not None:
+        log.info("%-10s%s", "wandb", session.where)
+
+
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:
     """What all ranks asked for and computed; of cached rows each rank has asked for all."""
     reference = module.reference
@@ -356,12 +480,7 @@ def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, i
     rows, computed = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     if isinstance(reference, CachedReference):
         rows = reference.rows
-    return _reference_counts(rows, min(rows, computed))
-
-
-def _reference_counts(rows: int, computed: int) -> dict[str, int]:
-    """The ``reference`` entry of ``result.json``."""
-    return {"rows": rows, "computed": computed, "cached": rows - computed}
+    return reference_counts(rows, min(rows, computed))
 
 
 def with_last_checkpoint(error: OutOfMemoryError, run_dir: Path) -> OutOfMemoryError:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_lightning.data.source_names import ROW_SUFFIXES, is_address, is_hub_id, is_local_data
-from dpo_lightning.objectives.objective import known_losses
+from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
@@ -134,6 +134,29 @@ def _objective(config: Config) -> Iterator[str]:
         return
     objective = objective_settings(loss)
     yield from (f"loss.{problem}" for problem in objective.problems())
+    yield from _use_of_reference(config, objective)
+    if config.data.controlled.population and objective.listwise:
+        yield (
+            f"data.controlled.population=true weighs pairs, which loss={loss.name} does not compare"
+        )
+    yield from _changing_beta(config, objective)
+    if reference.kind == "none" and reference.pretrained is not None:
+        yield (
+            f"reference.pretrained={reference.pretrained} with reference=none: "
+            "use reference=live, or leave it out"
+        )
+    has_other = reference.pretrained is not None or reference.adapter not in (None, BASE)
+    if reference.revision is not None and not has_other:
+        yield (
+            f"reference.revision={reference.revision}: set reference.pretrained= or "
+            "reference.adapter= too"
+        )
+    yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
+
+
+def _use_of_reference(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
+    """What the loss and the reference say of each other."""
+    loss, reference = config.loss, config.reference
     if not objective.uses_reference:
         if reference.kind in ("cached", "live"):
             yield (
@@ -156,10 +179,11 @@ def _objective(config: Config) -> Iterator[str]:
                 f"reference=none: loss.f_divergence={objective.f_divergence} is a distance from "
                 "the reference; use reference=auto"
             )
-    if config.data.controlled.population and objective.listwise:
-        yield (
-            f"data.controlled.population=true weighs pairs, which loss={loss.name} does not compare"
-        )
+
+
+def _changing_beta(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
+    """What is wrong with a beta that does not stay as it is."""
+    loss = config.loss
     if loss.beta_schedule == "constant" and loss.beta_end is not None:
         yield (
             f"loss.beta_end={loss.beta_end:g}: beta stays as it is; "
@@ -172,18 +196,6 @@ def _objective(config: Config) -> Iterator[str]:
             f"loss.adaptive_beta={loss.adaptive_beta:g} follows the margins of pairs, which "
             f"loss={loss.name} does not compare"
         )
-    if reference.kind == "none" and reference.pretrained is not None:
-        yield (
-            f"reference.pretrained={reference.pretrained} with reference=none: "
-            "use reference=live, or leave it out"
-        )
-    has_other = reference.pretrained is not None or reference.adapter not in (None, BASE)
-    if reference.revision is not None and not has_other:
-        yield (
-            f"reference.revision={reference.revision}: set reference.pretrained= or "
-            "reference.adapter= too"
-        )
-    yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
 
 
 def _peft(config: Config) -> Iterator[str]:
@@ -216,6 +228,13 @@ def _peft(config: Config) -> Iterator[str]:
     elif peft.revision is not None:
         yield f"peft.revision={peft.revision} is of a hub id: set peft.adapter= too"
     yield from _adapter_folder("peft.adapter", peft.adapter)
+    yield from _four_bits(config)
+    yield from _adapter_of_reference(config)
+
+
+def _four_bits(config: Config) -> Iterator[str]:
+    """What is wrong with weights in 4 bits."""
+    peft = config.peft
     if peft.quantization == "nf4":
         if find_spec("bitsandbytes") is None:
             yield (
@@ -232,6 +251,11 @@ def _peft(config: Config) -> Iterator[str]:
                 "peft.merge=true: weights in 4 bits cannot take the adapter in without rounding it "
                 "away; merge it into the model that you serve, or use peft.quantization=none"
             )
+
+
+def _adapter_of_reference(config: Config) -> Iterator[str]:
+    """What is wrong with an adapter of the reference's own."""
+    reference = config.reference
     if reference.adapter is None:
         return
     key = f"reference.adapter={reference.adapter}"

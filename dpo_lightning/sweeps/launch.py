@@ -6,8 +6,9 @@ the package does not.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ _NOT_PASSED_ON = (
     *("hydra.mode", "hydra.run.", "hydra.job.config.override_dirname", "sweep.", "sweep="),
 )
 
-_SITES: dict[str, type[Site]] = {
+_SITES: dict[str, Callable[..., Site]] = {
     "DevicesLauncher": LocalSite,
-    "SlurmLauncher": SlurmSite,
+    "SlurmLauncher": SlurmSite.of,
     "RayLauncher": RaySite,
 }
 
@@ -81,6 +82,25 @@ def launch(
         composed.append((cfg, _plan(cfg, config, overrides, site)))
     site.check_trials(demands)
     plans = [plan for _, plan in composed]
+    with _alone_in(sweep_dir):
+        trials = place_trials(plans, sweep_dir)
+        _add(task.trials, trials)
+        failures = sum(trial.failed for trial in task.trials)
+        _run_trials(site, plans, trials, sweep_dir, failures=failures)
+    by_hash = {trial.plan.settings_hash: trial for trial in trials}
+    return [
+        _job_return(cfg, overrides, by_hash[plan.settings_hash])
+        for (cfg, plan), overrides in zip(composed, job_overrides, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _alone_in(sweep_dir: Path) -> Iterator[None]:
+    """Keeps other sweeps out of the folder.
+
+    Raises:
+        UserError: If one is at work there.
+    """
     lock = FileLock(sweep_dir / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -90,40 +110,46 @@ def launch(
             "another folder"
         ) from None
     try:
-        trials = place_trials(plans, sweep_dir)
-        _add(task.trials, trials)
-        failures = sum(trial.failed for trial in task.trials)
-        most = site.max_failures
-        if any(trial.status == "waiting" for trial in trials):
-            work = Work(
-                plans=plans,
-                folder=sweep_dir,
-                program=RUN,
-                environment={
-                    # wandb reads it; a group in the settings wins.
-                    "WANDB_RUN_GROUP": sweep_dir.resolve().name,
-                    STARTED_AS: started_as(),
-                },
-            )
-            with site.open(work) as place, SweepView(trials, Console()) as view:
-                Dispatcher(
-                    trials,
-                    place=place,
-                    # Those of earlier batches count.
-                    max_failures=None if most is None else most - failures,
-                    retries=site.retries,
-                    view=view,
-                ).run()
-        else:
-            with SweepView(trials, Console()):
-                pass  # it says that all are done
+        yield
     finally:
         lock.release()
-    by_hash = {trial.plan.settings_hash: trial for trial in trials}
-    return [
-        _job_return(cfg, overrides, by_hash[plan.settings_hash])
-        for (cfg, plan), overrides in zip(composed, job_overrides, strict=True)
-    ]
+
+
+def _run_trials(
+    site: Site, plans: Sequence[Plan], trials: list[Trial], sweep_dir: Path, *, failures: int
+) -> None:
+    """Runs the trials that wait.
+
+    Args:
+        site: Where they run.
+        plans: Of all trials.
+        trials: All of the batch.
+        sweep_dir: The sweep's folder.
+        failures: Trials that have failed before.
+    """
+    if not any(trial.status == "waiting" for trial in trials):
+        with SweepView(trials, Console()):
+            return  # it says that all are done
+    work = Work(
+        plans=plans,
+        folder=sweep_dir,
+        program=RUN,
+        environment={
+            # wandb reads it; a group in the settings wins.
+            "WANDB_RUN_GROUP": sweep_dir.resolve().name,
+            STARTED_AS: started_as(),
+        },
+    )
+    most = site.max_failures
+    with site.open(work) as place, SweepView(trials, Console()) as view:
+        Dispatcher(
+            trials,
+            place=place,
+            # Those of earlier batches count.
+            max_failures=None if most is None else most - failures,
+            retries=site.retries,
+            view=view,
+        ).run()
 
 
 def _add(known: list[Trial], trials: Sequence[Trial]) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,45 +81,27 @@ def start_run(
     """
     import wandb
 
-    run_id = _run_id(folder, continued=continued, other=run_id)
+    own_id = _run_id(folder, continued=continued, other=run_id)
     finish_timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_SECONDS)
 
-    def start(mode: Any) -> Any:
-        return wandb.init(
+    def start(mode: str) -> Any:
+        return _init(
+            settings,
+            finish_timeout,
             mode=mode,
-            project=settings.project,
-            entity=settings.entity,
-            id=run_id,
+            id=own_id,
             name=run_name,
-            group=settings.group,
             job_type=job_type,
-            tags=list(settings.tags),
             # What writes there may be a process of a parent's, which has another current folder.
             dir=folder.absolute(),
             config=dict(config),
-            resume="allow",
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=_INIT_SECONDS,
-                finish_timeout=finish_timeout,
-                finish_timeout_raises=True,
-            ),
         )
 
     try:
         mode = wandb_mode(settings.mode)
         if mode == "disabled":
             return None
-        try:
-            run = start(mode)
-        except wandb.Error as error:
-            if mode != "online":
-                raise
-            log.warning(
-                "wandb: the server refused this run, so it is recorded offline (%s)",
-                " ".join(str(error).split()),
-            )
-            run = start("offline")
+        run = _start_or_record(start, mode, refused=wandb.Error)
     except Exception as error:  # whatever its environment, files and settings hold
         raise UserError(
             f"logger=wandb: {' '.join(str(error).split())}; logger.mode=offline records it here, "
@@ -128,6 +110,40 @@ def start_run(
     (folder / _ID_FILE).parent.mkdir(exist_ok=True)
     (folder / _ID_FILE).write_text(f"{run.id}\n")
     return run
+
+
+def _init(settings: LoggerSettings, finish_timeout: float, **arguments: Any) -> Any:
+    """Wandb's own start of a run."""
+    import wandb
+
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=list(settings.tags),
+        resume="allow",
+        settings=wandb.Settings(
+            silent=True,
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=finish_timeout,
+            finish_timeout_raises=True,
+        ),
+        **arguments,
+    )
+
+
+def _start_or_record(start: Callable[[str], Any], mode: str, *, refused: type[Exception]) -> Any:
+    """A run in that mode, or offline where the server refuses it."""
+    try:
+        return start(mode)
+    except refused as error:
+        if mode != "online":
+            raise
+        log.warning(
+            "wandb: the server refused this run, so it is recorded offline (%s)",
+            " ".join(str(error).split()),
+        )
+        return start("offline")
 
 
 def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:

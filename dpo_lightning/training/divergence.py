@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.objectives.comparison import Comparison
 
 # Rows that a message names.
 _NAMED = 3
@@ -31,6 +32,11 @@ class Scored:
     policy_logps: Tensor
     reference_logps: Tensor | None
     losses: Tensor
+
+    @classmethod
+    def of(cls, batch: GroupBatch, comparison: Comparison) -> Scored:
+        """A micro-batch with what its comparison found."""
+        return cls(batch, comparison.policy_logps, comparison.reference_logps, comparison.losses)
 
 
 def rows_of_step(step: Sequence[Scored], groups: Sequence[TokenGroup]) -> list[dict[str, Any]]:

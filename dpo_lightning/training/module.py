@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from dpo_lightning.models.sharding import (
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
 from dpo_lightning.objectives.comparison import (
     Comparison,
+    Logps,
     Tokens,
     compare_responses,
 )
@@ -34,9 +36,36 @@ from dpo_lightning.reference.kinds import Reference
 from dpo_lightning.reference.same_model import check_same_model
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.training.module_state import CheckpointedModule
-from dpo_lightning.training.optimizers import OptimizerName, make_optimizer
+from dpo_lightning.training.optimizers import OptimizerSettings, make_optimizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """How many steps a module takes, and what one of them may do.
+
+    Attributes:
+        total_steps: Steps of the whole run.
+        warmup_steps: Steps of linear warm-up.
+        schedule: Name of a transformers schedule.
+        log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
+        max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
+        max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
+            counts as one, in the plan and in the schedules, but changes no weight.
+        sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
+            pass, and not in a step's last alone.
+        smaller: Settings by which a step takes less memory, for the error when it is not enough.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    schedule: str
+    log_every_n_steps: int
+    max_grad_norm: float | None
+    max_skipped_steps: int = 0
+    sync_every_micro_batch: bool = False
+    smaller: Sequence[str] = ()
 
 
 class DPOModule(CheckpointedModule):
@@ -52,33 +81,18 @@ class DPOModule(CheckpointedModule):
         scorer: Scores micro-batches.
         objective: What is minimised.
         beta_plan: Strength of the pull towards the reference, step by step.
-        lr: Peak learning rate of AdamW.
-        betas: AdamW's decay rates.
-        eps: AdamW's epsilon.
-        weight_decay: AdamW's weight decay, on matrices only.
-        max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
-        schedule: Name of a transformers schedule.
-        warmup_steps: Steps of linear warm-up.
-        total_steps: Steps of the whole run.
-        log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
+        optimizer: What the optimizer is made of.
+        steps: How many steps there are, and what one may do.
         starts_from_reference: Whether the policy's first weights are the reference's; then the
             first batch has to show it.
         compute_dtype: What the policy's weights are rounded to while it is trained, with float32
             master weights behind them; None trains the weights themselves.
-        sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
-            pass, and not in a step's last alone.
-        max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
-            counts as one, in the plan and in the schedules, but changes no weight.
-        smaller: Settings by which a step takes less memory, for the error when it is not enough.
         pending_signal: Number of the signal that is to stop this rank, 0 for none.
 
     Attributes:
         stop_signal: Number of the signal that is to stop all ranks after this step, 0 for none;
             the same on all of them.
         skipped_steps: Steps that were passed over.
-        optimizer: Name of the optimizer.
-        stochastic_rounding: Whether trained bfloat16 weights are rounded by chance; None: yes.
-        seed: Of that rounding.
     """
 
     def __init__(
@@ -89,49 +103,25 @@ class DPOModule(CheckpointedModule):
         scorer: Scorer,
         objective: ObjectiveSettings,
         beta_plan: BetaPlan,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        max_grad_norm: float | None,
-        schedule: str,
-        warmup_steps: int,
-        total_steps: int,
-        log_every_n_steps: int,
+        optimizer: OptimizerSettings,
+        steps: StepSettings,
         starts_from_reference: bool,
         compute_dtype: torch.dtype | None = None,
-        sync_every_micro_batch: bool = False,
-        max_skipped_steps: int = 0,
-        smaller: Sequence[str] = (),
         pending_signal: Callable[[], int] = lambda: 0,
-        optimizer: OptimizerName = "adamw",
-        stochastic_rounding: bool | None = None,
-        seed: int = 0,
     ) -> None:
         super().__init__(policy, beta_plan)
         self.automatic_optimization = False
         self.reference = reference
         self.scorer = scorer
         self.objective = objective
+        self.starts_from_reference = starts_from_reference
+        self.stop_signal = 0
+        self._optimizer = optimizer
+        self._steps = steps
+        self._compute_dtype = compute_dtype
+        self._pending_signal = pending_signal
         # Beta of the last training step.
         self._beta: float | Tensor = beta_plan.start
-        self.total_steps = total_steps
-        self._optimizer: dict[str, Any] = {
-            **{"name": optimizer, "lr": lr, "betas": betas, "eps": eps},
-            **{"weight_decay": weight_decay, "seed": seed},
-            "stochastic_rounding": stochastic_rounding,
-        }
-        self._max_grad_norm = max_grad_norm
-        self._schedule = schedule
-        self._warmup_steps = warmup_steps
-        self._log_every_n_steps = log_every_n_steps
-        self.starts_from_reference = starts_from_reference
-        self._compute_dtype = compute_dtype
-        self._sync_every_micro_batch = sync_every_micro_batch
-        self._max_skipped_steps = max_skipped_steps
-        self._smaller = smaller
-        self._pending_signal = pending_signal
-        self.stop_signal = 0
         self._eval_sums: Tensor | None = None
 
     # Lightning's hooks ------------------------------------------------------------------------
@@ -148,14 +138,14 @@ class DPOModule(CheckpointedModule):
         else:
             in_shards(self.policy)
             self._trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self._trained, **self._optimizer)
+        optimizer = make_optimizer(self._trained, self._optimizer)
         # The constant one by that name would begin at its peak.
         warming_up = {"constant": "constant_with_warmup"}
         scheduler = get_scheduler(
-            warming_up.get(self._schedule, self._schedule),
+            warming_up.get(self._steps.schedule, self._steps.schedule),
             optimizer,
-            num_warmup_steps=self._warmup_steps,
-            num_training_steps=self.total_steps,
+            num_warmup_steps=self._steps.warmup_steps,
+            num_training_steps=self._steps.total_steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -179,49 +169,14 @@ class DPOModule(CheckpointedModule):
         """
         optimizer: Any = self.optimizers()
         if self.global_step == 0 and self.starts_from_reference:
-            check_same_model(
-                batch,
-                policy=self.policy,
-                reference=self.reference,
-                scorer=self.scorer,
-                reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
-            )
-        # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
-        scale = self.trainer.world_size / batch.total_weight
-        sums = self._no_sums()
+            self._check_start(batch)
         average = self.margin_average.clone() if self.beta_plan.adaptive else None
-        scored: list[Scored] = []
-        now = f"step {self.global_step + 1}"
-        for number, micro_batch in enumerate(batch.micro_batches):
-            counts = number < len(batch.counted)
-            with (
-                explained(now, micro_batch, self._smaller),
-                self._gradient_sync(last=number + 1 == len(batch.micro_batches)),
-            ):
-                comparison = self._compare(micro_batch, training=True, counts=counts)
-                self.manual_backward(comparison.loss * (scale if counts else 0.0))
-            if not counts:
-                continue
-            sums = sums + comparison.sums
-            scored.append(
-                Scored(
-                    batch=micro_batch,
-                    policy_logps=comparison.policy_logps,
-                    reference_logps=comparison.reference_logps,
-                    losses=comparison.losses,
-                )
-            )
-        if not batch.micro_batches:
-            if self.beta_plan.adaptive:
-                self._adapted(
-                    float(self.beta_plan.at(self.global_step)), torch.zeros(0, device=self.device)
-                )
-            self.manual_backward(self._zero_loss())
+        sums, scored = self._backward(batch)
         grad_norm = self._clip()
         is_finite, self.stop_signal = self._agree(sums[0], grad_norm)
         if is_finite:
             self._train_sums = sums if self._train_sums is None else self._train_sums + sums
-            with explained(now, None, self._smaller):
+            with explained(self._now, None, self._steps.smaller):
                 optimizer.step()
             if self._masters is not None:
                 self._masters.publish()
@@ -233,20 +188,7 @@ class DPOModule(CheckpointedModule):
         scheduler: Any = self.lr_schedulers()
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
-
-        step = self.global_step
-        if step == 1 or step % self._log_every_n_steps == 0 or step == self.total_steps:
-            metrics: dict[str, float] = {"learning_rate": learning_rate}
-            if self._max_skipped_steps:
-                metrics["skipped_steps"] = self.skipped_steps
-            if self._train_sums is not None:  # None where all steps since the last row were skipped
-                metrics = self._reduced_metrics(self._train_sums) | metrics
-            if is_finite:
-                metrics["grad_norm"] = float(grad_norm)
-                if self.beta_plan.changes:
-                    metrics["beta"] = float(self._beta)
-            self._log_metrics("train", metrics)
-            self._train_sums = None
+        self._log_step(learning_rate, grad_norm if is_finite else None)
 
     def on_validation_epoch_start(self) -> None:
         """Starts from nothing."""
@@ -261,7 +203,7 @@ class DPOModule(CheckpointedModule):
         for number, micro_batch in enumerate(batch.micro_batches):
             counts = number < len(batch.counted)
             with explained(
-                f"the evaluation after step {self.global_step}", micro_batch, self._smaller
+                f"the evaluation after step {self.global_step}", micro_batch, self._steps.smaller
             ):
                 comparison = self._compare(micro_batch, training=False, counts=counts)
             if not counts:
@@ -281,62 +223,104 @@ class DPOModule(CheckpointedModule):
 
     # Parts of a step --------------------------------------------------------------------------
 
+    def _check_start(self, batch: StepBatch) -> None:
+        """Refuses a reference that is not the policy as it starts."""
+        check_same_model(
+            batch,
+            policy=self.policy,
+            reference=self.reference,
+            scorer=self.scorer,
+            reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
+        )
+
+    @property
+    def _now(self) -> str:
+        """The step that is taken, as errors name it."""
+        return f"step {self.global_step + 1}"
+
+    def _backward(self, batch: StepBatch) -> tuple[Tensor, list[Scored]]:
+        """Backward passes of a step; its sums, and what was scored for them."""
+        # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
+        scale = self.trainer.world_size / batch.total_weight
+        sums = self._no_sums()
+        scored: list[Scored] = []
+        for number, micro_batch in enumerate(batch.micro_batches):
+            counts = number < len(batch.counted)
+            with (
+                explained(self._now, micro_batch, self._steps.smaller),
+                self._gradient_sync(last=number + 1 == len(batch.micro_batches)),
+            ):
+                comparison = self._compare(micro_batch, training=True, counts=counts)
+                self.manual_backward(comparison.loss * (scale if counts else 0.0))
+            if counts:
+                sums = sums + comparison.sums
+                scored.append(Scored.of(micro_batch, comparison))
+        if not batch.micro_batches:
+            if self.beta_plan.adaptive:
+                self._adapted(
+                    float(self.beta_plan.at(self.global_step)), torch.zeros(0, device=self.device)
+                )
+            self.manual_backward(self._zero_loss())
+        return sums, scored
+
+    def _log_step(self, learning_rate: float, grad_norm: Tensor | None) -> None:
+        """Logs a row where one is due; a skipped step has no norm."""
+        step = self.global_step
+        due = step == 1 or step % self._steps.log_every_n_steps == 0
+        if not due and step != self._steps.total_steps:
+            return
+        metrics: dict[str, float] = {"learning_rate": learning_rate}
+        if self._steps.max_skipped_steps:
+            metrics["skipped_steps"] = self.skipped_steps
+        if self._train_sums is not None:  # None where all steps since the last row were skipped
+            metrics = self._reduced_metrics(self._train_sums) | metrics
+        if grad_norm is not None:
+            metrics["grad_norm"] = float(grad_norm)
+            if self.beta_plan.changes:
+                metrics["beta"] = float(self._beta)
+        self._log_metrics("train", metrics)
+        self._train_sums = None
+
     def _compare(self, batch: GroupBatch, *, training: bool, counts: bool = True) -> Comparison:
-        plan = self.scorer.plan(batch)
         asked = self.reference.rows, self.reference.computed
-        tokens = token_logps = collisions = None
-        if self.objective.needs_tokens:
-            if self.objective.wpo:
-                scores = self.scorer.token_scores(self.policy, batch, plan)
-                token_logps, collisions = scores.logps, scores.collisions
-            else:
-                token_logps = self.scorer.token_logps(self.policy, batch, plan)
-            policy_logps = _by_response(token_logps, batch)
-        else:
-            policy_logps = self.scorer.logps(self.policy, batch, plan)
-        if self.objective.desensitises:
-            reference_tokens = self.reference.token_logps(batch, plan)
-            reference_logps = (
-                None if reference_tokens is None else _by_response(reference_tokens, batch)
-            )
-        else:
-            reference_tokens, reference_logps = None, self.reference.logps(batch, plan)
+        logps = self._logps(batch)
         if not counts:
             self.reference.rows, self.reference.computed = asked
-        if token_logps is not None:
-            tokens = Tokens(
-                policy_logps=token_logps,
-                reference_logps=reference_tokens,
-                collisions=collisions,
-                response=batch.response,
-            )
         # By now a step that was taken counts: what is evaluated had the last step's beta.
         beta: float | Tensor = self.beta_plan.at(self.global_step - (not training))
         if training and self.beta_plan.adaptive:
-            logratios = policy_logps.detach()
-            if reference_logps is not None:
-                logratios = logratios - reference_logps
+            logratios = replace(logps, policy=logps.policy.detach()).ratios()
             margins = logratios[batch.chosen] - logratios[batch.rejected]
             beta = self._adapted(float(beta), margins if counts else margins[:0])
         if training:
             self._beta = beta
-        return compare_responses(
-            self.objective,
-            policy_logps=policy_logps,
-            reference_logps=reference_logps,
-            lengths=batch.lengths,
-            group=batch.group,
-            rank=batch.rank,
-            weight=batch.weight,
-            chosen=batch.chosen,
-            rejected=batch.rejected,
-            beta=beta,
-            best=batch.best,
-            largest_group=max((len(shape) - 1 for shape in batch.segments), default=0),
-            pair_share=batch.pair_share,
-            target_margin=batch.target_margin,
-            tokens=tokens,
+        return compare_responses(self.objective, batch, logps, beta=beta)
+
+    def _logps(self, batch: GroupBatch) -> Logps:
+        """Log-probabilities under policy and reference, of tokens where those are needed."""
+        plan = self.scorer.plan(batch)
+        if not self.objective.needs_tokens:
+            policy = self.scorer.logps(self.policy, batch, plan)
+            return Logps(policy=policy, reference=self.reference.logps(batch, plan))
+        collisions = None
+        if self.objective.wpo:
+            scores = self.scorer.token_scores(self.policy, batch, plan)
+            token_logps, collisions = scores.logps, scores.collisions
+        else:
+            token_logps = self.scorer.token_logps(self.policy, batch, plan)
+        policy = _by_response(token_logps, batch)
+        if self.objective.desensitises:
+            of_tokens = self.reference.token_logps(batch, plan)
+            reference = None if of_tokens is None else _by_response(of_tokens, batch)
+        else:
+            of_tokens, reference = None, self.reference.logps(batch, plan)
+        tokens = Tokens(
+            policy_logps=token_logps,
+            reference_logps=of_tokens,
+            collisions=collisions,
+            response=batch.response,
         )
+        return Logps(policy=policy, reference=reference, tokens=tokens)
 
     @torch.no_grad()
     def _adapted(self, beta: float, margins: Tensor) -> Tensor:
@@ -351,7 +335,7 @@ class DPOModule(CheckpointedModule):
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Only a step's last backward pass synchronises gradients over ranks."""
         if is_sharded(self.policy):
-            set_gradient_sync(self.policy, last=last, every=self._sync_every_micro_batch)
+            set_gradient_sync(self.policy, last=last, every=self._steps.sync_every_micro_batch)
             return contextlib.nullcontext()
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return contextlib.nullcontext() if last or block is None else block()
@@ -363,7 +347,8 @@ class DPOModule(CheckpointedModule):
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self._trained if p.grad is not None]
-        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        most = self._steps.max_grad_norm
+        limit = float("inf") if most is None else most
         return gathered(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     @torch.no_grad()
@@ -404,7 +389,7 @@ class DPOModule(CheckpointedModule):
             rows=[row for _, rows in everyone for row in rows],
         )
         said = what_happened(content)
-        if self.skipped_steps == self._max_skipped_steps:
+        if self.skipped_steps == self._steps.max_skipped_steps:
             allowed = f"={self.skipped_steps} were used up" if self.skipped_steps else " is 0"
             raise DivergedError(
                 f"{said}: lower optimizer.lr or optimizer.max_grad_norm, look at the rows in "
@@ -417,7 +402,9 @@ class DPOModule(CheckpointedModule):
         progress.increment_ready()
         progress.increment_completed()
         if self.trainer.is_global_zero:
-            log.warning("%s (%d of at most %d)", said, self.skipped_steps, self._max_skipped_steps)
+            log.warning(
+                "%s (%d of at most %d)", said, self.skipped_steps, self._steps.max_skipped_steps
+            )
 
 
 def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -34,21 +35,11 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK, _SMALLEST_TENSOR = 256, 32, 4096
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(
-    parameters: Iterable[Tensor],
-    *,
-    name: OptimizerName,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    stochastic_rounding: bool | None,
-    seed: int,
-) -> torch.optim.Optimizer:
-    """Makes the optimizer of a run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """Settings of a run's optimizer.
 
-    Args:
-        parameters: Weights to train, all of them on one kind of device; shards of FSDP2 too.
+    Attributes:
         name: ``adamw``, or ``adamw_8bit`` for moments of 8 bits.
         lr: Peak learning rate.
         betas: Decay rates of the two moments.
@@ -57,25 +48,44 @@ def make_optimizer(
         stochastic_rounding: True rounds bfloat16 weights by chance; None: yes.
         seed: Of the rounding.
     """
+
+    name: OptimizerName = "adamw"
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    stochastic_rounding: bool | None = None
+    seed: int = 0
+
+
+def make_optimizer(
+    parameters: Iterable[Tensor], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """Makes the optimizer of a run.
+
+    Args:
+        parameters: Weights to train, all of them on one kind of device; shards of FSDP2 too.
+        settings: Name, rates and rounding.
+    """
     trained = list(parameters)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     half = any(p.dtype == torch.bfloat16 for p in trained)
-    by_chance = half and stochastic_rounding is not False
-    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-    if name == "adamw_8bit" or by_chance:
+    by_chance = half and settings.stochastic_rounding is not False
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.name == "adamw_8bit" or by_chance:
         return LowMemoryAdamW(
             groups,
-            **settings,
-            eight_bit=name == "adamw_8bit",
+            **common,
+            eight_bit=settings.name == "adamw_8bit",
             stochastic_rounding=by_chance,
-            seed=seed,
+            seed=settings.seed,
         )
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-    return torch.optim.AdamW(groups, **settings, fused=fused)
+    return torch.optim.AdamW(groups, **common, fused=fused)
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):

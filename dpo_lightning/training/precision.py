@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
+from dpo_lightning.memory.hardware import PrecisionName
 from dpo_lightning.models.master_weights import cast_frozen
-from dpo_lightning.settings.schema import Config
-
-PrecisionName = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +57,14 @@ class Computation:
         return model if dtype is None else cast_frozen(model, dtype)
 
 
-def decide_precision(config: Config) -> PrecisionName:
-    """``trainer.precision``, by the device where the settings leave it open."""
-    wanted = config.trainer.precision
-    if wanted is not None:
-        return "32-true" if wanted == "32-true" else "bf16-mixed"
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16-mixed"
-    return "32-true"
-
-
-def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
+def make_computation(
+    precision: PrecisionName,
+    trainer: pl.Trainer,
+    *,
+    sharded: bool,
+    half_weights: bool,
+    adapters: bool,
+) -> Computation:
     """Decides how to compute, and tells the trainer.
 
     One process rounds its weights once per step, which is faster than autocast's casts in every
@@ -79,23 +73,23 @@ def make_computation(config: Config, trainer: pl.Trainer) -> Computation:
     there it is autocast.
 
     Args:
-        config: The settings.
+        precision: What is computed in.
         trainer: The trainer, which knows the number of processes.
+        sharded: Whether the strategy shares the weights out.
+        half_weights: Whether the weights are held in bfloat16.
+        adapters: Whether adapters are trained beside them.
     """
-    precision = decide_precision(config)
-    sharded = config.strategy.name == "fsdp"
     if precision == "32-true":
         return Computation(precision, weights=None, autocast=False, sharded=sharded)
     if trainer.world_size > 1 and not sharded:
         return Computation(precision, weights=None, autocast=True)
     trainer.strategy.precision_plugin = Precision()
-    held = config.model.dtype != "float32"
     # PEFT keeps matrices in float32 also beside weights in bfloat16.
-    rounds = not held or config.peft.kind == "lora"
+    rounds = not half_weights or adapters
     return Computation(
         precision,
         weights=torch.bfloat16 if rounds else None,
         autocast=False,
         sharded=sharded,
-        held=held,
+        held=half_weights,
     )

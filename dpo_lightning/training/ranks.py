@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.processes.child_ranks import ChildRanks
-from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.launching import take_over
 from dpo_lightning.training.strategies import ShardedStrategy
 
@@ -72,24 +71,32 @@ class Ranks:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
 
-def start_ranks(config: Config, children: ChildRanks) -> Ranks | None:
-    """Starts the processes of ``strategy=fsdp``; None for any other strategy.
+def start_ranks(
+    children: ChildRanks,
+    *,
+    accelerator: str,
+    devices: Any,
+    num_nodes: int,
+    timeout: datetime.timedelta,
+) -> Ranks:
+    """Starts the processes of ``strategy=fsdp``.
 
     Args:
-        config: The settings.
         children: Looks after what is started.
+        accelerator: As the next two, what Lightning's trainer takes by that name.
+        devices: A count, a list of numbers, or ``auto``.
+        num_nodes: Machines.
+        timeout: How long a rank waits for the others.
 
     Raises:
         UserError: If Lightning refuses the devices.
     """
-    if config.strategy.name != "fsdp":
-        return None
-    strategy = ShardedStrategy(timeout=timeout_of(config))
+    strategy = ShardedStrategy(timeout=timeout)
     with refuse_as_user_error():
         trainer = pl.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=config.trainer.devices,
-            num_nodes=config.trainer.num_nodes,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
             strategy=strategy,
             logger=False,
             enable_checkpointing=False,
@@ -108,11 +115,6 @@ def refuse_as_user_error() -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def timeout_of(config: Config) -> datetime.timedelta:
-    """Longest time that a rank waits for the others."""
-    return datetime.timedelta(minutes=config.strategy.timeout_minutes)
 
 
 def leave_ranks() -> None:

@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def site(**options) -> SlurmSite:
-    return SlurmSite(**(DEFAULTS | options))
+    return SlurmSite.of(**(DEFAULTS | options))
 
 
 def slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

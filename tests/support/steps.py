@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.tracking.loggers import JsonlLogger
-from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.module import DPOModule, StepSettings
+from dpo_lightning.training.optimizers import OptimizerSettings
 from tests.support.models import make_model
 
 SEED = 1
@@ -127,7 +128,7 @@ def take_steps(
         beta: Of the first step.
         plan: Further arguments of the plan of betas.
         callbacks: Lightning's.
-        **settings: Further arguments of the module.
+        **settings: Further arguments of the module, its optimizer and its steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model("llama") if model is None else model
@@ -137,15 +138,23 @@ def take_steps(
         **{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
         **{"max_grad_norm": None, "schedule": "constant", "warmup_steps": 0},
         **{"log_every_n_steps": 1, "starts_from_reference": False},
+        **settings,
     }
+
+    def own(kind: Any) -> dict[str, Any]:
+        return {item.name: values.pop(item.name) for item in fields(kind) if item.name in values}
+
+    if "optimizer" in values:
+        values["name"] = values.pop("optimizer")
     module = DPOModule(
         policy=model,
         reference=CachedReference(rows=len(groups), computed=0),
         scorer=scorer,
         objective=ObjectiveSettings(terms={"sigmoid": 1.0}),
         beta_plan=BetaPlan(start=beta, total_steps=steps, **(plan or {})),
-        total_steps=steps,
-        **(values | settings),
+        optimizer=OptimizerSettings(**own(OptimizerSettings)),
+        steps=StepSettings(total_steps=steps, **own(StepSettings)),
+        **values,
     )
     datamodule = PreferenceDataModule(
         train_groups=groups,

@@ -16,11 +16,13 @@ from dpo_lightning.memory.estimate import (
     MemoryEstimate,
     check_fits,
     estimate_of,
+    memory_settings,
     plan_training,
     remedies,
     with_budget,
 )
 from dpo_lightning.memory.footprint import GIB, footprint
+from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.preflight import main
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.schema import CONF, Config
@@ -47,6 +49,12 @@ def config_of(name: str) -> LlamaConfig:
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
         tie_word_embeddings=name == "1B",
     )  # fmt: skip
+
+
+def on_large_gpu(config: Config, model: str) -> MemoryEstimate:
+    """What the settings come to on GPUs of 80 GiB."""
+    hardware = decide_hardware(config.trainer, kind="cuda")
+    return estimate_of(memory_settings(config), hardware, config_of(model), device_bytes=80 * GIB)
 
 
 def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
@@ -121,7 +129,7 @@ def test_each_remedy_can_be_typed_and_takes_what_it_says(words: str, names: set[
 
     def total(more: str) -> MemoryEstimate:
         config = typed(*fixed.split(), *more.split())
-        return estimate_of(config, config_of("8B"), device_bytes=80 * GIB, kind="cuda")
+        return on_large_gpu(config, "8B")
 
     found = dict(remedies(total("")))
     names = names | {"data.micro_batch_tokens", "model.gradient_checkpointing"}
@@ -151,7 +159,7 @@ def test_settings_come_to_a_way_of_training(changes, devices, mixed, expected):
     for key, value in changes.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
-    found = plan_training(config, shape("1B"), CUDA, devices=devices, mixed=mixed)
+    found = plan_training(memory_settings(config), shape("1B"), CUDA, devices=devices, mixed=mixed)
     assert {name: getattr(found, name) for name in expected} == expected
 
 
@@ -160,7 +168,7 @@ def test_adapters_of_the_settings_are_counted():
     config.peft = SimpleNamespace(kind="lora", r=8, quantization="nf4")
     config.strategy.sync_gradients = "micro_batch"
     config.strategy.name = "fsdp"
-    found = plan_training(config, shape("1B"), CUDA, devices=8, mixed=True)
+    found = plan_training(memory_settings(config), shape("1B"), CUDA, devices=8, mixed=True)
     assert (found.trained, found.four_bit) == (shape("1B").lora_parameters(8), True)
     assert not found.whole_gradients
 
@@ -173,7 +181,7 @@ def test_a_longer_group_is_a_micro_batch_of_its_own():
 
 def test_an_estimate_needs_no_weights_and_no_gpu():
     config = Config()
-    found = estimate_of(config, config_of("70B"), device_bytes=80 * GIB, kind="cuda")
+    found = on_large_gpu(config, "70B")
     assert found.shape == shape("70B")
     assert found.training.masters
     assert found.footprint.total > 1000 * GIB
@@ -232,7 +240,7 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     assert (parts["weights"], parts["optimizer"]) == (298496, 596992)
     assert "GiB: " in capsys.readouterr().out
     # As if it were a GPU with less than that; nothing is loaded then.
-    monkeypatch.setattr("dpo_lightning.memory.estimate.device_kind", lambda config: "cuda")
+    monkeypatch.setattr("dpo_lightning.memory.hardware.device_kind", lambda accelerator: "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dpo_lightning.errors import UserError
@@ -45,21 +46,44 @@ _OWN_OPTIONS = {
 }
 
 
-class SlurmSite:
-    """A SLURM cluster; the keys are those of ``SlurmLauncherConf``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmQueue:
+    """Where jobs wait; see sbatch."""
 
-    Args:
-        cluster: ``slurm``, or ``local`` for processes of this machine.
-        partition: Of the jobs, as are the next three.
-        account: See sbatch.
-        qos: See sbatch.
-        constraint: See sbatch.
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmLimits:
+    """Time and hardware of a job.
+
+    Attributes:
         timeout_min: Time limit of a job, minutes.
         signal_delay_s: How long before it a trial is told, seconds.
         max_timeouts: How often a trial that reached the limit is queued again.
         cpus_per_task: CPU cores of each process.
         mem_gb: Memory of each node.
         gpus_per_node: GPUs of each node; None: by the trial.
+    """
+
+    timeout_min: int
+    signal_delay_s: int
+    max_timeouts: int
+    cpus_per_task: int | None
+    mem_gb: float | None
+    gpus_per_node: int | None
+
+
+class SlurmSite:
+    """A SLURM cluster; the keys are those of ``SlurmLauncherConf``.
+
+    Args:
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+        queue: Where jobs wait.
+        limits: Time and hardware of a job.
         setup: Shell commands before the trial.
         additional_parameters: Other options of sbatch.
         max_parallel: Jobs in the queue at once.
@@ -71,16 +95,8 @@ class SlurmSite:
         self,
         *,
         cluster: str,
-        partition: str | None,
-        account: str | None,
-        qos: str | None,
-        constraint: str | None,
-        timeout_min: int,
-        signal_delay_s: int,
-        max_timeouts: int,
-        cpus_per_task: int | None,
-        mem_gb: float | None,
-        gpus_per_node: int | None,
+        queue: SlurmQueue,
+        limits: SlurmLimits,
         setup: Sequence[str],
         additional_parameters: Mapping[str, Any],
         max_parallel: int | None,
@@ -90,25 +106,25 @@ class SlurmSite:
         self.cluster = cluster
         self.max_failures = max_failures
         self.retries = retries
-        self._names = {
-            "partition": partition,
-            "account": account,
-            "qos": qos,
-            "constraint": constraint,
-        }
-        self._counts = {
-            "timeout_min": timeout_min,
-            "signal_delay_s": signal_delay_s,
-            "max_timeouts": max_timeouts,
-            "cpus_per_task": cpus_per_task,
-            "mem_gb": mem_gb,
-            "gpus_per_node": gpus_per_node,
+        self._names: dict[str, str | None] = asdict(queue)
+        self._counts: dict[str, float | None] = {
+            **asdict(limits),
             "max_parallel": max_parallel,
             "max_failures": max_failures,
             "retries": retries,
         }
         self._setup = list(setup)
         self._additional = dict(additional_parameters)
+
+    @classmethod
+    def of(cls, **options: Any) -> SlurmSite:
+        """The site that the keys of ``hydra.launcher`` describe."""
+
+        def taken(kind: type[SlurmQueue] | type[SlurmLimits]) -> dict[str, Any]:
+            return {item.name: options.pop(item.name) for item in fields(kind)}
+
+        queue, limits = SlurmQueue(**taken(SlurmQueue)), SlurmLimits(**taken(SlurmLimits))
+        return cls(queue=queue, limits=limits, **options)
 
     def check(self) -> None:
         """Checks the launcher's own settings.

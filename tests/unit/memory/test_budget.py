@@ -21,7 +21,7 @@ from dpo_lightning.memory.budget import (
 from dpo_lightning.memory.footprint import shape_of_model
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import choose_path
-from dpo_lightning.objectives.comparison import compare_responses
+from dpo_lightning.objectives.comparison import Logps, compare_responses
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.budgets import SHAPE, training
 from tests.support.groups import group
@@ -143,11 +143,11 @@ def test_a_step_computes_what_the_model_of_it_says(prompt: int, response: int):
     with FlopCounterMode(display=False) as counter:
         logps = scorer.logps(model, batch)
         comparison = compare_responses(
-            ObjectiveSettings(terms={"sigmoid": 1.0}), policy_logps=logps,
-            reference_logps=logps.detach(), lengths=batch.lengths,
-            group=batch.group, rank=batch.rank, weight=batch.weight, chosen=batch.chosen,
-            rejected=batch.rejected, beta=0.1,
-        )  # fmt: skip
+            ObjectiveSettings(terms={"sigmoid": 1.0}),
+            batch,
+            Logps(policy=logps, reference=logps.detach()),
+            beta=0.1,
+        )
         comparison.loss.backward()
     weights = layers * (4 * size * size + 3 * size * intermediate)
     expected = 0

@@ -12,7 +12,7 @@ from dpo_lightning.models import attention
 from dpo_lightning.models.attention import GROUP_ATTENTION, group_attention
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.objectives.comparison import compare_responses
+from dpo_lightning.objectives.comparison import Logps, compare_responses
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.batches import batch_of, gradients, make_groups, relative
 from tests.support.models import FAMILIES, PADDED_ONLY, VOCABULARY, make_model
@@ -105,14 +105,8 @@ def test_the_loss_of_different_models_equals_the_formula(family: str, path: str)
         reference_logps = scorer.logps(reference, batch)
     comparison = compare_responses(
         ObjectiveSettings(terms={"sigmoid": 1.0}),
-        policy_logps=scorer.logps(policy, batch),
-        reference_logps=reference_logps,
-        lengths=batch.lengths,
-        group=batch.group,
-        rank=batch.rank,
-        weight=batch.weight,
-        chosen=batch.chosen,
-        rejected=batch.rejected,
+        batch,
+        Logps(policy=scorer.logps(policy, batch), reference=reference_logps),
         beta=beta,
     )
     loss = comparison.loss / batch.weight.sum()

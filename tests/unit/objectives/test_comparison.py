@@ -8,10 +8,10 @@ import torch
 from dpo_lightning.objectives.comparison import (
     SUMS,
     Tokens,
-    compare_responses,
     metrics_from_sums,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings
+from tests.support.compared import compare_tensors
 
 BETA = 0.5
 BATCH = {
@@ -29,7 +29,7 @@ BATCH = {
 
 def compare(loss: str = "sigmoid", **changes):
     objective = ObjectiveSettings(terms={loss: 1.0}, options=changes.pop("options", {}))
-    comparison = compare_responses(objective, **(BATCH | changes))
+    comparison = compare_tensors(objective, **(BATCH | changes))
     return comparison.loss.item(), dict(zip(SUMS, comparison.sums.tolist(), strict=True))
 
 
@@ -103,7 +103,7 @@ def test_the_added_likelihood_counts_each_best_response_once():
         "rejected": torch.tensor([2, 2, 4]),
     }
     objective = ObjectiveSettings(terms={"sigmoid": 1.0}, rpo_alpha=0.4)
-    found = compare_responses(objective, **(BATCH | tied))
+    found = compare_tensors(objective, **(BATCH | tied))
     first, second = 0.430474 + 0.4 * 7 / 12, math.log(2) + 0.4 * 7 / 5
     assert found.losses.tolist() == pytest.approx([first, second], abs=1e-5)
     assert found.loss.item() == pytest.approx(first + 3 * second, abs=1e-5)
@@ -164,7 +164,7 @@ TOKENS = {
 
 def compare_tokens(**settings):
     objective = ObjectiveSettings(terms={"sigmoid": 1.0}, **settings)
-    return compare_responses(objective, **PAIR, beta=BETA, tokens=Tokens(**TOKENS)).loss.item()
+    return compare_tensors(objective, **PAIR, beta=BETA, tokens=Tokens(**TOKENS)).loss.item()
 
 
 def test_tokens_beyond_the_shorter_response_count_less():
@@ -191,7 +191,7 @@ def test_pairs_are_weighted_by_their_likelihood():
     policy = TOKENS["policy_logps"].clone().requires_grad_()
     objective = ObjectiveSettings(terms={"sigmoid": 1.0}, wpo=True)
     tokens = Tokens(**(TOKENS | {"policy_logps": policy}))
-    loss = compare_responses(objective, **PAIR, beta=BETA, tokens=tokens).loss
+    loss = compare_tensors(objective, **PAIR, beta=BETA, tokens=tokens).loss
     assert not loss.requires_grad  # the sums are given apart here, the weights are constants
 
 
@@ -202,5 +202,5 @@ def test_listwise_terms_and_pairwise_ones_add_up():
     assert softmax == pytest.approx(first + 3 * math.log(2), abs=1e-5)
     sigmoid, _ = compare("sigmoid")
     objective = ObjectiveSettings(terms={"softmax": 0.25, "sigmoid": 2.0})
-    both = compare_responses(objective, **BATCH).loss.item()
+    both = compare_tensors(objective, **BATCH).loss.item()
     assert both == pytest.approx(0.25 * softmax + 2 * sigmoid, abs=1e-5)

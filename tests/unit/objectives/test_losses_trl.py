@@ -40,8 +40,9 @@ import pytest
 import torch
 
 from dpo_lightning.objectives import PAIRWISE_LOSSES, pairwise_loss
-from dpo_lightning.objectives.comparison import Tokens, compare_responses
+from dpo_lightning.objectives.comparison import Tokens
 from dpo_lightning.objectives.objective import ObjectiveSettings
+from tests.support.compared import compare_tensors
 
 # Log-probabilities of the tokens of four pairs of responses, of unequal lengths.
 CHOSEN = [
@@ -229,7 +230,7 @@ def ours(name, options, composed):
     policy = sums.index_add(0, response, tokens)[order]
     objective = ObjectiveSettings(terms={name: 1.0}, options=options, **composed)
     assert list(objective.problems()) == []
-    compared = compare_responses(
+    compared = compare_tensors(
         objective,
         policy_logps=policy,
         reference_logps=sums.index_add(0, response, reference)[order],

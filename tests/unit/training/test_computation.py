@@ -6,8 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
+from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.training.precision import decide_precision, make_computation
+from dpo_lightning.training.precision import make_computation
 from tests.support.models import make_model
 
 BF16 = torch.bfloat16
@@ -15,16 +16,18 @@ BF16 = torch.bfloat16
 
 def compute(*, world_size: int = 1, strategy: str = "auto", peft: str = "none", **settings):
     """The computation, and what the trainer's precision plugin is afterwards."""
-    config = Config()
-    config.trainer.accelerator = "cpu"
-    config.trainer.precision = settings.get("precision", "bf16-mixed")
-    config.model.dtype = settings.get("dtype", "float32")
-    config.strategy.name, config.peft.kind = strategy, peft
     trainer = SimpleNamespace(
         world_size=world_size,
         strategy=SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu")),
     )
-    return make_computation(config, trainer), trainer.strategy.precision_plugin
+    found = make_computation(
+        settings.get("precision", "bf16-mixed"),
+        trainer,
+        sharded=strategy == "fsdp",
+        half_weights=settings.get("dtype") == "bfloat16",
+        adapters=peft == "lora",
+    )
+    return found, trainer.strategy.precision_plugin
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -90,7 +93,7 @@ def test_a_frozen_model_is_rounded_where_the_policy_is():
 def test_a_precision_that_is_left_open_is_float32_without_a_gpu(wanted, accelerator, expected):
     config = Config()
     config.trainer.precision, config.trainer.accelerator = wanted, accelerator
-    assert decide_precision(config) == expected
+    assert decide_hardware(config.trainer).precision == expected
 
 
 def test_a_gpu_with_bfloat16_takes_it(monkeypatch):
@@ -99,6 +102,6 @@ def test_a_gpu_with_bfloat16_takes_it(monkeypatch):
     for supported, expected in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda given=supported: given)
         config = Config()
-        assert decide_precision(config) == expected
+        assert decide_hardware(config.trainer).precision == expected
         config.trainer.accelerator = "cpu"
-        assert decide_precision(config) == "32-true"
+        assert decide_hardware(config.trainer).precision == "32-true"

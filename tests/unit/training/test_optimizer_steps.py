@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_lightning.training.optimizers import make_optimizer
+from dpo_lightning.training.optimizers import OptimizerSettings, make_optimizer
 
 KINDS = [
     ("adamw", torch.float32),
@@ -18,7 +18,7 @@ def make(weights, name: str, **changes):
         **{"name": name, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
         **{"stochastic_rounding": None, "seed": 7},
     }
-    return make_optimizer(weights, **(values | changes))
+    return make_optimizer(weights, OptimizerSettings(**(values | changes)))
 
 
 @pytest.mark.parametrize(("name", "dtype"), KINDS)

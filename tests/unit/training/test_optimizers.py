@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dpo_lightning.training import optimizers
 from dpo_lightning.training.optimizers import (
     LowMemoryAdamW,
+    OptimizerSettings,
     dequantise,
     make_optimizer,
     noise_seed,
@@ -32,7 +33,9 @@ def make(name: str, dtype: torch.dtype, *, lr: float = 1e-3, **options) -> tuple
     weights = [torch.nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in SHAPES]
     values = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "seed": 7}
     values |= {"stochastic_rounding": None}
-    return weights, make_optimizer(weights, name=name, lr=lr, **(values | options))
+    return weights, make_optimizer(
+        weights, OptimizerSettings(name=name, lr=lr, **(values | options))
+    )
 
 
 def take_steps(weights: list, optimizer, steps: range) -> None:
@@ -98,9 +101,17 @@ def moved(stochastic_rounding: bool) -> torch.Tensor:
     """Distance that 10,000 weights of 1 went in 200 AdamW steps of 5e-7, one gradient."""
     weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))
     optimizer = make_optimizer(
-        [weight], name="adamw", lr=5e-7, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-        stochastic_rounding=stochastic_rounding, seed=3,
-    )  # fmt: skip
+        [weight],
+        OptimizerSettings(
+            name="adamw",
+            lr=5e-7,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.0,
+            stochastic_rounding=stochastic_rounding,
+            seed=3,
+        ),
+    )
     for _ in range(200):
         weight.grad = -torch.ones_like(weight)
         optimizer.step()
@@ -129,9 +140,17 @@ def test_a_second_moment_falls_again(stochastic: bool, share: float):
     expected = 100 * (1 - 0.999**50) * 0.999**2950 + 0.01 * (1 - 0.999**2950)
     weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
     optimizer = make_optimizer(
-        [weight], name="adamw", lr=1e-9, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-        stochastic_rounding=stochastic, seed=3,
-    )  # fmt: skip
+        [weight],
+        OptimizerSettings(
+            name="adamw",
+            lr=1e-9,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.0,
+            stochastic_rounding=stochastic,
+            seed=3,
+        ),
+    )
     for step in range(3000):
         weight.grad = torch.full_like(weight, 10.0 if step < 50 else 0.1)
         optimizer.step()
@@ -369,9 +388,17 @@ def _linear(dtype: torch.dtype) -> torch.nn.Linear:
 
 def _train(model, name: str) -> torch.optim.Optimizer:
     optimizer = make_optimizer(
-        model.parameters(), name=name, lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-        stochastic_rounding=None, seed=7,
-    )  # fmt: skip
+        model.parameters(),
+        OptimizerSettings(
+            name=name,
+            lr=0.05,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.01,
+            stochastic_rounding=None,
+            seed=7,
+        ),
+    )
     for step in range(3):
         inputs = torch.randn(8, 128, generator=seeded(step))
         model(inputs.to(model.weight.dtype)).square().mean().backward()

@@ -1,0 +1,378 @@
+"""One frozen plan of a run, made once: devices, precision, steps, folders, all that is to be built.
+
+It is made of checked settings as soon as model and data are known. What is built afterwards takes
+the plan and plain values; nothing asks the settings a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dpo_lightning.memory.estimate import MemorySettings, memory_settings
+from dpo_lightning.memory.hardware import Hardware
+from dpo_lightning.models.source import ModelSource
+from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.names import run_name
+from dpo_lightning.settings.schema import BASE, CONF, Config
+from dpo_lightning.tracking.wandb_runs import LoggerSettings, logger_settings
+from dpo_lightning.training.checkpoints.files import CHECKPOINTS
+from dpo_lightning.training.module import StepSettings
+from dpo_lightning.training.optimizers import OptimizerName, OptimizerSettings
+from dpo_lightning.training.schedule import Schedule, make_schedule
+
+CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
+_CACHE_DIR = "outputs/cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Places that a run writes to.
+
+    Attributes:
+        run: The run's folder.
+        checkpoints: Inside of it, what can be resumed from.
+        references: Reference log-probabilities, kept for all runs.
+        tokens: Token ids of rows, kept for all runs.
+    """
+
+    run: Path
+    checkpoints: Path
+    references: Path
+    tokens: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerPlan:
+    """Arguments of Lightning's trainer; names are those of the ``trainer`` group.
+
+    Attributes:
+        accelerator: Kind of device.
+        devices: A count, a list of numbers, or ``auto``.
+        num_nodes: Machines.
+        strategy: ``auto``, ``ddp`` or ``fsdp``.
+        find_unused_parameters: For models of which a step leaves weights unused.
+        timeout: How long a rank waits for the others.
+        max_time: Wall time of the training.
+        deterministic: Whether operations whose results vary are refused.
+        detect_anomaly: Whether the operation that made a NaN is named.
+        profiler: One of Lightning's, or none.
+        progress: Whether progress is shown.
+        callbacks: Names of plugins' callbacks.
+    """
+
+    accelerator: str
+    devices: Any
+    num_nodes: int
+    strategy: str
+    find_unused_parameters: bool
+    timeout: datetime.timedelta
+    max_time: str | None
+    deterministic: bool
+    detect_anomaly: bool
+    profiler: str | None
+    progress: bool
+    callbacks: tuple[str, ...]
+
+    @property
+    def sharded(self) -> bool:
+        """True where ranks share the weights of a model."""
+        return self.strategy == "fsdp"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """Which checkpoints are kept, and what one to resume from may differ in.
+
+    Attributes:
+        every_n_steps: Steps between two; None: none but the last.
+        keep: How many of those stay.
+        last: Whether there is one more at the end.
+        may_change: Whether a resumed experiment may have other settings.
+    """
+
+    every_n_steps: int | None
+    keep: int
+    last: bool
+    may_change: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Groups of a step, and how they are made ready.
+
+    Attributes:
+        size: Groups of a step, over all ranks.
+        num_workers: Processes that make them ready.
+        equal_counts: Whether all ranks take as many micro-batches.
+    """
+
+    size: int
+    num_workers: int
+    equal_counts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LearningPlan:
+    """What is minimised, and by which steps.
+
+    Attributes:
+        objective: The losses.
+        beta: Strength of the pull towards the reference, step by step.
+        optimizer: What the optimizer is made of.
+        steps: What a step may do.
+    """
+
+    objective: ObjectiveSettings
+    beta: BetaPlan
+    optimizer: OptimizerSettings
+    steps: StepSettings
+
+    @property
+    def coupling(self) -> list[str]:
+        """What compares all pairs of a step at once."""
+        return [*self.objective.couples, *(["adaptive_beta"] if self.beta.adaptive else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """How the trained policy is measured, and what is exported of it.
+
+    Attributes:
+        samples: Answers that are drawn.
+        partition_samples: Answers of the reference for the check of the log-probabilities.
+        max_new_tokens: Longest answer.
+        batch_size: Answers that are drawn at once.
+        scorer: Judges them; None: nothing does.
+        population: Whether a tabular policy is fitted beside the trained one.
+        merge: Whether a merged model is exported beside an adapter.
+    """
+
+    samples: int
+    partition_samples: int
+    max_new_tokens: int
+    batch_size: int
+    scorer: str | None
+    population: bool
+    merge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What is said of a run, and decides nothing.
+
+    Attributes:
+        run: Last part of the folder's name.
+        loss: Name of the loss.
+        data: Source of the training rows, or the embedded task.
+        reference: Another reference than the policy's start.
+        frozen_adapter: Adapter of the reference; None: it is the base model.
+        settings: The settings as plain values, with what was open decided.
+    """
+
+    run: str
+    loss: str
+    data: str
+    reference: str | None
+    frozen_adapter: str | None
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All that is decided before anything is built.
+
+    Attributes:
+        folders: Places to write to.
+        hardware: Devices and precision.
+        schedule: How many steps, and what happens at which.
+        trainer: Arguments of the trainer.
+        checkpoints: What is kept of a training.
+        batches: Groups of a step.
+        learning: What is minimised, and how.
+        memory: What decides the tokens of a micro-batch.
+        evaluation: What happens at the end.
+        logger: Where metrics go.
+        names: What is said of the run.
+        seed: Of all that is drawn.
+    """
+
+    folders: Folders
+    hardware: Hardware
+    schedule: Schedule
+    trainer: TrainerPlan
+    checkpoints: CheckpointPlan
+    batches: BatchPlan
+    learning: LearningPlan
+    memory: MemorySettings
+    evaluation: EvaluationPlan
+    logger: LoggerSettings
+    names: Names
+    seed: int
+
+    @property
+    def beta(self) -> float:
+        """Strength of the pull towards the reference, of the first step."""
+        return self.learning.beta.start
+
+
+def make_plan(
+    config: Config,
+    *,
+    folders: Folders,
+    hardware: Hardware,
+    source: ModelSource,
+    groups: int,
+    resolved: dict[str, Any],
+) -> RunPlan:
+    """Decides what the settings come to.
+
+    Args:
+        config: The validated settings.
+        folders: Places to write to.
+        hardware: Devices and precision.
+        source: The model.
+        groups: Training groups.
+        resolved: The settings as plain values.
+    """
+    schedule = make_schedule(config, groups=groups, bundled=source.bundled)
+    evaluation = config.evaluation
+    return RunPlan(
+        folders=folders,
+        hardware=hardware,
+        schedule=schedule,
+        trainer=trainer_plan(config),
+        checkpoints=CheckpointPlan(
+            every_n_steps=config.checkpoint.every_n_steps,
+            keep=config.checkpoint.keep,
+            last=config.checkpoint.last,
+            may_change=config.resume_changed,
+        ),
+        batches=BatchPlan(
+            size=config.data.batch_size,
+            num_workers=config.data.num_workers,
+            equal_counts=config.strategy.name == "fsdp",
+        ),
+        learning=_learning(config, schedule),
+        memory=memory_settings(config),
+        evaluation=EvaluationPlan(
+            samples=evaluation.samples,
+            partition_samples=evaluation.partition_samples,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            scorer=evaluation.scorer,
+            population=config.data.controlled.population,
+            merge=config.peft.merge,
+        ),
+        logger=logger_settings(config.logger),
+        names=_names(config, _filled_in(resolved, source, schedule)),
+        seed=config.seed,
+    )
+
+
+def choose_folders(config: Config, run_dir: Path) -> Folders:
+    """Places that a run writes to.
+
+    Args:
+        config: The settings.
+        run_dir: The run's folder.
+    """
+    named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
+    cache = Path(named).expanduser()
+    return Folders(run_dir, run_dir / CHECKPOINTS, cache / "reference", cache / "tokens")
+
+
+def trainer_plan(config: Config) -> TrainerPlan:
+    """Arguments of the trainer."""
+    trainer, strategy = config.trainer, config.strategy
+    return TrainerPlan(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy.name,
+        find_unused_parameters=strategy.find_unused_parameters,
+        timeout=datetime.timedelta(minutes=strategy.timeout_minutes),
+        max_time=trainer.max_time,
+        deterministic=trainer.deterministic,
+        detect_anomaly=trainer.detect_anomaly,
+        profiler=trainer.profiler,
+        progress=trainer.enable_progress_bar,
+        callbacks=tuple(trainer.callbacks),
+    )
+
+
+def _learning(config: Config, schedule: Schedule) -> LearningPlan:
+    optimizer, loss = config.optimizer, config.loss
+    first, second = optimizer.betas
+    return LearningPlan(
+        objective=objective_settings(loss),
+        beta=BetaPlan(
+            start=config.beta,
+            end=loss.beta_end,
+            schedule=loss.beta_schedule,
+            total_steps=schedule.total_steps,
+            adaptive=loss.adaptive_beta,
+            momentum=loss.adaptive_momentum,
+        ),
+        optimizer=OptimizerSettings(
+            name=cast(OptimizerName, optimizer.name),
+            lr=schedule.learning_rate,
+            betas=(first, second),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            stochastic_rounding=optimizer.stochastic_rounding,
+            seed=config.seed,
+        ),
+        steps=StepSettings(
+            total_steps=schedule.total_steps,
+            warmup_steps=schedule.warmup_steps,
+            schedule=optimizer.schedule,
+            log_every_n_steps=schedule.log_every_n_steps,
+            max_grad_norm=optimizer.max_grad_norm,
+            max_skipped_steps=config.trainer.max_skipped_steps,
+            sync_every_micro_batch=config.strategy.sync_gradients == "micro_batch",
+            smaller=smaller_settings(config.model.gradient_checkpointing),
+        ),
+    )
+
+
+def smaller_settings(checkpointing: bool | None) -> list[str]:
+    """Settings by which a step takes less memory, but for the size of its micro-batches.
+
+    Args:
+        checkpointing: ``model.gradient_checkpointing``.
+    """
+    others = ("peft=lora", "optimizer=adamw_8bit", "strategy=fsdp")
+    files = {other: CONF.joinpath(*other.split("=")).with_suffix(".yaml") for other in others}
+    found = [other for other in others if files[other].exists()]
+    return found if checkpointing else ["model.gradient_checkpointing=true", *found]
+
+
+def _names(config: Config, settings: dict[str, Any]) -> Names:
+    adapter = config.reference.adapter or config.peft.adapter
+    return Names(
+        run=run_name(config.name, config.model.name, config.loss.name, config.beta),
+        loss=config.loss.name,
+        data=config.data.train or "controlled task",
+        reference=config.reference.pretrained,
+        frozen_adapter=None if adapter == BASE else adapter,
+        settings=settings,
+    )
+
+
+def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule) -> dict[str, Any]:
+    """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
+    filled = copy.deepcopy(resolved)
+    filled["optimizer"]["lr"] = schedule.learning_rate
+    filled["trainer"]["max_steps"] = schedule.total_steps
+    filled["trainer"]["log_every_n_steps"] = schedule.log_every_n_steps
+    filled["data"]["max_length"] = source.max_length
+    if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
+        filled["data"]["name"] = "rows"
+    return filled
