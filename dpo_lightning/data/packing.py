@@ -1,4 +1,4 @@
-"""Which groups go to which step, rank and micro-batch, and how a micro-batch is laid out flat.
+"""Assignment of groups to steps, ranks and micro-batches, and a micro-batch's flat layout.
 
 A group is laid out ``[P | y_1 | ... | y_K]``: the prompt once, then its responses, whose positions
 all restart at |P|. Groups follow each other in one row of T tokens, and nothing is padded.
@@ -125,7 +125,7 @@ class GroupBatch(_Movable):
 
 @dataclass(frozen=True, slots=True)
 class StepBatch(_Movable):
-    """What one rank does in one optimizer step; one Lightning batch.
+    """One rank's part of one optimizer step; one Lightning batch.
 
     Attributes:
         micro_batches: At least one, unless the rank has no groups in this step; the last

@@ -1,4 +1,4 @@
-"""What the policy answers: a few answers to read, many to measure KL divergence and score by."""
+"""Answers of the policy: a few to read, many to measure KL divergence and score by."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def no_scores(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """How prompts are answered.
+    """Settings for answering prompts.
 
     Attributes:
         tokenizer: The policy's tokenizer.

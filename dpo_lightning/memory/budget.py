@@ -1,4 +1,4 @@
-"""How many tokens a device holds at once, and whether activations are computed again.
+"""Budget of tokens that a device holds at once, and the choice of checkpointing.
 
 What one token leaves in memory for the backward pass, against what the device has beside weights,
 gradients and optimizer states (``footprint`` has the formulas). What happens to be free at the
@@ -30,7 +30,7 @@ _USABLE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a device is given.
+    """Limits for a device: tokens of a micro-batch, and checkpointing.
 
     Attributes:
         tokens: Most tokens of a micro-batch.

@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, known before any weights are loaded, and what would help."""
+"""Estimate of a run's memory before any weights are loaded, and settings that would help."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether it does, or nobody knows."""
+        """True if the run fits, or nobody knows."""
         return self.device_bytes is None or self.footprint.total <= self.device_bytes
 
     def describe(self) -> str:
@@ -117,7 +117,7 @@ def memory_settings(config: Config) -> MemorySettings:
 def plan_training(
     settings: MemorySettings, shape: ModelShape, device: torch.device, *, devices: int, mixed: bool
 ) -> Training:
-    """What the settings come to; tokens and checkpointing are for the budget to fill in.
+    """The training that the settings describe; the budget fills in tokens and checkpointing.
 
     Args:
         settings: The settings.

@@ -1,4 +1,4 @@
-"""What training takes of a device's memory, part by part: formulas, and nothing of a run.
+"""Formulas of the device memory that training takes, part by part, apart from any run.
 
 Counted is the busiest moment of a step: weights, gradients and optimizer states are there, and a
 micro-batch is between its forward and its backward pass. The one place for such numbers: the budget
@@ -64,13 +64,13 @@ class ModelShape:
         return self.parameters - self.layers * self.layer_parameters
 
     def lora_parameters(self, rank: int) -> int:
-        """What LoRA of a rank on all linear layers of the decoder trains."""
+        """Number of weights that LoRA of a rank trains on all linear layers of the decoder."""
         return rank * self.layers * self.linear_sides
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How a model is trained, as far as its memory goes.
+    """Facts about a training that decide its memory.
 
     Attributes:
         weight_bytes: Bytes of a weight as it is held: 4, or 2 for bfloat16.
@@ -140,7 +140,7 @@ class Footprint:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the tokens of a micro-batch."""
+        """Bytes that do not depend on the tokens of a micro-batch."""
         return self.total - self.activations
 
     def parts(self) -> dict[str, int]:
@@ -160,7 +160,7 @@ def in_gib(number: float) -> str:
 
 
 def activation_bytes(shape: ModelShape, *, width: int, checkpointing: bool, keys: int = 0) -> int:
-    """What one token leaves in memory for the backward pass, and one layer's gradients.
+    """Bytes that a token leaves for the backward pass, and one layer's gradients.
 
     Args:
         shape: The model's.
@@ -180,7 +180,7 @@ def activation_bytes(shape: ModelShape, *, width: int, checkpointing: bool, keys
 
 
 def footprint(shape: ModelShape, training: Training) -> Footprint:
-    """What a device needs.
+    """Memory that a device needs.
 
     Args:
         shape: The model's.

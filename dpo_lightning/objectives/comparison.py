@@ -43,7 +43,7 @@ SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a micro-batch contributes to its step.
+    """Contribution of a micro-batch to its step.
 
     Attributes:
         loss: Sum over its groups of weight times loss, a scalar with a graph, float32.
@@ -65,7 +65,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """What single tokens are needed for: length desensitising, and weights by likelihood.
+    """Inputs per token, for length desensitising and for weights by likelihood.
 
     Attributes:
         policy_logps: Log-probability of each scored token under the policy, shape (S,), float32.

@@ -45,10 +45,10 @@ class Team(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What the function gives on rank 0, on every rank."""
+        """Returns rank 0's value of the function on every rank."""
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on every rank."""
@@ -110,7 +110,7 @@ def with_reference_logps(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Computing:
-    """How log-probabilities are computed; see :func:`with_reference_logps`.
+    """Settings of the computation of log-probabilities; see :func:`with_reference_logps`.
 
     Attributes:
         load: Makes the frozen model.
@@ -131,7 +131,7 @@ class _Computing:
     ranks: Team | None
 
     def ask(self, function: Callable[[], T]) -> T:
-        """What the function gives here, or on the first of several ranks."""
+        """Returns the function's value here, or that of the first of several ranks."""
         return function() if self.ranks is None else self.ranks.from_first(function)
 
 

@@ -38,7 +38,7 @@ FromFirst = Callable[[Callable[[], Any]], Any]
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """What is trained beside frozen weights.
+    """Settings of the adapters beside frozen weights.
 
     Attributes:
         start: A new adapter, or a stored one to go on with.
@@ -53,7 +53,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSettings:
-    """Which reference is wanted.
+    """Settings of the reference.
 
     Attributes:
         kind: ``auto`` (``cached`` where the loss uses one), ``cached``, ``live`` or ``none``.
@@ -75,7 +75,7 @@ class ReferenceSettings:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is trained, what it is compared with, and how both are scored.
+    """The policy, its reference, and the scorer of both.
 
     Attributes:
         policy: The model to train.

@@ -138,7 +138,7 @@ def _whole_policy(prepared: Prepared, *, merge: bool) -> Any:
 def _exact(
     plan: RunPlan, prepared: Prepared, policy: Any, known: dict[str, float] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """What is exactly true of the policy on the controlled task: metrics, and entries of a file.
+    """Exact quantities of the policy on the controlled task: metrics, and entries of a file.
 
     Args:
         plan: The run's.

@@ -1,4 +1,4 @@
-"""What is between a command and whoever typed it: its errors as lines, its end as an exit code."""
+"""Boundary between a command and its user: errors as lines, the end as an exit code."""
 
 import logging
 import os

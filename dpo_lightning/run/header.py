@@ -1,4 +1,4 @@
-"""What the header of a run says."""
+"""Facts in the header of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: hashes of what decides its numbers, and what a checkpoint must agree with."""
+"""Identity of a run: hashes of the inputs that decide its numbers; a resume compares them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def reference_facts(
     *, weights: str, dtype: str, precision: str, device: str, kernel: str
 ) -> dict[str, str]:
-    """What a reference's log-probabilities depend on beside the token ids.
+    """Facts that a reference's log-probabilities depend on, beside the token ids.
 
     Args:
         weights: Hash of its weights.
@@ -48,7 +48,7 @@ def reference_facts(
 def allowed_changes(
     saved: dict[str, Any], identity: dict[str, Any], *, may_change: bool
 ) -> dict[str, Any]:
-    """What differs between a checkpoint's experiment and this one, where that is allowed.
+    """Returns the allowed differences between a checkpoint's experiment and this one.
 
     Raises:
         UserError: Where it is not, naming the first thing that differs.
@@ -73,7 +73,7 @@ def config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
 
 
 def identity_of(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint to resume from must agree with."""
+    """Settings and hashes that a checkpoint to resume from must agree with."""
     peft = asdict(config.peft)
     # Of a stored adapter the content counts, which is in the hash of the weights.
     for name in ("adapter", "revision", "merge"):

@@ -31,7 +31,7 @@ class SourceRows:
 
 
 def prefer_cache_without_network(config: Config) -> None:
-    """Where the hub is named but does not answer, uses its local cache at once.
+    """Uses the hub's local cache at once if the hub is named but does not answer.
 
     Left to themselves the hub's libraries try again for half a minute.
     """

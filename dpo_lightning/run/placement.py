@@ -92,7 +92,7 @@ def _make_budget(
     *,
     world_size: int,
 ) -> tuple[Budget, MemoryEstimate]:
-    """What the device holds at once, and what the run takes with it."""
+    """Chooses the token budget, and estimates the memory that the run takes with it."""
     groups = [*prepared.data.train, *prepared.data.eval]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
@@ -140,7 +140,7 @@ def _make_budget(
 def choose_answering(
     plan: RunPlan, prepared: Prepared, computation: Computation
 ) -> tuple[list[TokenGroup], Answering]:
-    """Whose prompts are answered, and how."""
+    """Chooses the prompts to answer, and the settings for answering them."""
     source, data, policy = prepared.source, prepared.data, prepared.models.policy
     evaluation = plan.evaluation
     positions = max_positions(source.config)

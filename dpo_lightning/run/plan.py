@@ -88,7 +88,7 @@ class TrainerPlan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPlan:
-    """Which checkpoints are kept, and what one to resume from may differ in.
+    """Checkpoints to keep, and the changes that one to resume from may have.
 
     Attributes:
         every_n_steps: Steps between two; None: none but the last.
@@ -120,7 +120,7 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class LearningPlan:
-    """What is minimised, and by which steps.
+    """The objective, and the optimizer steps that minimise it.
 
     Attributes:
         objective: The losses.
@@ -136,13 +136,13 @@ class LearningPlan:
 
     @property
     def coupling(self) -> list[str]:
-        """What compares all pairs of a step at once."""
+        """Names of the losses and options that compare all pairs of a step at once."""
         return [*self.objective.couples, *(["adaptive_beta"] if self.beta.adaptive else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """How the trained policy is measured, and what is exported of it.
+    """Measurements of the trained policy, and its export.
 
     Attributes:
         samples: Answers that are drawn.
@@ -165,7 +165,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What is said of a run, and decides nothing.
+    """Names and labels of a run, which decide no number.
 
     Attributes:
         run: Last part of the folder's name.

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a session works on.
+    """Models, data and steps of a session.
 
     Attributes:
         source: The model, its tokenizer and limits.
@@ -211,7 +211,7 @@ def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Mo
 
 
 def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
-    """What is trained beside frozen weights, its files read."""
+    """Adapter settings with their files read; None where all weights are trained."""
     peft, reference = config.peft, config.reference
     if peft.kind == "none":
         return None

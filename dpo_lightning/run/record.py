@@ -1,4 +1,4 @@
-"""What ``result.json`` says of a run, which versions ran, and its writer. Imports no torch."""
+"""Record of a run: the entries of ``result.json``, versions, and its writer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 @dataclass(slots=True, kw_only=True)
 class RunRecord:
-    """What a run is known to be so far; entries and order are those of ``result.json``.
+    """Facts about a run, as they become known; entries and order are those of ``result.json``.
 
     Attributes:
         status: ``running``, ``finished``, ``stopped``, ``diverged`` or ``failed``.

@@ -82,7 +82,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """What may end a run from outside.
+    """Signals and ranks that may end a run from outside.
 
     Attributes:
         signals: Those that stop it.
@@ -156,7 +156,7 @@ def _start_ranks(trainer: TrainerPlan, children: ChildRanks) -> Ranks | None:
 
 
 def _quiet_libraries() -> None:
-    """What third parties say on every run and nobody can act on."""
+    """Silences warnings of libraries that come in every run and that nobody can act on."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -316,7 +316,7 @@ def _open_session(
 
 @contextlib.contextmanager
 def _reported(session: _Session) -> Iterator[None]:
-    """What an error leaves: ``diverged.json``, and the last checkpoint in its message."""
+    """Traces of an error: ``diverged.json``, and the last checkpoint in its message."""
     run_dir = session.plan.folders.run
     try:
         yield
@@ -474,7 +474,7 @@ def _say_where(session: _Session) -> None:
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:
-    """What all ranks asked for and computed; of cached rows each rank has asked for all."""
+    """Counts of the reference rows that all ranks asked for and computed."""
     reference = module.reference
     counts = torch.tensor([reference.rows, reference.computed], device=module.device)
     rows, computed = trainer.strategy.reduce(counts, reduce_op="sum").tolist()

@@ -48,7 +48,7 @@ _GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a run ended.
+    """The end of a run: its exit code and its words.
 
     Attributes:
         code: Its exit code.
@@ -153,7 +153,7 @@ class _Supervisor:
         )
 
     def outcome_of(self, caught: BaseException) -> _Outcome:
-        """What an error, an interruption or an exit means; to be called while it is handled."""
+        """Meaning of an error, an interruption or an exit, to be asked for while it is handled."""
         if isinstance(caught, DpoLightningError):
             if self._config.debug.traceback:
                 traceback.print_exc()
@@ -211,7 +211,7 @@ class _Supervisor:
             requeue_slurm_job(outcome.signum, self._config.resume)
 
     def _leave(self, code: int) -> None:
-        """What is left behind where the process has to end at once."""
+        """Writes the result where the process has to end at once."""
         death = self._children.death
         self._children.kill()
         if self._is_rank_zero:
@@ -256,7 +256,7 @@ def disk_fault(error: Exception) -> str | None:
 
 
 def _is_rank_zero() -> bool:
-    """Whether this process writes the files; torchrun, Lightning and srun number them."""
+    """True if this process writes the files; torchrun, Lightning and srun number them."""
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
     names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")

@@ -155,7 +155,7 @@ def _objective(config: Config) -> Iterator[str]:
 
 
 def _use_of_reference(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
-    """What the loss and the reference say of each other."""
+    """Faults between the loss and the reference."""
     loss, reference = config.loss, config.reference
     if not objective.uses_reference:
         if reference.kind in ("cached", "live"):
@@ -182,7 +182,7 @@ def _use_of_reference(config: Config, objective: ObjectiveSettings) -> Iterator[
 
 
 def _changing_beta(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
-    """What is wrong with a beta that does not stay as it is."""
+    """Faults of a beta that does not stay as it is."""
     loss = config.loss
     if loss.beta_schedule == "constant" and loss.beta_end is not None:
         yield (
@@ -233,7 +233,7 @@ def _peft(config: Config) -> Iterator[str]:
 
 
 def _four_bits(config: Config) -> Iterator[str]:
-    """What is wrong with weights in 4 bits."""
+    """Faults of weights in 4 bits."""
     peft = config.peft
     if peft.quantization == "nf4":
         if find_spec("bitsandbytes") is None:
@@ -254,7 +254,7 @@ def _four_bits(config: Config) -> Iterator[str]:
 
 
 def _adapter_of_reference(config: Config) -> Iterator[str]:
-    """What is wrong with an adapter of the reference's own."""
+    """Faults of an adapter of the reference's own."""
     reference = config.reference
     if reference.adapter is None:
         return

@@ -1,4 +1,4 @@
-"""From what a sweeper asks for to trials that run: composed, checked, placed and dispatched.
+"""Launch of a sweep's trials: composed, checked, placed and dispatched.
 
 This is the part of the launchers that speaks Hydra; but for the class that Hydra calls, the rest of
 the package does not.
@@ -159,7 +159,7 @@ def _add(known: list[Trial], trials: Sequence[Trial]) -> None:
 
 
 def find_site(launcher: DictConfig) -> Site | None:
-    """Where ``hydra.launcher`` runs trials; None for a launcher that is not ours.
+    """Place that ``hydra.launcher`` describes; None for a launcher that is not ours.
 
     Args:
         launcher: ``hydra.launcher``.

@@ -30,7 +30,7 @@ _ID_FILE = Path("wandb", "id.txt")
 
 @dataclass(frozen=True, slots=True)
 class LoggerSettings:
-    """Which logger, and how it is to be used; all but the name is for wandb."""
+    """Logger and its settings; all but the name is for wandb."""
 
     name: str
     project: str

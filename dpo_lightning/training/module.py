@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """How many steps a module takes, and what one of them may do.
+    """Number of steps of a module, and the limits of one of them.
 
     Attributes:
         total_steps: Steps of the whole run.
@@ -353,7 +353,7 @@ class DPOModule(CheckpointedModule):
 
     @torch.no_grad()
     def _agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[bool, int]:
-        """Whether the step is finite on all ranks, and the signal that any of them has had.
+        """Returns True if the step is finite on all ranks, and the signal that any has had.
 
         The one time in a step that the host waits for the device, and that ranks wait for an
         answer of each other.

@@ -1,4 +1,4 @@
-"""What a run computes in: float32, bfloat16 behind float32 master weights, or autocast."""
+"""Computation of a run: float32, bfloat16 behind float32 master weights, or autocast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_lightning.models.master_weights import cast_frozen
 
 @dataclass(frozen=True, slots=True)
 class Computation:
-    """How the numbers of a run are made.
+    """Number types that a run computes in.
 
     Attributes:
         precision: ``trainer.precision``, decided.
@@ -35,7 +35,7 @@ class Computation:
 
     @property
     def master_dtype(self) -> torch.dtype | None:
-        """What this process itself rounds its float32 weights to, after each step."""
+        """Type that this process rounds its float32 weights to after each step; None for none."""
         return None if self.sharded else self.weights
 
     @property

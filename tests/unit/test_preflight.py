@@ -52,7 +52,7 @@ def config_of(name: str) -> LlamaConfig:
 
 
 def on_large_gpu(config: Config, model: str) -> MemoryEstimate:
-    """What the settings come to on GPUs of 80 GiB."""
+    """Training that the settings come to on GPUs of 80 GiB."""
     hardware = decide_hardware(config.trainer, kind="cuda")
     return estimate_of(memory_settings(config), hardware, config_of(model), device_bytes=80 * GIB)
 

@@ -1,4 +1,4 @@
-"""What `hydra/launcher=slurm` is told: its settings, and what the job of a trial asks for."""
+"""Settings of `hydra/launcher=slurm`, and the resources of a trial's job."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _OWN_OPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmQueue:
-    """Where jobs wait; see sbatch."""
+    """Queue of the jobs; see sbatch."""
 
     partition: str | None
     account: str | None
@@ -207,7 +207,7 @@ class SlurmSite:
         yield SlurmJobs(terms, work)
 
     def parameters(self, plan: Plan) -> dict[str, Any]:
-        """What the job of a trial asks for, in the words of submitit's executor.
+        """Resources of a trial's job, in the words of submitit's executor.
 
         One task per device: Lightning takes the ranks from SLURM.
         """
