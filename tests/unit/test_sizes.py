@@ -13,10 +13,12 @@ MOST_LINES_OF_95_PERCENT = 35
 MOST_PARAMETERS = 12
 
 LONG_FUNCTIONS = {
-    "objectives/pairwise.py:pairwise_loss": "public: its signature and docstring are 51 lines",
+    "objectives/closed_form.py:fit_tabular_policy": "public: its signature and docstring are 41 lines",
+    "objectives/pairwise.py:pairwise_loss": "public: its signature and docstring are 62 lines",
 }
 
 WIDE_CONSTRUCTORS = {
+    "api.py:Result": "the entries of result.json, for who reads it",
     "settings/schema.py:Config": "the settings as one tree; each field is a group or a key",
     "settings/material.py:DataConfig": "a group of settings, a key each",
     "settings/conduct.py:TrainerConfig": "a group of settings, a key each",
