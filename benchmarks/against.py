@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parent.parent
 
 JOBS = {
@@ -32,9 +34,6 @@ JOBS = {
     ),
 }
 """Settings of each job that is compared."""
-
-# Two-sided 95% quantile of Student's t by degrees of freedom; above the last, that of the last.
-_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 14: 2.14}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,7 @@ class Ratio:
         """Ratio of paired measurements; two rounds at least."""
         logs = [math.log(a / b) for a, b in zip(here, there, strict=True)]
         mean = statistics.fmean(logs)
-        degrees = max(d for d in _T if d <= len(logs) - 1)
-        error = _T[degrees] * statistics.stdev(logs) / math.sqrt(len(logs))
+        error = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
         return cls(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
 
 

@@ -162,7 +162,7 @@ def plan_step(
         costs: Tokens of each group of the step.
         world_size: Number of ranks.
         micro_batch_tokens: Most tokens of a micro-batch.
-        equal_counts: Whether all ranks are to have as many micro-batches, for strategies whose
+        equal_counts: True if all ranks are to have as many micro-batches, for strategies whose
             ranks meet in every forward pass: some are split, and a rank with too few groups gets
             empty ones.
 
@@ -241,8 +241,8 @@ def make_step_batch(
         rank: This rank.
         world_size: Number of ranks.
         micro_batch_tokens: Most tokens of a micro-batch.
-        shared: Whether a prompt is computed once for its responses; decides what a group costs.
-        equal_counts: Whether all ranks are to have as many micro-batches; see :func:`plan_step`.
+        shared: True if a prompt is computed once for its responses; decides what a group costs.
+        equal_counts: True if all ranks are to have as many micro-batches; see :func:`plan_step`.
     """
     step = [groups[i] for i in rows]
     costs = [group.tokens if shared else group.padded_tokens for group in step]

@@ -34,7 +34,7 @@ class Budget:
 
     Attributes:
         tokens: Most tokens of a micro-batch.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: True if activations are computed again in the backward pass.
     """
 
     tokens: int

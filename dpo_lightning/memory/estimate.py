@@ -70,15 +70,15 @@ class MemorySettings:
     """Settings that decide what a run takes of a device.
 
     Attributes:
-        half_weights: Whether the weights are held in bfloat16.
+        half_weights: True if the weights are held in bfloat16.
         optimizer: ``adamw`` or ``adamw_8bit``.
         lora_rank: Rank of the adapters that are trained; None trains all weights.
-        four_bit: Whether the frozen weights beside them are held in 4 bits.
-        live_reference: Whether a frozen copy of the model is held.
-        sharded: Whether the strategy shares the weights out.
-        whole_gradients: Whether it then adds up whole gradients until the end of a step.
+        four_bit: True if the frozen weights beside them are held in 4 bits.
+        live_reference: True if a frozen copy of the model is held.
+        sharded: True if the strategy shares the weights out.
+        whole_gradients: True if it then adds up whole gradients until the end of a step.
         tokens: Most tokens of a micro-batch; None: by the memory.
-        checkpointing: Whether activations are computed again; None: by the memory.
+        checkpointing: True if activations are computed again; None: by the memory.
         max_length: Most tokens of a prompt with one response; None: the model's own limit.
         check: What happens where it is more than a device has: ``stop``, ``warn`` or ``off``.
     """
@@ -124,7 +124,7 @@ def plan_training(
         shape: The model's shape.
         device: Where it is trained.
         devices: How many take part.
-        mixed: Whether the precision is bf16-mixed.
+        mixed: True if the precision is bf16-mixed.
     """
     from dpo_lightning.models.head import Limits
 

@@ -75,17 +75,17 @@ class Training:
     Attributes:
         weight_bytes: Bytes of a weight as it is held: 4, or 2 for bfloat16.
         compute_bytes: Bytes of a weight and an activation in a step.
-        masters: Whether float32 weights stand behind a rounded copy that computes.
-        autocast: Whether the copy is made anew in each step, by autocast.
+        masters: True if float32 weights stand behind a rounded copy that computes.
+        autocast: True if the copy is made anew in each step, by autocast.
         optimizer: ``adamw`` or ``adamw_8bit``.
         trained: Trained weights where those are adapters beside a frozen model; None: all.
-        four_bit: Whether the frozen linear layers are held in NF4.
-        live_reference: Whether a frozen copy of the model is held.
+        four_bit: True if the frozen linear layers are held in NF4.
+        live_reference: True if a frozen copy of the model is held.
         shards: Devices that share weights, gradients and states (FSDP2); 1 shares nothing.
-        buckets: Whether whole models on several devices average gradients, which DDP copies.
-        whole_gradients: Whether each of them adds up whole gradients until the end of a step.
+        buckets: True if whole models on several devices average gradients, which DDP copies.
+        whole_gradients: True if each of them adds up whole gradients until the end of a step.
         tokens: Of a micro-batch.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: True if activations are computed again in the backward pass.
         keys: Keys that a query meets in the mean, where attention keeps its scores (a CPU), else 0.
         head_scores: Scores of the head at a time.
         head_kept: Most that it keeps for the backward pass.
@@ -165,7 +165,7 @@ def activation_bytes(shape: ModelShape, *, width: int, checkpointing: bool, keys
     Args:
         shape: The model's.
         width: Bytes of an activation.
-        checkpointing: Whether only the input of each layer stays.
+        checkpointing: True if only the input of each layer stays.
         keys: Keys whose scores attention keeps for it; 0 where they are computed again.
     """
     # The layer's two norms read in float32 and write two stages each; queries and output, keys and

@@ -80,7 +80,7 @@ def with_reference_logps(
         device: Where to compute.
         precision: The context to compute in.
         micro_batch_tokens: What the device holds at once in training.
-        per_token: Whether the groups get the log-probability of every token beside the sums. Those
+        per_token: True if the groups get the log-probability of every token beside the sums. Those
             are kept apart from the sums of other runs.
         ranks: Those that compute together, each a part; the first reads and writes the cache.
 
@@ -118,7 +118,7 @@ class _Computing:
         device: Where to compute.
         precision: The context to compute in.
         budget: Most tokens of a micro-batch.
-        per_token: Whether the tokens of a response have a value each.
+        per_token: True if the tokens of a response have a value each.
         ranks: Those that compute together.
     """
 

@@ -59,7 +59,7 @@ class ReferenceSettings:
         kind: ``auto`` (``cached`` where the loss uses one), ``cached``, ``live`` or ``none``.
         pretrained: Folder or hub id of another reference; None is the policy's start.
         revision: Its revision on the hub.
-        needed: Whether the loss uses a reference.
+        needed: True if the loss uses a reference.
     """
 
     kind: str
@@ -82,12 +82,12 @@ class Models:
         reference: Where the loss gets the reference from; None: from the cache, which the caller
             has to ask.
         scorer: Scores both.
-        starts_from_reference: Whether the policy's first weights are the reference's.
+        starts_from_reference: True if the policy's first weights are the reference's.
         weights: Hash of the policy's first weights.
         reference_weights: Hash of the reference's.
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
-        live: Whether the reference is to be held in memory, where ``reference`` is not made yet.
+        live: True if the reference is to be held in memory, where ``reference`` is not made yet.
         adapters: What is trained, where the policy's own weights are frozen; its reference is then
             in the same model.
     """
@@ -260,7 +260,7 @@ def _with_adapters(hashes: _Hashes, adapters: AdapterSettings, *, other: bool) -
     Args:
         hashes: Of models without adapters.
         adapters: What is trained, and what the reference has.
-        other: Whether the reference is another model.
+        other: True if the reference is another model.
     """
     start = adapters.start
     own = _with_adapter(hashes.policy, start if isinstance(start, AdapterFile) else None)

@@ -20,7 +20,7 @@ from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import run_name
-from dpo_lightning.settings.schema import BASE, CONF, Config
+from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.tracking.wandb_runs import LoggerSettings, logger_settings
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS
 from dpo_lightning.training.module import StepSettings
@@ -60,10 +60,10 @@ class TrainerPlan:
         find_unused_parameters: For models of which a step leaves weights unused.
         timeout: How long a rank waits for the others.
         max_time: Wall time of the training.
-        deterministic: Whether operations whose results vary are refused.
-        detect_anomaly: Whether the operation that made a NaN is named.
+        deterministic: True if operations whose results vary are refused.
+        detect_anomaly: True if the operation that made a NaN is named.
         profiler: One of Lightning's, or none.
-        progress: Whether progress is shown.
+        progress: True if progress is shown.
         callbacks: Names of plugins' callbacks.
     """
 
@@ -93,8 +93,8 @@ class CheckpointPlan:
     Attributes:
         every_n_steps: Steps between two; None: none but the last.
         keep: How many of those stay.
-        last: Whether there is one more at the end.
-        may_change: Whether a resumed experiment may have other settings.
+        last: True if there is one more at the end.
+        may_change: True if a resumed experiment may have other settings.
     """
 
     every_n_steps: int | None
@@ -110,7 +110,7 @@ class BatchPlan:
     Attributes:
         size: Groups of a step, over all ranks.
         num_workers: Processes that make them ready.
-        equal_counts: Whether all ranks take as many micro-batches.
+        equal_counts: True if all ranks take as many micro-batches.
     """
 
     size: int
@@ -150,8 +150,8 @@ class EvaluationPlan:
         max_new_tokens: Longest answer.
         batch_size: Answers that are drawn at once.
         scorer: Judges them; None: nothing does.
-        population: Whether a tabular policy is fitted beside the trained one.
-        merge: Whether a merged model is exported beside an adapter.
+        population: True if a tabular policy is fitted beside the trained one.
+        merge: True if a merged model is exported beside an adapter.
     """
 
     samples: int
@@ -227,6 +227,7 @@ def make_plan(
     *,
     folders: Folders,
     hardware: Hardware,
+    trainer: TrainerPlan,
     source: ModelSource,
     groups: int,
     resolved: dict[str, Any],
@@ -237,6 +238,7 @@ def make_plan(
         config: The validated settings.
         folders: Places to write to.
         hardware: Devices and precision.
+        trainer: Arguments of the trainer.
         source: The model.
         groups: Training groups.
         resolved: The settings as plain values.
@@ -247,7 +249,7 @@ def make_plan(
         folders=folders,
         hardware=hardware,
         schedule=schedule,
-        trainer=trainer_plan(config),
+        trainer=trainer,
         checkpoints=CheckpointPlan(
             every_n_steps=config.checkpoint.every_n_steps,
             keep=config.checkpoint.keep,
@@ -257,7 +259,7 @@ def make_plan(
         batches=BatchPlan(
             size=config.data.batch_size,
             num_workers=config.data.num_workers,
-            equal_counts=config.strategy.name == "fsdp",
+            equal_counts=trainer.sharded,
         ),
         learning=_learning(config, schedule),
         memory=memory_settings(config),
@@ -348,10 +350,8 @@ def smaller_settings(checkpointing: bool | None) -> list[str]:
     Args:
         checkpointing: ``model.gradient_checkpointing``.
     """
-    others = ("peft=lora", "optimizer=adamw_8bit", "strategy=fsdp")
-    files = {other: CONF.joinpath(*other.split("=")).with_suffix(".yaml") for other in others}
-    found = [other for other in others if files[other].exists()]
-    return found if checkpointing else ["model.gradient_checkpointing=true", *found]
+    others = ["peft=lora", "optimizer=adamw_8bit", "strategy=fsdp"]
+    return others if checkpointing else ["model.gradient_checkpointing=true", *others]
 
 
 def _names(config: Config, settings: dict[str, Any]) -> Names:

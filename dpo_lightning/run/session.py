@@ -118,7 +118,8 @@ def run_experiment(
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, run_dir)
     hardware = decide_hardware(config.trainer)
-    ranks = _start_ranks(trainer_plan(config), children)
+    trainer = trainer_plan(config)
+    ranks = _start_ranks(trainer, children)
     checkpoint = find_checkpoint(config.resume, run_dir)
     prepared = prepare(
         config,
@@ -133,6 +134,7 @@ def run_experiment(
         config,
         folders=folders,
         hardware=hardware,
+        trainer=trainer,
         source=prepared.source,
         groups=len(prepared.data.train),
         resolved=resolved,

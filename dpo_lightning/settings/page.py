@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from dpo_lightning.settings.keys import Setting, settings
-from dpo_lightning.settings.messages import expected
+from dpo_lightning.settings.messages import expected, shown
 from dpo_lightning.settings.schema import Config
 
 _INTRODUCTION = """\
@@ -21,15 +21,7 @@ a file of `conf/` says: `python train.py --cfg job` shows the outcome.
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    return str(value)
+    return f"[{','.join(map(shown, value))}]" if isinstance(value, list) else shown(value)
 
 
 def _leaves() -> Iterator[tuple[str, Setting]]:

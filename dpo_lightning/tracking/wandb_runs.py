@@ -69,7 +69,7 @@ def start_run(
         run_name: Name of the run.
         folder: Where its files and its id go.
         config: Its configuration.
-        continued: Whether what is logged goes on from what the folder's run had.
+        continued: True if what is logged goes on from what the folder's run had.
         run_id: The run to go on with where the folder has none.
         job_type: What kind of run it is.
 

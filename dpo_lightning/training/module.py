@@ -53,7 +53,7 @@ class StepSettings:
         max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
         max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
             counts as one, in the plan and in the schedules, but changes no weight.
-        sync_every_micro_batch: Whether a sharded policy's gradients are reduced in every backward
+        sync_every_micro_batch: True if a sharded policy's gradients are reduced in every backward
             pass, and not in a step's last alone.
         smaller: Settings by which a step takes less memory, for the error when it is not enough.
     """
@@ -83,7 +83,7 @@ class DPOModule(CheckpointedModule):
         beta_plan: Strength of the pull towards the reference, step by step.
         optimizer: What the optimizer is made of.
         steps: How many steps there are, and what one may do.
-        starts_from_reference: Whether the policy's first weights are the reference's; then the
+        starts_from_reference: True if the policy's first weights are the reference's; then the
             first batch has to show it.
         compute_dtype: What the policy's weights are rounded to while it is trained, with float32
             master weights behind them; None trains the weights themselves.

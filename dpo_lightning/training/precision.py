@@ -22,9 +22,9 @@ class Computation:
         precision: ``trainer.precision``, decided.
         weights: What the weights are rounded to while float32 masters of them are trained; None
             computes in the weights' own type.
-        autocast: Whether each operation chooses its type.
-        sharded: Whether the weights are shared out; they are then rounded as they are gathered.
-        held: Whether the frozen weights are of that type as they are, and only masters are not.
+        autocast: True if each operation chooses its type.
+        sharded: True if the weights are shared out; they are then rounded as they are gathered.
+        held: True if the frozen weights are of that type as they are, and only masters are not.
     """
 
     precision: PrecisionName
@@ -75,9 +75,9 @@ def make_computation(
     Args:
         precision: What is computed in.
         trainer: The trainer, which knows the number of processes.
-        sharded: Whether the strategy shares the weights out.
-        half_weights: Whether the weights are held in bfloat16.
-        adapters: Whether adapters are trained beside them.
+        sharded: True if the strategy shares the weights out.
+        half_weights: True if the weights are held in bfloat16.
+        adapters: True if adapters are trained beside them.
     """
     if precision == "32-true":
         return Computation(precision, weights=None, autocast=False, sharded=sharded)
