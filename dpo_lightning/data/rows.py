@@ -55,6 +55,9 @@ class PreferenceGroup:
         weight: Weight of the group in the loss, finite and above 0.
         target_margin: The margin that the row asks for, or None.
         source: Origin of the row, ``file:line``.
+        tools: Tools that the chat template is given, as a JSON list; empty where there are none.
+        template_kwargs: The row's own variables of the chat template, as a JSON object with sorted
+            keys; empty where there are none.
     """
 
     prompt: Text
@@ -63,6 +66,8 @@ class PreferenceGroup:
     weight: float
     target_margin: float | None
     source: str
+    tools: str = ""
+    template_kwargs: str = ""
 
     @property
     def prompt_key(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 # Roles whose turns are given to the policy: a response never begins with one of them.
 GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
@@ -31,10 +32,23 @@ _SHORT.maxlevel = 2
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: Its role, as the chat template is given it.
+        content: Its text.
+        extra: Further fields for the chat template (``tool_calls``, ``reasoning_content``,
+            ``name``), as a JSON object with sorted keys and no nulls; empty where there are none.
+    """
 
     role: str
     content: str
+    extra: str = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        return message | json.loads(self.extra) if self.extra else message
 
 
 Text: TypeAlias = str | tuple[Message, ...]
