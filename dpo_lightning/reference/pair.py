@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import AdapterFile
 from dpo_lightning.models.adapters import Adapters, LoraSettings
+from dpo_lightning.models.config_numbers import numbers_hash, without_dropout
 from dpo_lightning.models.loading import (
     check_same_vocabulary,
     load_config,
@@ -22,7 +23,6 @@ from dpo_lightning.models.loading import (
     meta_model,
     random_model,
     weights_hash,
-    without_dropout,
 )
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.quantization import keep_trainable
@@ -85,6 +85,7 @@ class Models:
         starts_from_reference: True if the policy's first weights are the reference's.
         weights: Hash of the policy's first weights.
         reference_weights: Hash of the reference's.
+        reference_config: Hash of what its config says of its numbers.
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
         live: True if the reference is to be held in memory, where ``reference`` is not made yet.
@@ -98,6 +99,7 @@ class Models:
     starts_from_reference: bool
     weights: str
     reference_weights: str
+    reference_config: str
     make_reference: Callable[[], Any]
     live: bool = False
     adapters: Adapters | None = None
@@ -155,6 +157,7 @@ def load_models(
         starts_from_reference=wanted.is_used and starts_alike,
         weights=hashes.policy,
         reference_weights=hashes.reference,
+        reference_config=hashes.reference_config,
         make_reference=make_reference,
         live=live,
         adapters=own,
@@ -163,10 +166,11 @@ def load_models(
 
 @dataclass(frozen=True, slots=True)
 class _Hashes:
-    """Hashes of the first weights."""
+    """Hashes of the first weights, and of the reference's config."""
 
     policy: str
     reference: str
+    reference_config: str
 
 
 class _Loader:
@@ -201,11 +205,13 @@ class _Loader:
             policy = _load_policy(model, self._seed)
             scorer, reason = choose_path(policy, max_length=model.max_length)
             loaded.append((policy, scorer))
-            weights = reference_weights = weights_hash(policy)
+            weights = weights_hash(policy)
+            hashes = _Hashes(weights, weights, numbers_hash(model.config))
             if self._wanted.pretrained is not None:
                 # Loaded once more when it is used; in between it takes no memory.
-                reference_weights = weights_hash(self._load_reference())
-            return scorer.path, reason, _Hashes(weights, reference_weights)
+                other, numbers = self._load_other()
+                hashes = _Hashes(weights, weights_hash(other), numbers)
+            return scorer.path, reason, hashes
 
         path, reason, hashes = self._ask(load)
         if loaded:
@@ -245,6 +251,11 @@ class _Loader:
     def _load_reference(self) -> Any:
         if self._wanted.pretrained is None:
             return _load_policy(self._model, self._seed)
+        return self._load_other()[0]
+
+    def _load_other(self) -> tuple[Any, str]:
+        """The other model that is the reference, and the hash of its config."""
+        assert self._wanted.pretrained is not None
         return _other_reference(self._model, self._wanted.pretrained, self._wanted.revision)
 
     def _ask(self, function: Callable[[], Any]) -> Any:
@@ -265,8 +276,8 @@ def _with_adapters(hashes: _Hashes, adapters: AdapterSettings, *, other: bool) -
     start = adapters.start
     own = _with_adapter(hashes.policy, start if isinstance(start, AdapterFile) else None)
     if other:
-        return _Hashes(own, hashes.reference)
-    return _Hashes(own, _with_adapter(hashes.policy, adapters.reference))
+        return replace(hashes, policy=own)
+    return replace(hashes, policy=own, reference=_with_adapter(hashes.policy, adapters.reference))
 
 
 def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
@@ -290,7 +301,8 @@ def _load_policy(model: ModelSource, seed: int) -> Any:
     return policy if model.quantization is None else keep_trainable(policy)
 
 
-def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:
+def _other_reference(model: ModelSource, source: str, revision: str | None) -> tuple[Any, str]:
+    """Another model as the reference, and the hash of its config."""
     config = load_config(source, key="reference.pretrained", revision=revision)
     check_same_vocabulary(model.config, config, model.tokenizer, source=source)
     positions = max_positions(config)
@@ -305,4 +317,4 @@ def _other_reference(model: ModelSource, source: str, revision: str | None) -> A
     _, reason = choose_path(frozen, max_length=model.max_length)
     if reason is not None:
         log.info("the reference cannot share prompts: %s", reason)
-    return frozen
+    return frozen, numbers_hash(config)

@@ -194,6 +194,7 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         return replace(prepared, models=models)
     facts = reference_facts(
         weights=models.reference_weights,
+        config=models.reference_config,
         dtype=str(prepared.source.dtype),
         precision=computation.name,
         device=placed.device.type,
