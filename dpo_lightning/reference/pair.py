@@ -26,6 +26,7 @@ from dpo_lightning.models.loading import (
 )
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.quantization import keep_trainable
+from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer, ScoringPath
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.reference.kinds import LiveReference, NoReference, Reference
@@ -201,23 +202,27 @@ class _Loader:
         model = self._model
         loaded: list[tuple[Any, Scorer]] = []
 
-        def load() -> tuple[ScoringPath, str | None, _Hashes]:
+        def load() -> tuple[ScoringPath, RopeLengths, str | None, _Hashes]:
             policy = _load_policy(model, self._seed)
             scorer, reason = choose_path(policy, max_length=model.max_length)
-            loaded.append((policy, scorer))
             weights = weights_hash(policy)
             hashes = _Hashes(weights, weights, numbers_hash(model.config))
             if self._wanted.pretrained is not None:
                 # Loaded once more when it is used; in between it takes no memory.
-                other, numbers = self._load_other()
-                hashes = _Hashes(weights, weights_hash(other), numbers)
-            return scorer.path, reason, hashes
+                other = self._load_other()
+                hashes = _Hashes(weights, weights_hash(other.model), other.numbers)
+                scorer.release(policy)
+                scorer = _of_both(scorer, other.scorer)
+                scorer.prepare(policy)
+                reason = reason or (other.reason and f"the reference's: {other.reason}")
+            loaded.append((policy, scorer))
+            return scorer.path, scorer.lengths, reason, hashes
 
-        path, reason, hashes = self._ask(load)
+        path, lengths, reason, hashes = self._ask(load)
         if loaded:
             [(policy, scorer)] = loaded
         else:
-            scorer = Scorer(path)
+            scorer = Scorer(path, lengths)
             policy = meta_model(without_dropout(model.config), dtype=model.dtype)
             scorer.prepare(policy)
         if reason is not None:
@@ -251,10 +256,10 @@ class _Loader:
     def _load_reference(self) -> Any:
         if self._wanted.pretrained is None:
             return _load_policy(self._model, self._seed)
-        return self._load_other()[0]
+        return self._load_other().model
 
-    def _load_other(self) -> tuple[Any, str]:
-        """The other model that is the reference, and the hash of its config."""
+    def _load_other(self) -> _Other:
+        """The other model that is the reference."""
         assert self._wanted.pretrained is not None
         return _other_reference(self._model, self._wanted.pretrained, self._wanted.revision)
 
@@ -301,8 +306,30 @@ def _load_policy(model: ModelSource, seed: int) -> Any:
     return policy if model.quantization is None else keep_trainable(policy)
 
 
-def _other_reference(model: ModelSource, source: str, revision: str | None) -> tuple[Any, str]:
-    """Another model as the reference, and the hash of its config."""
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """Another model as the reference, as transformers made it.
+
+    Attributes:
+        model: The model.
+        numbers: Hash of its config.
+        scorer: What it could be scored by,
+        reason: and why not on the flat path.
+    """
+
+    model: Any
+    numbers: str
+    scorer: Scorer
+    reason: str | None
+
+
+def _of_both(policy: Scorer, reference: Scorer) -> Scorer:
+    """A scorer of two models: on the flat path where both can take it."""
+    flat = policy.path == reference.path == "flat"
+    return Scorer("flat" if flat else "padded", policy.lengths | reference.lengths)
+
+
+def _other_reference(model: ModelSource, source: str, revision: str | None) -> _Other:
     config = load_config(source, key="reference.pretrained", revision=revision)
     check_same_vocabulary(model.config, config, model.tokenizer, source=source)
     positions = max_positions(config)
@@ -314,7 +341,6 @@ def _other_reference(model: ModelSource, source: str, revision: str | None) -> t
     frozen = load_model(
         source, config, key="reference.pretrained", dtype=model.dtype, revision=revision
     )
-    _, reason = choose_path(frozen, max_length=model.max_length)
-    if reason is not None:
-        log.info("the reference cannot share prompts: %s", reason)
-    return frozen, numbers_hash(config)
+    scorer, reason = choose_path(frozen, max_length=model.max_length)
+    scorer.release(frozen)
+    return _Other(frozen, numbers_hash(config), scorer, reason)
