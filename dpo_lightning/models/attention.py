@@ -9,6 +9,7 @@ sliding windows are honoured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AttentionInterface
 
 from dpo_lightning.data.packing import Bucket, GroupBatch, collate_groups
 from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.models.rope import Part
 
 GROUP_ATTENTION = "dpo_lightning_groups"
 
@@ -41,12 +43,25 @@ class AttentionPlan:
     Args:
         batch: The micro-batch.
         varlen: True if the kernel for any lengths is used where the type allows it.
+        order: Place of each scored token of the data's micro-batch in this one, where that was laid
+            out anew; None: it was not.
+        parts: Tokens that share the factors of rotary embeddings, where those depend on lengths.
 
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
     """
 
-    def __init__(self, batch: GroupBatch, *, varlen: bool = False) -> None:
+    def __init__(
+        self,
+        batch: GroupBatch,
+        *,
+        varlen: bool = False,
+        order: Tensor | None = None,
+        parts: Sequence[Part] = (),
+    ) -> None:
+        self.batch = batch
+        self.order = order
+        self.parts = parts
         self.buckets = batch.buckets
         self.inverse = batch.inverse
         self.sequences = Sequences.of(batch) if varlen else None

@@ -21,8 +21,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_lightning.errors import UserError
-
-_DROPOUT_NAMES = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "layerdrop")
+from dpo_lightning.models.config_numbers import without_dropout
 
 
 def load_tokenizer(
@@ -94,16 +93,6 @@ def load_config(
     if overrides:
         # A new config, so that its own checks and derived values see the overrides.
         config = type(config).from_dict(known | dict(overrides))
-    return config
-
-
-def without_dropout(config: Any) -> Any:
-    """A copy of a config with every dropout at 0, functional dropout included."""
-    config = copy.deepcopy(config)
-    for name, value in list(vars(config).items()):
-        is_dropout = "dropout" in name or name in _DROPOUT_NAMES
-        if is_dropout and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
     return config
 
 
@@ -212,7 +201,8 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
     """A model without weights, which has the shapes of all that it would hold."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # transformers writes its choice of attention into the config that it is given.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:

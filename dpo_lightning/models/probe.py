@@ -9,6 +9,7 @@ import torch
 
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer
 
 # Largest difference of a token's log-probability that rounding can explain, by dtype.
@@ -28,13 +29,45 @@ def choose_path(model: Any, *, max_length: int) -> tuple[Scorer, str | None]:
         The scorer, and why it is the padded one (None for the flat path).
     """
     own_attention = model.config._attn_implementation
-    flat = Scorer("flat")
+    lengths = RopeLengths.of(model.config, max_length=max_length)
+    flat = Scorer("flat", lengths)
     reason = _why_not_flat(model, flat, max_length)
     if reason is None:
         return flat, None
     if model.config._attn_implementation != own_attention:
         model.set_attn_implementation(own_attention)
-    return Scorer("padded"), reason
+    padded = Scorer("padded", lengths)
+    padded.prepare(model)
+    return padded, reason
+
+
+@torch.no_grad()
+def why_unfit(model: Any) -> str | None:
+    """Tries a model on a line of ids.
+
+    Returns:
+        Why responses cannot be scored by it; None if they can.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(0, vocabulary, 16)
+    rows = torch.from_numpy(np.stack([ids, ids])).to(next(model.parameters()).device)
+    rows[1, -4:] = (rows[1, -4:] + 1) % vocabulary
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=rows, use_cache=False).logits.float()
+    except Exception as error:  # whatever a family raises that wants more than ids
+        text = " ".join(str(error).split())[:150]
+        return f"its forward pass of token ids fails ({type(error).__name__}: {text})"
+    finally:
+        model.train(training)
+    if not logits.isfinite().all():
+        return "its scores of a line of ids are no numbers"
+    scale = logits.abs().max().item()
+    rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if (logits[0, :-4] - logits[1, :-4]).abs().max().item() > rounding * scale:
+        return "a token's score depends on those behind it, as in an encoder"
+    return None
 
 
 @torch.no_grad()
@@ -43,14 +76,20 @@ def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and max_length > chunk:
         return f"it attends in chunks of {chunk} tokens"
+    if getattr(config, "attn_temperature_tuning", None):
+        return "it scales attention by the place in a row, not in a sequence"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    batch = collate_groups([_probe_group(config.vocab_size)], [0])
+    # Two groups: none may see what stands beside it.
+    groups = [_probe_group(config.vocab_size, seed) for seed in (0, 1)]
+    batch = collate_groups(groups, [0, 1])
     batch = batch.to(next(model.parameters()).device)
     training = model.training
     model.eval()
     try:
-        expected = Scorer("padded").token_logps(model, batch, None)
+        padded = Scorer("padded", flat.lengths)
+        padded.prepare(model)
+        expected = padded.token_logps(model, batch, None)
         flat.prepare(model)
         plan = flat.plan(batch)
         assert plan is not None
@@ -71,8 +110,8 @@ def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
     return None
 
 
-def _probe_group(vocabulary: int) -> TokenGroup:
+def _probe_group(vocabulary: int, seed: int) -> TokenGroup:
     """Responses of different lengths behind a prompt, in ids spread over the vocabulary."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, 24).astype(np.int32)
+    ids = np.random.default_rng(seed).integers(0, vocabulary, 24).astype(np.int32)
     responses = (ids[9:13], ids[13:20], ids[20:])
     return TokenGroup(ids[:9], responses, (1, 2, 3), 1.0, "probe", "probe")

@@ -24,12 +24,15 @@ from dpo_lightning.models.head import (
     token_logps,
     token_logps_and_collisions,
 )
+from dpo_lightning.models.rope import RopeLengths, heed_lengths, lengths_known
 from dpo_lightning.models.sharding import is_sharded, run_whole
 
 ScoringPath = Literal["flat", "padded"]
 
 # Rows of the padded path share a forward pass while it holds at most this many places a token.
 _PADDING = 1.25
+
+_NO_LENGTHS = RopeLengths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,19 @@ class TokenScores:
 class Scorer:
     """Scores micro-batches on one path; policy and reference share a scorer, and so its kernels.
 
+    Args:
+        path: The path.
+        lengths: Lengths at which the models' rotary embeddings change.
+
     Attributes:
         path: The path.
+        lengths: Those lengths.
         varlen: True if the flat path may use the kernel for sequences of any lengths.
     """
 
-    def __init__(self, path: ScoringPath) -> None:
+    def __init__(self, path: ScoringPath, lengths: RopeLengths = _NO_LENGTHS) -> None:
         self.path: ScoringPath = path
+        self.lengths = lengths
         self.varlen = False
         self._own_attention: str | None = None
 
@@ -95,17 +104,23 @@ class Scorer:
 
     def prepare(self, model: Any) -> None:
         """Switches a transformers model to the attention that this path needs."""
+        if self.lengths:
+            heed_lengths(model)
         if self.path == "flat" and model.config._attn_implementation != GROUP_ATTENTION:
             self._own_attention = model.config._attn_implementation
             model.set_attn_implementation(GROUP_ATTENTION)
+
+    def release(self, model: Any) -> None:
+        """Gives a model that was prepared its own attention back."""
+        if self._own_attention is not None:
+            model.set_attn_implementation(self._own_attention)
 
     @contextlib.contextmanager
     def plain(self, model: Any) -> Iterator[Any]:
         """The model as transformers made it, in eval mode: for generation and plain forwards."""
         training = model.training
         model.eval()
-        if self._own_attention is not None:
-            model.set_attn_implementation(self._own_attention)
+        self.release(model)
         try:
             yield model
         finally:
@@ -115,31 +130,42 @@ class Scorer:
 
     def plan(self, batch: GroupBatch) -> AttentionPlan | None:
         """The attention plan of a micro-batch, to be shared by the models that score it."""
-        return AttentionPlan(batch, varlen=self.varlen) if self.path == "flat" else None
+        if self.path != "flat":
+            return None
+        if not self.lengths:
+            return AttentionPlan(batch, varlen=self.varlen)
+        laid, order = self.lengths.lay_out(batch)
+        together = [(sum(own), own[0] + max(own[1:])) for own in laid.segments]
+        parts = self.lengths.parts(together, laid.input_ids.device)
+        return AttentionPlan(laid, varlen=self.varlen, order=order, parts=parts)
 
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""
         if plan is not None:
-            return run_whole(model, lambda model: token_logps(*_flat_inputs(model, batch, plan)))
-        [logps] = _padded_scores(model, batch, lambda *scores: (_target_logps(*scores),))
-        return logps
+            logps = run_whole(model, lambda model: token_logps(*_flat_inputs(model, plan)))
+            return logps if plan.order is None else logps.index_select(0, plan.order)
+        score = _padded_scores(
+            model, batch, lambda *scores: (_target_logps(*scores),), self.lengths
+        )
+        return score[0]
 
     def token_scores(
         self, model: Any, batch: GroupBatch, plan: AttentionPlan | None
     ) -> TokenScores:
         """Log-probability of each scored token, and the collisions beside it, in one pass."""
         if plan is not None:
-            return TokenScores(
-                *run_whole(
-                    model,
-                    lambda model: token_logps_and_collisions(*_flat_inputs(model, batch, plan)),
-                )
+            logps, collisions = run_whole(
+                model, lambda model: token_logps_and_collisions(*_flat_inputs(model, plan))
             )
+            if plan.order is not None:
+                logps, collisions = (x.index_select(0, plan.order) for x in (logps, collisions))
+            return TokenScores(logps, collisions)
         return TokenScores(
             *_padded_scores(
                 model,
                 batch,
                 lambda logits, targets: (_target_logps(logits, targets), collision_logps(logits)),
+                self.lengths,
             )
         )
 
@@ -161,15 +187,17 @@ class Scorer:
 
 
 def _flat_inputs(
-    model: Any, batch: GroupBatch, plan: AttentionPlan
+    model: Any, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
     """Inputs of the head: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
-    hidden = model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        group_plan=plan,
-    ).last_hidden_state[0]
+    batch = plan.batch
+    with lengths_known(plan.parts):
+        hidden = model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            group_plan=plan,
+        ).last_hidden_state[0]
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise NotImplementedError(f"a head of type {type(head).__name__}")
@@ -198,7 +226,10 @@ class _Row:
 
 
 def _padded_scores(
-    model: Any, batch: GroupBatch, score: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    model: Any,
+    batch: GroupBatch,
+    score: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    lengths: RopeLengths,
 ) -> tuple[Tensor, ...]:
     """One row ``[P | y_k]`` per response; rows of like widths share a plain forward pass.
 
@@ -207,15 +238,16 @@ def _padded_scores(
         batch: The micro-batch.
         score: Takes the vocabulary scores of n tokens, (n, V), float32, and the tokens, (n,),
             int64, and gives numbers of each, (n,).
+        lengths: Lengths at which the model's rotary embeddings change.
 
     Returns:
         Those numbers of all scored tokens, each of shape (S,).
     """
     rows = []
     cursor = scored = 0
-    for prompt_length, *lengths in batch.segments:
+    for prompt_length, *responses in batch.segments:
         place = cursor + prompt_length
-        for length in lengths:
+        for length in responses:
             rows.append(_Row(cursor, prompt_length, place, length, scored))
             place += length
             scored += length
@@ -223,7 +255,10 @@ def _padded_scores(
     scores, places = [], []
     # Ranks that share a model's weights meet in each forward pass: as many on each, one.
     for part in [rows] if is_sharded(model) else _like_widths(rows):
-        scores.append(score(*_rows_logits(model, batch, part)))
+        width = max(row.width for row in part)
+        rope = lengths.parts([(width, row.width) for row in part], batch.targets.device)
+        with lengths_known(rope if lengths else ()):
+            scores.append(score(*_rows_logits(model, batch, part)))
         places += [row.scored + t for row in part for t in range(row.length)]
     order = torch.tensor(places, device=batch.targets.device).argsort()
     return tuple(torch.cat(parts).index_select(0, order) for parts in zip(*scores, strict=True))

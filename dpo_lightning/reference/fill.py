@@ -100,11 +100,10 @@ def with_reference_logps(
         per_token=per_token,
         ranks=ranks,
     )
-    values, computed = _read_or_compute(
-        groups, cache.of_tokens() if per_token else cache, computing
-    )
+    own = cache.of_tokens() if per_token else cache
+    values, computed, read = _read_or_compute(groups, own, computing)
     filled = iter(_with_values(groups, values, per_token=per_token))
-    reference = CachedReference(rows=len(groups), computed=computed)
+    reference = CachedReference(rows=len(groups), computed=computed, read=read, folder=own.path)
     return [[next(filled) for _ in part] for part in parts], reference
 
 
@@ -137,37 +136,43 @@ class _Computing:
 
 def _read_or_compute(
     groups: Sequence[TokenGroup], cache: ReferenceCache, computing: _Computing
-) -> tuple[Logps, int]:
-    """The values of all responses end to end, and how many groups were computed for it."""
+) -> tuple[Logps, int, list[int]]:
+    """The values of all responses end to end, how many groups were computed, which were read."""
     keys, lengths = _keys(groups)
     widths = cache.widths(lengths)
     starts = np.cumsum(widths, dtype=np.int64) - widths
+    owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
     values = computing.ask(lambda: cache.read(keys, lengths))
+
+    def read() -> list[int]:
+        found: list[int] = np.unique(owner[~np.isnan(values[starts])]).tolist()
+        return found
 
     def fill(publish: Callable[..., None]) -> int:
         missing = np.isnan(values[starts])
-        owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
         wanted = sorted(set(owner[missing].tolist()))
-        found = _compute(
+        computed = _compute(
             [(groups[g], index) for g, index in _responses(groups, missing)],
             keys[missing],
             computing.load().to(computing.device),
             computing,
             publish=publish,
         )
-        values[np.repeat(missing, widths)] = found
+        values[np.repeat(missing, widths)] = computed
         return len(wanted)
 
     if not np.isnan(values).any():
-        return values, 0
+        return values, 0, read()
     with contextlib.ExitStack() as held:
         if not computing.ask(lambda: _lock(cache, held)):
-            return values, fill(_keep_nothing)
+            found = read()
+            return values, fill(_keep_nothing), found
         values = computing.ask(lambda: cache.read(keys, lengths))
+        found = read()
         if not np.isnan(values).any():
-            return values, 0
+            return values, 0, found
         log.info("the reference's log-probabilities are computed once and kept")
-        return values, fill(_Publisher(cache))
+        return values, fill(_Publisher(cache)), found
 
 
 def _with_values(

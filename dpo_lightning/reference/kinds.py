@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -76,11 +78,22 @@ class CachedReference:
     Args:
         rows: Groups of the run.
         computed: Those of them that this process computed.
+        read: Numbers of those of which a value was read.
+        folder: Where it was read.
     """
 
-    def __init__(self, *, rows: int, computed: int) -> None:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        computed: int,
+        read: Sequence[int] = (),
+        folder: Path = Path(),
+    ) -> None:
         self.rows = rows
         self.computed = computed
+        self.read = read
+        self.folder = folder
 
     def to(self, device: torch.device) -> None:
         """Holds nothing to move."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import AdapterFile
 from dpo_lightning.models.adapters import Adapters, LoraSettings
+from dpo_lightning.models.config_numbers import numbers_hash, without_dropout
 from dpo_lightning.models.loading import (
     check_same_vocabulary,
     load_config,
@@ -22,10 +23,10 @@ from dpo_lightning.models.loading import (
     meta_model,
     random_model,
     weights_hash,
-    without_dropout,
 )
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.models.quantization import keep_trainable
+from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer, ScoringPath
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.reference.kinds import LiveReference, NoReference, Reference
@@ -85,6 +86,7 @@ class Models:
         starts_from_reference: True if the policy's first weights are the reference's.
         weights: Hash of the policy's first weights.
         reference_weights: Hash of the reference's.
+        reference_config: Hash of what its config says of its numbers.
         make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
             the policy as it starts.
         live: True if the reference is to be held in memory, where ``reference`` is not made yet.
@@ -98,6 +100,7 @@ class Models:
     starts_from_reference: bool
     weights: str
     reference_weights: str
+    reference_config: str
     make_reference: Callable[[], Any]
     live: bool = False
     adapters: Adapters | None = None
@@ -155,6 +158,7 @@ def load_models(
         starts_from_reference=wanted.is_used and starts_alike,
         weights=hashes.policy,
         reference_weights=hashes.reference,
+        reference_config=hashes.reference_config,
         make_reference=make_reference,
         live=live,
         adapters=own,
@@ -163,10 +167,11 @@ def load_models(
 
 @dataclass(frozen=True, slots=True)
 class _Hashes:
-    """Hashes of the first weights."""
+    """Hashes of the first weights, and of the reference's config."""
 
     policy: str
     reference: str
+    reference_config: str
 
 
 class _Loader:
@@ -197,21 +202,27 @@ class _Loader:
         model = self._model
         loaded: list[tuple[Any, Scorer]] = []
 
-        def load() -> tuple[ScoringPath, str | None, _Hashes]:
+        def load() -> tuple[ScoringPath, RopeLengths, str | None, _Hashes]:
             policy = _load_policy(model, self._seed)
             scorer, reason = choose_path(policy, max_length=model.max_length)
-            loaded.append((policy, scorer))
-            weights = reference_weights = weights_hash(policy)
+            weights = weights_hash(policy)
+            hashes = _Hashes(weights, weights, numbers_hash(model.config))
             if self._wanted.pretrained is not None:
                 # Loaded once more when it is used; in between it takes no memory.
-                reference_weights = weights_hash(self._load_reference())
-            return scorer.path, reason, _Hashes(weights, reference_weights)
+                other = self._load_other()
+                hashes = _Hashes(weights, weights_hash(other.model), other.numbers)
+                scorer.release(policy)
+                scorer = _of_both(scorer, other.scorer)
+                scorer.prepare(policy)
+                reason = reason or (other.reason and f"the reference's: {other.reason}")
+            loaded.append((policy, scorer))
+            return scorer.path, scorer.lengths, reason, hashes
 
-        path, reason, hashes = self._ask(load)
+        path, lengths, reason, hashes = self._ask(load)
         if loaded:
             [(policy, scorer)] = loaded
         else:
-            scorer = Scorer(path)
+            scorer = Scorer(path, lengths)
             policy = meta_model(without_dropout(model.config), dtype=model.dtype)
             scorer.prepare(policy)
         if reason is not None:
@@ -245,6 +256,11 @@ class _Loader:
     def _load_reference(self) -> Any:
         if self._wanted.pretrained is None:
             return _load_policy(self._model, self._seed)
+        return self._load_other().model
+
+    def _load_other(self) -> _Other:
+        """The other model that is the reference."""
+        assert self._wanted.pretrained is not None
         return _other_reference(self._model, self._wanted.pretrained, self._wanted.revision)
 
     def _ask(self, function: Callable[[], Any]) -> Any:
@@ -265,8 +281,8 @@ def _with_adapters(hashes: _Hashes, adapters: AdapterSettings, *, other: bool) -
     start = adapters.start
     own = _with_adapter(hashes.policy, start if isinstance(start, AdapterFile) else None)
     if other:
-        return _Hashes(own, hashes.reference)
-    return _Hashes(own, _with_adapter(hashes.policy, adapters.reference))
+        return replace(hashes, policy=own)
+    return replace(hashes, policy=own, reference=_with_adapter(hashes.policy, adapters.reference))
 
 
 def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
@@ -290,7 +306,30 @@ def _load_policy(model: ModelSource, seed: int) -> Any:
     return policy if model.quantization is None else keep_trainable(policy)
 
 
-def _other_reference(model: ModelSource, source: str, revision: str | None) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """Another model as the reference, as transformers made it.
+
+    Attributes:
+        model: The model.
+        numbers: Hash of its config.
+        scorer: What it could be scored by,
+        reason: and why not on the flat path.
+    """
+
+    model: Any
+    numbers: str
+    scorer: Scorer
+    reason: str | None
+
+
+def _of_both(policy: Scorer, reference: Scorer) -> Scorer:
+    """A scorer of two models: on the flat path where both can take it."""
+    flat = policy.path == reference.path == "flat"
+    return Scorer("flat" if flat else "padded", policy.lengths | reference.lengths)
+
+
+def _other_reference(model: ModelSource, source: str, revision: str | None) -> _Other:
     config = load_config(source, key="reference.pretrained", revision=revision)
     check_same_vocabulary(model.config, config, model.tokenizer, source=source)
     positions = max_positions(config)
@@ -302,7 +341,6 @@ def _other_reference(model: ModelSource, source: str, revision: str | None) -> A
     frozen = load_model(
         source, config, key="reference.pretrained", dtype=model.dtype, revision=revision
     )
-    _, reason = choose_path(frozen, max_length=model.max_length)
-    if reason is not None:
-        log.info("the reference cannot share prompts: %s", reason)
-    return frozen
+    scorer, reason = choose_path(frozen, max_length=model.max_length)
+    scorer.release(frozen)
+    return _Other(frozen, numbers_hash(config), scorer, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def reference_facts(
-    *, weights: str, dtype: str, precision: str, device: str, kernel: str
+    *, weights: str, config: str, dtype: str, precision: str, device: str, kernel: str
 ) -> dict[str, str]:
     """Facts that a reference's log-probabilities depend on, beside the token ids.
 
     Args:
         weights: Hash of its weights.
+        config: Hash of what its config says of its numbers.
         dtype: In which they are loaded.
         precision: In which it is computed.
         device: The kind of device.
@@ -36,6 +38,7 @@ def reference_facts(
     """
     return {
         "weights": weights,
+        "config": config,
         "dtype": dtype,
         "precision": precision,
         "device": device,
@@ -72,8 +75,16 @@ def config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity_of(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
-    """Settings and hashes that a checkpoint to resume from must agree with."""
+def identity_of(
+    config: Config, hashes: dict[str, str], *, numbers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings and hashes that a checkpoint to resume from must agree with.
+
+    Args:
+        config: The settings.
+        hashes: Of data, weights and the reference.
+        numbers: Entries of the model's config that decide its numbers.
+    """
     peft = asdict(config.peft)
     # Of a stored adapter the content counts, which is in the hash of the weights.
     for name in ("adapter", "revision", "merge"):
@@ -88,4 +99,7 @@ def identity_of(config: Config, hashes: dict[str, str]) -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         "data": hashes["data"],
         "model": hashes["weights"],
+        **{f"config.json.{name}": value for name, value in numbers.items()},
+        "reference": hashes["reference"],
+        "reference.config": hashes["reference_config"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from dpo_lightning.models.sharding import shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
+from dpo_lightning.reference.spot_check import check_stored
 from dpo_lightning.run.identity import reference_facts
 from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
@@ -194,12 +196,14 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         return replace(prepared, models=models)
     facts = reference_facts(
         weights=models.reference_weights,
+        config=models.reference_config,
         dtype=str(prepared.source.dtype),
         precision=computation.name,
         device=placed.device.type,
         kernel=models.scorer.kernel,
     )
 
+    @functools.cache
     def load() -> Any:
         # Before its first step the policy is the reference, and its shards are in memory already.
         shared = prepared.ranks is not None and models.starts_from_reference
@@ -217,6 +221,18 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         ranks=prepared.ranks,
     )
     train, evaluation = parts
+    # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
+    is_policy = models.starts_from_reference and models.adapters is None
+    groups = [*train, *evaluation]
+    check_stored(
+        [groups[number] for number in reference.read],
+        reference.folder,
+        load=(lambda: models.policy) if is_policy else load,
+        scorer=models.scorer,
+        device=placed.device,
+        precision=placed.context,
+        dtype=computation.dtype(prepared.source.dtype),
+    )
     return replace(
         prepared,
         models=replace(models, reference=reference),

@@ -22,6 +22,7 @@ from dpo_lightning.memory.footprint import ModelShape
 from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
+from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
@@ -103,7 +104,9 @@ def prepare(
     hashes = {
         "data": data_hash(data.train, data.eval),
         "weights": models.weights,
+        "config": numbers_hash(source.config),
         "reference": models.reference_weights,
+        "reference_config": models.reference_config,
     }
     _fill(record, source, models, data)
     record.config_hash = config_hash(resolved, hashes)
@@ -112,7 +115,7 @@ def prepare(
         shape=estimate.shape,
         models=models,
         data=data,
-        identity=identity_of(config, hashes),
+        identity=identity_of(config, hashes, numbers=config_numbers(source.config)),
         task=task,
         reference_outcome_logps=reference_logps,
         score=_make_score(config, hardware, judges=ranks is None or ranks.is_first),

@@ -45,6 +45,10 @@ class Computation:
             return f"{self.precision}, weights in {self.weights}"
         return f"{self.precision}, autocast" if self.autocast else self.precision
 
+    def dtype(self, weights: torch.dtype) -> torch.dtype:
+        """Type of the products, of weights that are held in the given one."""
+        return torch.bfloat16 if self.autocast else self.weights or weights
+
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context of a step, for what is computed outside of one."""
         if self.autocast:

@@ -107,7 +107,7 @@ PADDED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_model(family: str, seed: int = 0):
     """A tiny random model with weights large enough that every mask matters."""
-    from dpo_lightning.models.loading import without_dropout
+    from dpo_lightning.models.config_numbers import without_dropout
 
     name, values = (FAMILIES | PADDED_ONLY)[family]
     torch.manual_seed(seed)

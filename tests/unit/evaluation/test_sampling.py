@@ -232,7 +232,7 @@ def groups() -> list[TokenGroup]:
 def evaluate(policy, reference, scorer, tokenizer, *, count, score=None):
     models = Models(
         policy=policy, reference=NoReference(), scorer=scorer, starts_from_reference=True,
-        weights="", reference_weights="", make_reference=lambda: reference,
+        weights="", reference_weights="", reference_config="", make_reference=lambda: reference,
     )  # fmt: skip
     answering = Answering(
         tokenizer=tokenizer, max_new_tokens=4, batch_size=16, precision=torch.no_grad

@@ -22,7 +22,7 @@ from dpo_lightning.models.adapters import (
     adapter_dropout_off,
     count_parameters,
 )
-from dpo_lightning.models.loading import without_dropout
+from dpo_lightning.models.config_numbers import without_dropout
 from dpo_lightning.models.master_weights import MasterWeights, cast_frozen
 from dpo_lightning.models.probe import choose_path
 from tests.support.models import FAMILIES, VOCABULARY, byte_tokenizer, tiny_llama_config

@@ -39,7 +39,7 @@ def test_all_that_the_numbers_depend_on_tells_caches_apart(tmp_path, monkeypatch
     from dpo_lightning.run.identity import reference_facts
 
     given = {
-        "weights": "w", "dtype": "float32", "precision": "32-true", "device": "cpu",
+        "weights": "w", "config": "c", "dtype": "float32", "precision": "32-true", "device": "cpu",
         "kernel": "flat",
     }  # fmt: skip
 
