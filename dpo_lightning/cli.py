@@ -119,7 +119,9 @@ def _main(argv: list[str]) -> int:
         _run(hydra, args, checked)
         return job.codes[0]
     from dpo_lightning.sweeps.finish import finish_sweep, show_stopped
+    from dpo_lightning.tracking.wandb_runs import ready_for_trials
 
+    ready_for_trials()
     try:
         with _hydra_errors("sweep.dir"):
             hydra.multirun(

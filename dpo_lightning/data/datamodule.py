@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,12 +12,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.processes.lifeline import end_with
 from dpo_lightning.processes.signals import leave_signals_to_parent
 
 
 def steps_per_epoch(groups: int, batch_size: int) -> int:
     """Steps that see every group once; the last may be short."""
     return -(-groups // batch_size)
+
+
+def begin_worker(worker: int, *, parent: int) -> None:
+    """Makes a process that builds batches one that only its trainer stops, and ends with.
+
+    Args:
+        worker: Its number.
+        parent: Process id of the trainer.
+    """
+    end_with(parent)
+    leave_signals_to_parent(worker)
 
 
 class _TrainSteps(Dataset[StepBatch]):
@@ -143,7 +157,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             sampler=sampler,
             batch_size=None,  # an item is a batch already
             num_workers=self._num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=functools.partial(begin_worker, parent=os.getpid()),
             persistent_workers=False,
         )
 

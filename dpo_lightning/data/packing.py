@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo_lightning.data.greedy import pack_costs
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.transit import put_together, taken_apart
 
 # Scores of one attention call that take about as long as starting another call.
 _CALL_COST = 1 << 14
@@ -146,6 +147,10 @@ class StepBatch(_Movable):
     def counted(self) -> tuple[GroupBatch, ...]:
         """The micro-batches whose groups count."""
         return self.micro_batches[: len(self.micro_batches) - self.fillers]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Goes through the queue of a worker as one tensor for each type."""
+        return put_together, taken_apart(self)
 
 
 def plan_step(

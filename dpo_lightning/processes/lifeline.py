@@ -1,4 +1,4 @@
-"""Heartbeat pipe from the sweep to a trial."""
+"""Ends of processes with those that started them: a trial with its sweep, a worker with its run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ DIE_WITH_PARENT = "DPO_LIGHTNING_DIE_WITH_PARENT"
 """Environment variable that is set where nothing may outlive the process that started it."""
 
 _GRACE_SECONDS = 30.0
+_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,6 +42,23 @@ def watch_lifeline() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when the one that forked it is gone, however that ended.
+
+    Args:
+        parent: Its process id; it may be gone already.
+    """
+    _die_with_parent()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os._exit(1)
+
+    # Also on Linux, where the parent may have ended just before.
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _die_with_parent() -> None:

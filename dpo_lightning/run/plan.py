@@ -272,7 +272,7 @@ def make_plan(
             population=config.data.controlled.population,
             merge=config.peft.merge,
         ),
-        logger=logger_settings(config.logger),
+        logger=logger_settings(config.logger, run_name=config.name),
         names=_names(config, _filled_in(resolved, source, schedule)),
         seed=config.seed,
     )

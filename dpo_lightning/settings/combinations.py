@@ -4,7 +4,6 @@ Each check takes the typed settings, every one of them valid by itself, and yiel
 problem. Paths are looked at, nothing is opened; a hub id is only judged by its form.
 """
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from pathlib import Path
 from dpo_lightning.data.source_names import ROW_SUFFIXES, is_address, is_hub_id, is_local_data
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
 # What families call the layer behind the decoder.
@@ -120,11 +120,9 @@ def _data(config: Config) -> Iterator[str]:
 
 def _objective(config: Config) -> Iterator[str]:
     loss, reference = config.loss, config.reference
-    names = ", ".join(known_losses())
     if not loss.terms and loss.name not in known_losses():
-        close = difflib.get_close_matches(loss.name, known_losses(), n=1)
-        hint = f"; did you mean loss.name={close[0]}?" if close else ""
-        yield f"loss.name={loss.name}: needs one of {names}{hint}"
+        names = ", ".join(known_losses())
+        yield f"loss.name={loss.name}: needs one of {names}{loss_hint(loss.name)}"
         return
     if any(
         isinstance(weight, bool) or not isinstance(weight, int | float)

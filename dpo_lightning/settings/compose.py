@@ -42,6 +42,7 @@ from dpo_lightning.settings.overrides import (
     override_problems,
     parse_overrides,
     raise_all,
+    with_own_names,
 )
 from dpo_lightning.settings.schema import CONF, IN_CLONE, Config
 from dpo_lightning.settings.store import register
@@ -107,6 +108,7 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
         args.config_path = str((seen_from / args.config_path).absolute())
     args.config_name = args.config_name or "config"
     _load_named_plugins(args)
+    args.overrides = with_own_names(args.overrides)
     return args
 
 

@@ -170,16 +170,23 @@ class LoggerConfig:
         "Logger beside metrics.jsonl, which is always written.",
         choices=("wandb", "csv", "none"),
     )
-    project: str = setting("dpo-lightning", "Project in wandb.")
-    entity: str | None = setting(None, "User or team in wandb; null is the account's own.")
+    project: str | None = setting(
+        None, "Project in wandb; null: WANDB_PROJECT of the environment, or dpo-lightning."
+    )
+    entity: str | None = setting(
+        None, "User or team in wandb; null: WANDB_ENTITY, or the account's own."
+    )
     mode: str = setting(
         "auto",
-        "Mode of wandb; auto is online when logged in, else offline.",
+        "Mode of wandb; auto: WANDB_MODE and WANDB_DISABLED, or online when logged in, else "
+        "offline.",
         choices=("auto", "online", "offline", "disabled"),
     )
-    tags: list[str] = setting([], "Tags of the run in wandb.")
+    tags: list[str] = setting([], "Tags of the run in wandb; none: WANDB_TAGS.")
     group: str | None = setting(
-        None, "Group of the run in wandb; null: the name of its sweep, if it has one."
+        None,
+        "Group of the run in wandb; null: WANDB_RUN_GROUP, or the name of its sweep, if it has "
+        "one.",
     )
 
 

@@ -3,83 +3,46 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.settings.credentials import is_secret, refusal
+from dpo_lightning.settings.foreign_keys import KEYS, Answer
+from dpo_lightning.settings.foreign_values import (
+    answer_to_value,
+    near_miss,
+    renamed_loss,
+)
 from dpo_lightning.settings.keys import Setting, is_known, settings
 from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.rules import fits
 
 # Groups and Hydra's own keys that a typo may have meant, beside the keys of the schema.
 _OTHER_KEYS = ("experiment", "hydra.run.dir", "hydra.sweep.dir")
 _LAUNCHER = "hydra/launcher"
 
-_BATCH = (
-    "data.batch_size counts the groups of an optimizer step and data.micro_batch_tokens bounds "
-    "what a device holds at once; the accumulation follows from them"
-)
-_BETA = "beta has one place: beta=<value>"
-
-# What people type by habit, by the last part of the key.
-_HABITS = {
-    "beta": _BETA,
-    "pref_beta": _BETA,
-    "kl_penalty": _BETA,
-    "accumulate_grad_batches": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "per_device_train_batch_size": _BATCH,
-    "train_batch_size": "use data.batch_size=<groups of an optimizer step>",
-    "gradient_clip_val": "use optimizer.max_grad_norm=<norm>",
-    "gradient_clip_algorithm": "the norm is clipped: optimizer.max_grad_norm=<norm>",
-    "learning_rate": "use optimizer.lr=<rate>",
-    "lr_scheduler_type": "use optimizer.schedule=<cosine|linear|constant>",
-    "warmup_steps": "use optimizer.warmup=<steps, or a share below 1>",
-    "warmup_ratio": "use optimizer.warmup=<steps, or a share below 1>",
-    "steps": "use trainer.max_steps=<steps>",
-    "epochs": "use trainer.max_epochs=<passes>",
-    "num_train_epochs": "use trainer.max_epochs=<passes>",
-    "max_seq_length": "use data.max_length=<tokens>",
-    "max_prompt_length": "use data.max_length=<tokens> with data.truncation=prompt",
-    "fp16": "use trainer.precision=<32-true|bf16-mixed>",
-    "bf16": "use trainer.precision=bf16-mixed",
-    "gpus": "use trainer.devices=<count>",
-    "dataset": "use data.train=<file or hub id>",
-    "dataset_name": "use data.train=<file or hub id>",
-    "train_file": "use data.train=<file or hub id>",
-    "model_name_or_path": "use model.pretrained=<folder or hub id>",
-    "loss_type": "use loss=<name>; docs/objectives.md has their names elsewhere",
-    "loss_weights": "use loss.terms={<loss>: <weight>}",
-    "simpo_gamma": "use loss.gamma=<margin>",
-    "f_divergence_type": "use loss.f_divergence=<name>",
-    "f_alpha_divergence_coef": "use loss.f_alpha=<order>",
-    "use_weighting": "use loss.wpo=true",
-    "ref_model": "use reference.pretrained=<folder or hub id>",
-    "use_peft": "use peft=lora",
-    "lora": "use peft=lora",
-    "lora_r": "use peft=lora peft.r=<rank>",
-    "lora_rank": "use peft=lora peft.r=<rank>",
-    "lora_alpha": "use peft=lora peft.alpha=<number>",
-    "lora_dropout": "use peft=lora peft.dropout=<share>",
-    "lora_target_modules": "use peft=lora peft.target_modules=[<names>]",
-    "load_in_4bit": "use peft=lora peft.quantization=nf4",
-    "adapter_name_or_path": "use peft=lora peft.adapter=<folder or hub id>",
-    "resume_from_checkpoint": "use resume=<checkpoint or run folder>",
-    "ckpt_path": "use resume=<checkpoint or run folder>",
-    "output_dir": "use hydra.run.dir=<folder>",
-}
+_MISSING = object()
 
 
-def unknown_key(key: str) -> str:
-    """The answer to a key that the schema does not have; it never shows a value."""
+def unknown_key(key: str, value: object = _MISSING) -> str:
+    """The answer to a key that the schema does not have.
+
+    Args:
+        key: As it was typed.
+        value: With it; shown only as the value of the key that was meant.
+    """
     if is_secret(key):
         return refusal(key)
-    leaf = key.rpartition(".")[2]
-    if leaf in _HABITS:
-        return f"{key}: unknown key; {_HABITS[leaf]}"
+    known = KEYS.get(key, KEYS.get(key.rpartition(".")[2]))
+    if known is not None:
+        return f"{key}: unknown key; {_in_words(known, value)}"
     candidates = [*settings(), *_OTHER_KEYS, *_launcher_keys()]
+    leaf = key.rpartition(".")[2]
     same_leaf = [name for name in candidates if name.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, candidates, n=1)
     if not close:
@@ -89,6 +52,49 @@ def unknown_key(key: str) -> str:
     if not meant:
         return f"{key}: unknown key; `{' '.join(typed())} --cfg job` shows all there are"
     return f"{key}: unknown key; did you mean {meant}?"
+
+
+def _in_words(answer: Answer, value: object = _MISSING) -> str:
+    """The settings that an answer names, with the typed value where it fits, and its sentence."""
+    if value is not _MISSING and (known := answer.values.get(shown(value))) is not None:
+        return f"use {known}" if known else "leave it out"
+    use = answer.use
+    if answer.carries and value is not _MISSING:
+        use = _carried(use, value)
+    return _with_reason(use and f"use {use}", answer.why)
+
+
+def _with_reason(words: str, why: str) -> str:
+    return f"{words} ({why})" if words and why else words or why
+
+
+def _carried(use: str, value: object) -> str:
+    """The settings with a typed value in place of ``<...>``, if the key there takes it."""
+    found = re.search(r"(\S+)=\[?<[^>]*>\]?$", use)
+    if found is None:
+        return use
+    key, start = found.group(1), use[: found.start()]
+    meant = answer_to_value(key, value)
+    if meant is not None and meant.use:
+        return f"{start}{meant.use}"
+    setting = settings().get(key)
+    if setting is None:  # Hydra's own, such as a folder
+        fitting = isinstance(value, str)
+    elif setting.is_section:
+        if key == "loss":
+            value = renamed_loss(str(value), known_losses()) or value
+        fitting = value in _options(key)
+    else:
+        fitting = fits(key, value)
+    return f"{start}{key}={shown(value)}" if fitting else use
+
+
+def _options(group: str) -> tuple[str, ...]:
+    """The names that a group of settings may have."""
+    if group == "loss":
+        return known_losses()
+    rule = settings()[f"{group}.{'kind' if f'{group}.kind' in settings() else 'name'}"].rule
+    return tuple(rule.get("choices", ()))
 
 
 def _launcher_keys() -> list[str]:
@@ -104,15 +110,38 @@ def _launcher_keys() -> list[str]:
     return list(keys)
 
 
-def unknown_option(group: str, option: str, options: list[str]) -> str:
+def unknown_option(group: str, option: str, options: Collection[str]) -> str:
     """The answer to a choice that a config group does not have."""
+    return (
+        f"{group}={option}: no such choice of {group}, there are {', '.join(options)}"
+        f"{_hint(group, group, option, options)}"
+    )
+
+
+def loss_hint(name: str) -> str:
+    """A hint at the ``loss.name`` that was meant, behind its semicolon; empty without one."""
+    return _hint("loss.name", "loss", name, known_losses())
+
+
+def _hint(key: str, group: str, typed: object, options: Collection[str]) -> str:
+    """The choice that was meant, behind a semicolon; empty where none is known."""
+    option = str(typed)
+    known = answer_to_value(group, typed)
+    if known is not None:
+        sure = known.use and "<" not in known.use
+        words = f"did you mean {known.use}?" if sure else known.use and f"use {known.use}"
+        return f"; {_with_reason(words, known.why)}"
+    if group == "loss":
+        found = renamed_loss(option, options) or near_miss(option, options)
+        return f"; did you mean {key}={found}?" if found else ""
     close = difflib.get_close_matches(option, options, n=1)
-    hint = f"; did you mean {group}={close[0]}?" if close else ""
-    if not hint and group == "model" and ("/" in option or Path(option).exists()):
-        hint = "; a folder or a hub id is named by model.pretrained="
-    if not hint and group == "data" and ("/" in option or "." in option):
-        hint = "; a file or a hub id is named by data.train="
-    return f"{group}={option}: no such choice of {group}, there are {', '.join(options)}{hint}"
+    if close:
+        return f"; did you mean {key}={close[0]}?"
+    if group == "model" and ("/" in option or Path(option).exists()):
+        return "; a folder or a hub id is named by model.pretrained="
+    if group == "data" and ("/" in option or "." in option):
+        return "; a file or a hub id is named by data.train="
+    return ""
 
 
 def shown(value: object) -> str:
@@ -123,6 +152,8 @@ def shown(value: object) -> str:
         text = str(value).lower()
     elif isinstance(value, float):
         text = f"{value:g}"
+    elif isinstance(value, list):
+        text = f"[{','.join(map(shown, value))}]"
     else:
         text = " ".join(str(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -159,8 +190,7 @@ def wrong_value(key: str, value: object) -> str:
             f"{key}={value}: weights held in bfloat16 are model.dtype=bfloat16; "
             f"the precision is {expected(setting)}"
         )
-    close = difflib.get_close_matches(str(value), setting.rule.get("choices", ()), n=1)
-    hint = f"; did you mean {key}={close[0]}?" if close else ""
+    hint = _hint(key, key.removesuffix(".name"), value, setting.rule.get("choices", ()))
     return f"{key}={shown(value)}: needs {expected(setting)}{hint}"
 
 

@@ -5,6 +5,7 @@ keys that look like credentials are never repeated.
 """
 
 import argparse
+import logging
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +21,15 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.settings.credentials import is_secret
+from dpo_lightning.settings.foreign_keys import KEYS
+from dpo_lightning.settings.foreign_values import renamed_loss
 from dpo_lightning.settings.keys import is_import_name, is_known, settings
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, unknown_option
 from dpo_lightning.settings.program import typed
+
+log = logging.getLogger(__name__)
 
 # What is longer is not repeated whole.
 _LONGEST_LINE = 500
@@ -52,7 +58,12 @@ class _Parser(argparse.ArgumentParser):
         if is_known(key) and equals:
             raise UserError(f"--{key}: settings have no dashes; write {key}={value}")
         if equals:
-            raise UserError(f"--{key}: settings have no dashes; {unknown_key(key)}")
+            found = override_problems(parse_overrides([f"{key}={value}"]), lambda _: [])
+            problem = next(found, f"write {key}={value}")
+            raise UserError(f"--{key}: settings have no dashes; {problem}")
+        if is_known(key) or key in KEYS:
+            meant = f"write {key}=<value>" if is_known(key) else unknown_key(key)
+            raise UserError(f"--{key}: settings have no dashes; {meant}")
         raise UserError(f"--{key}: no such flag; settings are written key=value, without dashes")
 
 
@@ -61,7 +72,9 @@ def flag_parser() -> argparse.ArgumentParser:
     return _Parser(parents=[get_args_parser()], add_help=False)
 
 
-def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
+def parse_overrides(
+    lines: Iterable[str], config_loader: ConfigLoader | None = None
+) -> list[Override]:
     """Parses the arguments by Hydra's grammar.
 
     Args:
@@ -106,6 +119,20 @@ def _unreadable(line: str, parser: OverridesParser) -> str:
     if len(line) > _LONGEST_LINE:
         return f"{shown(line)}: cannot be read; the value needs quotes, or is too long"
     return f"{line}: the value has characters that need quotes; write {shlex.quote(quoted)}"
+
+
+def with_own_names(lines: Iterable[str]) -> list[str]:
+    """The settings with losses by their names here: ``loss=dpo`` is ``loss=sigmoid``, and said."""
+    found = []
+    for line in lines:
+        key, equals, value = line.partition("=")
+        names = value.split(",") if equals and key == "loss" else []
+        own = [renamed_loss(name.strip(), known_losses()) or name for name in names]
+        if own != names:
+            line = f"{key}={','.join(own)}"
+            log.warning("loss=%s is loss=%s here; going on with that", value, ",".join(own))
+        found.append(line)
+    return found
 
 
 def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:
@@ -164,7 +191,10 @@ def override_problems(
         elif override.package is not None or override.is_hydra_override():
             continue  # Hydra's to judge
         elif not is_known(key) or is_secret(key):
-            yield unknown_key(key)
+            if override.is_delete() or override.is_sweep_override():
+                yield unknown_key(key)
+            else:
+                yield unknown_key(key, override.value())
         elif override.is_delete() and key in settings():
             yield f"~{key}: a setting cannot be taken away; give it a value, {key}=<value>"
 
@@ -194,8 +224,13 @@ def needs_multirun(override: Override) -> str:
     line = str(override.input_line)
     key, _, values = line.partition("=")
     setting = settings().get(override.key_or_group)
-    as_list = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
-    return f"{line} gives several values: add -m to run one after the other{as_list}"
+    hint = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
+    if setting and setting.kind is str and "," in values and not re.search("[\"'(\\\\]", values):
+        quoted = shlex.quote(f'{key}="{values}"')
+        if Path(values).expanduser().exists():
+            return f"{line}: the comma of this path separates values; write {quoted}"
+        hint = f"; one text that has commas is {quoted}"
+    return f"{line} gives several values: add -m to run one after the other{hint}"
 
 
 def hydra_error(error: Exception) -> str:
@@ -206,7 +241,11 @@ def hydra_error(error: Exception) -> str:
     if isinstance(error, OmegaConfBaseException):
         return config_error(error)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        if where and _is_out_of_place(where.group(1), str(cause.full_key or "")):
+            return _not_global(where.group(1))
         return (f"{where.group(1)}.yaml: " if where else "") + config_error(cause)
+    if (fault := _fault_of_defaults(message)) is not None:
+        return fault
     taken = re.match(r"Could not append to config\. An item is already at '([^']+)'", message)
     if taken:
         return f"+{taken.group(1)}: the key is there already; leave out the +"
@@ -219,3 +258,47 @@ def hydra_error(error: Exception) -> str:
     if placed:
         message = f"{placed.group(2)}: {placed.group(1)}"
     return message or type(error).__name__
+
+
+def _is_out_of_place(file: str, key: str) -> bool:
+    """True if a file's key was read below the name of its group, which is no section."""
+    group = file.partition("/")[0]
+    return group not in settings() and (key == group or key.startswith(f"{group}."))
+
+
+def _not_global(file: str) -> str:
+    group = file.partition("/")[0]
+    return (
+        f"{file}.yaml: its keys were read as keys of {group}; make `# @package _global_` its "
+        "first line"
+    )
+
+
+def _fault_of_defaults(message: str) -> str | None:
+    """The answer to a fault in a file's list of defaults; None for any other error."""
+    place = r"(?:In '(?P<file>[^']+)': )?"
+    found = re.match(rf"{place}Could not override '(?P<name>[^'@]+)(?:@[^']*)?'", message)
+    if found is None:
+        found = re.match(
+            rf"{place}Could not find '(?P<name>[^']+)/[^'/]+'(?!\s*Available)", message
+        )
+    if found is not None and found["file"] and "/" in found["file"]:
+        group = found["name"].removeprefix(f"{found['file'].rpartition('/')[0]}/")
+        return (
+            f"{found['file']}.yaml: `{group}` in its defaults is looked for in the file's own "
+            f"folder; write `override /{group}: <choice>`, with the slash"
+        )
+    found = re.match(r"Multiple values for ([\w/]+)\. .* use 'override ([\w/]+): (.*)'", message)
+    if found is not None:
+        return (
+            f"{found[1]}: the defaults of a file choose it a second time; write "
+            f"`override /{found[2]}: {found[3]}` there"
+        )
+    found = re.match(rf"{place}Could not find '([\w/]+)/([^'/]+)'\s+Available options in", message)
+    if found is not None:
+        options = re.search(
+            r"Available options in '[^']*':\s*(.*?)\s*(?:Config search|$)", message, re.S
+        )
+        said = unknown_option(found[2], found[3], options[1].split() if options else [])
+        return f"a file chooses {found[2]}/{found[3]}; {said}"
+    return None

@@ -87,7 +87,9 @@ class Config:
         most=LARGEST_SEED,
     )
     name: str | None = setting(
-        None, "Name of the run's folder and of the run in wandb; null: model, loss and beta."
+        None,
+        "Name of the run's folder and of the run in wandb; null: model, loss and beta, in wandb "
+        "WANDB_NAME.",
     )
     resume: str | None = setting(
         None,

@@ -6,9 +6,7 @@ tell (positions, vocabulary, a missing EOS) is checked where the model is loaded
 """
 
 import functools
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.credentials import refusal, secrets_in
-from dpo_lightning.settings.keys import is_import_name, settings
+from dpo_lightning.settings.keys import settings
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, wrong_value
 from dpo_lightning.settings.names import LONGEST_NAME
+from dpo_lightning.settings.rules import accepts
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.settings.store import schema
 
@@ -32,7 +31,7 @@ def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
         setting = settings().get(dotted)
         if setting is None:
             del raw[key]
-            yield unknown_key(dotted)
+            yield unknown_key(dotted, value)
         elif setting.is_section and isinstance(value, dict):
             yield from _misplaced(value, f"{dotted}.")
         elif setting.is_section:
@@ -40,63 +39,11 @@ def _misplaced(raw: dict[Any, Any], prefix: str = "") -> Iterator[str]:
             yield wrong_value(dotted, value)
 
 
-def _valid_devices(value: object) -> bool:
-    if isinstance(value, str):
-        return value == "auto" or re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?|\d+,", value) is not None
-    if isinstance(value, list):
-        numbers = [item for item in value if type(item) is int and item >= 0]
-        return 0 < len(value) == len(set(numbers))
-    return type(value) is int and value >= 1
-
-
-def _valid_warmup(value: float) -> bool:
-    return 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
-
-
-def _valid_max_time(value: str) -> bool:
-    return re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", value) is not None and any(
-        int(part) for part in value.split(":")
-    )
-
-
-# Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-    "optimizer.warmup": _valid_warmup,
-    "peft.init": lambda value: value in ("kaiming", "gaussian"),
-    "peft.target_modules": lambda value: len(value) > 0 and all(value),
-    "plugins": lambda value: all(is_import_name(name) for name in value),
-    "trainer.devices": _valid_devices,
-    "trainer.max_time": _valid_max_time,
-}
-
-
-def _accepts(key: str, value: Any) -> bool:
-    """True if a value of the right type also keeps to the rule of its key."""
-    setting = settings()[key]
-    rule = setting.rule
-    if value is None:
-        return setting.optional
-    if key in _CHECKS:
-        return _CHECKS[key](value)
-    if "choices" in rule:
-        return value in rule["choices"]
-    if setting.kind in (int, float):
-        return (
-            math.isfinite(value)
-            and value >= rule.get("least", -math.inf)
-            and value > rule.get("above", -math.inf)
-            and value <= rule.get("most", math.inf)
-            and value < rule.get("below", math.inf)
-        )
-    return value != "" if setting.kind is str else True
-
-
 def _wrong_values(config: Config) -> Iterator[str]:
     for key, setting in settings().items():
         if not setting.is_section:
             value = functools.reduce(getattr, key.split("."), config)
-            if not _accepts(key, value):
+            if not accepts(key, value):
                 yield wrong_value(key, value)
     if config.name is not None and (
         len(config.name) > LONGEST_NAME or not config.name.isprintable()

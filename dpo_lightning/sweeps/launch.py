@@ -7,6 +7,7 @@ the package does not.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -135,8 +136,8 @@ def _run_trials(
         folder=sweep_dir,
         program=RUN,
         environment={
-            # wandb reads it; a group in the settings wins.
-            "WANDB_RUN_GROUP": sweep_dir.resolve().name,
+            # wandb reads it; a group in the settings wins, and so does the user's own.
+            "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or sweep_dir.resolve().name,
             STARTED_AS: started_as(),
         },
     )

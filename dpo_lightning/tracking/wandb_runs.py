@@ -27,21 +27,45 @@ _FINISH_SECONDS = 120.0
 
 _ID_FILE = Path("wandb", "id.txt")
 
+_PROJECT = "dpo-lightning"
+# As wandb and transformers read them.
+_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
+_TRUE = ("1", "on", "yes", "true")
+
+TRIAL_PREFIX = "WANDB_TRIAL_PREFIX"
+"""Environment variable with what the names of a sweep's trials in wandb begin with."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoggerSettings:
-    """Logger and its settings; all but the name is for wandb."""
+    """Logger and its settings; all but the name is for wandb.
+
+    Attributes:
+        name: The logger.
+        project: Project; None leaves it to the environment.
+        entity: User or team; None leaves it to the environment.
+        mode: ``auto``, ``online``, ``offline`` or ``disabled``.
+        tags: Tags; none leave them to the environment.
+        group: Group; None leaves it to the environment.
+        run_name: Name of the run that was set; None leaves it to the environment.
+    """
 
     name: str
-    project: str
+    project: str | None
     entity: str | None
     mode: str
     tags: tuple[str, ...]
     group: str | None
+    run_name: str | None = None
 
 
-def logger_settings(config: LoggerConfig) -> LoggerSettings:
-    """The ``logger`` group as plain values."""
+def logger_settings(config: LoggerConfig, *, run_name: str | None = None) -> LoggerSettings:
+    """The ``logger`` group as plain values.
+
+    Args:
+        config: The group.
+        run_name: The name that was set.
+    """
     return LoggerSettings(
         name=config.name,
         project=config.project,
@@ -49,7 +73,19 @@ def logger_settings(config: LoggerConfig) -> LoggerSettings:
         mode=config.mode,
         tags=tuple(config.tags),
         group=config.group,
+        run_name=run_name,
     )
+
+
+def ready_for_trials() -> None:
+    """Takes the id and the name of one run, which no two trials can have, from the environment.
+
+    A name becomes the beginning of all trials' names.
+    """
+    if os.environ.pop("WANDB_RUN_ID", None):
+        log.warning("WANDB_RUN_ID names one run: the trials of a sweep have ids of their own")
+    if name := os.environ.pop("WANDB_NAME", None):
+        os.environ[TRIAL_PREFIX] = name
 
 
 def start_run(
@@ -90,7 +126,7 @@ def start_run(
             finish_timeout,
             mode=mode,
             id=own_id,
-            name=run_name,
+            name=_name(settings, run_name, folder),
             job_type=job_type,
             # What writes there may be a process of a parent's, which has another current folder.
             dir=folder.absolute(),
@@ -104,8 +140,7 @@ def start_run(
         run = _start_or_record(start, mode, refused=wandb.Error)
     except Exception as error:  # whatever its environment, files and settings hold
         raise UserError(
-            f"logger=wandb: {' '.join(str(error).split())}; logger.mode=offline records it here, "
-            "logger=csv or logger=none goes without"
+            f"logger=wandb: {' '.join(str(error).split())}; logger=csv or logger=none goes without"
         ) from error
     (folder / _ID_FILE).parent.mkdir(exist_ok=True)
     (folder / _ID_FILE).write_text(f"{run.id}\n")
@@ -117,10 +152,11 @@ def _init(settings: LoggerSettings, finish_timeout: float, **arguments: Any) -> 
     import wandb
 
     return wandb.init(
-        project=settings.project,
+        project=settings.project or os.environ.get("WANDB_PROJECT") or _PROJECT,
+        # What is None wandb reads from the environment.
         entity=settings.entity,
         group=settings.group,
-        tags=list(settings.tags),
+        tags=list(settings.tags) or None,
         resume="allow",
         settings=wandb.Settings(
             silent=True,
@@ -157,14 +193,33 @@ def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
         return other
 
 
+def _name(settings: LoggerSettings, run_name: str, folder: Path) -> str:
+    """The name of the run in wandb: the one that was set, that of the environment, our own."""
+    if settings.run_name is not None:
+        return run_name
+    if prefix := os.environ.get(TRIAL_PREFIX):
+        return f"{prefix}-{folder.resolve().name}"
+    return os.environ.get("WANDB_NAME") or run_name
+
+
+def _mode_of_environment() -> str:
+    """The mode that the environment asks for; ``auto`` where it asks for none."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in _TRUE:
+        log.info("wandb: switched off by WANDB_DISABLED")
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    asked = _MODES.get(asked, asked)
+    return asked if asked in ("online", "offline", "disabled") else "auto"
+
+
 def wandb_mode(mode: str) -> str:
     """Resolves ``logger.mode``: online only where one is logged in and the server answers.
 
     A run is not ended for want of its dashboard: it is recorded offline then, and that is said.
-    ``WANDB_MODE`` in the environment decides for ``auto``, as users of wandb expect.
+    ``WANDB_MODE`` and ``WANDB_DISABLED`` in the environment decide for ``auto``, as users expect.
     """
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        mode = os.environ["WANDB_MODE"]
+    if mode == "auto":
+        mode = _mode_of_environment()
     if mode not in ("auto", "online"):
         return mode
     import wandb
@@ -252,8 +307,9 @@ def report_sweep(
     import wandb
 
     name = folder.resolve().name
+    group = settings.group or os.environ.get("WANDB_RUN_GROUP") or name
     run = start_run(
-        replace(settings, group=settings.group or name),
+        replace(settings, group=group, run_name=f"{name}-report"),
         run_name=f"{name}-report",
         folder=folder,
         config={},

@@ -95,7 +95,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("+loss.beta=0.3", ["loss.beta", "beta has one place: beta="]),
     ("trainer.accumulate_grad_batches=4", ["data.batch_size", "data.micro_batch_tokens"]),
     ("trainer.gradient_clip_val=1", ["optimizer.max_grad_norm="]),
-    ("lr=1e-3", ["lr", "`optimizer.lr`"]),
+    ("lr=1e-3", ["lr", "use optimizer.lr=0.001"]),
     ("hydra.run.dri=x", ["hydra.run.dri", "`hydra.run.dir`"]),
     ("+beta=0.2", ["+beta", "leave out the +"]),
     ("~beta", ["~beta", "beta=<value>"]),

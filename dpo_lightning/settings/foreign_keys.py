@@ -1,0 +1,401 @@
+"""Keys that other programs have, and the settings that do it here.
+
+They are those of TRL, transformers, PEFT's command lines, Lightning's Trainer and the first
+repository of DPO. A key of theirs is answered, never taken: few mean the same to the letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The settings in place of a foreign name, or a sentence why there are none.
+
+    Attributes:
+        use: Settings to type, such as ``optimizer.lr=<rate>``; empty where there are none.
+        why: More to know about it.
+        carries: True if the typed value means the same there, so that it stands for ``<...>``.
+        values: Settings for certain typed values, in place of ``use``; an empty text is none.
+    """
+
+    use: str = ""
+    why: str = ""
+    carries: bool = False
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+def _same(use: str, why: str = "") -> Answer:
+    """A setting that takes the same values."""
+    return Answer(use, why, carries=True)
+
+
+def _use(use: str, why: str = "", **values: str) -> Answer:
+    """Settings that do it, in values of their own."""
+    return Answer(use, why, values=values)
+
+
+def _none(why: str) -> Answer:
+    """No setting."""
+    return Answer(why=why)
+
+
+_BETA = _none("beta has one place: beta=<value>")
+_BATCH = _use(
+    "data.batch_size=<groups>",
+    "it counts the groups of an optimizer step and data.micro_batch_tokens bounds what a device "
+    "holds at once; the accumulation follows from them",
+)
+_ROWS = _use("data.train=<file or hub id>")
+_MODEL = _same("model.pretrained=<folder or hub id>")
+_REFERENCE = _same("reference.pretrained=<folder or hub id>")
+_TOKENIZER = _same("model.tokenizer=<folder or hub id>")
+_NORM = _same("optimizer.max_grad_norm=<norm>")
+_WARMUP = _same("optimizer.warmup=<steps, or a share below 1>")
+_RUN_DIR = _same("hydra.run.dir=<folder>")
+_RESUME = _same("resume=<checkpoint or run folder>")
+_PASSES = _same("trainer.max_epochs=<passes>")
+_SHARDS = _use("strategy=fsdp")
+_HALF = _use("trainer.precision=bf16-mixed", true="trainer.precision=bf16-mixed", false="")
+_FULL = "trainer.precision=32-true"
+_CHECKPOINTING = _same("model.gradient_checkpointing=<true|false>")
+_UNUSED = _same("strategy.find_unused_parameters=<true|false>", "with strategy=ddp")
+_ANSWERS = Answer(
+    "evaluation.samples=<answers>", carries=True, values={"false": "evaluation.samples=0"}
+)
+_HUB = _none("nothing is uploaded; the run's folder model/ is what `hf upload` takes")
+_FIXED = _none("the code decides it; there is nothing to set")
+_NO_PADDING = _none("nothing is padded here, whatever the lengths")
+_HEAD = _none("only response tokens meet the vocabulary here, in every run")
+_WHOLE_DATA = _none("every row is seen, and the last step of a pass may be short")
+_LOADER = _none("batches are small; data.num_workers=<processes> is the one key of their loading")
+_FOLLOWS = _none("the reference stays as it is: one that follows the policy (TR-DPO) is not here")
+_LOG_LEVEL = _none("libraries are quiet; hydra.verbose=true shows all they say")
+_COMPILE = _none("models are not compiled: rows have many lengths")
+_PARTS = _use("trainer.max_steps=<steps>", "a step is a batch of data.batch_size groups")
+_EVAL_PARTS = _use(
+    "data.eval_fraction=<share>",
+    "all held-out rows are evaluated: hold fewer out, or name a smaller data.eval",
+)
+
+KEYS: dict[str, Answer] = {
+    # beta and the loss
+    "beta": _BETA,
+    "pref_beta": _BETA,
+    "dpo_beta": _BETA,
+    "kl_penalty": _BETA,
+    "kl_coef": _BETA,
+    "loss_type": _same("loss=<name>", "docs/objectives.md has their names elsewhere"),
+    "loss_fn": _same("loss=<name>", "docs/objectives.md has their names elsewhere"),
+    "loss_weights": _use("loss.terms={<loss>: <weight>}"),
+    "label_smoothing_factor": _same("loss.label_smoothing=<share>"),
+    "simpo_gamma": _same("loss.gamma=<margin>"),
+    "gamma_beta_ratio": _use("loss=simpo loss.gamma=<margin>", "the margin is that ratio x beta"),
+    "f_divergence_type": _same("loss.f_divergence=<name>"),
+    "f_alpha_divergence_coef": _same("loss.f_alpha=<order>"),
+    "rpo_alpha": _same("loss.rpo_alpha=<weight>"),
+    "use_weighting": _same("loss.wpo=<true|false>"),
+    "router_aux_loss_coef": _none("the routers' auxiliary loss is not added"),
+    "dpop_lambda": _use("loss.rpo_alpha=<weight>", "DPO-Positive is not here; this is its like"),
+    # the reference
+    "reference_free": _use("reference=<auto|none>", true="reference=none", false="reference=auto"),
+    "ref_model": _REFERENCE,
+    "ref_model_name_or_path": _REFERENCE,
+    "reference_model": _REFERENCE,
+    "ref_adapter_name": _use("reference.adapter=<folder or hub id, or base>"),
+    "precompute_ref_log_probs": _use(
+        "reference=<cached|live>", true="reference=cached", false="reference=live"
+    ),
+    "precompute_ref_batch_size": _none(
+        "the reference is computed in blocks of data.micro_batch_tokens"
+    ),
+    "sync_ref_model": _FOLLOWS,
+    "ref_model_sync_steps": _FOLLOWS,
+    "ref_model_mixup_alpha": _FOLLOWS,
+    "reference_dtype": _none("the reference has the type of the policy, model.dtype"),
+    # the model
+    "model_name_or_path": _MODEL,
+    "name_or_path": _MODEL,
+    "model_path": _MODEL,
+    "archive": _use(
+        "model.pretrained=<folder>",
+        "a policy.pt is a pickle and is not loaded; write a folder with save_pretrained",
+    ),
+    "model_revision": _same("model.revision=<tag>"),
+    "tokenizer_name_or_path": _TOKENIZER,
+    "tokenizer_name": _TOKENIZER,
+    "processing_class": _TOKENIZER,
+    "policy_dtype": _same("model.dtype=<float32|bfloat16>"),
+    "torch_dtype": _same("model.dtype=<float32|bfloat16>"),
+    "dtype": _same("model.dtype=<float32|bfloat16>"),
+    "fsdp_policy_mp": _use("strategy=fsdp trainer.precision=bf16-mixed"),
+    "block_name": _none("strategy=fsdp finds the model's layers itself"),
+    "model_init_kwargs": _none("a model is loaded as it is; model.dtype has its type"),
+    "attn_implementation": _none("attention is chosen by model and device; the log says which"),
+    "trust_remote_code": _none("code of a model's own is never run; name a model without it"),
+    "use_cache": _FIXED,
+    "disable_dropout": _none("dropout is always off; peft.dropout has the adapter's own"),
+    "neftune_noise_alpha": _none("no noise is added to the embeddings"),
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "activation_checkpointing": _CHECKPOINTING,
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
+    "activation_offloading": _CHECKPOINTING,
+    "use_liger_kernel": _HEAD,
+    "liger_kernel_config": _HEAD,
+    "use_liger_loss": _HEAD,
+    "use_logits_to_keep": _HEAD,
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    # adapters
+    "use_peft": _use("peft=<lora|none>", true="peft=lora", false="peft=none"),
+    "peft_config": _use("peft=lora"),
+    "lora": _use("peft=lora"),
+    "lora_r": _same("peft=lora peft.r=<rank>"),
+    "lora_rank": _same("peft=lora peft.r=<rank>"),
+    "lora_alpha": _same("peft=lora peft.alpha=<number>"),
+    "lora_dropout": _same("peft=lora peft.dropout=<share>"),
+    "lora_target_modules": _same("peft=lora peft.target_modules=[<names>]"),
+    "lora_target_parameters": _none("an adapter stands beside linear layers; peft.target_modules"),
+    "lora_modules_to_save": _none("what has no adapter stays frozen; peft.target_modules"),
+    "lora_task_type": _FIXED,
+    "use_rslora": _same("peft=lora peft.rslora=<true|false>"),
+    "use_dora": _same("peft=lora peft.dora=<true|false>"),
+    "load_in_4bit": _use("peft=qlora"),
+    "load_in_8bit": _use("peft=qlora", "in 4 bits; 8 are not here"),
+    "quantization_config": _use("peft=qlora"),
+    "bnb_4bit_quant_type": _use("peft=qlora", "the type is nf4"),
+    "use_bnb_nested_quant": _use("peft=qlora", "the scales are not quantized again"),
+    "bnb_4bit_quant_storage": _use("peft=qlora", "weights are stored as uint8"),
+    "adapter_name_or_path": _same("peft=lora peft.adapter=<folder or hub id>"),
+    # the data
+    "dataset": _ROWS,
+    "datasets": _use("data.train=<file or hub id>", hh="data=hh", **{"[hh]": "data=hh"}),
+    "dataset_name": _ROWS,
+    "train_dataset": _ROWS,
+    "train_file": _ROWS,
+    "train_data": _ROWS,
+    "data_path": _ROWS,
+    "eval_dataset": _use("data.eval=<file or hub id>"),
+    "validation_file": _use("data.eval=<file or hub id>"),
+    "dataset_config": _same("data.subset=<name>"),
+    "dataset_config_name": _same("data.subset=<name>"),
+    "dataset_train_split": _same("data.train_split=<name>"),
+    "dataset_test_split": _same("data.eval_split=<name>"),
+    "dataset_streaming": _none("rows are read whole, once"),
+    "dataset_num_proc": _none("rows are read by one process; their token ids are cached"),
+    "remove_unused_columns": _none("columns are used or named; nothing is removed"),
+    "label_names": _use("data.columns={<field>: <column>}"),
+    "length_column_name": _none("lengths are counted by the tokenizer"),
+    "data_collator": _FIXED,
+    "ignore_bias_buffers": _FIXED,
+    "n_examples": _use("trainer.max_steps=<steps>", "a step has data.batch_size groups"),
+    "n_eval_examples": _EVAL_PARTS,
+    "max_seq_length": _same("data.max_length=<tokens>"),
+    "cutoff_len": _same("data.max_length=<tokens>"),
+    "max_prompt_length": _use(
+        "data.max_length=<tokens> data.truncation=prompt", "it bounds the prompt with a response"
+    ),
+    "max_completion_length": _use(
+        "data.max_length=<tokens> data.truncation=response", "it bounds the prompt with a response"
+    ),
+    "truncation_mode": _use(
+        "data.truncation=<drop|prompt|response>",
+        keep_end="data.truncation=prompt",
+        keep_start="data.truncation=response",
+    ),
+    "padding_free": _NO_PADDING,
+    "pad_to_multiple_of": _NO_PADDING,
+    "pad_token": _NO_PADDING,
+    "padding_value": _NO_PADDING,
+    "label_pad_token_id": _NO_PADDING,
+    "group_by_length": _NO_PADDING,
+    # the size of a step
+    "accumulate_grad_batches": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "per_device_train_batch_size": _BATCH,
+    "micro_batch_size": _BATCH,
+    "batch_size": _same("data.batch_size=<groups of an optimizer step>"),
+    "train_batch_size": _same("data.batch_size=<groups of an optimizer step>"),
+    "per_device_eval_batch_size": _use("data.micro_batch_tokens=<tokens>"),
+    "eval_batch_size": _use("data.micro_batch_tokens=<tokens>"),
+    "auto_find_batch_size": _use("data.micro_batch_tokens=null", "it then follows the memory"),
+    "eval_accumulation_steps": _FIXED,
+    "average_tokens_across_devices": _FIXED,
+    "dataloader_drop_last": _WHOLE_DATA,
+    "dataloader_num_workers": _same("data.num_workers=<processes>"),
+    "dataloader_pin_memory": _LOADER,
+    "dataloader_persistent_workers": _LOADER,
+    "dataloader_prefetch_factor": _LOADER,
+    "dataloader_in_order": _LOADER,
+    "dataloader_multiprocessing_context": _LOADER,
+    "train_sampling_strategy": _none("the order of the rows follows from the seed"),
+    "data_seed": _same("seed=<number>", "one seed is for all"),
+    "use_distributed_sampler": _FIXED,
+    "reload_dataloaders_every_n_epochs": _FIXED,
+    # the optimizer
+    "lr": _same("optimizer.lr=<rate>"),
+    "learning_rate": _same("optimizer.lr=<rate>"),
+    "optim": _same("optimizer=<adamw|adamw_8bit>"),
+    "optim_args": _use("optimizer.betas=[<two numbers>] optimizer.eps=<number>"),
+    "optim_target_modules": _none("GaLore is not here"),
+    "optimizers": _use("optimizer=<adamw|adamw_8bit>"),
+    "adam_beta1": _use("optimizer.betas=[<two numbers>]"),
+    "adam_beta2": _use("optimizer.betas=[<two numbers>]"),
+    "adam_epsilon": _same("optimizer.eps=<number>"),
+    "weight_decay": _same("optimizer.weight_decay=<number>"),
+    "gradient_clip_val": _NORM,
+    "max_grad_norm": _NORM,
+    "gradient_clip_algorithm": _use("optimizer.max_grad_norm=<norm>", "the norm is clipped"),
+    "lr_scheduler_type": _same("optimizer.schedule=<cosine|linear|constant>"),
+    "lr_scheduler_kwargs": _use("optimizer.warmup=<steps, or a share below 1>"),
+    "warmup_steps": _WARMUP,
+    "warmup_ratio": _WARMUP,
+    # the length of the training
+    "steps": _same("trainer.max_steps=<steps>"),
+    "max_steps": _same("trainer.max_steps=<steps>"),
+    "epochs": _PASSES,
+    "n_epochs": _PASSES,
+    "num_epochs": _PASSES,
+    "num_train_epochs": _PASSES,
+    "max_epochs": _PASSES,
+    "min_epochs": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
+    "min_steps": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
+    "limit_train_batches": _PARTS,
+    "overfit_batches": _PARTS,
+    "fast_dev_run": _use("debug=limit", "three steps, and nothing logged elsewhere"),
+    "barebones": _use("logger=none evaluation.samples=0 checkpoint.every_n_steps=null"),
+    # evaluation
+    "eval_steps": _same("evaluation.every_n_steps=<steps>"),
+    "val_check_interval": _same("evaluation.every_n_steps=<steps>"),
+    "eval_every": _use("evaluation.every_n_steps=<steps>", "in steps, not in examples"),
+    "check_val_every_n_epoch": _use(
+        "evaluation.every_n_steps=<steps>",
+        "null evaluates at the end of each pass",
+        **{"1": "evaluation.every_n_steps=null"},
+    ),
+    "eval_strategy": _use(
+        "evaluation.every_n_steps=<steps>",
+        "null evaluates at the end of each pass; data.eval_fraction=0 holds no rows out",
+        epoch="evaluation.every_n_steps=null",
+        no="data.eval_fraction=0",
+    ),
+    "eval_on_start": _none("step 1 is logged before its update: the loss of the start"),
+    "do_first_eval": _none("step 1 is logged before its update: the loss of the start"),
+    "eval_delay": _FIXED,
+    "num_sanity_val_steps": _FIXED,
+    "limit_val_batches": _EVAL_PARTS,
+    "limit_test_batches": _EVAL_PARTS,
+    "limit_predict_batches": _none("evaluation.samples=<answers> says how many are drawn"),
+    "do_train": _FIXED,
+    "do_eval": _none("data.eval_fraction=0 holds no rows out"),
+    "do_predict": _ANSWERS,
+    "generate_during_eval": _ANSWERS,
+    "sample_during_eval": _ANSWERS,
+    "n_eval_model_samples": _ANSWERS,
+    "compute_metrics": _use("plugins=[<module>] trainer.callbacks=[<names>]"),
+    "prediction_loss_only": _FIXED,
+    "include_for_metrics": _FIXED,
+    "batch_eval_metrics": _FIXED,
+    "eval_do_concat_batches": _FIXED,
+    "eval_use_gather_object": _FIXED,
+    "metric_for_best_model": _none("sweep.metric=<name> ranks trials; checkpoints are the newest"),
+    "greater_is_better": _none("sweep.metric=<name> ranks trials; more is better in all"),
+    "load_best_model_at_end": _none("the last weights are exported"),
+    # checkpoints and folders
+    "save_steps": _same("checkpoint.every_n_steps=<steps>"),
+    "save_total_limit": _same("checkpoint.keep=<number>"),
+    "save_strategy": _use(
+        "checkpoint.every_n_steps=<steps>", no="checkpoint.every_n_steps=null checkpoint.last=false"
+    ),
+    "save_only_model": _none("a checkpoint is for resuming; the weights alone are in model/"),
+    "save_on_each_node": _FIXED,
+    "enable_jit_checkpoint": _none("SIGTERM saves a checkpoint, always"),
+    "enable_checkpointing": _use(
+        "checkpoint.every_n_steps=<steps>",
+        false="checkpoint.every_n_steps=null checkpoint.last=false",
+    ),
+    "restore_callback_states_from_checkpoint": _FIXED,
+    "ignore_data_skip": _none("a resumed run goes on with the rows that were to come"),
+    "resume_from_checkpoint": _RESUME,
+    "ckpt_path": _RESUME,
+    "output_dir": _RUN_DIR,
+    "default_root_dir": _RUN_DIR,
+    "local_run_dir": _RUN_DIR,
+    "local_dirs": _RUN_DIR,
+    "logging_dir": _RUN_DIR,
+    "overwrite_output_dir": _RUN_DIR,
+    "exp_name": _same("name=<name>"),
+    "run_name": _same("name=<name>"),
+    "push_to_hub": _HUB,
+    "hub_token": _none("`hf auth login` or HF_TOKEN in the environment gives it"),
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "model_registry": _HUB,
+    # what is shown
+    "report_to": _use("logger=<wandb|csv|none>", wandb="logger=wandb", none="logger=none"),
+    "wandb_project": _same("logger.project=<name>"),
+    "wandb_entity": _same("logger.entity=<name>"),
+    "wandb_name": _same("name=<name>"),
+    "wandb_tags": _same("logger.tags=[<tags>]"),
+    "project": _same("logger.project=<name>"),
+    "enabled": _use("logger=<wandb|none>", true="logger=wandb", false="logger=none"),
+    "trackio_space_id": _use("logger=<wandb|csv|none>"),
+    "trackio_bucket_id": _use("logger=<wandb|csv|none>"),
+    "trackio_static_space_id": _use("logger=<wandb|csv|none>"),
+    "logging_steps": _same("trainer.log_every_n_steps=<steps>"),
+    "logging_strategy": _use("trainer.log_every_n_steps=<steps>"),
+    "minimum_log_interval_secs": _use("trainer.log_every_n_steps=<steps>"),
+    "logging_first_step": _none("step 1 is always logged"),
+    "logging_nan_inf_filter": _none("what is not finite stops the run; trainer.max_skipped_steps"),
+    "include_num_input_tokens_seen": _none("result.json has throughput.tokens_per_second"),
+    "skip_memory_metrics": _none("result.json has the peak memory of every run"),
+    "disable_tqdm": _use(
+        "trainer.enable_progress_bar=<true|false>",
+        true="trainer.enable_progress_bar=false",
+        false="trainer.enable_progress_bar=true",
+    ),
+    "enable_model_summary": _none("the header has the parameters and the memory"),
+    "enable_autolog_hparams": _FIXED,
+    "log_level": _LOG_LEVEL,
+    "log_level_replica": _LOG_LEVEL,
+    "log_on_each_node": _LOG_LEVEL,
+    # devices
+    "gpus": _same("trainer.devices=<count>"),
+    "num_gpus": _same("trainer.devices=<count>"),
+    "use_cpu": _use("trainer.accelerator=cpu", false="trainer.accelerator=auto"),
+    "no_cuda": _use("trainer.accelerator=cpu", false="trainer.accelerator=auto"),
+    "fp16": _use("trainer.precision=<32-true|bf16-mixed>", "float16 is not here"),
+    "bf16": _use("trainer.precision=bf16-mixed", true="trainer.precision=bf16-mixed", false=_FULL),
+    "fp16_full_eval": _HALF,
+    "bf16_full_eval": _HALF,
+    "tf32": _none("float32 is computed in float32; trainer.precision=bf16-mixed is the fast one"),
+    "fsdp": _SHARDS,
+    "fsdp_config": _SHARDS,
+    "fsdp_port": _FIXED,
+    "deepspeed": _use("strategy=fsdp", "which shares weights out as its stage 3 does"),
+    "accelerator_config": _use("strategy=<auto|ddp|fsdp>"),
+    "parallelism_config": _use("strategy=<auto|ddp|fsdp>"),
+    "ddp_find_unused_parameters": _UNUSED,
+    "ddp_timeout": _use("strategy.timeout_minutes=<minutes>", "in minutes, not in seconds"),
+    "ddp_backend": _none("nccl on GPUs, gloo on CPUs"),
+    "ddp_bucket_cap_mb": _FIXED,
+    "ddp_broadcast_buffers": _FIXED,
+    "ddp_static_graph": _FIXED,
+    "local_rank": _none("trainer.devices=<count> starts the ranks; torchrun is understood too"),
+    "torch_empty_cache_steps": _FIXED,
+    "full_determinism": _same("trainer.deterministic=<true|false>"),
+    "benchmark": _FIXED,
+    "inference_mode": _FIXED,
+    "sync_batchnorm": _none("language models have no batch norm"),
+    # a key of Lightning's whose last part means something else here
+    "trainer.plugins": _none("plugins=[<module>] loads modules of yours; Lightning's are not here"),
+    "trainer.logger": _use("logger=<wandb|csv|none>", false="logger=none"),
+    "trainer.strategy": _same("strategy=<auto|ddp|fsdp>"),
+}
+"""Answers by key; an entry with a dot is for that key alone, others for each key that ends so."""

@@ -1,0 +1,71 @@
+"""Rules of single values: bounds and choices of the schema, and checks that these cannot state."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dpo_lightning.settings.keys import is_import_name, settings
+
+
+def _valid_devices(value: object) -> bool:
+    if isinstance(value, str):
+        return value == "auto" or re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?|\d+,", value) is not None
+    if isinstance(value, list):
+        numbers = [item for item in value if type(item) is int and item >= 0]
+        return 0 < len(value) == len(set(numbers))
+    return type(value) is int and value >= 1
+
+
+def _valid_warmup(value: float) -> bool:
+    return 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
+
+
+def _valid_max_time(value: str) -> bool:
+    return re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", value) is not None and any(
+        int(part) for part in value.split(":")
+    )
+
+
+# Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    "optimizer.warmup": _valid_warmup,
+    "peft.init": lambda value: value in ("kaiming", "gaussian"),
+    "peft.target_modules": lambda value: len(value) > 0 and all(value),
+    "plugins": lambda value: all(is_import_name(name) for name in value),
+    "trainer.devices": _valid_devices,
+    "trainer.max_time": _valid_max_time,
+}
+
+
+def accepts(key: str, value: Any) -> bool:
+    """True if a value of the right type also keeps to the rule of its key."""
+    setting = settings()[key]
+    rule = setting.rule
+    if value is None:
+        return setting.optional
+    if key in _CHECKS:
+        return _CHECKS[key](value)
+    if "choices" in rule:
+        return value in rule["choices"]
+    if setting.kind in (int, float):
+        return (
+            math.isfinite(value)
+            and value >= rule.get("least", -math.inf)
+            and value > rule.get("above", -math.inf)
+            and value <= rule.get("most", math.inf)
+            and value < rule.get("below", math.inf)
+        )
+    return value != "" if setting.kind is str else True
+
+
+def fits(key: str, value: object) -> bool:
+    """True if the setting takes a value as it was read from a command line or a file."""
+    setting = settings().get(key)
+    if setting is None or setting.is_section or value is None:
+        return False
+    kinds = (int, float) if setting.kind is float else (setting.kind,)
+    if isinstance(value, bool) and setting.kind not in (bool, object):
+        return False
+    return isinstance(value, kinds) and accepts(key, value)
