@@ -97,7 +97,8 @@ def train(overrides: Sequence[str] = ()) -> Result:
     folder = folder_of_run(overrides).absolute()
     before = _identity(folder / RESULT_FILE)
     code = _run([*RUN, *overrides, hydra_override("run.dir", folder)])
-    if _identity(folder / RESULT_FILE) == before:
+    # With code 0 just this run had finished there before.
+    if code and _identity(folder / RESULT_FILE) == before:
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
         return Result(folder, "failed", code, error=f"it ended before it could say why, by {how}")
     found = json.loads((folder / RESULT_FILE).read_text())

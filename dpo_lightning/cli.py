@@ -26,6 +26,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.run.folder import (
+    RunFolder,
+    disk_fault,
+    hold_run,
+    is_rank_zero,
+    nothing_to_do,
+)
 from dpo_lightning.run.guard import STOPPED, exit_code, guarded, report, show_traceback
 from dpo_lightning.settings import compose as composing
 from dpo_lightning.settings.compose import (
@@ -45,6 +52,7 @@ from dpo_lightning.settings.compose import (
 )
 from dpo_lightning.settings.folders import (
     cannot_write,
+    hydra_files,
     is_fixed,
     refuse_links,
 )
@@ -60,6 +68,7 @@ from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import CONF, Config, LoggerConfig
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
+from dpo_lightning.tracking.terminal import WaitingLogs
 
 
 class _Job:
@@ -70,19 +79,23 @@ class _Job:
         in_process: True if the trials of a sweep share this process.
 
     Attributes:
+        subdir: Folder of Hydra's files in that of a run, ``.hydra`` as a rule; None for none.
         codes: Exit codes of what ran in this process.
         trials: The trials that the launcher ran elsewhere; it adds them.
     """
 
-    def __init__(self, sweep: SweepFacts | None, *, in_process: bool = True) -> None:
+    def __init__(
+        self, sweep: SweepFacts | None, subdir: str | None = None, *, in_process: bool = True
+    ) -> None:
         self.sweep = sweep
+        self.subdir = subdir
         self.in_process = in_process
         self.codes: list[int] = []
         self.trials: list[Trial] = []
 
     def __call__(self, cfg: DictConfig) -> int:
         """Run one experiment in this process."""
-        self.codes.append(_run_one(cfg, is_trial=self.sweep is not None))
+        self.codes.append(_run_one(cfg, self.subdir, is_trial=self.sweep is not None))
         if self.sweep is not None and self.codes[-1] in STOPPED:
             raise SystemExit(self.codes[-1])  # whoever stopped a trial meant the sweep
         return self.codes[-1]
@@ -115,6 +128,8 @@ def _main(argv: list[str]) -> int:
     hydra = make_hydra(args)
     checked = _check(args, hydra)
     job = checked.job
+    if checked.is_done:
+        return 0
     if job.sweep is None:
         _run(hydra, args, checked)
         return job.codes[0]
@@ -159,10 +174,12 @@ class _Checked:
     Attributes:
         job: The task that Hydra runs.
         cfg: The composed settings of a run; those of a sweep are composed again for its trials.
+        is_done: True if just this run has finished in its folder.
     """
 
     job: _Job
     cfg: DictConfig
+    is_done: bool = False
 
 
 def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
@@ -171,10 +188,11 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     fixed, swept = by_sweep(overrides)
     cfg = compose(hydra, args, lines_of(fixed))
     raise_all(hydra_problems(cfg.hydra))
+    subdir = OmegaConf.select(cfg, "hydra.output_subdir")
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
-        _check_run(args, cfg)
-        return _Checked(_Job(None), cfg)
+        folder, config = _check_run(args, cfg)
+        return _Checked(_Job(None, subdir), cfg, is_done=nothing_to_do(config, folder))
     args.multirun = True  # also where hydra.mode says it
     in_process = is_called(cfg.hydra.launcher, "BasicLauncher")
     cfg = with_resumed_folder(hydra, args, cfg, lines_of(fixed))
@@ -206,15 +224,17 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     logger = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LoggerConfig), cfg.logger))
     assert isinstance(logger, LoggerConfig)
     facts = SweepFacts(folder, named=explicit, metric=cfg.sweep.metric, logger=logger)
-    return _Checked(_Job(facts, in_process=in_process), cfg)
+    if in_process:
+        args.overrides.append("hydra.output_subdir=null")  # it is written by the run itself
+    return _Checked(_Job(facts, subdir, in_process=in_process), cfg)
 
 
-def _check_run(args: argparse.Namespace, cfg: DictConfig) -> Path:
+def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]:
     """Check the settings of one run, and give it a folder of its own."""
     config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
     if config.sweep.resume is not None:
         raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
-    return with_folder(args, cfg, "run.dir")
+    return with_folder(args, cfg, "run.dir"), config
 
 
 def folder_of_run(overrides: Sequence[str]) -> Path:
@@ -237,7 +257,9 @@ def folder_of_run(overrides: Sequence[str]) -> Path:
                 f"{' '.join(lines_of(swept)) or '-m'}: these settings are a sweep's, and one run "
                 f"is started; give one value, or start `{' '.join(typed())} -m`"
             )
-        return _check_run(args, cfg)
+        folder, config = _check_run(args, cfg)
+        nothing_to_do(config, folder)
+        return folder
 
 
 def _run(hydra: ComposedOnce, args: argparse.Namespace, checked: _Checked) -> None:
@@ -245,6 +267,11 @@ def _run(hydra: ComposedOnce, args: argparse.Namespace, checked: _Checked) -> No
     cfg = checked.cfg
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.mode = RunMode.RUN
+        # The run writes it itself, once it holds its folder.
+        cfg.hydra.output_subdir = None
+        for handler in (cfg.hydra.job_logging.get("handlers") or {}).values():
+            if "filename" in handler:
+                handler.delay = True
     hydra.composed = cfg
     with _hydra_errors("run.dir"):
         configure_log(cfg.hydra.hydra_logging, cfg.hydra.verbose)
@@ -290,7 +317,7 @@ def _is_ours(error: Exception) -> bool:
     )
 
 
-def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
+def _run_one(cfg: DictConfig, subdir: str | None, *, is_trial: bool) -> int:
     """Run one experiment in the folder that Hydra made; returns its exit code, never raises."""
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
@@ -298,13 +325,26 @@ def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
     try:
         # By now the folder has a fixed name, whoever gave it: resume=auto was judged before.
         config = validate(cfg, multirun=is_trial, explicit_run_dir=True)
-        folder = Path(hydra.runtime.output_dir)
-        refuse_links(folder)
-        return _start(config, run_dir=folder, overrides=overrides)
+        path = Path(hydra.runtime.output_dir)
+        refuse_links(path)
+        # Trials that share this process were not looked at one by one.
+        if is_rank_zero() and nothing_to_do(config, path, is_trial=is_trial):
+            return 0
+        with hold_run(config, path, is_writer=is_rank_zero()) as folder, _waiting_logs(folder):
+            if subdir is not None:
+                for name, text in hydra_files(cfg, hydra, subdir).items():
+                    folder.put(f"{subdir}/{name}", text.encode)
+            return _start(config, folder=folder, overrides=overrides)
     except DpoLightningError as error:
         if OmegaConf.select(cfg, "debug.traceback"):
             show_traceback()
         return report(error, prefix)
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            show_traceback()
+            return 1
+        return report(UserError(fault), prefix)
     except SystemExit as stop:
         return exit_code(stop)
     except Exception:
@@ -312,9 +352,20 @@ def _run_one(cfg: DictConfig, *, is_trial: bool) -> int:
         return 1
 
 
-def _start(config: Config, *, run_dir: Path, overrides: list[str]) -> int:
+@contextlib.contextmanager
+def _waiting_logs(folder: RunFolder) -> Iterator[None]:
+    """Log files whose lines wait until the run may write them."""
+    logs = WaitingLogs()
+    folder.when_begun(logs.write, each_rank=True)
+    try:
+        yield
+    finally:
+        logs.close()
+
+
+def _start(config: Config, *, folder: RunFolder, overrides: list[str]) -> int:
     # Here, because it imports torch: by now every setting is checked.
     from dpo_lightning.run.supervise import run
 
     resolved = dataclasses.asdict(config)
-    return run(config, run_dir=run_dir, resolved=resolved, overrides=overrides)
+    return run(config, folder=folder, resolved=resolved, overrides=overrides)

@@ -45,16 +45,56 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: If it cannot be written; what was there stays as it was.
     """
-    staged = staged_name(path)
+    staged = stage(path, data)
     try:
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         staged.replace(path)
         sync_folder(path.parent)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def stage(path: Path, data: bytes) -> Path:
+    """Writes and syncs what only a rename puts in its place.
+
+    Returns:
+        The staged file.
+
+    Raises:
+        OSError: If it cannot be written, naming the file; nothing of it is left.
+    """
+    staged = staged_name(path)
+    try:
+        with naming(path), staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
+    return staged
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of its file, which a failed write does not have.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty where there is none, or it is damaged in whatever way."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ from dpo_lightning.evaluation.answers import SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.processes.signals import SignalWatch
+from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
@@ -29,6 +30,27 @@ from dpo_lightning.training.preemption import Preemption
 from dpo_lightning.training.ranks import refuse_as_user_error
 from dpo_lightning.training.same_config import SameConfig
 from dpo_lightning.training.strategies import ShardedStrategy
+
+
+class Beginning(Callback):
+    """The first callback of all: after a step this run's files take the place of an earlier one's.
+
+    Args:
+        folder: The run's folder.
+        resumed: True if the run goes on from a checkpoint.
+    """
+
+    def __init__(self, folder: RunFolder, *, resumed: bool) -> None:
+        self._folder = folder
+        self._resumed = resumed
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins after the first step, and looks after each if the folder is still there."""
+        if trainer.is_global_zero:
+            self._folder.check()
+        self._folder.begin(resumed=self._resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +76,7 @@ def make_session_callbacks(
     throughput: Throughput,
     config_hash: str,
     signals: SignalWatch,
+    first: Beginning,
 ) -> SessionCallbacks:
     """All callbacks, the package's own and those of plugins.
 
@@ -64,10 +87,11 @@ def make_session_callbacks(
         throughput: Counts what progress shows.
         config_hash: What all ranks have to agree about.
         signals: Those that stop the run.
+        first: Puts the run's files in their place.
     """
-    # Before all others: its answers are no part of the training loop's time.
+    # Before all others but that: its answers are no part of the training loop's time.
     samples = SampleAnswers()
-    own: list[Callback] = [samples, SameConfig(config_hash), MetricRows(metrics), throughput]
+    own: list[Callback] = [first, samples, SameConfig(config_hash), MetricRows(metrics), throughput]
     own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]
     kept = plan.checkpoints
     folder = plan.folders.checkpoints

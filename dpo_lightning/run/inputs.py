@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -64,8 +65,15 @@ def _is_function(config: Config) -> bool:
     return scorer is not None and find_scorer(scorer, config.plugins) is not None
 
 
-def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> SourceRows | None:
+def read_sources(
+    config: Config, run_dir: Path, *, when_begun: Callable[[Callable[[], None]], None]
+) -> SourceRows | None:
     """Reads the rows that the settings name; None for the controlled task.
+
+    Args:
+        config: The settings.
+        run_dir: The run's folder, where bad rows go.
+        when_begun: Calls what writes there, once the run may.
 
     Raises:
         UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
@@ -93,7 +101,7 @@ def read_sources(config: Config, run_dir: Path, *, is_rank_zero: bool) -> Source
     bad = [row for rows in sources for row in rows.bad]
     total = sum(rows.total for rows in sources)
     check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
-    if bad and is_rank_zero:
-        write_quarantine(run_dir / QUARANTINE_FILE, bad)
-        log.info("%d bad rows went to %s", len(bad), run_dir / QUARANTINE_FILE)
+    if bad:
+        when_begun(lambda: write_quarantine(run_dir / QUARANTINE_FILE, bad))
+        log.info("%d bad rows go to %s", len(bad), run_dir / QUARANTINE_FILE)
     return SourceRows(train=train, eval=evaluation)

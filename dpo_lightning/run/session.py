@@ -38,6 +38,7 @@ from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.run.build import (
+    Beginning,
     SessionCallbacks,
     make_data_module,
     make_module,
@@ -45,6 +46,7 @@ from dpo_lightning.run.build import (
     make_trainer,
 )
 from dpo_lightning.run.conclude import Trained, conclude
+from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.header import header_facts
 from dpo_lightning.run.identity import allowed_changes
 from dpo_lightning.run.inputs import SourceRows
@@ -82,22 +84,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """Signals and ranks that may end a run from outside.
+    """Signals, ranks and the folder of a run: whatever may end it from outside.
 
     Attributes:
         signals: Those that stop it.
         children: The other ranks, once they are started.
+        folder: The run's folder, which it holds.
     """
 
     signals: SignalWatch
     children: ChildRanks
+    folder: RunFolder
 
 
 def run_experiment(
     config: Config,
     rows: SourceRows | None,
     *,
-    run_dir: Path,
+    folder: RunFolder,
     resolved: dict[str, Any],
     record: RunRecord,
     signals: SignalWatch,
@@ -108,7 +112,7 @@ def run_experiment(
     Args:
         config: The validated settings.
         rows: The rows that were read, or None for the controlled task.
-        run_dir: The run's folder.
+        folder: The run's folder, which this process holds.
         resolved: The settings as plain values.
         record: What is known of the run.
         signals: Those that stop the run.
@@ -116,11 +120,11 @@ def run_experiment(
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    folders = choose_folders(config, run_dir)
+    folders = choose_folders(config, folder.path)
     hardware = decide_hardware(config.trainer)
     trainer = trainer_plan(config)
     ranks = _start_ranks(trainer, children)
-    checkpoint = find_checkpoint(config.resume, run_dir)
+    checkpoint = find_checkpoint(config.resume, folder.path)
     prepared = prepare(
         config,
         rows,
@@ -139,7 +143,7 @@ def run_experiment(
         groups=len(prepared.data.train),
         resolved=resolved,
     )
-    run_session(plan, prepared, checkpoint, record, Supervision(signals, children))
+    run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
     if ranks is not None:
         leave_ranks()
 
@@ -215,6 +219,7 @@ class _Session:
         record: What is known of the run.
         signals: Those that stop the run.
         children: The other ranks, once they are started.
+        folder: The run's folder.
         metrics: Logger of ``metrics.jsonl``.
         logger: The one beside it, if there is one.
         throughput: Counts pairs and tokens.
@@ -228,6 +233,7 @@ class _Session:
     record: RunRecord
     signals: SignalWatch
     children: ChildRanks
+    folder: RunFolder
     metrics: JsonlLogger
     logger: Logger | None
     throughput: Throughput = field(default_factory=Throughput)
@@ -297,13 +303,20 @@ def _open_session(
             saved["identity"], prepared.identity, may_change=plan.checkpoints.may_change
         )
         record.resumed = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
+    folder = supervision.folder
+    metrics = JsonlLogger(plan.folders.run)
+    if not folder.begun:
+        metrics.hold_back()
+        folder.put("metrics.jsonl", metrics.kept)
+        folder.when_begun(metrics.go_on)
     return _Session(
         plan,
         prepared,
         record,
         signals=supervision.signals,
         children=supervision.children,
-        metrics=JsonlLogger(plan.folders.run),
+        folder=folder,
+        metrics=metrics,
         logger=make_logger(
             plan.logger,
             run_name=plan.names.run,
@@ -312,6 +325,7 @@ def _open_session(
             # What another experiment logs does not belong to the run in wandb of the first one.
             continued=checkpoint is not None and not changed,
             run_id=saved.get("wandb_run_id"),
+            when_begun=folder.when_begun,
         ),
     )
 
@@ -324,6 +338,8 @@ def _reported(session: _Session) -> Iterator[None]:
         yield
     except DpoLightningError as error:
         if isinstance(error, DivergedError) and error.report and session.is_first:
+            # A step that cannot be taken is an outcome, the first one too.
+            session.folder.begin(resumed=session.record.resumed is not None)
             write_json(run_dir / DIVERGED_FILE, error.report)
         if isinstance(error, OutOfMemoryError):
             raise with_last_checkpoint(error, run_dir) from error
@@ -340,6 +356,7 @@ def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
         throughput=session.throughput,
         config_hash=session.record.config_hash,
         signals=session.signals,
+        first=Beginning(session.folder, resumed=session.record.resumed is not None),
     )
     identity, run_id = session.prepared.identity, logger_run_id(session.logger)
     trainer = make_trainer(
@@ -361,7 +378,7 @@ def _place(session: _Session, trainer: pl.Trainer) -> Placed:
     session.record.memory = {"estimated_bytes": placed.estimate.footprint.parts()}
     if trainer.is_global_zero:
         text = yaml.safe_dump(plan.names.settings)
-        (plan.folders.run / "config.yaml").write_text(text)
+        session.folder.put("config.yaml", text.encode)
         display.show_header(session.console, header_facts(plan, prepared, placed))
     return placed
 
@@ -429,6 +446,7 @@ def _evaluate(
     session: _Session, trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule
 ) -> None:
     """The last evaluation, where that is not of these weights already; ranks part after it."""
+    session.folder.begin(resumed=session.record.resumed is not None)  # there was no step left
     module.require_finite()
     device = trainer.strategy.root_device
     session.record.memory["training_peak_bytes"] = peak_bytes(device)
@@ -445,6 +463,7 @@ def _conclude(
     session: _Session, trainer: pl.Trainer, trained: Trained, callbacks: SessionCallbacks
 ) -> None:
     """Measures, exports and shows what came of the training."""
+    session.folder.check()
     rows = callbacks.samples.rows
     report: dict[str, float] = {}
     if trainer.is_global_zero or session.prepared.ranks is not None:

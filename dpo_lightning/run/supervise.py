@@ -5,21 +5,18 @@ Rows are read and judged here, before torch is imported; the rest is in ``sessio
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import re
 import shlex
 import signal
 import time
 import traceback
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import dpo_lightning
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.files import DIVERGED_FILE, RESULT_FILE
+from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.plugins import load_plugins, make_callbacks
 from dpo_lightning.processes.child_ranks import (
     ChildRanks,
@@ -31,6 +28,7 @@ from dpo_lightning.processes.child_ranks import (
     watch_parent,
 )
 from dpo_lightning.processes.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
+from dpo_lightning.run.folder import RunFolder, disk_fault, is_rank_zero
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.record import RunRecord, package_versions
 from dpo_lightning.settings.credentials import redact
@@ -40,7 +38,6 @@ from dpo_lightning.settings.schema import Config
 
 log = logging.getLogger(__name__)
 
-_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 _STATUS = {0: "finished", 3: "diverged", 130: "stopped", 143: "stopped"}
 # How long this process may take to notice that another rank of its run is gone.
 _GRACE_SECONDS = 10.0
@@ -61,19 +58,21 @@ class _Outcome:
     signum: int = 0
 
 
-def run(config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: list[str]) -> int:
+def run(
+    config: Config, *, folder: RunFolder, resolved: dict[str, Any], overrides: list[str]
+) -> int:
     """Runs one experiment and leaves ``result.json`` in its folder.
 
     Args:
         config: The validated settings.
-        run_dir: The run's folder; it exists.
+        folder: The run's folder, which this process holds.
         resolved: The same settings as plain values.
         overrides: What was typed.
 
     Returns:
         The exit code.
     """
-    supervisor = _Supervisor(config, run_dir, overrides)
+    supervisor = _Supervisor(config, folder, overrides)
     supervisor.begin()
     outcome = _Outcome(1)
     try:
@@ -92,14 +91,15 @@ class _Supervisor:
 
     Args:
         config: The validated settings.
-        run_dir: The run's folder.
+        folder: The run's folder.
         overrides: What was typed.
     """
 
-    def __init__(self, config: Config, run_dir: Path, overrides: list[str]) -> None:
+    def __init__(self, config: Config, folder: RunFolder, overrides: list[str]) -> None:
         self._config = config
-        self._run_dir = run_dir
-        self._is_rank_zero = _is_rank_zero()
+        self._folder = folder
+        self._run_dir = folder.path
+        self._is_rank_zero = is_rank_zero()
         self._record = RunRecord(
             beta=config.beta,
             loss=config.loss.name,
@@ -109,23 +109,11 @@ class _Supervisor:
             command=shlex.join([*typed(), *overrides]),
         )
         self._signals = SignalWatch(self._leave)
-        self._children = ChildRanks(run_dir, self._follow)
+        self._children = ChildRanks(self._run_dir, self._follow)
 
     def begin(self) -> None:
-        """Takes away what an earlier run left, and listens to signals.
-
-        Raises:
-            UserError: If the folder cannot be written to.
-        """
-        if self._is_rank_zero:
-            # What an earlier run left must not pass for this one's, however this one ends.
-            try:
-                for name in (RESULT_FILE, DIVERGED_FILE):
-                    (self._run_dir / name).unlink(missing_ok=True)
-            except OSError as caught:
-                fault = disk_fault(caught) or f"{self._run_dir / RESULT_FILE}: {caught}"
-                raise UserError(fault) from caught
-        else:
+        """Listens to signals."""
+        if not self._is_rank_zero:
             logging.getLogger().setLevel(logging.ERROR)
         # wandb, tokenizers and others would otherwise ask, warn or fork in ways nobody asked for.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,13 +127,13 @@ class _Supervisor:
         load_plugins(config.plugins)
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
-        rows = read_sources(config, self._run_dir, is_rank_zero=self._is_rank_zero)
+        rows = read_sources(config, self._run_dir, when_begun=self._folder.when_begun)
         from dpo_lightning.run.session import run_experiment
 
         run_experiment(
             config,
             rows,
-            run_dir=self._run_dir,
+            folder=self._folder,
             resolved=resolved,
             record=self._record,
             signals=self._signals,
@@ -192,7 +180,7 @@ class _Supervisor:
         record.status = _STATUS.get(code, "failed")
         record.error = None if error is None else redact(" ".join(error.split()))
         record.throughput["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
-        if self._is_rank_zero and not record.write(self._run_dir / RESULT_FILE):
+        if self._is_rank_zero and not self._write_result():
             code = code or UserError.exit_code
         if code:
             if is_child():
@@ -202,6 +190,19 @@ class _Supervisor:
                 end_soon(code)
         self._signals.remove()
         return replace(outcome, code=code)
+
+    def _write_result(self, **changes: Any) -> bool:
+        """Writes the result, but never over that of an earlier run whose files stay.
+
+        Returns:
+            False where it could not be written.
+        """
+        if self._folder.takes_result():
+            return self._record.write(self._run_dir / RESULT_FILE, **changes)
+        if self._folder.is_there():
+            return True
+        log.error("error: %s: the run's folder is gone, and its result with it", self._run_dir)
+        return False
 
     def say(self, outcome: _Outcome) -> None:
         """Logs the error, and has SLURM queue the job again where its time was over."""
@@ -217,7 +218,7 @@ class _Supervisor:
         if self._is_rank_zero:
             error = "stopped by a signal" if death is None else death.message
             status = _STATUS.get(code, "failed")
-            self._record.write(self._run_dir / RESULT_FILE, status=status, error=error)
+            self._write_result(status=status, error=error)
 
     def _follow(self, death: Death) -> None:
         """Ends this process after another rank; called from a thread."""
@@ -234,30 +235,3 @@ class _Supervisor:
 def _code_of(stop: SystemExit) -> int:
     """The code of an exit that is no success."""
     return stop.code if isinstance(stop.code, int) and stop.code else 1
-
-
-def disk_fault(error: Exception) -> str | None:
-    """One line for a disk that is full or closed to us; None for any other error.
-
-    Libraries that write for us hide the number of an error in its text.
-    """
-    named = getattr(error, "filename", None)
-    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-        reason = os.strerror(error.errno or 0)
-    else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None or int(found.group(1)) not in _DISK_FAULTS:
-            return None
-        reason = os.strerror(int(found.group(1)))
-    return (
-        f"{named or 'a file of this run'}: {reason}; make room there, or name another folder with "
-        "hydra.run.dir="
-    )
-
-
-def _is_rank_zero() -> bool:
-    """True if this process writes the files; torchrun, Lightning and srun number them."""
-    if "RANK" in os.environ:
-        return os.environ["RANK"] == "0"
-    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return {os.environ.get(name, "0") for name in names} == {"0"}

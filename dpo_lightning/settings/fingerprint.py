@@ -15,7 +15,7 @@ from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.schema import Config
 
 # Where a run is written, watched or helped on does not change what it computes.
-NOT_IN_HASH = ("name", "logger", "hydra", "resume", "resume_changed", "debug", "sweep")
+NOT_IN_HASH = ("name", "logger", "hydra", "resume", "resume_changed", "overwrite", "debug", "sweep")
 
 
 def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:

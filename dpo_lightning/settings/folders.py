@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -122,6 +123,24 @@ def hydra_override(key: str, folder: Path) -> str:
     """The override that sets ``hydra.<key>`` to a folder, whatever its name holds."""
     escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return f"hydra.{key}='{escaped}'"
+
+
+def hydra_files(cfg: DictConfig, hydra: Any, subdir: str) -> dict[str, str]:
+    """Hydra's record of a run: the files of ``.hydra`` by name, as Hydra itself writes them.
+
+    Args:
+        cfg: The settings.
+        hydra: Hydra's own node.
+        subdir: The folder's name, ``hydra.output_subdir``.
+    """
+    node = OmegaConf.to_container(hydra, resolve=False)
+    assert isinstance(node, dict)
+    own = OmegaConf.create({"hydra": node | {"output_subdir": subdir}})
+    return {
+        "config.yaml": OmegaConf.to_yaml(cfg),
+        "hydra.yaml": OmegaConf.to_yaml(own),
+        "overrides.yaml": OmegaConf.to_yaml(hydra.overrides.task),
+    }
 
 
 def cannot_write(error: OSError, key: str) -> str:

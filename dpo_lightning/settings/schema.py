@@ -99,6 +99,11 @@ class Config:
     resume_changed: bool = setting(
         False, "Let a resumed run have another beta, loss, seed, model or data than its checkpoint."
     )
+    overwrite: bool = setting(
+        False,
+        "Let the run write into the folder of a run that has finished; what that one made is "
+        "cleared after the first step.",
+    )
     plugins: list[str] = setting(
         [],
         "Modules of your own, by their import names; they may register what the settings "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_lightning.files import RESULT_FILE, write_json
+from dpo_lightning.files import RESULT_FILE, read_json, write_json
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import LoggerConfig
 from dpo_lightning.training.checkpoints.files import saved_checkpoints
@@ -114,15 +113,6 @@ class Trial:
                 "log": LOG_FILE,
             },
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty where there is none or it is torn."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def place_trials(plans: Iterable[Plan], sweep_dir: Path) -> list[Trial]:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dpo_lightning.files import finite, write_whole
-from dpo_lightning.tracking.wandb_runs import STEP, LoggerSettings, finish_run, start_run
+from dpo_lightning.tracking.wandb_runs import (
+    STEP,
+    LoggerSettings,
+    finish_run,
+    note_run,
+    start_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,22 @@ class JsonlLogger(Logger):
         # The newest step and how many rows it has.
         self._newest = (0, 0)
         self._unwritten: list[bytes] = []
+        self._kept = b""
+        self._held_back = False
+
+    def hold_back(self) -> None:
+        """Writes nothing until :meth:`go_on`: the file is an earlier run's as yet."""
+        self._held_back = True
+
+    def kept(self) -> bytes:
+        """The rows that stay of an earlier run, once the training has started."""
+        return self._kept
+
+    def go_on(self) -> None:
+        """Writes from now on; :meth:`kept` is in the file."""
+        self._held_back = False
+        if self._unwritten:
+            self._write()
 
     @property
     def name(self) -> str:
@@ -64,22 +86,33 @@ class JsonlLogger(Logger):
             rows: Number of rows of that step; any more come again, such as those of an evaluation.
             last: The last value of every metric.
         """
-        kept: list[str] = []
-        newest = 0
-        if step and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # torn by whatever ended that run
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    continue
-                newest += row["step"] == step
-                if row["step"] < step or (row["step"] == step and newest <= rows):
-                    kept.append(line)
+        kept: list[bytes] = []
+        newest = damaged = 0
+        for line in self._lines() if step else ():
+            row = _row(line)
+            if row is None:
+                damaged += 1
+                continue
+            newest += row["step"] == step
+            if row["step"] < step or (row["step"] == step and newest <= rows):
+                kept.append(line)
+        if damaged:
+            log.warning(
+                "%s: %d of its lines cannot be read, so they are left out: cut short by whatever "
+                "ended that run, or damaged since",
+                *(self.path, damaged),
+            )
         self.last |= last or {}
         self._newest = (step, rows)
-        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self._kept = b"".join(line + b"\n" for line in kept)
+        if not self._held_back:
+            write_whole(self.path, self._kept)
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return [line for line in self.path.read_bytes().split(b"\n") if line.strip()]
+        except FileNotFoundError:
+            return []
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -94,6 +127,8 @@ class JsonlLogger(Logger):
 
     def _write(self) -> None:
         """Appends the missing rows to the file: whole ones, or nothing where they do not fit."""
+        if self._held_back:
+            return
         try:
             with self.path.open("ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -120,6 +155,51 @@ class JsonlLogger(Logger):
         """Does nothing: the configuration has files of its own."""
 
 
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_row else None
+
+
+class _PatientCsvLogger(CSVLogger):
+    """Lightning's csv logger, which leaves an earlier run's file until it may write.
+
+    Args:
+        folder: The run's folder.
+        when_begun: Calls a function when that is so.
+    """
+
+    def __init__(self, folder: Path, when_begun: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__(save_dir=folder, name="", version="csv")
+        self._begun = False
+        self._waiting: list[tuple[dict[str, float], int | None]] = []
+        when_begun(self._begin)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Logs a row, or keeps it until then."""
+        if self._begun:
+            super().log_metrics({**metrics}, step)
+        else:
+            self._waiting.append((dict(metrics), step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the file, if it may."""
+        if self._begun:
+            super().save()
+
+    def _begin(self) -> None:
+        self._begun = True
+        for metrics, step in self._waiting:
+            self.log_metrics(metrics, step)
+        self._waiting.clear()
+
+
 class _LastingWandbLogger(WandbLogger):
     """Lightning's wandb logger, except that the end of wandb's process does not end the run."""
 
@@ -144,6 +224,7 @@ def make_logger(
     config: Mapping[str, Any],
     continued: bool,
     run_id: str | None = None,
+    when_begun: Callable[[Callable[[], None]], None],
 ) -> Logger | None:
     """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
 
@@ -154,6 +235,7 @@ def make_logger(
         config: The resolved configuration.
         continued: True if the run goes on from where the folder's last one was.
         run_id: The run in wandb that it goes on with where the folder has none.
+        when_begun: Calls what writes over an earlier run's files, once it may.
 
     Raises:
         UserError: If wandb cannot start even offline.
@@ -161,7 +243,7 @@ def make_logger(
     if settings.name == "none" or settings.mode == "disabled" or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return None
     if settings.name == "csv":
-        return CSVLogger(save_dir=folder, name="", version="csv")
+        return _PatientCsvLogger(folder, when_begun)
     run = start_run(
         settings,
         run_name=run_name,
@@ -172,6 +254,7 @@ def make_logger(
     )
     if run is None:
         return None
+    when_begun(lambda: note_run(folder, run.id))
     # Axes are defined before anything is logged: later, it has no effect on what is there.
     run.define_metric(STEP)
     for prefix in ("train", "eval", "controlled", "samples"):

@@ -3,10 +3,14 @@
 import contextlib
 import io
 import logging
+import logging.handlers
 import os
 import sys
 
 from dpo_lightning.settings.credentials import redact
+
+# Lines of a log that wait for the first step; more than that are written at once by nobody.
+_MOST_WAITING = 1_000_000
 
 
 class HidingFormatter(logging.Formatter):
@@ -43,6 +47,52 @@ class LogFile(logging.FileHandler):
             self._failed = True
             reason = error.strerror or error
             print(f"{self.baseFilename} cannot be written: {reason}", file=sys.stderr, flush=True)
+
+
+class WaitingLogs:
+    """The log files of a run, whose lines wait in memory until they may be written.
+
+    It stands in for the handlers of files that are installed, from its making to :meth:`write` or
+    :meth:`close`.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[logging.Logger, logging.Handler, logging.Handler]] = []
+        named = [
+            x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)
+        ]
+        for logger in (logging.getLogger(), *named):
+            for handler in [*logger.handlers]:
+                if isinstance(handler, logging.FileHandler):
+                    waiting = logging.handlers.MemoryHandler(_MOST_WAITING, logging.CRITICAL + 1)
+                    waiting.setLevel(handler.level)
+                    self._put(logger, handler, waiting)
+                    self._places.append((logger, handler, waiting))
+
+    def _put(self, logger: logging.Logger, old: logging.Handler, new: logging.Handler) -> None:
+        logger.handlers[logger.handlers.index(old)] = new
+
+    def write(self) -> None:
+        """Writes what was said, and has the rest written as it is said."""
+        for logger, handler, waiting in self._places:
+            assert isinstance(waiting, logging.handlers.MemoryHandler)
+            if isinstance(handler, logging.FileHandler) and handler.stream is None:
+                with contextlib.suppress(OSError):  # that is said when there is a line for it
+                    handler.stream = handler._open()
+            waiting.setTarget(handler)
+            waiting.flush()
+            if waiting in logger.handlers:
+                self._put(logger, waiting, handler)
+        self._places.clear()
+
+    def close(self) -> None:
+        """Drops what still waits; the files stay as they are."""
+        for logger, handler, waiting in self._places:
+            if waiting in logger.handlers:
+                logger.removeHandler(waiting)
+            waiting.close()
+            handler.close()
+        self._places.clear()
 
 
 class _Lasting(io.FileIO):

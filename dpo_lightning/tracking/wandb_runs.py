@@ -142,9 +142,13 @@ def start_run(
         raise UserError(
             f"logger=wandb: {' '.join(str(error).split())}; logger=csv or logger=none goes without"
         ) from error
-    (folder / _ID_FILE).parent.mkdir(exist_ok=True)
-    (folder / _ID_FILE).write_text(f"{run.id}\n")
     return run
+
+
+def note_run(folder: Path, run_id: str) -> None:
+    """Notes which run in wandb a folder belongs to, for a run that goes on there."""
+    (folder / _ID_FILE).parent.mkdir(exist_ok=True)
+    (folder / _ID_FILE).write_text(f"{run_id}\n")
 
 
 def _init(settings: LoggerSettings, finish_timeout: float, **arguments: Any) -> Any:
@@ -318,6 +322,7 @@ def report_sweep(
     )
     if run is None:
         return None
+    note_run(folder, run.id)
     table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
     run.log({"trials": table, "frontier": wandb.Image(str(picture))})
     return finish_run(run, summary=summary, exit_code=0)

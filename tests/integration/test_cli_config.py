@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import cli
 from dpo_lightning.errors import DivergedError, UserError
+from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.settings.store import register
 from dpo_lightning.settings.validation import validate
@@ -32,10 +33,10 @@ class Recorder:
     act: Callable[[Config], int] = lambda config: 0
 
     def run(
-        self, config: Config, *, run_dir: Path, resolved: dict[str, Any], overrides: list[str]
+        self, config: Config, *, folder: RunFolder, resolved: dict[str, Any], overrides: list[str]
     ) -> int:
-        assert run_dir.is_dir()
-        self.starts.append((config, run_dir, resolved, overrides))
+        assert folder.path.is_dir()
+        self.starts.append((config, folder.path, resolved, overrides))
         return self.act(config)
 
 

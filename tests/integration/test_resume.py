@@ -48,6 +48,7 @@ def test_in_its_own_folder_no_row_is_lost_or_there_twice(whole: Run, tmp_path):
     for path in (first.folder / "checkpoints").glob("step-*"):
         if int(path.stem[5:]) > 4:
             path.unlink()
+    (first.folder / "result.json").unlink()  # as if it had been killed
     again = run_train(first.folder, *LONG, "resume=auto")
     assert again.result["resumed"]["step"] == 4
     assert rows(again) == rows(whole)
@@ -70,7 +71,7 @@ def test_a_finished_run_goes_on_like_one_that_was_to_be_longer(tmp_path):
         "step-000005.ckpt",
         "step-000006.ckpt",
     }
-    second = run_train(first.folder, *task, "resume=auto")
+    second = run_train(first.folder, *task, "resume=auto", "overwrite=true")
     assert second.result["resumed"]["step"] == 6
     assert_same_end(second, longer, after=6)
 

@@ -125,7 +125,7 @@ def test_a_wrong_setting_is_raised_and_nothing_is_started(tmp_path, monkeypatch,
 
 
 def test_a_result_of_before_does_not_pass_for_this_runs(tmp_path, monkeypatch):
-    (tmp_path / "result.json").write_text('{"status": "finished", "step": 7}')
+    (tmp_path / "result.json").write_text('{"status": "stopped", "step": 7}')
     monkeypatch.setattr(api, "_run", lambda arguments: -9)
     found = train([f"hydra.run.dir={tmp_path}"])
     assert (found.status, found.exit_code, found.step) == ("failed", -9, 0)

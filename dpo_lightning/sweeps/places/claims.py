@@ -9,18 +9,16 @@ machine, else after longer than the other needs to notice.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import socket
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.files import write_json
+from dpo_lightning.files import read_json, write_json
 from dpo_lightning.processes.groups import group_lives
-from dpo_lightning.sweeps.trials import read_json
+from dpo_lightning.processes.ownership import birth, is_alive, machine
 
 _ORDER = ".order.json"
 _CLAIM = ".claim.json"
@@ -156,8 +154,8 @@ class Claim:
             "run": self._run,
             "starts": starts + 1,
             "devices": devices,
-            "machine": _machine(),
-            "runner": _birth(os.getpid()),
+            "machine": machine(),
+            "runner": birth(os.getpid()),
         }
         self._write()
         if other.get("state") == "open":
@@ -169,7 +167,7 @@ class Claim:
 
     def note_group(self, group: int) -> None:
         """Notes the process group of the trial."""
-        self._note(group=_birth(group))
+        self._note(group=birth(group))
 
     def holds(self) -> bool:
         """True if order and claim are still this runner's.
@@ -235,7 +233,7 @@ def _wait_until_gone(claim: dict[str, Any]) -> None:
         Taken: If they are seen to stay.
     """
     deadline = time.monotonic() + TAKE_OVER_SECONDS
-    if claim.get("machine") != _machine():
+    if claim.get("machine") != machine():
         # Nothing is seen of it from here; a runner that lives looks at its claim often enough.
         time.sleep(TAKE_OVER_SECONDS)
         return
@@ -248,45 +246,18 @@ def _wait_until_gone(claim: dict[str, Any]) -> None:
         time.sleep(0.1)
 
 
-def _machine() -> str:
-    """Identifies the machine, or container, whose processes see each other's process ids."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(parts)
-
-
-def _birth(pid: int) -> list[int]:
-    """A process by number and time of birth: numbers are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return [pid, 0]
-    return [pid, int(fields[19])]
-
-
 def _is_alive(process: list[int] | None, *, group: bool = False) -> bool:
     if process is None:
         return False
+    if not group:
+        return is_alive(process)
     pid, born = process
     try:
         os.kill(pid, 0)
-        lives = _birth(pid)[1] == born
-        if not lives:
+        if birth(pid)[1] != born:
             return False  # the number is another's by now
     except ProcessLookupError:
-        lives = False
+        pass
     except PermissionError:
         return False
-    if group:
-        return group_lives(pid)
-    return lives and _is_running(pid)
-
-
-def _is_running(pid: int) -> bool:
-    """True if an existing process has not ended; one that nobody has reaped has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return not Path("/proc/self/stat").exists()
+    return group_lives(pid)

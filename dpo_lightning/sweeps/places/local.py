@@ -20,6 +20,7 @@ from typing import Any
 from dpo_lightning.errors import UserError
 from dpo_lightning.processes.groups import clear_group, signal_group
 from dpo_lightning.processes.lifeline import LIFELINE
+from dpo_lightning.processes.ownership import INHERITED_LOCK, LOCK_FILE
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.program import importing
 from dpo_lightning.sweeps.places.base import Attempt, Demand, Ending, Place, Work, check_counts
@@ -33,8 +34,6 @@ from dpo_lightning.sweeps.places.leases import (
 )
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial, trial_command
 
-# Below a trial's folder: locked by its process, so that the lock goes with it and not before.
-_LOCK_FILE = ".process.lock"
 # How long the trial of a sweep that is gone may take to end; its lifeline gives it less.
 _ENDING_SECONDS = 60.0
 _POLL_SECONDS = 0.2
@@ -197,7 +196,7 @@ class LocalProcesses:
         with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 trial_command(self._program, trial.plan.arguments, trial.folder),
-                env=environment | {LIFELINE: str(self._lifeline)},
+                env=environment | {LIFELINE: str(self._lifeline), INHERITED_LOCK: str(lock)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -216,7 +215,7 @@ def _lock(folder: Path) -> int:
     Raises:
         UserError: If one does not end.
     """
-    handle = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     deadline = time.monotonic() + _ENDING_SECONDS
     try:
         while True:

@@ -249,11 +249,8 @@ class Checkpoints(Callback):
         self._every = every_n_steps
         self._keep = keep
         self._last = last
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Removes the leftovers of a killed process."""
-        if trainer.is_global_zero:
-            checkpoints.remove_leftovers(self._folder)
+        # What a killed process left, once there is a step: until then the folder stays as it was.
+        self._cleared = False
 
     def on_train_batch_end(
         self,
@@ -264,6 +261,9 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         """Saves, and only then removes older checkpoints."""
+        if trainer.is_global_zero and not self._cleared:
+            checkpoints.remove_leftovers(self._folder)
+        self._cleared = True
         if self._every is None or trainer.global_step % self._every:
             return
         path = checkpoint_path(self._folder, trainer.global_step)
