@@ -15,7 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.data.forms import NAMES
+from dpo_lightning.data.source_names import entries
 from dpo_lightning.errors import UserError
+from dpo_lightning.plugins import READERS
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.credentials import refusal, secrets_in
 from dpo_lightning.settings.keys import is_import_name, settings
@@ -59,8 +62,28 @@ def _valid_max_time(value: str) -> bool:
     )
 
 
+def _valid_source(value: object) -> bool:
+    try:
+        return bool(entries(value))
+    except ValueError:
+        return False
+
+
+def _valid_columns(value: dict[str, Any]) -> bool:
+    return all(
+        isinstance(column, str)
+        or (isinstance(column, list) and all(isinstance(name, str) for name in column))
+        for column in value.values()
+    )
+
+
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
+    "data.columns": _valid_columns,
+    "data.eval": _valid_source,
+    "data.format": lambda value: value in NAMES or value in READERS,
+    "data.ignore_fields": all,
+    "data.train": _valid_source,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,
     "peft.init": lambda value: value in ("kaiming", "gaussian"),
@@ -104,6 +127,15 @@ def _wrong_values(config: Config) -> Iterator[str]:
         yield f"name={shown(config.name)}: needs at most {LONGEST_NAME} printable characters"
 
 
+def _at_home(value: Any) -> Any:
+    """A source with each ``~`` as the user's home."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return {**value, "path": _at_home(value["path"])} if isinstance(value, dict) else value
+
+
 def _normalised(config: Config, *, multirun: bool) -> None:
     """Give each value its one form, so that what reads the config has no cases."""
     for section, key in (
@@ -116,13 +148,13 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         (config.reference, "adapter"),
         (config.reference, "cache_dir"),
         (config.evaluation, "scorer"),
-        (config.data, "train"),
-        (config.data, "eval"),
         (config.data, "chat_template"),
     ):
         value = getattr(section, key)
         if value is not None and value.startswith("~"):
             setattr(section, key, str(Path(value).expanduser()))
+    config.data.train = _at_home(config.data.train)
+    config.data.eval = _at_home(config.data.eval)
     devices = config.trainer.devices
     if isinstance(devices, str) and devices != "auto":
         numbers = [int(number) for number in devices.split(",") if number]
