@@ -21,6 +21,7 @@ __all__ = [
     "make_callbacks",
     "register_callback",
     "register_loss",
+    "register_reader",
     "register_scorer",
 ]
 
@@ -30,11 +31,19 @@ Prompt: TypeAlias = str | list[dict[str, str]]
 ScoreFunction: TypeAlias = Callable[[list[Prompt], list[str]], Sequence[float]]
 """From prompts and as many answers to as many numbers; more is better."""
 
+ReadRow: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+"""From a row as its file has it to a row of ``prompt``, ``chosen`` and ``rejected``, or another of
+the forms that are known."""
+
+_Reader = TypeVar("_Reader", bound=ReadRow)
 _Function = TypeVar("_Function", bound=ScoreFunction)
 _Maker = TypeVar("_Maker", bound=Callable[[], Any])
 
 SCORERS: dict[str, ScoreFunction] = {}
 """Scorers that plugins registered, by name."""
+
+READERS: dict[str, ReadRow] = {}
+"""Readers of rows that plugins registered, by name."""
 
 CALLBACKS: dict[str, Callable[[], Any]] = {}
 """What makes a Lightning callback, as plugins registered it, by name."""
@@ -54,6 +63,32 @@ def register_scorer(name: str) -> Callable[[_Function], _Function]:
 
     def register(function: _Function) -> _Function:
         SCORERS[name] = function
+        return function
+
+    return register
+
+
+def register_reader(name: str) -> Callable[[_Reader], _Reader]:
+    """Makes a function known as ``data.format=<name>``.
+
+    It is given each row of a file as a dict, and returns a new one in a form that is read without
+    it. Columns that it never looks at are named as unread, or refused, like those of any row.
+
+    Args:
+        name: Value of the setting.
+
+    Example:
+        >>> @register_reader("verdicts")
+        ... def verdicts(row):
+        ...     pair = [row["first"], row["second"]]
+        ...     best = row["verdict"] == "second"
+        ...     return {"prompt": row["ask"], "chosen": pair[best], "rejected": pair[not best]}
+        >>> READERS.pop("verdicts").__name__
+        'verdicts'
+    """
+
+    def register(function: _Reader) -> _Reader:
+        READERS[name] = function
         return function
 
     return register

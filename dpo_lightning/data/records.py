@@ -5,24 +5,24 @@ Nothing here knows of tokens: :mod:`dpo_lightning.data.tokens` takes over from t
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from dpo_lightning.data.rows import (
-    FIELDS,
-    PreferenceGroup,
-    RowReader,
-    ShapeError,
-    looks_like_sharegpt,
-)
-from dpo_lightning.data.sources import Record, open_source
-from dpo_lightning.data.texts import Message, RowError, Text, describe, list_names, printable, show
+from dpo_lightning.data.bad_rows import BadRow, check_bad_rows, count_of, write_quarantine
+from dpo_lightning.data.fields import FieldAccount, UnusedField
+from dpo_lightning.data.forms import FORM, NAMES, Form, form_of
+from dpo_lightning.data.record_files import Record, cell_value
+from dpo_lightning.data.rows import PreferenceGroup, RowReader, ShapeError, turned
+from dpo_lightning.data.shapes import Shapes, check_settings
+from dpo_lightning.data.source_names import Entry, entries, source_label
+from dpo_lightning.data.sources import Source, open_sources
+from dpo_lightning.data.texts import Message, RowError, Text, describe, printable, show
 from dpo_lightning.errors import UserError
+from dpo_lightning.plugins import READERS
 
 __all__ = [
     "FORMATS",
@@ -36,31 +36,25 @@ __all__ = [
     "write_quarantine",
 ]
 
-FORMATS = ("auto", "rows", "sharegpt")
+FORMATS = NAMES
+"""Values of ``data.format`` that are there without a plugin."""
 
-_INFERRED = {
+_SAID = {
     "dialogue": "no prompt column, so the prompt ends after the last 'Assistant:' in common",
     "string": "no prompt column, so the prompt is the beginning that the responses have in common",
     "messages": "no prompt column, so the prompt is the messages that the responses begin with",
     "repeated": "the responses repeat the messages of the prompt, which were taken off",
+    "json": "messages were written as text, and were read out of it",
+    "parts": "contents were lists of text parts, which were joined",
+    "function_call": "function calls were written as tool calls",
+    "turns": "beside a system message or tools, prompt and responses were read as turns of user "
+    "and assistant",
+    "weight": "the column 'weight' weighs rows in the loss; 'data.columns={weight: \"\"}' leaves "
+    "it out",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that is no preference group.
-
-    Attributes:
-        source: Its place, ``file:line``.
-        field: The column at fault, ``row`` for the whole.
-        problem: The fault that was found there, on one line.
-        row: The row as read.
-    """
-
-    source: str
-    field: str
-    problem: str
-    row: str
+_NOUNS = {"json": "text", "parts": "message", "function_call": "message"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,72 +66,212 @@ class Rows:
         bad: The others.
         total: Number of rows, blank lines not counted.
         notes: Lines to say once.
+        ignored: Names of ``data.ignore_fields`` that a row had.
+        fields: Names that could be there.
     """
 
     groups: list[PreferenceGroup]
     bad: list[BadRow]
     total: int
     notes: list[str]
+    ignored: frozenset[str] = frozenset()
+    fields: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def read_rows(
-    source: str,
+    source: object,
     *,
     format: str,
-    columns: Mapping[str, str],
+    columns: Mapping[str, Any],
     split: str | None,
     subset: str | None,
     revision: str | None,
     key: str = "data.train",
+    ignore: Collection[str] = (),
 ) -> Rows:
-    """Reads all preference rows of a local file or a data set of the hub.
+    """Reads all preference rows of local files or data sets of the hub.
 
     Places are counted from 1: lines of a jsonl, elements of a json, rows of a table.
 
     Args:
-        source: A path to a jsonl, json or parquet file, or the id of a data set.
-        format: ``auto`` and ``rows`` read rows of texts and messages, ``sharegpt`` reads
-            ``conversations`` of ``{"from", "value"}``; ``auto`` names it when it is needed.
+        source: A path to a file or a folder, a pattern, or the id of a data set; or a list of
+            these, each by itself or as ``{path, weight}``.
+        format: ``auto`` recognises the form of the rows, every other name is a form's: ``rows``
+            is the project's own, the others are public ones or a plugin's.
         columns: Field names to the names of the columns that hold them; an empty name hides a
             column that happens to have the name of a field.
         split: Split of the data set.
         subset: Configuration of the data set.
         revision: Commit, tag or branch of the data set.
         key: The configuration key that ``source`` is the value of, for errors.
+        ignore: Columns, and keys of messages as ``messages.<key>``, that nobody wants.
 
     Raises:
         UserError: If the source as a whole cannot be used. A bad row raises nothing.
     """
-    where = f"{key}={printable(source)}"
-    _check_settings(format, columns)
-    opened = open_source(source, split=split, subset=subset, revision=revision, key=key)
-    table = opened.columns is not None
-    reader = RowReader(sharegpt=format == "sharegpt", columns=columns, null_is_absent=table)
-    groups: list[PreferenceGroup] = []
-    bad: list[BadRow] = []
-    shapes = _Shapes(columns, opened.columns)
+    check_settings(format, columns)
+    account = FieldAccount(ignore)
+    where = f"{key}={printable(source_label(source))}"
     try:
-        for record in opened.read(reader.wanted):
-            place = f"{printable(opened.label)}:{record.number}"
+        listed = entries(source)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}, expected a name, or a list of names") from error
+    reading = _Reading(format, columns, account)
+    options = {"split": split, "subset": subset, "revision": revision, "key": key}
+    for entry in listed:
+        reading.read_entry(entry, options)
+    groups, bad = reading.groups, reading.bad
+    return Rows(
+        groups,
+        bad,
+        len(groups) + len(bad),
+        [*reading.notes, *_notes(where, account, len(groups))],
+        ignored=frozenset(account.met),
+        fields=frozenset(reading.fields | set(account.unread)),
+    )
+
+
+class _Reading:
+    """Rows that were read so far, out of one source after the other."""
+
+    def __init__(self, format: str, columns: Mapping[str, Any], account: FieldAccount) -> None:
+        self.groups: list[PreferenceGroup] = []
+        self.bad: list[BadRow] = []
+        self.notes: list[str] = []
+        self.fields: set[str] = set()
+        self._format = format
+        self._columns = columns
+        self._account = account
+
+    def read_entry(self, entry: Entry, options: Mapping[str, Any]) -> None:
+        """Reads what one name stands for; the options are those of :func:`open_sources`."""
+        where = f"{options['key']}={printable(entry.path)}"
+        opened, notes = open_sources(entry.path, **options)
+        self.notes += notes
+        before = len(self.groups), len(self.bad)
+        for source in opened:
+            self.read(source)
+        if (len(self.groups), len(self.bad)) == before:
+            raise UserError(f"{where}: no rows, the file or the split is empty")
+        if entry.weight < 1:
+            self._take_share(entry, before[0], where)
+
+    def read(self, source: Source) -> None:
+        """Reads one file, or one data set."""
+        shapes = Shapes(self._columns, source.columns)
+        texts: list[int] = []
+        turns = self._account.said["turns"]
+        try:
+            records, reader, form, derive = self._prepared(source)
+            shapes.form = form
+            for record in records:
+                place = f"{printable(source.label)}:{record.number}"
+                try:
+                    row = _mapping(record)
+                    shapes.add(row)
+                    if derive is not None:
+                        row = derive(row)
+                    self.groups.append(reader.read(row, place))
+                    if reader.was_text:
+                        texts.append(len(self.groups) - 1)
+                except RowError as error:
+                    self._set_aside(record, place, error, shapes)
+        except OSError as error:
+            raise UserError(f"{source.where}: cannot be read: {error.strerror or error}") from error
+        shapes.check(source.where)
+        self.fields |= set(shapes.found)
+        if self._account.said["turns"] > turns:
+            # Of one file all rows have one form, those without a system message too.
+            for index in texts:
+                self.groups[index] = turned(self.groups[index])
+        self._count_unread(source, reader)
+
+    def _set_aside(self, record: Record, place: str, error: RowError, shapes: Shapes) -> None:
+        self.bad.append(BadRow(place, printable(error.field), error.problem, _raw(record)))
+        if isinstance(error, ShapeError):
+            shapes.wrong[error.field, error.reason, error.remedy] += 1
+        if isinstance(error, UnusedField):
+            shapes.unused.setdefault((error.name, error.remedy), []).append(place)
+
+    def _prepared(self, source: Source) -> tuple[Iterator[Record], RowReader, Form | None, Any]:
+        """The records of a source, with what reads them."""
+        form = FORM.get(self._format)
+        first: list[Record] = []
+        records: Iterator[Record] | None = None
+        names: Collection[str] = source.columns or ()
+        if source.columns is None:
+            records = source.read(())
+            for record in records:
+                first.append(record)
+                if isinstance(record.value, dict):
+                    names = record.value
+                    break
+        if self._format == "auto":
+            value = first[-1].value if first and isinstance(first[-1].value, dict) else None
+            form = form_of(names, self._columns, value)
+        if form is not None and form.refusal:
+            raise UserError(f"{source.where}: {form.refusal}")
+        columns = {**(form.columns if form else {}), **self._columns}
+        columns = {k: v for k, v in columns.items() if k != "conversations"}
+        reader = RowReader(
+            columns=columns,
+            null_is_absent=source.columns is not None,
+            account=self._account,
+            reads=form.reads if form else (),
+        )
+        if form is not None and form.about and self._format == "auto":
+            self.notes.append(f"{source.where}: read as data.format={form.name}: {form.about}")
+        derive = self._derive(form, source, columns)
+        if records is None:
+            assert source.columns is not None
+            wanted = reader.wanted(source.columns)
+            plugin = self._format in READERS
+            records = source.read(list(source.columns) if plugin else wanted)
+        return chain(first, records), reader, form, derive
+
+    def _derive(self, form: Form | None, source: Source, columns: Mapping[str, Any]) -> Any:
+        """The change that a row needs before it is read; None without one."""
+        steps: list[Any] = []
+        if source.cells:
+            numbers = _number_columns(columns) | set(form.reads if form else ())
+            steps.append(lambda row: _with_values(row, numbers))
+        if form is not None and form.derive is not None:
+            change = form.derive
+            steps.append(lambda row: change(row, self._account))
+        if self._format in READERS:
+            steps.append(lambda row: _by_plugin(self._format, row, self._account))
+        if not steps:
+            return None
+
+        def derive(row: dict[str, Any]) -> dict[str, Any]:
             try:
-                row = _mapping(record)
-                shapes.add(row)
-                if shapes.rows == 1 and format == "auto" and looks_like_sharegpt(row, columns):
-                    raise UserError(
-                        f"{where}: conversations of 'from' and 'value'; set data.format=sharegpt"
-                    )
-                groups.append(reader.read(row, place))
-            except RowError as error:
-                bad.append(BadRow(place, printable(error.field), error.problem, _raw(record)))
-                if isinstance(error, ShapeError):
-                    shapes.wrong[error.field, error.reason] += 1
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
-    if not groups and not bad:
-        raise UserError(f"{where}: no rows, the file or the split is empty")
-    shapes.check(where, sharegpt=format == "sharegpt")
-    notes = [*opened.notes, *_notes(where, reader, len(groups))]
-    return Rows(groups, bad, len(groups) + len(bad), notes)
+                for step in steps:
+                    row = step(row)
+            except RecursionError:
+                raise RowError("row", "nested too deeply") from None
+            return row
+
+        return derive
+
+    def _count_unread(self, source: Source, reader: RowReader) -> None:
+        """The columns of a table that were not read at all."""
+        if source.columns is None or self._format in READERS:
+            return
+        read = set(reader.wanted(source.columns))
+        for name in source.columns:
+            if name not in read and not self._account.ignores(name):
+                self._account.unread[name] += 1
+
+    def _take_share(self, entry: Entry, start: int, where: str) -> None:
+        """Leaves a share of the last rows, chosen by their places alone."""
+        rows = self.groups[start:]
+        count = max(1, round(entry.weight * len(rows)))
+        order = sorted(range(len(rows)), key=lambda at: hashlib.blake2b(b"%d" % at).digest())
+        kept = sorted(order[:count])
+        self.groups[start:] = [rows[at] for at in kept]
+        self.notes.append(
+            f"{where}: {count} of {len(rows)} rows are taken (weight {entry.weight:g})"
+        )
 
 
 def _mapping(record: Record) -> dict[str, Any]:
@@ -153,129 +287,76 @@ def _mapping(record: Record) -> dict[str, Any]:
     return record.value
 
 
-def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:
-    """Stops at bad rows, unless they are to be skipped.
-
-    Args:
-        rows: The rows that were read.
-        on_bad_row: ``stop`` or ``skip``.
-        limit: Number of bad rows that the message names.
-
-    Raises:
-        UserError: If there is a bad row and ``on_bad_row`` is ``stop``.
-    """
-    if on_bad_row != "stop" or not rows.bad:
-        return
-    lines = [f"{bad.source}: {bad.field}: {bad.problem}" for bad in rows.bad[:limit]]
-    if len(rows.bad) > limit:
-        lines.append(f"and {len(rows.bad) - limit} more")
-    raise UserError(
-        f"{'; '.join(lines)}; {_count(len(rows.bad), 'bad row')} of {rows.total}, "
-        "data.on_bad_row=skip sets them aside"
-    )
+def _number_columns(columns: Mapping[str, Any]) -> set[str]:
+    found: set[str] = set()
+    for name in ("ranks", "scores", "responses", "weight", "target_margin", "better"):
+        column = columns.get(name, name)
+        if isinstance(column, str):
+            found.add(column)
+        elif name != "responses":
+            found.update(column)
+    return found
 
 
-def write_quarantine(path: Path, bad: Iterable[BadRow]) -> None:
-    """Writes bad rows as JSON, one object of ``source``, ``field``, ``problem``, ``row`` a line."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
+def _with_values(row: dict[str, Any], numbers: Collection[str]) -> dict[str, Any]:
+    """A row of cells with its numbers and lists; an empty cell is none."""
+    return {
+        name: None if cell == "" else cell_value(cell) if name in numbers else cell
+        for name, cell in row.items()
+    }
 
 
-class _Shapes:
-    """Columns of all rows: a fault of every row is a fault of the settings.
+class _Watched(dict[str, Any]):
+    """A row that knows which of its columns were looked at."""
 
-    Attributes:
-        rows: Number of rows that are objects.
-        wrong: Number of rows by field and reason for which they have not the columns needed.
-    """
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self.seen: set[str] = set()
 
-    def __init__(self, columns: Mapping[str, str], found: Sequence[str] | None) -> None:
-        self.rows = 0
-        self.wrong: Counter[tuple[str, str]] = Counter()
-        self._found = dict.fromkeys(found or ())
-        # In a table only the columns that are looked at are read.
-        self._collect = found is None
-        self._columns = columns
-        self._unseen = {column for column in columns.values() if column} - set(self._found)
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
 
-    def add(self, row: Mapping[str, object]) -> None:
-        """Takes note of the columns of a row."""
-        self.rows += 1
-        self._unseen.difference_update(row)
-        if self._collect:
-            self._found.update(dict.fromkeys(row))
-            # For a message the first rows will do; keys need not be columns, there can be many.
-            self._collect = self.rows < 100
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a column."""
+        self.seen.add(key)
+        return super().get(key, default)
 
-    def check(self, where: str, *, sharegpt: bool) -> None:
-        """Raises a UserError if no row can be right."""
-        if not self.rows:
-            return
-        found = list_names(self._found)
-        for field, column in self._columns.items():
-            if column in self._unseen:
-                near = get_close_matches(column, self._found, n=1)
-                hint = f", did you mean {show(near[0])}?" if near else ""
-                raise UserError(
-                    f"data.columns={{{field}: {printable(column)}}}: no row of {where} has this "
-                    f"column{hint}; found {found}"
-                )
-        if self.wrong.total() == self.rows:
-            [((field, reason), _)] = self.wrong.most_common(1)
-            expected = (
-                "conversations, chosen, rejected; or read rows of another form with data.format="
-                if sharegpt
-                else "prompt, chosen, rejected; or prompt, responses (best first, or with ranks or "
-                "scores)"
-            )
-            raise UserError(
-                f"{where}: the columns of every row are wrong: {show(field)} is {reason}; "
-                f"found {found}; expected {expected}; map other names, as in "
-                "'data.columns={prompt: question, chosen: better, rejected: worse}'"
-            )
+    def pop(self, key: str, *default: Any) -> Any:
+        """The value of a column, which goes."""
+        self.seen.add(key)
+        return super().pop(key, *default)
 
 
-def _check_settings(format: str, columns: Mapping[str, str]) -> None:
-    if format not in FORMATS:
-        raise UserError(f"data.format={format}: expected one of {', '.join(FORMATS)}")
-    for field, column in columns.items():
-        if field not in FIELDS:
-            near = get_close_matches(str(field), FIELDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(FIELDS)}"
-            raise UserError(
-                f"data.columns={{{printable(str(field))}: {printable(str(column))}}}: "
-                f"{show(field)} is not a field of a row, {hint}"
-            )
-    other, remedy = "conversations", "set data.format=sharegpt"
-    if format == "sharegpt":
-        other, remedy = "prompt", "the prompt there is conversations"
-    if columns.get(other):
-        raise UserError(
-            f"data.columns={{{other}: {printable(columns[other])}}}: no field of "
-            f"data.format={format}; {remedy}"
-        )
-    taken = Counter(column for column in columns.values() if column)
-    for column, times in taken.items():
-        if times > 1:
-            fields = [field for field in columns if columns[field] == column]
-            raise UserError(
-                f"data.columns: {' and '.join(fields)} are both {show(column)}; each field has a "
-                "column of its own"
-            )
+def _by_plugin(name: str, row: dict[str, Any], account: FieldAccount) -> dict[str, Any]:
+    """A row as a plugin's reader makes it; what the reader does not look at is accounted for."""
+    watched = _Watched(row)
+    try:
+        made = READERS[name](watched)
+    except RowError:
+        raise
+    except Exception as error:
+        raise RowError("row", f"data.format={name}: {type(error).__name__}: {error}") from None
+    if not isinstance(made, dict) or isinstance(made, _Watched):
+        raise RowError("row", f"data.format={name}: returned {describe(made)}, expected a new dict")
+    account.close(row, watched.seen)
+    return made
 
 
-def _notes(where: str, reader: RowReader, good: int) -> list[str]:
-    notes = [
-        f"{where}: {_INFERRED[kind]} ({_count(count, 'row')})"
-        for kind, count in reader.inferred.items()
-        if kind in _INFERRED
-    ]
-    if good and reader.inferred["begins_with_prompt"] == good:
+def _notes(where: str, account: FieldAccount, good: int) -> list[str]:
+    notes = []
+    for kind, count in account.said.items():
+        if kind in _SAID:
+            notes.append(f"{where}: {_SAID[kind]} ({count_of(count, _NOUNS.get(kind, 'row'))})")
+    for (role, known), count in account.roles.items():
+        times = count_of(count, "message")
+        notes.append(f"{where}: the role {show(role)} is read as {show(known)} ({times})")
+    if good and account.said["begins_with_prompt"] == good:
         notes.append(
             f"{where}: every response begins with the text of its prompt, which was left there; if "
             "it is a repetition, hide the prompt with 'data.columns={prompt: \"\"}'"
         )
-    return notes
+    return [*notes, *account.notes(where)]
 
 
 def _raw(record: Record) -> str:
@@ -285,7 +366,3 @@ def _raw(record: Record) -> str:
     text = json.dumps(record.value, ensure_ascii=False, default=str)
     # One half of a surrogate pair has no UTF-8; its backslash form is JSON's own.
     return text.encode(errors="backslashreplace").decode()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,19 +3,113 @@
 Names are only looked at, but for whether there is such a file. Imports nothing heavy.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 """Endings of the files that rows are read from."""
 
-FILE_SUFFIXES = frozenset(ROW_SUFFIXES) | frozenset(
-    {".arrow", ".bz2", ".csv", ".feather", ".gz", ".ndjson", ".pkl", ".pt", ".tar", ".tsv", ".txt"}
-    | {".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+"""Endings behind those, of files of text that were made smaller."""
+
+FILE_SUFFIXES = (
+    frozenset(ROW_SUFFIXES)
+    | frozenset(COMPRESSIONS)
+    | frozenset({".feather", ".pkl", ".pt", ".tar", ".txt", ".xlsx", ".yaml", ".yml", ".zip"})
 )
 """Those, and endings of files that people have rows in and that are not read: no data set's."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One source of ``data.train`` or ``data.eval``.
+
+    Attributes:
+        path: A file, a folder, a pattern of files, or an id of the hub.
+        weight: Share of its rows that is taken, above 0 and at most 1.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+def entries(value: object) -> list[Entry]:
+    """The sources that a value of ``data.train`` or ``data.eval`` names.
+
+    Args:
+        value: A name, a list of names and of ``{path, weight}``, or None.
+
+    Raises:
+        ValueError: If it is anything else; with the part at fault.
+
+    Example:
+        >>> entries("a.jsonl"), entries([{"path": "b.jsonl", "weight": 0.5}])
+        ([Entry(path='a.jsonl', weight=1.0)], [Entry(path='b.jsonl', weight=0.5)])
+    """
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("an empty list")
+        return [_entry(item) for item in value]
+    return [_entry(value)]
+
+
+def _entry(item: object) -> Entry:
+    if isinstance(item, str):
+        if not item:
+            raise ValueError("an empty name")
+        return Entry(item)
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str) or not item["path"]:
+        raise ValueError(f"{item}")
+    weight = item.get("weight", 1.0)
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if set(item) - {"path", "weight"} or not number or not 0 < weight <= 1:
+        raise ValueError(f"{item}")
+    return Entry(item["path"], float(weight))
+
+
+def source_label(value: object) -> str:
+    """The sources of a value as it is typed, on one line.
+
+    Example:
+        >>> source_label(["a.jsonl", {"path": "b.jsonl", "weight": 0.5}])
+        '[a.jsonl,{path: b.jsonl, weight: 0.5}]'
+    """
+    if not isinstance(value, list | tuple):
+        return str(value)
+    shown = [
+        f"{{path: {e.path}, weight: {e.weight:g}}}" if e.weight != 1 else e.path
+        for e in entries(value)
+    ]
+    return f"[{','.join(shown)}]"
+
+
+def row_suffix(name: str) -> tuple[str, str]:
+    """The ending of a file of rows and that of its compression, each empty where there is none.
+
+    Example:
+        >>> row_suffix("a.JSONL.gz"), row_suffix("a.csv"), row_suffix("a.txt")
+        (('.jsonl', '.gz'), ('.csv', ''), ('', ''))
+    """
+    path = Path(name.lower())
+    packed = path.suffix if path.suffix in COMPRESSIONS else ""
+    suffix = Path(path.stem).suffix if packed else path.suffix
+    if suffix not in ROW_SUFFIXES or (packed and suffix in (".parquet", ".arrow")):
+        return "", ""
+    return suffix, packed
+
+
+def is_pattern(source: str) -> bool:
+    """True if a name is a pattern of file names, and no file has it."""
+    return _GLOB.search(source) is not None and not _exists(source)
 
 
 def is_hub_id(source: str) -> bool:
@@ -29,14 +123,36 @@ def is_hub_id(source: str) -> bool:
 
 
 def is_local_data(source: str) -> bool:
-    """True if a data source names a file of this machine, and not a hub data set."""
+    """True if a data source names files of this machine, and not a hub data set."""
     return (
         source.startswith((".", "/", "~"))
         or Path(source).suffix.lower() in FILE_SUFFIXES
-        or Path(source).exists()
+        or _GLOB.search(source) is not None
+        or _exists(source)
     )
 
 
 def is_address(source: str) -> bool:
     """True if the name is an address in a network."""
     return "://" in source
+
+
+def hub_ids(value: object) -> list[str]:
+    """The names in a value of ``data.train`` or ``data.eval`` that are no files of this machine."""
+    return [entry.path for entry in entries(value) if not is_local_data(entry.path)]
+
+
+def data_files(folder: Path) -> Iterator[Path]:
+    """The files of rows in a folder and below it, in the order of their names; no hidden ones."""
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder).parts
+        hidden = any(part.startswith((".", "_")) for part in inside)
+        if row_suffix(path.name)[0] and not hidden and path.is_file():
+            yield path
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):
+        return False

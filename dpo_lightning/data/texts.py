@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 # Roles whose turns are given to the policy: a response never begins with one of them.
 GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
-
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -38,7 +26,7 @@ class Message:
         role: Its role, as the chat template is given it.
         content: Its text.
         extra: Further fields for the chat template (``tool_calls``, ``reasoning_content``,
-            ``name``), as a JSON object with sorted keys and no nulls; empty where there are none.
+            ``name``), as a JSON object with sorted keys; empty where there are none.
     """
 
     role: str
@@ -100,37 +88,6 @@ def describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def read_text(value: object, label: str, *, sharegpt: bool = False) -> Text:
-    """Checks a text of any kind.
-
-    Args:
-        value: A string, or a list of ``{"role", "content"}`` messages.
-        label: Place of the value in the row, for errors.
-        sharegpt: The messages are ``{"from", "value"}`` turns instead: a list, or one by itself.
-            A string is the assistant's then.
-
-    Raises:
-        RowError: If the value is anything else.
-    """
-    if isinstance(value, str):
-        text = _checked(value, label)
-        return (Message("assistant", text),) if sharegpt else text
-    if isinstance(value, list):
-        return _messages(value, label, _turn if sharegpt else _message)
-    if sharegpt:
-        return (_turn(value, label),)
-    raise RowError(
-        label, f"{describe(value)}, expected a text or a list of messages{_sharegpt_hint(value)}"
-    )
-
-
-def read_prompt(value: object, label: str, *, sharegpt: bool = False) -> Text:
-    """Checks a prompt; the same as :func:`read_text`, but a ShareGPT prompt is a list of turns."""
-    if sharegpt and not isinstance(value, list):
-        raise RowError(label, f"{describe(value)}, expected a list of turns")
-    return read_text(value, label, sharegpt=sharegpt)
-
-
 def split_strings(texts: Sequence[str]) -> tuple[str, list[str], bool]:
     """Splits strings into their common beginning and the rest of each.
 
@@ -170,10 +127,22 @@ def split_messages(
     while size and any(messages[size].role in GIVEN_ROLES for messages in lists):
         size -= 1
     if not size:
-        raise RowError(
-            labels[0], "no prompt: the responses are conversations without a common beginning"
-        )
+        raise RowError(labels[0], f"no prompt: {_difference(lists, labels)}")
     return first[:size], [messages[size:] for messages in lists]
+
+
+def _difference(lists: Sequence[tuple[Message, ...]], labels: Sequence[str]) -> str:
+    """The first message in which conversations differ that should begin alike."""
+    first = lists[0]
+    for other, label in zip(lists[1:], labels[1:], strict=True):
+        for at, (one, two) in enumerate(zip(first, other, strict=False)):
+            if one != two:
+                shown = [f"{show(m.role)} says {show(m.content)}" for m in (one, two)]
+                return (
+                    "the conversations have no common beginning: in "
+                    f"{labels[0]}[{at}] {shown[0]}, and in {label}[{at}] {shown[1]}"
+                )
+    return "the responses are conversations that begin with an answer"
 
 
 def _common_length(first: str, second: str) -> int:
@@ -188,7 +157,7 @@ def _common_length(first: str, second: str) -> int:
     return low
 
 
-def _checked(text: str, label: str) -> str:
+def check_text(text: str, label: str) -> str:
     """Returns the text if it is Unicode: JSON can spell one half of a character."""
     if not text.isascii():
         try:
@@ -197,48 +166,3 @@ def _checked(text: str, label: str) -> str:
             half = f"\\u{ord(text[error.start]):04x}"
             raise RowError(label, f"lone surrogate {half} at character {error.start + 1}") from None
     return text
-
-
-def _messages(
-    value: list[object], label: str, read: Callable[[object, str], Message]
-) -> tuple[Message, ...]:
-    if not value:
-        raise RowError(label, "an empty list, expected at least one message")
-    return tuple([read(item, f"{label}[{index}]") for index, item in enumerate(value)])
-
-
-def _message(value: object, label: str) -> Message:
-    role, content = _two_texts(value, label, ("role", "content"))
-    if not role:
-        raise RowError(f"{label}.role", "an empty text, expected the name of a role")
-    return Message(role, content)
-
-
-def _turn(value: object, label: str) -> Message:
-    speaker, content = _two_texts(value, label, ("from", "value"))
-    role = _SHAREGPT_ROLES.get(speaker)
-    if role is None:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise RowError(f"{label}.from", f"{show(speaker)}, expected one of {known}")
-    return Message(role, content)
-
-
-def _two_texts(value: object, label: str, keys: tuple[str, str]) -> tuple[str, str]:
-    if not isinstance(value, dict):
-        raise RowError(label, f"{describe(value)}, expected an object of {list_names(keys)}")
-    texts = []
-    for key in keys:
-        if key not in value:
-            hint = _sharegpt_hint(value) if key == "role" else ""
-            raise RowError(f"{label}.{key}", f"missing; there is {describe(value)}{hint}")
-        text = value[key]
-        if not isinstance(text, str):
-            raise RowError(f"{label}.{key}", f"{describe(text)}, expected a text")
-        texts.append(_checked(text, f"{label}.{key}"))
-    return texts[0], texts[1]
-
-
-def _sharegpt_hint(value: object) -> str:
-    if isinstance(value, dict) and {"from", "value"} <= value.keys():
-        return " (data.format=sharegpt reads that)"
-    return ""

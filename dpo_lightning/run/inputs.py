@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
+from dpo_lightning.data.fields import misses
 from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.data.source_names import is_local_data
+from dpo_lightning.data.source_names import hub_ids
 from dpo_lightning.plugins import find_scorer
 from dpo_lightning.settings.schema import BASE, Config
 
@@ -45,9 +46,8 @@ def prefer_cache_without_network(config: Config) -> None:
         None if config.reference.adapter == BASE else config.reference.adapter,
         None if _is_function(config) else config.evaluation.scorer,
     )
-    data = (config.data.train, config.data.eval)
     on_hub = [s for s in models if s is not None and not Path(s).exists()]
-    on_hub += [s for s in data if s is not None and not is_local_data(s)]
+    on_hub += [*hub_ids(config.data.train), *hub_ids(config.data.eval)]
     through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
     if not on_hub or through_proxy or "HF_HUB_OFFLINE" in os.environ:
         return
@@ -82,7 +82,7 @@ def read_sources(
     if data.train is None:
         return None
 
-    def read(source: str, split: str, key: str) -> Rows:
+    def read(source: object, split: str, key: str) -> Rows:
         return read_rows(
             source,
             key=key,
@@ -91,6 +91,7 @@ def read_sources(
             split=split,
             subset=data.subset,
             revision=data.revision,
+            ignore=data.ignore_fields,
         )
 
     train = read(data.train, data.train_split, "data.train")
@@ -98,6 +99,9 @@ def read_sources(
     if data.eval is not None or data.eval_split is not None:
         evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")
     sources = [train] if evaluation is None else [train, evaluation]
+    met = [name for rows in sources for name in rows.ignored]
+    there = [name for rows in sources for name in rows.fields]
+    train.notes.extend(misses(data.ignore_fields, met, there))
     bad = [row for rows in sources for row in rows.bad]
     total = sum(rows.total for rows in sources)
     check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)

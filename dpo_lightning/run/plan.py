@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from dpo_lightning.data.source_names import source_label
 from dpo_lightning.memory.estimate import MemorySettings, memory_settings
 from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.source import ModelSource
@@ -359,7 +360,7 @@ def _names(config: Config, settings: dict[str, Any]) -> Names:
     return Names(
         run=run_name(config.name, config.model.name, config.loss.name, config.beta),
         loss=config.loss.name,
-        data=config.data.train or "controlled task",
+        data=source_label(config.data.train or "controlled task"),
         reference=config.reference.pretrained,
         frozen_adapter=None if adapter == BASE else adapter,
         settings=settings,

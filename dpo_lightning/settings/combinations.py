@@ -9,31 +9,21 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from dpo_lightning.data.source_names import ROW_SUFFIXES, is_address, is_hub_id, is_local_data
+from dpo_lightning.data.source_names import (
+    entries,
+    is_address,
+    is_hub_id,
+    is_local_data,
+    source_label,
+)
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
+from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
 # What families call the layer behind the decoder.
 _HEADS = ("lm_head", "embed_out", "output_layer")
-
-
-def _row_file(key: str, source: str | None) -> Iterator[str]:
-    if source is None:
-        return
-    path = Path(source)
-    if is_address(source):
-        yield f"{key}={source}: addresses are not read; name a file or a data set of the hub"
-    elif not is_local_data(source):
-        if not is_hub_id(source):
-            yield f"{key}={source}: no such file, and a hub id has the form owner/name"
-    elif path.is_dir():
-        yield f"{key}={source} is a folder; name a file that ends in {', '.join(ROW_SUFFIXES)}"
-    elif path.suffix.lower() not in ROW_SUFFIXES:
-        yield f"{key}={source}: rows are read from files that end in {', '.join(ROW_SUFFIXES)}"
-    elif not path.exists():
-        yield f"{key}={source}: no such file, seen from {Path.cwd()}"
 
 
 def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Iterator[str]:
@@ -74,8 +64,8 @@ def _model(config: Config) -> Iterator[str]:
     if model.pretrained is None and model.config is None:
         if data.train is not None:
             yield (
-                f"data.train={data.train}: the bundled model speaks only the controlled task; "
-                "name a model with model.pretrained=<folder or hub id>"
+                f"data.train={source_label(data.train)}: the bundled model speaks only the "
+                "controlled task; name a model with model.pretrained=<folder or hub id>"
             )
         if model.tokenizer is not None:
             yield (
@@ -86,8 +76,9 @@ def _model(config: Config) -> Iterator[str]:
 
 def _data(config: Config) -> Iterator[str]:
     data = config.data
-    yield from _row_file("data.train", data.train)
-    yield from _row_file("data.eval", data.eval)
+    yield from source_problems("data.train", data.train, split=data.train_split, subset=data.subset)
+    held_out = data.eval_split or data.train_split
+    yield from source_problems("data.eval", data.eval, split=held_out, subset=data.subset)
     if data.train is None:
         if data.name != "controlled":
             yield f"data={data.name} needs rows: data.train=<file or hub id>"
@@ -99,16 +90,10 @@ def _data(config: Config) -> Iterator[str]:
                 "name rows with data.train=<file or hub id>"
             )
         if data.eval is not None:
-            yield f"data.eval={data.eval} needs training rows too: data.train=<file or hub id>"
-    elif is_local_data(data.train):
-        of_hub = {"data.subset": data.subset, "data.revision": data.revision}
-        if data.eval is None:
-            of_hub["data.eval_split"] = data.eval_split
-        elif not is_local_data(data.eval):
-            of_hub = {}
-        for key, value in of_hub.items():
-            if value is not None:
-                yield f"{key}={value} is of a hub data set, data.train={data.train} is a file"
+            shown = source_label(data.eval)
+            yield f"data.eval={shown} needs training rows too: data.train=<file or hub id>"
+    else:
+        yield from _splits(config)
     template = data.chat_template
     # Template text has braces; whatever has none is meant as a file.
     if template is not None and "{" not in template and not Path(template).is_file():
@@ -116,6 +101,29 @@ def _data(config: Config) -> Iterator[str]:
             f"data.chat_template={template}: no such file, seen from {Path.cwd()}; "
             "a template itself has {{ }} or {% %}"
         )
+
+
+def _splits(config: Config) -> Iterator[str]:
+    """Settings of a data set's parts beside files, which have none."""
+    data = config.data
+    train = [entry.path for entry in entries(data.train)]
+    all_paths = [*train, *(entry.path for entry in entries(data.eval))]
+    parted = [path for path in all_paths if not is_local_data(path) or Path(path).is_dir()]
+    if not parted:
+        of_hub = {"data.subset": data.subset, "data.revision": data.revision}
+        if data.eval is None:
+            of_hub["data.eval_split"] = data.eval_split
+        for key, value in of_hub.items():
+            if value is not None:
+                shown = source_label(data.train)
+                yield f"{key}={value} is of a hub data set, data.train={shown} is a file"
+    elif data.eval is None and data.eval_split is not None:
+        for path in train:
+            if path not in parted:
+                yield (
+                    f"data.eval_split={data.eval_split} is of a hub data set or a folder, and "
+                    f"{path} of data.train is a file; name held-out rows with data.eval="
+                )
 
 
 def _objective(config: Config) -> Iterator[str]:

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.data.source_names import is_local_data
+from dpo_lightning.data.source_files import all_files
+from dpo_lightning.data.source_names import entries, is_local_data
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.schema import Config
 
@@ -39,9 +40,12 @@ def settings_hash(config: Config) -> str:
     their files: weights take long to read, and a rerun too many costs less than one too few.
     """
     files: dict[str, Any] = {}
-    for source in (config.data.train, config.data.eval, config.data.chat_template):
-        if source is not None and is_local_data(source) and Path(source).is_file():
-            files[source] = _content(Path(source))
+    data = config.data
+    template = [] if data.chat_template is None else [data.chat_template]
+    named = [entry.path for entry in (*entries(data.train), *entries(data.eval))]
+    for name in (*named, *template):
+        if is_local_data(name):
+            files |= {str(path): _content(path) for path in all_files(name)}
     model = config.model
     for source in (
         *(model.pretrained, model.tokenizer, model.config),

@@ -6,6 +6,7 @@ A default lives here and nowhere else; the files of ``conf/`` state only what di
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_lightning.data.forms import NAMES
 from dpo_lightning.objectives.registry import DIVERGENCES
 from dpo_lightning.settings.fields import LARGEST_SEED, setting
 
@@ -153,27 +154,45 @@ class DataConfig:
     """The preferences, how they become tokens, and how many make a step."""
 
     name: str = setting("controlled", "Label of the data in the header; it chooses nothing.")
-    train: str | None = setting(
-        None, "A jsonl, json or parquet file, or a hub id; null is the embedded controlled task."
+    train: Any | None = setting(
+        None,
+        "A file of rows (jsonl, json, csv, parquet, arrow; .gz too), a folder, a pattern, a hub id,"
+        " or a list of these, each by itself or as {path: a.jsonl, weight: 0.5} for half of its "
+        "rows; null is the embedded controlled task.",
+        expected="a file, a folder, a pattern or a hub id; or a list of these and of "
+        "{path: <file>, weight: <share of its rows, above 0 and at most 1>}",
     )
-    eval: str | None = setting(
+    eval: Any | None = setting(
         None,
         "The same for held-out rows; null takes data.eval_split of data.train, and without "
         "it data.eval_fraction.",
+        expected="a file, a folder, a pattern or a hub id; or a list of these and of "
+        "{path: <file>, weight: <share of its rows, above 0 and at most 1>}",
     )
-    train_split: str = setting("train", "Split of the hub set to train on.")
+    train_split: str = setting(
+        "train", "Split of the hub set, or of a folder's files, to train on."
+    )
     eval_split: str | None = setting(
         None, "Held-out split of data.eval, or of data.train where data.eval is null."
     )
-    subset: str | None = setting(None, "Configuration of the hub set.")
+    subset: str | None = setting(None, "Configuration of the hub set, or a part of a folder.")
     revision: str | None = setting(None, "Branch, tag or commit of the hub set.")
     format: str = setting(
         "auto",
-        "Form of the rows: auto recognises it by the fields; sharegpt is the conversations form.",
-        choices=("auto", "rows", "sharegpt"),
+        "Form of the rows: auto recognises it by the columns; rows is the project's own; or the "
+        "name of a public form, or of a plugin's reader.",
+        expected=f"one of {', '.join(NAMES)}, or a reader of a module in plugins",
     )
-    columns: dict[str, str] = setting(
-        {}, "Other names for the fields, such as {prompt: question, chosen: good, rejected: bad}."
+    columns: dict[str, Any] = setting(
+        {},
+        "Other names for the fields, such as {prompt: question, chosen: good, rejected: bad}, or "
+        "{responses: [a, b], better: winner}; an empty name hides a column.",
+    )
+    ignore_fields: list[str] = setting(
+        [],
+        "Columns of rows, and keys of messages as messages.<key>, that are left out: neither named "
+        "nor refused.",
+        expected="a list of names, such as [session_id,messages.name]",
     )
     chat_template: str | None = setting(
         None,

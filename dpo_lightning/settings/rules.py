@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dpo_lightning.data.forms import NAMES
+from dpo_lightning.data.source_names import entries
+from dpo_lightning.plugins import READERS
 from dpo_lightning.settings.keys import is_import_name, settings
 
 
@@ -27,8 +30,28 @@ def _valid_max_time(value: str) -> bool:
     )
 
 
+def _valid_source(value: object) -> bool:
+    try:
+        return bool(entries(value))
+    except ValueError:
+        return False
+
+
+def _valid_columns(value: dict[str, Any]) -> bool:
+    return all(
+        isinstance(column, str)
+        or (isinstance(column, list) and all(isinstance(name, str) for name in column))
+        for column in value.values()
+    )
+
+
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
+    "data.columns": _valid_columns,
+    "data.eval": _valid_source,
+    "data.format": lambda value: value in NAMES or value in READERS,
+    "data.ignore_fields": all,
+    "data.train": _valid_source,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,
     "peft.init": lambda value: value in ("kaiming", "gaussian"),

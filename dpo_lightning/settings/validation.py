@@ -51,6 +51,15 @@ def _wrong_values(config: Config) -> Iterator[str]:
         yield f"name={shown(config.name)}: needs at most {LONGEST_NAME} printable characters"
 
 
+def _at_home(value: Any) -> Any:
+    """A source with each ``~`` as the user's home."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return {**value, "path": _at_home(value["path"])} if isinstance(value, dict) else value
+
+
 def _normalised(config: Config, *, multirun: bool) -> None:
     """Give each value its one form, so that what reads the config has no cases."""
     for section, key in (
@@ -63,13 +72,13 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         (config.reference, "adapter"),
         (config.reference, "cache_dir"),
         (config.evaluation, "scorer"),
-        (config.data, "train"),
-        (config.data, "eval"),
         (config.data, "chat_template"),
     ):
         value = getattr(section, key)
         if value is not None and value.startswith("~"):
             setattr(section, key, str(Path(value).expanduser()))
+    config.data.train = _at_home(config.data.train)
+    config.data.eval = _at_home(config.data.eval)
     devices = config.trainer.devices
     if isinstance(devices, str) and devices != "auto":
         numbers = [int(number) for number in devices.split(",") if number]

@@ -39,19 +39,25 @@ SOURCES = [
     Row("data.train=https://x/rows.jsonl model.pretrained=model", "addresses are not read", HUB),
     Row(f"{OWN} data.eval=s3://x/rows.jsonl", "data.eval=s3://x", f"{OWN} data.eval=org/rows"),
     Row("data.train=a/b/c model.pretrained=model", "a hub id has the form owner/name", HUB),
-    Row("data.train=empty model.pretrained=model", "data.train=empty is a folder; name", OWN),
-    Row("data.train=rows.csv model.pretrained=model", "end in .jsonl, .json, .parquet", OWN),
+    Row("data.train=empty model.pretrained=model", "data.train=empty: the folder has no file", OWN),
+    Row("data.train=chat.jinja model.pretrained=model", "suffix .jinja, expected .jsonl, ", OWN),
+    Row(
+        f"{OWN} data.eval=[a.json,a.json]",
+        "a.json is in the list twice",
+        f"{OWN} data.eval=[a.json]",
+    ),
+    Row("data.train=no*.jsonl model.pretrained=model", "no file has a name like that", OWN),
     *(
         # A file of rows in another form is no data set of the hub, there or not.
-        Row(f"data.train=nope{suffix} model.pretrained=model", "rows are read from files", HUB)
+        Row(f"data.train=nope{suffix} model.pretrained=model", "no such file", HUB)
         for suffix in (
             *(".csv", ".tsv", ".txt", ".gz", ".zst", ".zip"),
             *(".arrow", ".yaml", ".pkl", ".ndjson"),
         )
     ),
-    Row("data.train=./nope model.pretrained=model", "data.train=./nope: rows are read from", OWN),
-    Row("data.train=~/nope model.pretrained=model", "data.train=~/nope: rows are read from", OWN),
-    Row("data.train=/nope/x model.pretrained=model", "data.train=/nope/x: rows are read", OWN),
+    Row("data.train=./nope model.pretrained=model", "data.train=./nope: no such file", OWN),
+    Row("data.train=~/nope model.pretrained=model", "data.train=~/nope: no such file", OWN),
+    Row("data.train=/nope/x model.pretrained=model", "data.train=/nope/x: no such file", OWN),
     Row("data.train=nope.jsonl model.pretrained=model", "data.train=nope.jsonl: no such file", OWN),
     Row(f"{OWN} data.eval=nope.parquet", "nope.parquet: no such file", f"{OWN} data.eval=a.json"),
     Row(
@@ -115,6 +121,11 @@ MODELS = [
     Row(f"{OWN} data.subset=en", "data.subset=en is of a hub", f"{HUB} data.subset=en"),
     Row(f"{OWN} data.revision=v", "data.revision=v is of a hub", f"{HUB} data.revision=v"),
     Row(f"{OWN} data.eval_split=test", "split=test is of a hub", f"{HUB} data.eval_split=test"),
+    Row(
+        "data.train=[org/rows,rows.jsonl] data.eval_split=test model.pretrained=model",
+        "data.eval_split=test is of a hub data set or a folder, and rows.jsonl of data.train is",
+        "data.train=[org/rows,rows.jsonl] model.pretrained=model",
+    ),
     Row(
         f"{OWN} data.subset=en data.eval=a.json",
         "data.subset=en is of a hub data set, data.train=rows.jsonl is a file",

@@ -8,7 +8,6 @@ from dpo_lightning.data.records import (
     Message,
     PreferenceGroup,
 )
-from dpo_lightning.errors import UserError
 from tests.support.rows import GOOD, assistant, read_bad, read_lines, user
 
 
@@ -82,7 +81,7 @@ def test_higher_scores_are_better(tmp_path):
 def test_messages(tmp_path):
     row = {
         "prompt": [{"role": "system", "content": "s"}, user("q")],
-        "chosen": [{**assistant("a"), "name": "ignored"}],
+        "chosen": [assistant("a")],
         "rejected": [assistant("b"), user("q2"), assistant("c")],
     }
     group = read_one(tmp_path, row)
@@ -231,25 +230,25 @@ def test_sharegpt(tmp_path):
     assert group.weight == 0.5
 
 
-def test_sharegpt_is_named_when_it_is_needed(tmp_path):
-    turn = {"from": "human", "value": "q"}
-    row = {"conversations": [turn], "chosen": turn, "rejected": turn}
-    with pytest.raises(UserError, match=r"rows\.jsonl.* set data\.format=sharegpt$"):
-        read_lines(tmp_path, row)
-    bad = read_bad(tmp_path, row)
-    assert bad.field == "chosen"
-    assert "data.format=sharegpt" in bad.problem
+def test_sharegpt_is_recognised_and_said(tmp_path):
+    row = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    rows = read_lines(tmp_path, row)
+    assert rows.groups == read_lines(tmp_path, row, format="sharegpt").groups
+    assert texts(rows.groups[0].prompt) == [("user", "q")]
+    assert "read as data.format=sharegpt" in rows.notes[0]
 
 
 @pytest.mark.parametrize(
     ("row", "field", "problem"),
     [
-        ({"conversations": "q"}, "conversations", "the text 'q', expected a list"),
         ({"conversations": []}, "conversations", "empty list"),
-        ({"conversations": [{"from": "bot", "value": "q"}]}, "conversations[0].from", "'bot'"),
+        ({"conversations": [{"from": "cat", "value": "q"}]}, "conversations[0].from", "'cat'"),
         ({"conversations": [{"from": "gpt"}]}, "conversations[0].value", "missing"),
         ({"chosen": {"from": "gpt", "value": None}}, "chosen.value", "null"),
-        ({"rejected": {"role": "assistant", "content": "x"}}, "rejected.from", "missing"),
         ({"rejected": 3}, "rejected", "the number 3"),
     ],
 )

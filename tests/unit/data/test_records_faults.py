@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -31,12 +32,14 @@ LIST = {"prompt": "p", "responses": ["a", "b"]}
         ({"prompt": "p", "rejected": "a"}, "chosen", "missing"),
         ({"question": "p", "better": "a"}, "chosen", "'question', 'better'; data.columns maps"),
         ({**GOOD, "responses": ["a", "b"]}, "responses", "found beside 'chosen'"),
-        ({"chosen": "a", "rejected": "b", "question": "q"}, "prompt", "no common beginning"),
+        ({"chosen": "a", "rejected": "b", "question": "q"}, "prompt", "'question' may be it"),
+        ({"chosen": "a", "rejected": "b"}, "prompt", "no common beginning"),
         ({**GOOD, "prompt": None}, "prompt", "null, expected a text or a list of messages"),
         ({**GOOD, "chosen": None}, "chosen", "null, expected a text or a list of messages"),
         ({**GOOD, "chosen": 3}, "chosen", "the number 3"),
         ({**GOOD, "chosen": True}, "chosen", "true"),
-        ({**GOOD, "chosen": {"role": "user", "content": "x"}}, "chosen", "an object of 'role'"),
+        ({**GOOD, "chosen": {"content": "x"}}, "chosen", "an object of 'content'"),
+        ({**GOOD, "chosen": assistant("x")}, "rejected", "a string, but chosen is messages"),
         ({**GOOD, "chosen": [assistant("x")]}, "rejected", "a string, but chosen is messages"),
         ({**GOOD, "chosen": []}, "chosen", "an empty list"),
         ({**GOOD, "prompt": []}, "prompt", "an empty list"),
@@ -90,8 +93,8 @@ def test_bad_rows(tmp_path, line, field, problem):
         ([{"role": 1, "content": "x"}], "chosen[0].role", "the number 1, expected a text"),
         ([{"role": "", "content": "x"}], "chosen[0].role", "an empty text"),
         ([{"role": "tool", "content": None}], "chosen[0].content", "null, expected a text"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "chosen[0].content", "a list of 1"),
-        ([{"from": "gpt", "value": "x"}], "chosen[0].role", "data.format=sharegpt reads that"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "chosen[0].content[0].text", "null"),
+        ([{"from": "cat", "value": "x"}], "chosen[0].from", "'cat', expected one of user"),
         ([user("other"), assistant("x")], "chosen", "begins with a message of 'user'"),
         ([user("q")], "chosen", "nothing after the prompt's messages"),
     ],
@@ -153,14 +156,29 @@ def test_check_bad_rows(tmp_path):
     check_bad_rows(read_lines(tmp_path, GOOD), on_bad_row="stop")
 
 
-def test_check_bad_rows_names_twenty(tmp_path):
-    rows = read_lines(tmp_path, *[b"nonsense"] * 25)
+def test_rows_with_one_fault_are_one_clause(tmp_path):
+    rows = read_lines(tmp_path, *[{**GOOD, "weight": -at} for at in range(25)], GOOD)
     with pytest.raises(UserError) as caught:
         check_bad_rows(rows, on_bad_row="stop")
-    message = str(caught.value)
-    assert ":20: row" in message
-    assert ":21: row" not in message
-    assert "; and 5 more; 25 bad rows of 25" in message
+    path = f"{tmp_path}/rows.jsonl"
+    assert str(caught.value) == (
+        f"{path}:1: weight: the number 0, expected one above 0 (the same in 24 other rows: "
+        f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip sets them aside"
+    )
+
+
+def test_twenty_faults_are_named(tmp_path):
+    rows = read_lines(tmp_path, GOOD, *[{**GOOD, "chosen": {"a" * n: 1}} for n in range(1, 26)])
+    rows = replace(rows, bad=[replace(b, field=f"f{'x' * at}") for at, b in enumerate(rows.bad)])
+    with pytest.raises(UserError, match=r"; and 5 other faults; 25 bad rows of 26"):
+        check_bad_rows(rows, on_bad_row="stop")
+
+
+def test_where_every_row_is_bad_nothing_is_set_aside(tmp_path):
+    rows = read_lines(tmp_path, *[b"nonsense"] * 4)
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(UserError, match=r"3 other rows: .*; no row can be read$"):
+            check_bad_rows(rows, on_bad_row=on_bad_row)
 
 
 def test_quarantine(tmp_path):

@@ -8,11 +8,12 @@ from typing import Any
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning.data.records import FORMATS, Rows
+from dpo_lightning.data.records import Rows
 from tests.support.odd_rows import GOOD, GOOD_TURNS, check_read, lines, read, rows, values
 from tests.support.properties import examples
 
-formats = st.sampled_from(FORMATS)
+# Of the public forms the usual row is none, so that the file is refused.
+formats = st.sampled_from(["auto", "rows", "sharegpt"])
 
 
 def many(count: int) -> settings:

@@ -30,7 +30,7 @@ def test_parquet(tmp_path):
             "chosen": [[{"role": "assistant", "content": "a"}]] * 2,
             "rejected": [[{"role": "assistant", "content": "b"}], None],
             "weight": [None, 2.0],
-            "image": [b"\xff", b"\xfe"],
+            "hash": [b"\xff", b"\xfe"],
         },
     )
     rows = read(path, columns={"prompt": "question"})

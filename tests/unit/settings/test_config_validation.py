@@ -186,7 +186,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("data.controlled.train_groups", 0),
     ("data.controlled.eval_groups", 0),
     ("data.truncation", "left"),
-    ("data.format", "alpaca"),
+    ("data.format", "parrot"),
     ("data.on_bad_row", "ignore"),
     ("model.dtype", "float16"),
     ("reference.kind", "cache"),

@@ -102,5 +102,9 @@ def test_every_clause_is_that_of_some_row(place: Path, monkeypatch: pytest.Monke
                 patch.setitem(sys.modules, row.without, None)
             [clause] = said(row.refused)
         fitting = [where for where, pattern in known.items() if pattern.fullmatch(clause)]
+        if not fitting:
+            # The search for files has words of its own, which its tests know.
+            assert clause.startswith(("data.train=", "data.eval=", "data.eval: ")), clause
+            continue
         spoken.add(max(fitting, key=lambda where: len(known[where].pattern)))
     assert sorted(known.keys() - spoken) == []

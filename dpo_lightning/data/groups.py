@@ -1,0 +1,74 @@
+"""A prompt with its ranked responses as text: what every row becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_lightning.data.texts import Message, Text
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceGroup:
+    """A prompt and its K >= 2 responses as text, best first.
+
+    Attributes:
+        prompt: A string, or the messages that every response follows.
+        responses: The K responses, best first; tied ones in the order of the row.
+        ranks: Dense ranks of the responses, never decreasing; 1 is best, ties share a rank.
+        weight: Weight of the group in the loss, finite and above 0.
+        target_margin: The margin that the row asks for, or None.
+        source: Origin of the row, ``file:line``.
+        tools: Tools that the chat template is given, as a JSON list; empty where there are none.
+        template_kwargs: The row's own variables of the chat template, as a JSON object with sorted
+            keys; empty where there are none.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    ranks: tuple[int, ...]
+    weight: float
+    target_margin: float | None
+    source: str
+    tools: str = ""
+    template_kwargs: str = ""
+
+    @property
+    def prompt_key(self) -> str:
+        """The prompt as one string; groups that share it belong on one side of a split."""
+        if isinstance(self.prompt, str):
+            return f"s:{self.prompt}"
+        messages = [
+            (m.role, m.content, m.extra) if m.extra else (m.role, m.content) for m in self.prompt
+        ]
+        key: object = {"messages": messages, "tools": self.tools} if self.tools else messages
+        return json.dumps(key, ensure_ascii=False)
+
+
+def prompt_of_key(key: str) -> str | list[dict[str, Any]]:
+    """The prompt that a ``prompt_key`` was made of, in the form that rows have.
+
+    Example:
+        >>> prompt_of_key("s:Hello"), prompt_of_key('[["user", "Hello"]]')
+        ('Hello', [{'role': 'user', 'content': 'Hello'}])
+    """
+    if key.startswith("s:"):
+        return key.removeprefix("s:")
+    found = json.loads(key)
+    messages = found["messages"] if isinstance(found, dict) else found
+    return [Message(*message).for_template() for message in messages]
+
+
+def as_turns(prompt: str, responses: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
+    """Strings as the turns of a user and an assistant."""
+    turns = [(Message("assistant", r),) if isinstance(r, str) else r for r in responses]
+    return (Message("user", prompt),), tuple(turns)
+
+
+def turned(group: PreferenceGroup) -> PreferenceGroup:
+    """A group of strings as one of turns."""
+    assert isinstance(group.prompt, str)
+    prompt, responses = as_turns(group.prompt, group.responses)
+    return replace(group, prompt=prompt, responses=responses)
