@@ -58,7 +58,9 @@ class _Parser(argparse.ArgumentParser):
 
 def flag_parser() -> argparse.ArgumentParser:
     """Parser of Hydra's flags, with errors of one line."""
-    return _Parser(parents=[get_args_parser()], add_help=False)
+    parser = _Parser(parents=[get_args_parser()], add_help=False)
+    parser.add_argument("--config", help="Do again what the config.yaml of a run's folder says")
+    return parser
 
 
 def parse_overrides(lines: Iterable[str], config_loader: ConfigLoader) -> list[Override]:
@@ -106,6 +108,24 @@ def _unreadable(line: str, parser: OverridesParser) -> str:
     if len(line) > _LONGEST_LINE:
         return f"{shown(line)}: cannot be read; the value needs quotes, or is too long"
     return f"{line}: the value has characters that need quotes; write {shlex.quote(quoted)}"
+
+
+def typed_text(lines: Iterable[str], key: str) -> str | None:
+    """The text that a setting was given last, ahead of any composition; None if it was not.
+
+    Args:
+        lines: The settings as typed.
+        key: The setting.
+    """
+    parser, found = OverridesParser.create(), None
+    for line in lines:
+        if line.lstrip("+").startswith(f"{key}="):
+            try:
+                value = _parse(parser, line).value()
+            except HydraException:
+                continue
+            found = None if value is None else str(value)
+    return found
 
 
 def named_plugins(lines: Iterable[str], folders: Iterable[Path]) -> list[str]:

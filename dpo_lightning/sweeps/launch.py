@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.fingerprint import settings_hash
-from dpo_lightning.settings.program import RUN, STARTED_AS, started_as, typed
+from dpo_lightning.settings.program import RUN, STARTED_AS, TRIAL, started_as, typed
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.dispatch import Dispatcher
@@ -138,6 +138,7 @@ def _run_trials(
             # wandb reads it; a group in the settings wins.
             "WANDB_RUN_GROUP": sweep_dir.resolve().name,
             STARTED_AS: started_as(),
+            TRIAL: "1",
         },
     )
     most = site.max_failures
