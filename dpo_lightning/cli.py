@@ -44,12 +44,14 @@ from dpo_lightning.settings.compose import (
     is_called,
     lines_of,
     make_hydra,
+    on_earlier,
     parse_words,
     ready_hydra,
     typed_overrides,
     with_folder,
     with_resumed_folder,
 )
+from dpo_lightning.settings.credentials import random_values
 from dpo_lightning.settings.folders import (
     cannot_write,
     hydra_files,
@@ -191,8 +193,14 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     subdir = OmegaConf.select(cfg, "hydra.output_subdir")
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)
+        cfg = on_earlier(hydra, args, cfg, fixed)
         folder, config = _check_run(args, cfg)
         return _Checked(_Job(None, subdir), cfg, is_done=nothing_to_do(config, folder))
+    if args.config is not None:
+        raise UserError(
+            f"--config {args.config} does one run again, and a sweep is asked for; leave out -m, "
+            "or go on with a sweep by sweep.resume="
+        )
     args.multirun = True  # also where hydra.mode says it
     in_process = is_called(cfg.hydra.launcher, "BasicLauncher")
     cfg = with_resumed_folder(hydra, args, cfg, lines_of(fixed))
@@ -232,6 +240,12 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
 def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]:
     """Check the settings of one run, and give it a folder of its own."""
     config = validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
+    for key in dict.fromkeys(random_values(dataclasses.asdict(config), "")):
+        print(
+            f"{key}: it looks random, as a credential does; settings go to the run's folder and to "
+            "wandb, so take it out if it is one",
+            flush=True,
+        )
     if config.sweep.resume is not None:
         raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
     return with_folder(args, cfg, "run.dir"), config
@@ -257,7 +271,7 @@ def folder_of_run(overrides: Sequence[str]) -> Path:
                 f"{' '.join(lines_of(swept)) or '-m'}: these settings are a sweep's, and one run "
                 f"is started; give one value, or start `{' '.join(typed())} -m`"
             )
-        folder, config = _check_run(args, cfg)
+        folder, config = _check_run(args, on_earlier(hydra, args, cfg, fixed))
         nothing_to_do(config, folder)
         return folder
 

@@ -17,10 +17,14 @@ from dpo_lightning.errors import (
 )
 from dpo_lightning.settings.fingerprint import hashed_settings
 from dpo_lightning.settings.loss_group import own_loss_settings
+from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.checkpoints.files import changed_settings
 
 log = logging.getLogger(__name__)
+
+# Entries that are hashes, and the material that they are of.
+_HASHED = {"data": "rows", "model": "model weights"}
 
 
 def reference_facts(
@@ -54,19 +58,29 @@ def allowed_changes(
     """Returns the allowed differences between a checkpoint's experiment and this one.
 
     Raises:
-        UserError: Where it is not, naming the first thing that differs.
+        UserError: Where one is not, naming all that differs.
     """
     changed = changed_settings(saved, identity)
     if changed and not may_change:
-        key, values = next(iter(changed.items()))
+        before = " ".join(_words(key, values["from"]) for key, values in changed.items())
+        now = " ".join(_words(key, values["to"]) for key, values in changed.items())
+        others = [f"other {_HASHED[key]}" for key in changed if key in _HASHED]
+        said = f" ({' and '.join(others)} than it saw)" if others else ""
         raise UserError(
-            f"resume: the checkpoint was made with {key}={values['from']}, this run has "
-            f"{key}={values['to']}; resume with the same, start a new run, or say "
-            "resume_changed=true"
+            f"resume: the checkpoint was made with {before}, this run has {now}{said}; resume with "
+            "the same, start a new run, or say resume_changed=true"
         )
     for key, values in changed.items():
-        log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
+        if key in _HASHED:
+            log.info("resume: other %s than the checkpoint saw", _HASHED[key])
+        else:
+            log.info("resume: %s was %s and is now %s", key, values["from"], values["to"])
     return changed
+
+
+def _words(key: str, value: Any) -> str:
+    """A setting as it is typed; of a hash the beginning, which tells two apart."""
+    return f"{key}={shown(value)[:8]}…" if key in _HASHED else f"{key}={shown(value)}"
 
 
 def config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:

@@ -300,7 +300,7 @@ def _open_session(
     changed = None
     if checkpoint is not None:
         changed = allowed_changes(
-            saved["identity"], prepared.identity, may_change=plan.checkpoints.may_change
+            saved.get("identity", {}), prepared.identity, may_change=plan.checkpoints.may_change
         )
         record.resumed = {"from": str(checkpoint), "step": saved["step"], "changed": changed}
     folder = supervision.folder

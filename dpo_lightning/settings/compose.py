@@ -35,6 +35,7 @@ from dpo_lightning.settings.folders import (
     resumed_sweep,
 )
 from dpo_lightning.settings.hydra_node import hydra_problems
+from dpo_lightning.settings.keys import is_import_name
 from dpo_lightning.settings.overrides import (
     flag_parser,
     hydra_error,
@@ -42,10 +43,18 @@ from dpo_lightning.settings.overrides import (
     override_problems,
     parse_overrides,
     raise_all,
+    typed_text,
     with_own_names,
 )
+from dpo_lightning.settings.recorded import (
+    SETTINGS_FILE,
+    is_alone,
+    on_recorded,
+    read_recorded,
+    settings_file,
+)
 from dpo_lightning.settings.schema import CONF, IN_CLONE, Config
-from dpo_lightning.settings.store import register
+from dpo_lightning.settings.store import register, schema
 from dpo_lightning.settings.validation import validate
 
 
@@ -86,7 +95,7 @@ def compose_one(argv: list[str]) -> Config:
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
     raise_all(f"{line} gives several values, and one run is looked at" for line in lines_of(swept))
-    cfg = compose(hydra, args, lines_of(fixed))
+    cfg = on_earlier(hydra, args, compose(hydra, args, lines_of(fixed)), fixed)
     return validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
 
 
@@ -117,9 +126,63 @@ def _load_named_plugins(args: argparse.Namespace) -> None:
     folders = [CONF if args.config_path is None else Path(args.config_path)]
     folders += [] if args.config_dir is None else [Path(args.config_dir)]
     names = named_plugins(args.overrides, folders)
+    path = _recorded_file(
+        args, typed_text(args.overrides, "resume"), typed_text(args.overrides, "hydra.run.dir")
+    )
+    if path is not None and not typed_text(args.overrides, "plugins"):
+        names += [name for name in read_recorded(path).plugins if is_import_name(name)]
     if names:
         load_plugins(names)
         register()
+
+
+def _recorded_file(
+    args: argparse.Namespace, resume: str | None, run_dir: str | None
+) -> Path | None:
+    """The settings that a run is based on; None if there are none but what is typed."""
+    if args.config is not None:
+        if resume is not None:
+            raise UserError(
+                f"--config {args.config} and resume={resume} both bring settings: give one of them"
+            )
+        path = Path(args.config).expanduser()
+        if path.is_dir():
+            path /= SETTINGS_FILE
+        if not path.is_file():
+            raise UserError(f"--config {args.config}: no such file, seen from {Path.cwd()}")
+        return path
+    if resume is None or is_alone():
+        return None
+    return settings_file(resume, run_dir)
+
+
+def on_earlier(
+    hydra: Hydra, args: argparse.Namespace, cfg: DictConfig, overrides: list[Override]
+) -> DictConfig:
+    """The config of one run, on the settings of the run that it goes on from or repeats.
+
+    Args:
+        hydra: With the search path of the command line.
+        args: What was typed.
+        cfg: The config as it was composed.
+        overrides: The settings among what was typed.
+
+    Raises:
+        UserError: If there are no such settings.
+    """
+    try:
+        resume = OmegaConf.select(cfg, "resume")
+        run_dir = str(OmegaConf.select(cfg, "hydra.run.dir")) if resume == "auto" else None
+    except OmegaConfBaseException as error:
+        raise UserError(hydra_error(error)) from error
+    path = _recorded_file(args, None if resume is None else str(resume), run_dir)
+    if path is None:
+        return cfg
+    is_ours = args.config_path is None and args.config_name == "config"
+    default = compose(hydra, args, []) if is_ours else schema()
+    on_recorded(cfg, read_recorded(path), overrides, default)
+    print(f"settings of {path}, and what is typed", flush=True)
+    return cfg
 
 
 def make_hydra(args: argparse.Namespace) -> ComposedOnce:
@@ -130,6 +193,13 @@ def make_hydra(args: argparse.Namespace) -> ComposedOnce:
         if not folder.is_dir():
             raise UserError(
                 f"--config-dir {args.config_dir}: no such folder, seen from {Path.cwd()}"
+            )
+        name = f"{args.config_name}.yaml"
+        if (folder / name).is_file() and (Path(args.config_path or CONF) / name).is_file():
+            raise UserError(
+                f"--config-dir {args.config_dir}: its {name} would not be read, as the root of the "
+                f"settings has that name; --config {args.config_dir}/{name} does again what a run "
+                "recorded, and a root of your own needs another name (--config-name)"
             )
         search_path.prepend(
             provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery("schema", None)
@@ -225,6 +295,8 @@ class _GridComposer:
 
 def check_shown(args: argparse.Namespace) -> None:
     """Check that what Hydra is asked to show can be composed; values are not judged."""
+    if args.config is not None:
+        raise UserError(f"--config {args.config} is for a run; to see its settings, read the file")
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
     raise_all(f"{line} gives several values, and one config is shown" for line in lines_of(swept))

@@ -5,6 +5,7 @@ Settings are written to a run's folder, to wandb and to the terminal, so none ma
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +21,54 @@ _KEY = re.compile(
 # Variables of the environment are others' to name: all that end so are taken for secrets.
 _VARIABLE = re.compile(r"(^|_)TOKEN$", re.IGNORECASE)
 
-# The forms in which Hugging Face, wandb, GitHub, OpenAI and Amazon issue theirs; a password in an
-# address.
+_FORMS = {
+    "Hugging Face": r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+    "wandb": r"wandb_v\d_\w{20,}",
+    "GitHub": r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}",
+    "GitLab": r"gl(?:pat|dt|rt|cbt|ptt|soat|agent)-[\w-]{20,}",
+    "OpenAI, Anthropic and others who write sk-": (
+        r"sk-(?:proj|ant|svcacct|admin|or|lf|live)-[\w-]{16,}|sk-[A-Za-z0-9_]{32,}"
+    ),
+    "other models' hosts": (
+        r"gsk_[A-Za-z0-9]{40,}|r8_[A-Za-z0-9]{30,}|pplx-[A-Za-z0-9]{32,}|xai-[A-Za-z0-9]{40,}"
+        r"|nvapi-[\w-]{40,}|tgp_v1_[\w-]{30,}|fw_[A-Za-z0-9]{22,}"
+    ),
+    "Amazon": r"(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}",
+    "Google": r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}",
+    "Azure": r"AccountKey=[A-Za-z0-9+/=]{40,}",
+    "Slack": r"xox[a-z]-[\w-]{10,}|xapp-\d-[\w-]{10,}|xoxe\.[\w.-]{10,}",
+    "Stripe": r"(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}|whsec_[A-Za-z0-9+/=]{20,}",
+    "npm": r"npm_[A-Za-z0-9]{30,}",
+    "PyPI": r"pypi-[\w-]{50,}",
+    "Docker": r"dckr_(?:pat|oat)_[\w-]{20,}",
+    "SendGrid": r"SG\.[\w-]{16,}\.[\w-]{16,}",
+    "Databricks": r"dapi[0-9a-f]{32}",
+    "DigitalOcean": r"do[opr]_v1_[0-9a-f]{40,}",
+    "Vault": r"hv[sbr]\.[\w-]{20,}",
+    "Shopify": r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}",
+    "Notion and Linear": r"ntn_[A-Za-z0-9]{30,}|lin_api_[A-Za-z0-9]{30,}",
+    "Telegram": r"\d{8,10}:AA[\w-]{32,}",
+    "Twilio": r"SK[0-9a-f]{32}",
+    "JSON Web Tokens": r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
+    "age": r"AGE-SECRET-KEY-1[0-9A-Z]{50,}",
+}
+"""Public forms of credentials, by who issues them."""
+
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
-    r"hf_[A-Za-z0-9]{30,}|wandb_v\d_\w{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}"
-    r"|sk-(?:proj-|ant-)?[A-Za-z0-9_]{32,}|AKIA[0-9A-Z]{16}"
-    r")|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    rf"(?<![A-Za-z0-9])(?:{'|'.join(_FORMS.values())})"
+    # A password in an address, a private key,
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    # and what an address is signed with.
+    r"|(?P<kept>[?&][\w-]*(?:token|secret|passw(?:or)?d|api_?key|access_?key|signature|credential)="
+    r"|[?&](?:key|sig|auth)=)(?!\[hidden\])[^&\s'\"]{6,}",
 )
+
+# A long text that nobody would type: letters of both cases and digits, or many hexadecimal digits.
+_RUN = re.compile(r"[A-Za-z0-9+=]{20,}")
+_HEXADECIMAL = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
+_LEAST_BITS = 3.5
+# Their values are hashes as a rule.
+_HASHES = ("revision",)
 
 # A shorter value of a variable may stand in any text by chance.
 _SHORTEST = 12
@@ -48,7 +89,45 @@ def redact(text: str) -> str:
     """The text without the tokens and secrets of the environment that it holds."""
     for secret in _environment():
         text = text.replace(secret, _HIDDEN)
-    return _TOKEN.sub(_HIDDEN, text)
+    return _TOKEN.sub(lambda found: f"{found['kept'] or ''}{_HIDDEN}", text)
+
+
+def looks_random(text: str) -> bool:
+    """True if a text may be a credential of a form that is not known; paths are none."""
+    if "/" in text or "\\" in text:
+        return False
+    if _HEXADECIMAL.fullmatch(text):
+        return True
+    return any(
+        re.search("[a-z]", run) is not None
+        and re.search("[A-Z]", run) is not None
+        and len(re.findall("[0-9]", run)) > 1
+        and _bits(run) >= _LEAST_BITS
+        for run in _RUN.findall(text)
+    )
+
+
+def _bits(text: str) -> float:
+    """Entropy of a text's letters, in bits per letter."""
+    shares = [text.count(letter) / len(text) for letter in set(text)]
+    return -sum(share * math.log2(share) for share in shares)
+
+
+def random_values(value: Any, key: str) -> Iterator[str]:
+    """The keys at and below ``key`` whose value may be a credential of an unknown form.
+
+    Args:
+        value: A plain value: mappings, lists and scalars.
+        key: Its dotted key.
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from random_values(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from random_values(item, key)
+    elif isinstance(value, str) and key.rpartition(".")[2] not in _HASHES and looks_random(value):
+        yield key
 
 
 def refusal(key: str) -> str:

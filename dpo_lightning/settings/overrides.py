@@ -69,7 +69,9 @@ class _Parser(argparse.ArgumentParser):
 
 def flag_parser() -> argparse.ArgumentParser:
     """Parser of Hydra's flags, with errors of one line."""
-    return _Parser(parents=[get_args_parser()], add_help=False)
+    parser = _Parser(parents=[get_args_parser()], add_help=False)
+    parser.add_argument("--config", help="Do again what the config.yaml of a run's folder says")
+    return parser
 
 
 def parse_overrides(
@@ -132,6 +134,24 @@ def with_own_names(lines: Iterable[str]) -> list[str]:
             line = f"{key}={','.join(own)}"
             log.warning("loss=%s is loss=%s here; going on with that", value, ",".join(own))
         found.append(line)
+    return found
+
+
+def typed_text(lines: Iterable[str], key: str) -> str | None:
+    """The text that a setting was given last, ahead of any composition; None if it was not.
+
+    Args:
+        lines: The settings as typed.
+        key: The setting.
+    """
+    parser, found = OverridesParser.create(), None
+    for line in lines:
+        if line.lstrip("+").startswith(f"{key}="):
+            try:
+                value = _parse(parser, line).value()
+            except HydraException:
+                continue
+            found = None if value is None else str(value)
     return found
 
 

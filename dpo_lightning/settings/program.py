@@ -17,6 +17,9 @@ from dpo_lightning.settings.schema import IN_CLONE, PACKAGE
 STARTED_AS = "DPO_LIGHTNING_STARTED_AS"
 """Environment variable by which the trials of a sweep know how the sweep was started."""
 
+TRIAL = "DPO_LIGHTNING_TRIAL"
+"""Environment variable that the trials of a sweep have, which are given all of their settings."""
+
 RUN = ("-m", "dpo_lightning", "train")
 """Words behind the interpreter that start a run, with a clone and without one."""
 

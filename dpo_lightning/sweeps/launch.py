@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.fingerprint import settings_hash
-from dpo_lightning.settings.program import RUN, STARTED_AS, started_as, typed
+from dpo_lightning.settings.program import RUN, STARTED_AS, TRIAL, started_as, typed
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.dispatch import Dispatcher
@@ -139,6 +139,7 @@ def _run_trials(
             # wandb reads it; a group in the settings wins, and so does the user's own.
             "WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or sweep_dir.resolve().name,
             STARTED_AS: started_as(),
+            TRIAL: "1",
         },
     )
     most = site.max_failures

@@ -532,7 +532,9 @@ def test_the_log_has_times_and_the_terminal_has_not(
     assert second.endswith("[ERROR] went wrong")
 
 
-def test_a_child_process_of_ddp_joins_the_run(place: Path, recorder: Recorder) -> None:
+def test_a_child_process_of_ddp_joins_the_run(
+    place: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As Lightning starts it: the same arguments, then these three; the folder has quotes.
     typed = ["beta=0.2", "--config-dir", "own", *experiment("mine", "seed: 3\n")[2:]]
     assert cli.main(typed) == 0
@@ -543,6 +545,7 @@ def test_a_child_process_of_ddp_joins_the_run(place: Path, recorder: Recorder) -
         "hydra.job.name=train_ddp_process_1",
         "hydra.output_subdir=null",
     ]
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main([*typed, *more]) == 0
     assert recorder.starts[1][:3] == recorder.starts[0][:3]
     assert (run_dir / "train_ddp_process_1.log").exists()

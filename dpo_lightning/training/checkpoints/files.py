@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 _PATTERN = "step-*.ckpt"
 _FORMAT = 1
 _DIGEST_BYTES = 32
+# A manifest has some kilobytes; what is longer is none.
+_LARGEST_MANIFEST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,8 @@ def find_damage(path: Path) -> str | None:
     if isinstance(manifest, str):
         return manifest
     contents = [manifest, *([manifest["replaces"]] if "replaces" in manifest else [])]
+    if path.is_dir():
+        return "it is a folder"
     try:
         size = path.stat().st_size
         if size not in [content["bytes"] for content in contents]:
@@ -220,6 +224,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | str:
     """Reads a manifest; returns a text with its fault if it has one."""
     try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            return f"its {path.name} is damaged"
         manifest = json.loads(path.read_bytes())
         if manifest["check"] != _check(manifest):
             raise ValueError
@@ -227,12 +233,33 @@ def _read(path: Path) -> dict[str, Any] | str:
         return f"it was not finished (it has no {path.name})"
     except OSError as error:
         return f"its {path.name} cannot be read ({error.strerror or error})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # nested without end
         return f"its {path.name} is damaged"
-    if manifest["format"] != _FORMAT:
-        return f"it was written by another version (format {manifest['format']}, not {_FORMAT})"
     found: dict[str, Any] = manifest
-    return found
+    if found.get("format") != _FORMAT:
+        return f"it was written by another version (format {found.get('format')}, not {_FORMAT})"
+    return _lie(found, path) or found
+
+
+def _lie(manifest: dict[str, Any], path: Path) -> str | None:
+    """The first entry of a manifest that no writer of ours wrote; None if there is none."""
+    step = manifest.get("step")
+    if type(step) is not int or step < 0:
+        return f"its {path.name} names no step"
+    if _step(path) not in (step, -1):
+        return f"its {path.name} is of step {step}"
+    contents = [manifest, *([manifest["replaces"]] if "replaces" in manifest else [])]
+    for content in contents:
+        is_content = (
+            isinstance(content, dict)
+            and type(content.get("bytes")) is int
+            and isinstance(content.get("blake2b"), str)
+        )
+        if not is_content:
+            return f"its {path.name} names no content"
+    if not isinstance(manifest.get("identity", {}), dict):
+        return f"its {path.name} names no settings"
+    return None
 
 
 def changed_settings(

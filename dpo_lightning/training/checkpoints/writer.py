@@ -35,6 +35,8 @@ _PLAIN = (
     *(torch.Size, torch.dtype, torch.device),
 )
 _DICTS = (dict, OrderedDict, Counter)
+# Of each checkpoint that a run writes.
+_PARTS = ("state_dict", "global_step", "loops", "optimizer_states")
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -107,6 +109,11 @@ class DurableCheckpointIO(CheckpointIO):
                 f"{path}: it holds more than tensors and plain values, or is no checkpoint "
                 f"({reason}); it was not loaded"
             ) from error
+        missing = [key for key in _PARTS if not isinstance(loaded, dict) or key not in loaded]
+        if missing:
+            raise CorruptArtifactError(
+                f"{path}: it is no checkpoint of a run, it has no {missing[0]}; it was not used"
+            )
         return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
