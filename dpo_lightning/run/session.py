@@ -453,6 +453,8 @@ def _conclude(
         if rows:
             display.show_samples(session.console, COLUMNS, rows)
             log_table(session.logger, "samples", COLUMNS, rows)
+        for sign in session.record.signs:
+            log.warning("a sign of a failed training: %s", sign["says"])
     session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
 
 
