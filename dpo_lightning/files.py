@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 RESULT_FILE = "result.json"
 DIVERGED_FILE = "diverged.json"
+METRICS_FILE = "metrics.jsonl"
 
 _POLL_SECONDS = 0.2
 

@@ -12,10 +12,12 @@ from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, evaluate_samples
 from dpo_lightning.evaluation.exact import ExactCurve
-from dpo_lightning.files import write_json
+from dpo_lightning.evaluation.signs import find_signs
+from dpo_lightning.files import METRICS_FILE, write_json
 from dpo_lightning.models.sharding import whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
 from dpo_lightning.run.export import export_adapter, export_model
+from dpo_lightning.run.findings import gather_facts
 from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord
@@ -101,6 +103,9 @@ def conclude(
         measured |= exact
         evaluation |= entries
     record.metrics |= measured
+    record.signs = _signs(
+        trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
+    )
     _export(trained, policy, command=record.command, metrics=metrics | record.metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
@@ -122,6 +127,30 @@ def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,
     )
+
+
+def _signs(
+    trained: Trained,
+    metrics: dict[str, float],
+    *,
+    greedy: Sequence[dict[str, str]],
+    samples: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Signs of a training that went wrong, as entries of ``result.json``."""
+    plan, module = trained.plan, trained.module
+    evaluated = module.eval_accuracies
+    facts = gather_facts(
+        metrics=metrics,
+        metrics_file=plan.folders.run / METRICS_FILE,
+        steps=module.global_step,
+        learning_rate=plan.learning.optimizer.lr,
+        greedy=greedy,
+        samples=samples,
+        longest=trained.answering.max_new_tokens,
+        groups=trained.prepared.data.eval,
+        accuracies=[] if evaluated is None else evaluated.tolist(),
+    )
+    return [sign.entry() for sign in find_signs(facts)]
 
 
 def _whole_policy(prepared: Prepared, *, merge: bool) -> Any:

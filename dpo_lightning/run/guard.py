@@ -1,6 +1,5 @@
 """Boundary between a command and its user: errors as lines, the end as an exit code."""
 
-import logging
 import os
 import sys
 import traceback
@@ -10,19 +9,17 @@ from dpo_lightning.errors import DpoLightningError
 from dpo_lightning.processes.lifeline import watch_lifeline
 from dpo_lightning.settings.compose import ready_hydra
 from dpo_lightning.settings.credentials import redact
+from dpo_lightning.tracking.quiet import quiet_loggers
 from dpo_lightning.tracking.terminal import outlive_terminal
 
 # Exit codes of a run that a signal ended.
 STOPPED = (130, 143)
-# PEFT imports these where they are installed; they tell of kernels that nobody asked for.
-_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Runs a command that composes settings; what goes wrong becomes a line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_loggers()
     watch_lifeline()
     outlive_terminal()
     with ready_hydra():

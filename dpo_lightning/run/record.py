@@ -35,6 +35,7 @@ class RunRecord:
         config_hash: Of what decides the numbers, with data and weights.
         settings_hash: Of the settings alone.
         metrics: Last value of every metric.
+        signs: Signs of a training that went wrong: ``name``, ``values`` and what it ``says``.
         reference: Rows whose reference was asked for, computed and found in the cache.
         throughput: Speed of the training loop, and seconds of the whole process.
         memory: Bytes, as estimated and as measured.
@@ -55,6 +56,7 @@ class RunRecord:
     config_hash: str | None = None
     settings_hash: str
     metrics: dict[str, float] = field(default_factory=dict)
+    signs: list[dict[str, Any]] = field(default_factory=list)
     reference: dict[str, int] = field(default_factory=lambda: reference_counts(0, 0))
     throughput: dict[str, float | None] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)

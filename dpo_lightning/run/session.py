@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +69,7 @@ from dpo_lightning.tracking.loggers import (
     make_logger,
 )
 from dpo_lightning.tracking.progress import Throughput
+from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
     read_manifest,
@@ -162,19 +162,11 @@ def _start_ranks(trainer: TrainerPlan, children: ChildRanks) -> Ranks | None:
 
 
 def _quiet_libraries() -> None:
-    """Silences warnings of libraries that come in every run and that nobody can act on."""
+    """Silences what libraries say in every run and nobody can act on."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*you have resumed from a checkpoint.*",
-        ".*You're resuming from a checkpoint.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*isinstance.treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    quiet_loggers()
+    hide_warnings()
 
 
 def run_session(
@@ -480,6 +472,8 @@ def _conclude(
         if rows:
             display.show_samples(session.console, COLUMNS, rows)
             log_table(session.logger, "samples", COLUMNS, rows)
+        for sign in session.record.signs:
+            log.warning("a sign of a failed training: %s", sign["says"])
     session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
 
 

@@ -84,6 +84,7 @@ class ReportContent:
         comparison: The best two in words, None where there are fewer.
         answers: Sample answers, None without any.
         unfinished: Trials that failed, still run or wait.
+        signs: Trials with signs of a failed training, and these.
         notes: Notes about what could not be read.
         method: Origin of the numbers, a sentence each.
         versions: Versions of the packages.
@@ -99,6 +100,7 @@ class ReportContent:
     comparison: str | None
     answers: Answers | None
     unfinished: tuple[Unfinished, ...]
+    signs: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...]
     method: tuple[str, ...]
     versions: str
@@ -137,6 +139,9 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
             Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
             for t in sweep.trials
             if not t.finished
+        ),
+        signs=tuple(
+            (clean(t.name), tuple(cut(text) for text in t.signs)) for t in sweep.trials if t.signs
         ),
         notes=tuple(clean(note) for note in sweep.notes),
         method=tuple(_method(analysis)),
@@ -382,6 +387,7 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
         "reference": dict(trial.section("reference")),
         "throughput": dict(trial.section("throughput")),
         "metrics": {name: trial.metric(name) for name in metrics},
+        "signs": list(trial.signs),
     }
 
 

@@ -16,11 +16,10 @@ from typing import Any
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import RESULT_FILE
+from dpo_lightning.files import METRICS_FILE, RESULT_FILE
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
-METRICS_FILE = "metrics.jsonl"
 _HYDRA_OVERRIDES = Path(".hydra", "overrides.yaml")
 # Where a run that this launcher did not start may have left its log.
 _OTHER_LOG = "train.log"
@@ -98,6 +97,12 @@ class TrialResult:
         """The command line as the trial was started."""
         value = self.result.get("command")
         return value if isinstance(value, str) else None
+
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """Signs of a training that went wrong, a sentence each."""
+        said = [row.get("says") for row in as_rows(self.result.get("signs"))]
+        return tuple(text for text in said if isinstance(text, str))
 
     def metric(self, name: str) -> float | None:
         """The last value of a metric, None where it is missing or not finite."""

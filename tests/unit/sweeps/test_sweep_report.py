@@ -181,6 +181,26 @@ def test_failed_and_running_trials_are_named_with_their_logs(sweep):
     assert by_name["beta-0.3"]["error"] is None
 
 
+def test_signs_of_a_failed_training_stand_beside_their_trial(sweep):
+    reward_trial(sweep, 0.1, 6.0, 5.0)
+    folder = reward_trial(sweep, 0.2, 5.0, 4.0)
+    result = json.loads((folder / "result.json").read_text())
+    said = "answers repeat themselves: 40% | of <them>; raise beta"
+    result["signs"] = [{"name": "x", "values": {"y": 0.4}, "says": said}, {"name": "x"}, 7]
+    (folder / "result.json").write_text(json.dumps(result))
+    report = write_report(sweep)
+    assert [trial["signs"] for trial in report["trials"]] == [[], [said]]
+    page, text = ((sweep / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<h2>Signs of a failed training</h2>" in page
+    assert "40% | of &lt;them&gt;; raise beta" in page
+    [line] = [line for line in text.splitlines() if "repeat themselves" in line]
+    assert line.startswith("| beta-0.2\\_seed-1 | answers")
+    result["signs"] = []
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report(sweep)
+    assert "Signs of a failed" not in (sweep / "report.md").read_text()
+
+
 def test_a_sweep_without_a_finished_trial_has_a_report_without_a_pick(sweep):
     write_trial(sweep, "a", "beta=0.1", status="diverged", error="nan")
     report = write_report(sweep)
