@@ -102,6 +102,7 @@ def run_experiment(
     record: RunRecord,
     signals: SignalWatch,
     children: ChildRanks,
+    is_first: bool = True,
 ) -> None:
     """Trains, evaluates and exports; fills ``record`` as facts become known.
 
@@ -113,6 +114,7 @@ def run_experiment(
         record: What is known of the run.
         signals: Those that stop the run.
         children: The other ranks, once they are started.
+        is_first: True in the process that writes the run's files.
     """
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -129,6 +131,7 @@ def run_experiment(
         tokens=folders.tokens,
         resolved=resolved,
         record=record,
+        quarantine=run_dir if is_first else None,
     )
     plan = make_plan(
         config,

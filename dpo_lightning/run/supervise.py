@@ -150,6 +150,7 @@ class _Supervisor:
             record=self._record,
             signals=self._signals,
             children=self._children,
+            is_first=self._is_rank_zero,
         )
 
     def outcome_of(self, caught: BaseException) -> _Outcome:

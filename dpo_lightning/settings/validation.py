@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.data.dates import is_date
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.credentials import refusal, secrets_in
@@ -61,6 +62,7 @@ def _valid_max_time(value: str) -> bool:
 
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
+    "data.template_date": is_date,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,
     "peft.init": lambda value: value in ("kaiming", "gaussian"),
