@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.data.records import Rows
+from dpo_lightning.data.lengths import Lengths
+from dpo_lightning.data.records import BadRow, Rows
+from dpo_lightning.data.refused import refused_rows
+from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.token_cache import tokenize_once
 from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
 from dpo_lightning.errors import UserError
@@ -27,6 +31,8 @@ class PreparedData:
         dropped: Rows that went, by reason.
         changed: Groups that stayed but were cut, by what happened.
         notes: Lines to say once.
+        set_aside: Rows that the chat template does not take whole.
+        leads: Rows by the text that the chat template writes before their responses.
     """
 
     train: list[TokenGroup]
@@ -34,6 +40,8 @@ class PreparedData:
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    set_aside: list[BadRow] = field(default_factory=list)
+    leads: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, Any]:
         """The ``data`` entry of ``result.json``."""
@@ -57,6 +65,9 @@ def prepare_rows(
     split_seed: int,
     max_dropped: float,
     cache: Path | None = None,
+    options: TemplateOptions | None = None,
+    on_bad_row: str = "stop",
+    positions: int | None = None,
 ) -> PreparedData:
     """Tokenizes rows, splits off the evaluation groups, and accounts for what was dropped.
 
@@ -70,37 +81,85 @@ def prepare_rows(
         split_seed: Seed of that choice.
         max_dropped: Largest share of the rows that may be dropped.
         cache: Folder of the token ids; None keeps none.
+        options: Options of the chat template; None is a template without any.
+        on_bad_row: ``skip`` sets aside rows that the chat template does not take whole.
+        positions: Most tokens that the model takes; None where it has no limit.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
     """
-    limits: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
-    tokenized = tokenize_once(train.groups, tokenizer, **limits, folder=cache)
-    prepared = PreparedData(train=tokenized.groups, eval=[], notes=[*train.notes])
+    limits = Lengths(max_length, truncation, positions)
+    prepared = PreparedData(train=[], eval=[], notes=[*train.notes])
+    tokenize = _Tokenizing(prepared, tokenizer, limits, cache, options, on_bad_row)
+    tokenized = tokenize("data.train", train)
+    prepared.train = tokenized.groups
     _account(prepared, train, tokenized)
     parts = [("data.train", train, tokenized)]
     if evaluation is None:
-        prepared.train, prepared.eval = split_by_prompt(
-            tokenized.groups, fraction=eval_fraction, seed=split_seed
-        )
-        if eval_fraction and prepared.train and not prepared.eval:
-            prepared.notes.append("all rows have one prompt, so none are held out to evaluate on")
+        _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
     else:
-        held_out = tokenize_once(evaluation.groups, tokenizer, **limits, folder=cache)
-        prepared.eval = held_out.groups
-        prepared.notes += evaluation.notes
-        # The same may have been said of the training rows, with other numbers.
-        held_out.notes = [f"data.eval: {note}" for note in held_out.notes]
-        _account(prepared, evaluation, held_out)
+        held_out = tokenize("data.eval", evaluation)
+        _add_held_out(prepared, evaluation, held_out)
         parts.append(("data.eval", evaluation, held_out))
-        common = {g.prompt_key for g in prepared.train} & {g.prompt_key for g in prepared.eval}
-        if common:
-            prepared.notes.append(f"{len(common)} prompts of data.eval are in data.train too")
-    total = sum(rows.total for _, rows, _ in parts)
-    _check_dropped(prepared, total, max_dropped=max_dropped, **limits)
+    _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
     for key, rows, left in parts:
-        _check_left(key, rows, left, max_length=max_length)
+        _check_left(key, rows, left, limits)
     return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenizing:
+    """Turns the rows of a source into tokens.
+
+    Attributes:
+        prepared: Takes the rows that are set aside.
+        tokenizer: A transformers tokenizer.
+        limits: Lengths that groups may have.
+        cache: Folder of the token ids; None keeps none.
+        options: Options of the chat template; None is a template without any.
+        on_bad_row: ``stop`` or ``skip``.
+    """
+
+    prepared: PreparedData
+    tokenizer: Any
+    limits: Lengths
+    cache: Path | None
+    options: TemplateOptions | None
+    on_bad_row: str
+
+    def __call__(self, key: str, rows: Rows) -> TokenizedGroups:
+        """The groups of a source, which ``key`` names."""
+        made = tokenize_once(
+            rows.groups,
+            self.tokenizer,
+            max_length=self.limits.max_length,
+            truncation=self.limits.truncation,
+            folder=self.cache,
+            options=self.options,
+        )
+        self.prepared.set_aside += refused_rows(
+            rows.groups, made.faults, total=rows.total, on_bad_row=self.on_bad_row, key=key
+        )
+        return made
+
+
+def _hold_out(prepared: PreparedData, *, fraction: float, seed: int) -> None:
+    """Takes the evaluation groups from the training groups."""
+    prepared.train, prepared.eval = split_by_prompt(prepared.train, fraction=fraction, seed=seed)
+    if fraction and prepared.train and not prepared.eval:
+        prepared.notes.append("all rows have one prompt, so none are held out to evaluate on")
+
+
+def _add_held_out(prepared: PreparedData, rows: Rows, held_out: TokenizedGroups) -> None:
+    """Takes the evaluation groups from rows of their own."""
+    prepared.eval = held_out.groups
+    prepared.notes += rows.notes
+    # The same may have been said of the training rows, with other numbers.
+    held_out.notes = [f"data.eval: {note}" for note in held_out.notes]
+    _account(prepared, rows, held_out)
+    common = {g.prompt_key for g in prepared.train} & {g.prompt_key for g in prepared.eval}
+    if common:
+        prepared.notes.append(f"{len(common)} prompts of data.eval are in data.train too")
 
 
 def split_by_prompt(
@@ -160,6 +219,7 @@ def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> 
     prepared.dropped.update(_dropped(rows, tokenized))
     prepared.changed.update(tokenized.changed)
     prepared.notes += tokenized.notes
+    prepared.leads.update(tokenized.leads)
 
 
 def _dropped(rows: Rows, tokenized: TokenizedGroups) -> Counter[str]:
@@ -168,28 +228,52 @@ def _dropped(rows: Rows, tokenized: TokenizedGroups) -> Counter[str]:
 
 
 def _check_dropped(
-    prepared: PreparedData, rows: int, *, max_dropped: float, max_length: int, truncation: str
+    prepared: PreparedData,
+    parts: Sequence[tuple[str, Rows, TokenizedGroups]],
+    *,
+    max_dropped: float,
+    limits: Lengths,
 ) -> None:
-    dropped = prepared.dropped.total()
-    reasons = _reasons(prepared.dropped)
+    rows, dropped = sum(rows.total for _, rows, _ in parts), prepared.dropped.total()
     # A quotient, as it is rounded like the literal: 0.29 * 100 is less than 29.
-    if rows and dropped / rows > max_dropped:
-        remedy = "allow more with data.max_dropped="
-        if prepared.dropped["too_long"] and truncation != "response":
-            remedy += ", or keep long rows with data.truncation=response"
-        raise UserError(
-            f"data.max_dropped={max_dropped:g}: {dropped} of {rows} rows were dropped ({reasons}) "
-            f"with data.max_length={max_length} and data.truncation={truncation}; {remedy}"
-        )
+    if not rows or dropped / rows <= max_dropped:
+        return
+    made = [tokenized for *_, tokenized in parts]
+    remedies = _length_remedies(made, limits, enough=dropped - max_dropped * rows)
+    share = math.ceil(1000 * dropped / rows) / 1000
+    remedies.append(f"allow as many with data.max_dropped={share:g}")
+    raise UserError(
+        f"data.max_dropped={max_dropped:g}: {dropped} of {rows} rows were dropped "
+        f"({_reasons(prepared.dropped)}) with data.max_length={limits.max_length} and "
+        f"data.truncation={limits.truncation}; {', or '.join(remedies)}"
+    )
 
 
-def _check_left(key: str, rows: Rows, tokenized: TokenizedGroups, *, max_length: int) -> None:
-    if not tokenized.groups:
-        reasons = _reasons(_dropped(rows, tokenized))
-        raise UserError(
-            f"{key}: no group is left out of {rows.total} rows ({reasons}) with "
-            f"data.max_length={max_length}; name other rows with {key}= or raise data.max_length="
-        )
+def _length_remedies(
+    parts: Sequence[TokenizedGroups], limits: Lengths, *, enough: float
+) -> list[str]:
+    """Settings that keep so many of the rows that went for their length."""
+    found = [
+        f"keep long rows with data.truncation={other}"
+        for other in ("response", "prompt")
+        if other != limits.truncation and sum(p.kept_by[other] for p in parts) >= enough
+    ]
+    longest = max(part.longest for part in parts)
+    whole = sum(part.kept_by["max_length"] for part in parts)
+    if longest and whole >= enough and (limits.positions or longest) >= longest:
+        found.append(f"take them whole with data.max_length={longest}")
+    return found
+
+
+def _check_left(key: str, rows: Rows, tokenized: TokenizedGroups, limits: Lengths) -> None:
+    if tokenized.groups:
+        return
+    remedies = [f"name other rows with {key}=", *_length_remedies([tokenized], limits, enough=1)]
+    raise UserError(
+        f"{key}: no group is left out of {rows.total} rows "
+        f"({_reasons(_dropped(rows, tokenized))}) with data.max_length={limits.max_length}; "
+        f"{', or '.join(remedies)}"
+    )
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

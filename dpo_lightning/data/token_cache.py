@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import dpo_lightning
+from dpo_lightning.data.conversations import Fault
 from dpo_lightning.data.rows import PreferenceGroup
+from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.tokens import TokenGroup, TokenizedGroups, tokenize_groups
 from dpo_lightning.files import hold_lock, write_whole
 
 log = logging.getLogger(__name__)
 
 # Part of every key: other code may cut other tokens.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def tokenize_once(
@@ -35,6 +38,7 @@ def tokenize_once(
     max_length: int,
     truncation: str,
     folder: Path | None,
+    options: TemplateOptions | None = None,
 ) -> TokenizedGroups:
     """Turns groups of text into token ids, or finds those of an earlier run.
 
@@ -47,15 +51,19 @@ def tokenize_once(
         max_length: Longest prompt + response, in tokens.
         truncation: ``drop``, ``prompt`` or ``response``.
         folder: Folder of the token ids; None keeps none.
+        options: Options of the chat template; None is a template without any.
     """
+    options = options or TemplateOptions()
 
     def compute() -> TokenizedGroups:
-        return tokenize_groups(groups, tokenizer, max_length=max_length, truncation=truncation)
+        return tokenize_groups(
+            groups, tokenizer, max_length=max_length, truncation=truncation, options=options
+        )
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if folder is None or backend is None or not groups:
         return compute()  # one in Python has no description to go by
-    key = _key(groups, tokenizer, backend, f"{max_length} {truncation}")
+    key = _key(groups, tokenizer, backend, f"{max_length} {truncation} {options.key()}")
     path = folder / f"{key}.safetensors"
     found = _read(path, groups)
     if found is not None:
@@ -84,7 +92,8 @@ def _key(groups: Sequence[PreferenceGroup], tokenizer: Any, backend: Any, limits
     digest.update(repr(about).encode("utf-8", "surrogatepass"))
     digest.update(backend.to_str().encode("utf-8", "surrogatepass"))
     for group in groups:
-        text = repr((group.prompt, group.responses, group.ranks, group.weight))
+        given = (group.prompt, group.responses, group.tools, group.template_kwargs)
+        text = repr((*given, group.ranks, group.weight))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -103,6 +112,9 @@ def _packed(tokenized: TokenizedGroups, groups: Sequence[PreferenceGroup]) -> by
         "dropped": json.dumps(tokenized.dropped),
         "changed": json.dumps(tokenized.changed),
         "notes": json.dumps(tokenized.notes),
+        "faults": json.dumps({n: asdict(fault) for n, fault in tokenized.faults.items()}),
+        "too_long": json.dumps([tokenized.kept_by, tokenized.longest]),
+        "leads": json.dumps(tokenized.leads),
     }
     return save(arrays, metadata=about | {"digest": _digest(arrays, about)})
 
@@ -162,9 +174,14 @@ def _unpacked(
         )
         at += count + 1
         rank += count
+    kept_by, longest = json.loads(about["too_long"])
     return TokenizedGroups(
         groups=made,
         dropped=Counter(json.loads(about["dropped"])),
         changed=Counter(json.loads(about["changed"])),
         notes=json.loads(about["notes"]),
+        faults={int(n): Fault(**fault) for n, fault in json.loads(about["faults"]).items()},
+        kept_by=Counter(kept_by),
+        longest=longest,
+        leads=Counter(json.loads(about["leads"])),
     )

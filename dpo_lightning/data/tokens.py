@@ -8,22 +8,21 @@ response has to follow the very same prompt ids. Nothing is padded here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_lightning.data.limits import OutOfBounds, bounded
-from dpo_lightning.data.records import Message, PreferenceGroup, Text
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.conversations import Fault, FaultyRow
+from dpo_lightning.data.lengths import Lengths, Ranked, comparable, shortened
+from dpo_lightning.data.records import PreferenceGroup, Text
+from dpo_lightning.data.rendering import Renderer
+from dpo_lightning.data.templates import TemplateOptions
 
 Ids = npt.NDArray[np.int32]
-
-Ranked = list[tuple[list[int], int]]
-"""Token ids of responses with their ranks."""
 
 DROP_REASONS = {
     "bad_row": "a row that could not be read, set aside in quarantine.jsonl",
@@ -31,18 +30,9 @@ DROP_REASONS = {
     "nothing_to_compare": "no strictly ranked, different pair is left (after truncation)",
     "identical_responses": "the responses are the same",
     "empty_response": "a response without text",
+    "not_rendered": "a row that the chat template refuses or leaves out a part of, set aside in "
+    "quarantine.jsonl",
 }
-
-# Named and exported with the tokenizer when a model brings no chat template of its own.
-PLAIN_CHAT_TEMPLATE = (
-    "{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif -%}"
-    "{%- for message in messages -%}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}"
-    "{{ '\\n\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +92,21 @@ class TokenizedGroups:
         changed: Groups that stayed but lost something: ``truncated_prompt``,
             ``truncated_response`` or ``removed_response``.
         notes: Lines to say once.
+        faults: Faults of the groups that the chat template did not take whole, by their number.
+        kept_by: Groups that went for their length, by what would keep them: a ``data.truncation``,
+            or ``max_length``, which keeps all.
+        longest: Tokens of the longest group that went for its length; 0 where none did.
+        leads: Groups by the text that the chat template writes before their responses.
     """
 
     groups: list[TokenGroup] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    faults: dict[int, Fault] = field(default_factory=dict)
+    kept_by: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    leads: Counter[str] = field(default_factory=Counter)
 
 
 def tokenize_groups(
@@ -116,6 +115,7 @@ def tokenize_groups(
     *,
     max_length: int,
     truncation: str,
+    options: TemplateOptions | None = None,
     chunk: int = 2048,
 ) -> TokenizedGroups:
     """Turns groups of text into groups of token ids.
@@ -126,53 +126,104 @@ def tokenize_groups(
         max_length: Longest prompt + response, in tokens.
         truncation: ``drop`` (the group goes), ``prompt`` (the prompt loses its beginning, a
             leading BOS stays) or ``response`` (the responses lose their ends).
+        options: Options of the chat template; None is a template without any.
         chunk: Groups handed to the tokenizer at once.
 
     Returns:
         The token groups that are left, with counts of what was dropped and changed.
     """
     result = TokenizedGroups()
-    special = frozenset(tokenizer.all_special_ids)
-    shrunk = 0
+    writer = _Writer(tokenizer, options or TemplateOptions(), result)
+    limits = Lengths(max_length, truncation)
+    assemble = _Assembly(tokenizer, limits, result)
     for start in range(0, len(groups), chunk):
         part = groups[start : start + chunk]
-        for group, (ids, n_prompt) in zip(part, _encode(part, tokenizer), strict=True):
-            token_group, shrank, reason, changes = _assemble(
-                group,
-                ids,
-                n_prompt,
-                tokenizer,
-                special=special,
-                max_length=max_length,
-                truncation=truncation,
-            )
-            shrunk += shrank
-            if token_group is None:
-                result.dropped[reason] += 1
-                continue
-            result.groups.append(token_group)
-            result.changed.update(changes)
-    if shrunk:
+        written = writer.write(part, first=start)
+        numbered = [group for group, texts in zip(part, written, strict=True) if texts is not None]
+        texts = [texts for texts in written if texts is not None]
+        for group, own, ids in zip(numbered, texts, _encode(texts, tokenizer), strict=True):
+            assemble(group, own, *ids)
+    if assemble.shrunk:
         result.notes.append(
-            f"the last prompt tokens of {shrunk} of {len(groups)} groups merge with a response and "
-            "are scored with it"
+            f"the last prompt tokens of {assemble.shrunk} of {len(groups)} groups merge with a "
+            "response and are scored with it"
         )
+    result.notes += writer.notes()
     return result
 
 
-def _encode(
-    groups: Sequence[PreferenceGroup], tokenizer: Any
-) -> Iterable[tuple[list[list[int]], int]]:
+class _Texts(NamedTuple):
+    """A group as text.
+
+    Attributes:
+        texts: The prompt, and the prompt with each response.
+        by_template: True if a chat template wrote them.
+        empty: Numbers of the responses without text.
+    """
+
+    texts: list[str]
+    by_template: bool
+    empty: frozenset[int]
+
+
+class _Writer:
+    """Writes groups as text, and keeps account of what the chat template did with them."""
+
+    def __init__(self, tokenizer: Any, options: TemplateOptions, result: TokenizedGroups) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        self._result = result
+        self._renderer: Renderer | None = None
+        self._left_out: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
+
+    def write(self, groups: Sequence[PreferenceGroup], *, first: int) -> list[_Texts | None]:
+        """The texts of each group; None for one that has a fault, which is noted."""
+        return [self._write(group, number) for number, group in enumerate(groups, start=first)]
+
+    def _write(self, group: PreferenceGroup, number: int) -> _Texts | None:
+        prompt = group.prompt
+        if isinstance(prompt, str):
+            texts = [_as_string(response) for response in group.responses]
+            empty = frozenset(i for i, text in enumerate(texts) if not text.strip())
+            return _Texts([prompt, *(prompt + text for text in texts)], False, empty)
+        if self._renderer is None:
+            self._renderer = Renderer(self._tokenizer, self._options)
+        try:
+            rendered = self._renderer.render(group)
+        except FaultyRow as error:
+            self._result.faults[number] = error.fault
+            self._result.dropped["not_rendered"] += 1
+            return None
+        self._left_out.update(rendered.left_out)
+        self._unread.update(rendered.unread)
+        self._result.leads[rendered.lead] += 1
+        return _Texts(rendered.texts, True, rendered.empty)
+
+    def notes(self) -> list[str]:
+        """Lines to say once."""
+        return [
+            f"the chat template leaves {name} of earlier turns out, as it does when the model "
+            f"answers ({_rows(count)})"
+            for name, count in sorted(self._left_out.items())
+        ] + [
+            f"the chat template reads no variable {name}, which {_rows(count)} have in "
+            "chat_template_kwargs"
+            for name, count in sorted(self._unread.items())
+        ]
+
+
+def _rows(count: int) -> str:
+    return f"{count} rows" if count != 1 else "1 row"
+
+
+def _encode(groups: Sequence[_Texts], tokenizer: Any) -> Iterator[tuple[list[list[int]], int]]:
     """Yields, per group, the ids of prompt + response for each response, and the prompt's length.
 
     The prompt's length is that of the common token prefix.
     """
-    texts: list[str] = []
-    special: list[bool] = []
-    for group in groups:
-        rendered, is_messages = _render(group, tokenizer)
-        texts.extend(rendered)
-        special.extend([not is_messages] * len(rendered))
+    texts = [text for group in groups for text in group.texts]
+    special = [not group.by_template for group in groups for _ in group.texts]
     encoded: list[list[int]] = [[]] * len(texts)
     bos = tokenizer.bos_token_id
     for add_special_tokens in (True, False):
@@ -190,62 +241,16 @@ def _encode(
                 encoded[i] = row[1:] if doubled else row
     cursor = 0
     for group in groups:
-        n = len(group.responses)
+        n = len(group.texts) - 1
         prompt, full = encoded[cursor], encoded[cursor + 1 : cursor + 1 + n]
         cursor += n + 1
         yield [prompt, *full], min(_common_prefix(prompt, ids) for ids in full)
-
-
-def _render(group: PreferenceGroup, tokenizer: Any) -> tuple[list[str], bool]:
-    """The texts of the prompt and of prompt + response, and whether a chat template made them."""
-    prompt = group.prompt
-    if isinstance(prompt, str):
-        return [prompt, *(prompt + _as_string(response) for response in group.responses)], False
-    render = _renderer(tokenizer, group.source)
-    # What a template writes before an answer belongs to the prompt, so it is not scored.
-    texts = [render(prompt, True)]
-    for response in group.responses:
-        messages = response if not isinstance(response, str) else (Message("assistant", response),)
-        texts.append(render((*prompt, *messages), False))
-    return texts, True
-
-
-def _renderer(tokenizer: Any, source: str) -> Callable[[tuple[Message, ...], bool], str]:
-    def render(messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
-        if not messages:
-            return ""
-        try:
-            with bounded():
-                text: str = tokenizer.apply_chat_template(
-                    [{"role": m.role, "content": m.content} for m in messages],
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-        except OutOfBounds as error:
-            raise UserError(
-                f"{source}: the chat template took {error} for a conversation of "
-                f"{len(messages)} messages, so it was stopped; name another template with "
-                "data.chat_template="
-            ) from error
-        except Exception as error:  # jinja2 raises whatever a template chooses to raise
-            raise UserError(
-                f"{source}: the chat template refuses a conversation with the roles "
-                f"{', '.join(m.role for m in messages)}: {' '.join(str(error).split())}; "
-                "name another template with data.chat_template="
-            ) from error
-        return text
-
-    return render
 
 
 def _as_string(response: Text) -> str:
     return (
         response if isinstance(response, str) else "".join(message.content for message in response)
     )
-
-
-def _is_empty(response: Text) -> bool:
-    return not _as_string(response).strip()
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -269,38 +274,86 @@ def _response_ids(ids: list[int], eos: int, special: frozenset[int], tokenizer: 
     return [*ids, eos]
 
 
-def _assemble(
-    group: PreferenceGroup,
-    encoded: list[list[int]],
-    n_prompt: int,
-    tokenizer: Any,
-    *,
-    special: frozenset[int],
-    max_length: int,
-    truncation: str,
-) -> tuple[TokenGroup | None, bool, str, list[str]]:
-    """A token group, True if its prompt shrank, why it was dropped, and what was changed."""
-    eos: int = tokenizer.eos_token_id
-    bos: int | None = tokenizer.bos_token_id
-    prompt, full = encoded[0], encoded[1:]
-    # An EOS that the tokenizer itself puts behind the prompt is no token of the prompt.
-    shrank = n_prompt < len(prompt) - (prompt[-1:] == [eos])
-    # Some state has to predict the first token: the text begins where the model begins.
-    prompt_ids = prompt[:n_prompt] or [eos if bos is None else bos]
+class _Assembly:
+    """Makes token groups out of token ids, within the limits; the result keeps the account.
 
-    kept, reason = _different(group, [ids[n_prompt:] for ids in full], special, tokenizer)
-    if not _comparable(kept):
-        tied = len(set(group.ranks)) == 1
-        return None, shrank, "nothing_to_compare" if tied else reason, []
-    short = _shortened(prompt_ids, kept, bos, max_length=max_length, truncation=truncation)
-    if isinstance(short, str):
-        return None, shrank, short, []
-    prompt_ids, kept, changes = short
-    if len(kept) < len(group.responses):
-        changes.append("removed_response")
+    Attributes:
+        shrunk: Groups of which a prompt token merged with a response.
+    """
+
+    def __init__(self, tokenizer: Any, limits: Lengths, result: TokenizedGroups) -> None:
+        self.shrunk = 0
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._result = result
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._eos: int = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
+
+    def __call__(
+        self, group: PreferenceGroup, texts: _Texts, encoded: list[list[int]], n_prompt: int
+    ) -> None:
+        """Adds a group, or counts the reason against it."""
+        result = self._result
+        prompt, full = encoded[0], encoded[1:]
+        self._count_shrunk(prompt, n_prompt, by_template=texts.by_template)
+        # Some state has to predict the first token: the text begins where the model begins.
+        prompt_ids = prompt[:n_prompt] or [self._eos if self._bos is None else self._bos]
+        kept, reason = self._different(group, texts, [ids[n_prompt:] for ids in full])
+        if not comparable(kept):
+            tied = len(set(group.ranks)) == 1
+            result.dropped["nothing_to_compare" if tied else reason] += 1
+            return
+        short = shortened(prompt_ids, kept, self._bos, self._limits)
+        if isinstance(short, str):
+            result.dropped[short] += 1
+            self._count_too_long(prompt_ids, kept)
+            return
+        prompt_ids, kept, changes = short
+        if len(kept) < len(group.responses):
+            changes.append("removed_response")
+        result.groups.append(_token_group(group, prompt_ids, kept))
+        result.changed.update(changes)
+
+    def _count_shrunk(self, prompt: list[int], n_prompt: int, *, by_template: bool) -> None:
+        # An EOS that the tokenizer itself puts behind the prompt is no token of the prompt.
+        if n_prompt >= len(prompt) - (prompt[-1:] == [self._eos]):
+            return
+        # A space that a template writes before an answer is the answer's for most tokenizers.
+        if not by_template or self._tokenizer.decode(prompt[n_prompt:]).strip():
+            self.shrunk += 1
+
+    def _count_too_long(self, prompt_ids: list[int], kept: Ranked) -> None:
+        result, limit = self._result, self._limits.max_length
+        longest = len(prompt_ids) + max(len(ids) for ids, _ in kept)
+        result.longest = max(result.longest, longest)
+        result.kept_by["max_length"] += 1
+        for other in ("prompt", "response"):
+            limits = Lengths(limit, other)
+            if not isinstance(shortened(prompt_ids, kept, self._bos, limits), str):
+                result.kept_by[other] += 1
+
+    def _different(
+        self, group: PreferenceGroup, texts: _Texts, responses: list[list[int]]
+    ) -> tuple[Ranked, str]:
+        """Responses that are there and no other's copy, with their ranks; why the last is not."""
+        kept: Ranked = []
+        reason = "nothing_to_compare"
+        for number, (ids, rank) in enumerate(zip(responses, group.ranks, strict=True)):
+            response_ids = _response_ids(ids, self._eos, self._special, self._tokenizer)
+            if number in texts.empty or response_ids == [self._eos]:
+                reason = "empty_response"
+            elif any(response_ids == other for other, _ in kept):
+                reason = "identical_responses"
+            else:
+                kept.append((response_ids, rank))
+        return kept, reason
+
+
+def _token_group(group: PreferenceGroup, prompt_ids: list[int], kept: Ranked) -> TokenGroup:
     # The ranks that are left may have a gap, or begin with 2.
     places = {rank: place for place, rank in enumerate(sorted({r for _, r in kept}), start=1)}
-    token_group = TokenGroup(
+    return TokenGroup(
         prompt=np.asarray(prompt_ids, dtype=np.int32),
         responses=tuple(np.asarray(ids, dtype=np.int32) for ids, _ in kept),
         ranks=tuple(places[rank] for _, rank in kept),
@@ -309,59 +362,3 @@ def _assemble(
         prompt_key=group.prompt_key,
         target_margin=group.target_margin or 0.0,
     )
-    return token_group, shrank, "", changes
-
-
-def _different(
-    group: PreferenceGroup, texts: list[list[int]], special: frozenset[int], tokenizer: Any
-) -> tuple[Ranked, str]:
-    """Responses that are there and no other's copy, with their ranks; why the last one is not."""
-    eos: int = tokenizer.eos_token_id
-    kept: Ranked = []
-    reason = "nothing_to_compare"
-    for response, ids, rank in zip(group.responses, texts, group.ranks, strict=True):
-        response_ids = _response_ids(ids, eos, special, tokenizer)
-        if _is_empty(response) or response_ids == [eos]:
-            reason = "empty_response"
-        elif any(response_ids == other for other, _ in kept):
-            reason = "identical_responses"
-        else:
-            kept.append((response_ids, rank))
-    return kept, reason
-
-
-def _shortened(
-    prompt_ids: list[int], kept: Ranked, bos: int | None, *, max_length: int, truncation: str
-) -> tuple[list[int], Ranked, list[str]] | str:
-    """Prompt and responses within the limit and what was changed, or why the group is dropped."""
-    excess = len(prompt_ids) + max(len(ids) for ids, _ in kept) - max_length
-    if excess <= 0:
-        return prompt_ids, kept, []
-    if truncation == "drop":
-        return "too_long"
-    if truncation == "prompt":
-        first = 1 if prompt_ids[0] == bos and len(prompt_ids) > 1 else 0
-        if len(prompt_ids) - excess <= first:
-            return "too_long"
-        prompt_ids = prompt_ids[:first] + prompt_ids[first + excess :]
-        return prompt_ids, kept, ["truncated_prompt"]
-    cut = _cut(kept, max(0, max_length - len(prompt_ids)))
-    if not _comparable(cut):
-        return "nothing_to_compare"
-    whole = all(response in kept for response in cut)
-    return prompt_ids, cut, [] if whole else ["truncated_response"]
-
-
-def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[list[int], int]]:
-    """Cuts responses to ``length`` and keeps the best of those that became the same."""
-    cut: list[tuple[list[int], int]] = []
-    for ids, rank in responses:
-        short = ids[:length]
-        if short and not any(short == other for other, _ in cut):
-            cut.append((short, rank))
-    return cut
-
-
-def _comparable(responses: Sequence[tuple[list[int], int]]) -> bool:
-    """True if any two of the (different) responses are strictly ranked."""
-    return len({rank for _, rank in responses}) > 1

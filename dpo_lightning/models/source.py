@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.assets import BUNDLED_MODEL
-from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
+from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.loading import (
     adopt_special_tokens,

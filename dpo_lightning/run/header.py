@@ -37,6 +37,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "model": f"{prepared.source.name}: {parameters}",
         **({} if models.adapters is None else {"peft": models.adapters.describe()}),
         "data": f"{names.data}: {_counts(prepared.data)}",
+        **_chat(prepared),
         "loss": f"{names.loss}, beta {plan.beta:g}, reference {_reference(models, names)}",
         "steps": f"{schedule.total_steps:,} of {plan.batches.size} groups, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
@@ -48,6 +49,12 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
         facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
     return facts
+
+
+def _chat(prepared: Prepared) -> dict[str, str]:
+    """The line of the chat template, where rows go through one."""
+    chat, leads = prepared.chat, prepared.data.leads
+    return {} if chat is None or not leads else {"template": chat.line(leads)}
 
 
 def _counts(data: PreparedData) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
@@ -23,11 +24,14 @@ from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
+from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
-from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
+from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
+from dpo_lightning.run.chat import ChatTemplate, choose_template
+from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import config_hash, identity_of
-from dpo_lightning.run.inputs import SourceRows
+from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig
@@ -50,6 +54,7 @@ class Prepared:
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         score: Judges answers, if the settings name a scorer.
         ranks: The processes that share the models' weights; None where each has its own.
+        chat: The chat template; None where no rows go through one.
     """
 
     source: ModelSource
@@ -61,6 +66,7 @@ class Prepared:
     reference_outcome_logps: Tensor | None
     score: Score | None
     ranks: Ranks | None = None
+    chat: ChatTemplate | None = None
 
 
 def prepare(
@@ -72,6 +78,7 @@ def prepare(
     tokens: Path,
     resolved: dict[str, Any],
     record: RunRecord,
+    folder: RunFolder,
 ) -> Prepared:
     """Loads models and data, as far as a session needs them before it begins.
 
@@ -83,14 +90,15 @@ def prepare(
         tokens: Where token ids of rows are kept.
         resolved: The settings as plain values.
         record: What is known of the run; filled.
+        folder: The run's folder, for the rows that are set aside.
     """
-    source = _resolve_source(config, rows, hardware)
-    # The bundled model is too small to share out: threads would only wait for each other.
-    threads = config.trainer.threads or (1 if source.bundled else None)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    source = _resolve_source(config, hardware)
+    _set_threads(config, source)
     task = ControlledTask() if rows is None else None
-    data = None if rows is None else _prepare_rows(config, rows, source, tokens)
+    data = chat = None
+    if rows is not None:
+        data, chat = _prepare_rows(config, rows, source, tokens)
+        _set_aside(rows, data, folder)
     # Before anything large is loaded.
     memory = memory_settings(config)
     estimate = estimate_of(memory, hardware, source.config)
@@ -110,16 +118,39 @@ def prepare(
     }
     _fill(record, source, models, data)
     record.config_hash = config_hash(resolved, hashes)
+    identity = (chat.identity() if chat else {}) | identity_of(
+        config, hashes, numbers=config_numbers(source.config)
+    )
     return Prepared(
         source=source,
         shape=estimate.shape,
         models=models,
         data=data,
-        identity=identity_of(config, hashes, numbers=config_numbers(source.config)),
+        identity=identity,
         task=task,
         reference_outcome_logps=reference_logps,
         score=_make_score(config, hardware, judges=ranks is None or ranks.is_first),
         ranks=ranks,
+        chat=chat,
+    )
+
+
+def _set_threads(config: Config, source: ModelSource) -> None:
+    # The bundled model is too small to share out: threads would only wait for each other.
+    threads = config.trainer.threads or (1 if source.bundled else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder) -> None:
+    """Has the rows written that could not be read, and those that could not be rendered."""
+    if not data.set_aside:
+        return
+    bad = [*rows.train.bad, *(rows.eval.bad if rows.eval is not None else [])]
+    path = folder.path / QUARANTINE_FILE
+    folder.when_begun(lambda: write_quarantine(path, [*bad, *data.set_aside]))
+    log.info(
+        "rows that the chat template does not take: %d, they go to %s", len(data.set_aside), path
     )
 
 
@@ -144,7 +175,7 @@ def _fill(record: RunRecord, source: ModelSource, models: Models, data: Prepared
 # Building ---------------------------------------------------------------------------------------
 
 
-def _resolve_source(config: Config, rows: SourceRows | None, hardware: Hardware) -> ModelSource:
+def _resolve_source(config: Config, hardware: Hardware) -> ModelSource:
     model = config.model
     source = resolve_model(
         pretrained=model.pretrained,
@@ -160,12 +191,6 @@ def _resolve_source(config: Config, rows: SourceRows | None, hardware: Hardware)
         half = source.dtype == torch.bfloat16 or hardware.mixed
         dtype = torch.bfloat16 if half else torch.float32
         source = replace(source, dtype=dtype, quantization=nf4_config(dtype, hardware.beside))
-    if rows is not None:
-        parts = [rows.train.groups, rows.eval.groups if rows.eval else []]
-        messages = any(not isinstance(g.prompt, str) for groups in parts for g in groups)
-        note = set_chat_template(source.tokenizer, config.data.chat_template, needed=messages)
-        if note:
-            log.info(note)
     if source.tokenizer.pad_token_id is None:
         log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")
     return source
@@ -173,7 +198,10 @@ def _resolve_source(config: Config, rows: SourceRows | None, hardware: Hardware)
 
 def _prepare_rows(
     config: Config, rows: SourceRows, source: ModelSource, tokens: Path
-) -> PreparedData:
+) -> tuple[PreparedData, ChatTemplate | None]:
+    chat = choose_template(source.tokenizer, rows, config.data)
+    for note in chat.notes if chat else ():
+        log.info(note)
     data = prepare_rows(
         rows.train,
         rows.eval,
@@ -184,6 +212,9 @@ def _prepare_rows(
         split_seed=config.data.split_seed,
         max_dropped=config.data.max_dropped,
         cache=tokens,
+        options=None if chat is None else chat.options,
+        on_bad_row=config.data.on_bad_row,
+        positions=max_positions(source.config),
     )
     with_margin = sum(group.target_margin is not None for group in rows.train.groups)
     uses_margin = "odpo" in objective_settings(config.loss).terms
@@ -194,7 +225,7 @@ def _prepare_rows(
         data.notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
     for note in data.notes:
         log.info(note)
-    return data
+    return data, chat
 
 
 def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:

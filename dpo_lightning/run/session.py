@@ -133,6 +133,7 @@ def run_experiment(
         tokens=folders.tokens,
         resolved=resolved,
         record=record,
+        folder=folder,
     )
     plan = make_plan(
         config,

@@ -6,6 +6,7 @@ A default lives here and nowhere else; the files of ``conf/`` state only what di
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_lightning.data.dates import DEFAULT_DATE
 from dpo_lightning.data.forms import NAMES
 from dpo_lightning.objectives.registry import DIVERGENCES
 from dpo_lightning.settings.fields import LARGEST_SEED, setting
@@ -196,7 +197,18 @@ class DataConfig:
     )
     chat_template: str | None = setting(
         None,
-        "A Jinja file or the template itself, for message rows and a tokenizer without a template.",
+        "A Jinja file or the template itself, for message rows; null is the tokenizer's own.",
+    )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {},
+        "Variables of the chat template, such as {enable_thinking: false}; those of a row go over "
+        "them.",
+    )
+    template_date: str = setting(
+        DEFAULT_DATE,
+        "Day that a chat template is told when it asks for the date, so that tokens do not depend "
+        "on the day of the run.",
+        expected="a date, such as 2026-01-31",
     )
     batch_size: int = setting(
         32, "Groups (pairs) of one optimizer step, over all devices.", unit="groups", least=1

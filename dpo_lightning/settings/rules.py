@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dpo_lightning.data.dates import is_date
 from dpo_lightning.data.forms import NAMES
 from dpo_lightning.data.source_names import entries
 from dpo_lightning.plugins import READERS
@@ -51,6 +52,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.eval": _valid_source,
     "data.format": lambda value: value in NAMES or value in READERS,
     "data.ignore_fields": all,
+    "data.template_date": is_date,
     "data.train": _valid_source,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.warmup": _valid_warmup,

@@ -56,7 +56,12 @@ __all__ = [
     "loss_schema",
 ]
 
-FREE_FORM = ("model.config_overrides", "data.columns", "loss.terms")
+FREE_FORM = (
+    "model.config_overrides",
+    "data.chat_template_kwargs",
+    "data.columns",
+    "loss.terms",
+)
 """Mappings whose keys belong to the user: any key may be set in them."""
 
 PACKAGE = Path(__file__).resolve().parents[1]

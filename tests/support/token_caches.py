@@ -23,9 +23,14 @@ GROUPS = [
 ]
 
 
-def tokens(folder, tokenizer, groups=GROUPS, *, max_length=60, truncation="drop"):
+def tokens(folder, tokenizer, groups=GROUPS, *, max_length=60, truncation="drop", options=None):
     return tokenize_once(
-        groups, tokenizer, max_length=max_length, truncation=truncation, folder=folder
+        groups,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        folder=folder,
+        options=options,
     )
 
 

@@ -41,7 +41,7 @@ def tokenize(template: str):
     [(ENDLESS, "processor time"), (HUGE, "of memory"), ("{{ 'x' * 99999999999 }}", "of memory")],
 )
 def test_a_template_that_takes_too_much_is_stopped_and_named(template, what, monkeypatch):
-    monkeypatch.setattr("dpo_lightning.data.tokens.bounded", lambda: bounded(seconds=0.5))
+    monkeypatch.setattr("dpo_lightning.data.rendering.bounded", lambda: bounded(seconds=0.5))
     with pytest.raises(UserError) as caught:
         tokenize(template)
     assert what in str(caught.value)

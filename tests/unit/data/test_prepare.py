@@ -1,5 +1,7 @@
 """Every row of the files is trained on, held out, or dropped for a reason."""
 
+import copy
+import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpo_lightning.data.records import BadRow, PreferenceGroup, Rows, read_rows
+from dpo_lightning.data.records import BadRow, Message, PreferenceGroup, Rows, read_rows
 from dpo_lightning.data.splits import data_hash, prepare_rows, split_by_prompt
-from dpo_lightning.data.tokens import DROP_REASONS, PLAIN_CHAT_TEMPLATE
+from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
+from dpo_lightning.data.tokens import DROP_REASONS
 from dpo_lightning.errors import UserError
 from tests.support.groups import ids, token_group
 from tests.support.properties import examples
@@ -193,19 +196,127 @@ def test_more_dropped_than_allowed_stops_with_the_reasons(tokenizer, dropped, to
     assert message.startswith(f"data.max_dropped={limit}: {dropped} of {total} rows were dropped")
     assert f"{dropped} identical_responses" in message
     assert DROP_REASONS["identical_responses"] in message
-    assert message.endswith("allow more with data.max_dropped=")
+    remedy = float(message.rpartition("allow as many with data.max_dropped=")[2])
+    assert prepare(rows_with_drops(dropped, total), tokenizer, max_dropped=remedy).train
 
 
-def test_long_rows_can_be_kept_by_truncation(tokenizer):
-    rows = make_rows(("q", "yes", "no"), ("q" * 40, "yes", "no"), bad=1)
+LONG_PROMPT = ("q" * 40, "yes", "no")
+LONG_ANSWERS = ("q", "y" * 40, "n" * 40)
+
+
+@pytest.mark.parametrize(
+    ("long", "truncation", "remedies"),
+    [
+        (LONG_PROMPT, "drop", ["data.truncation=prompt", "data.max_length=44"]),
+        (LONG_PROMPT, "response", ["data.truncation=prompt", "data.max_length=44"]),
+        (LONG_ANSWERS, "drop", ["data.truncation=response", "data.max_length=42"]),
+        (LONG_ANSWERS, "prompt", ["data.truncation=response", "data.max_length=42"]),
+    ],
+)
+def test_what_keeps_long_rows_is_said_and_does(tokenizer, long, truncation, remedies):
+    rows = make_rows(("q", "yes", "no"), long, bad=1)
+    given = {"max_length": 20, "max_dropped": 0.5, "truncation": truncation}
     with pytest.raises(UserError) as caught:
-        prepare(rows, tokenizer, max_length=20, max_dropped=0.5)
+        prepare(rows, tokenizer, **given)
     message = str(caught.value)
     assert "2 of 3 rows" in message
-    assert "1 too_long" in message
     assert "1 bad_row" in message
     assert "data.max_length=20" in message
-    assert message.endswith("data.truncation=response")
+    said = [part.rpartition("with ")[2] for part in message.rpartition("; ")[2].split(", or ")]
+    assert said == [*remedies, "data.max_dropped=0.667"]
+    for remedy in said:
+        key, _, value = remedy.removeprefix("data.").partition("=")
+        kind = type(given[key])
+        assert prepare(rows, tokenizer, **given | {key: kind(value)}).train
+
+
+def test_a_length_that_the_model_does_not_take_is_no_remedy(tokenizer):
+    rows = make_rows(("q", "yes", "no"), LONG_PROMPT)
+    with pytest.raises(UserError) as caught:
+        prepare(rows, tokenizer, max_length=20, max_dropped=0.1, positions=43)
+    assert "data.max_length=44" not in str(caught.value)
+
+
+def test_nothing_left_names_what_would_keep_rows(tokenizer):
+    with pytest.raises(UserError) as caught:
+        prepare(make_rows(LONG_PROMPT), tokenizer, max_length=20)
+    assert str(caught.value).endswith(
+        "name other rows with data.train=, or keep long rows with data.truncation=prompt, or take "
+        "them whole with data.max_length=44"
+    )
+
+
+# Rows that a chat template does not take ----------------------------------------------------------
+
+PICKY = (
+    "{% for m in messages %}{{ m.content if m.role in ('user', 'assistant') }}.{% endfor %}"
+    "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+)
+
+
+def messages_rows(*roles_and_texts):
+    groups = [
+        PreferenceGroup(
+            (Message(role, text),),
+            ((Message("assistant", "yes"),), (Message("assistant", "never"),)),
+            (1, 2),
+            1.0,
+            None,
+            f"rows.jsonl:{line}",
+        )
+        for line, (role, text) in enumerate(roles_and_texts, start=1)
+    ]
+    return Rows(groups, [], len(groups), [])
+
+
+@pytest.fixture
+def picky(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = PICKY
+    return other
+
+
+GOOD = [("user", f"q{number}") for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "problem"),
+    [
+        (("user", "no"), "prompt", "the chat template refuses a conversation with the roles user"),
+        (("tool", "x"), "prompt[0].content", "leaves out 'x' ('content' of the role 'tool')"),
+    ],
+)
+def test_a_row_that_the_template_does_not_take_goes_by_on_bad_row(picky, bad, field, problem):
+    rows = messages_rows(*GOOD[:4], bad, *GOOD[4:])
+    with pytest.raises(UserError) as caught:
+        prepare(rows, picky)
+    message = str(caught.value)
+    assert message.startswith(f"rows.jsonl:5: {field}: ")
+    assert problem in message
+    assert "1 bad row of 10, data.on_bad_row=skip sets them aside" in message
+    data = prepare(rows, picky, on_bad_row="skip")
+    assert data.dropped == {"not_rendered": 1}
+    assert len(data.train) + len(data.eval) == 9
+    [row] = data.set_aside
+    assert (row.source, row.field, problem in row.problem) == ("rows.jsonl:5", field, True)
+    assert json.loads(row.row)["prompt"] == [{"role": bad[0], "content": bad[1]}]
+
+
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_one_cause_of_many_rows_stops_with_one_line(picky, on_bad_row):
+    rows = messages_rows(*GOOD[:7], *[("tool", text) for text in ("x", "y", "z")])
+    with pytest.raises(UserError) as caught:
+        prepare(rows, picky, on_bad_row=on_bad_row)
+    assert str(caught.value) == (
+        "data.train: the chat template leaves out 'content' of the role 'tool' in 3 of 10 rows "
+        "(rows.jsonl:8 prompt[0].content, rows.jsonl:9 prompt[0].content, rows.jsonl:10 "
+        "prompt[0].content); name a template that writes it with data.chat_template="
+    )
+
+
+def test_a_fifth_of_the_rows_may_be_set_aside(picky):
+    rows = messages_rows(*GOOD[:8], ("tool", "x"), ("tool", "y"))
+    assert len(prepare(rows, picky, on_bad_row="skip").set_aside) == 2
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.eval"])

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_lightning.data import token_cache
 from dpo_lightning.data.rows import PreferenceGroup
+from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.tokens import tokenize_groups
 from tests.support.models import byte_tokenizer
 from tests.support.token_caches import GROUPS, TEMPLATE, group, same, tokens
@@ -89,11 +90,22 @@ def changed_eos(t, g):
     return t, g, {}
 
 
+def changed_tools(t, g):
+    return t, [*g[:2], replace(g[2], tools='[{"name": "é"}]'), *g[3:]], {}
+
+
+def changed_kwargs(t, g):
+    return t, [*g[:2], replace(g[2], template_kwargs='{"a": 1}'), *g[3:]], {}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         changed_text, changed_rank, changed_weight, changed_order, fewer, changed_template,
         changed_tokenizer, changed_eos,
+        changed_tools, changed_kwargs,
+        lambda t, g: (t, g, {"options": TemplateOptions(kwargs={"a": 1})}),
+        lambda t, g: (t, g, {"options": TemplateOptions(date="2020-02-02")}),
         lambda t, g: (t, g, {"max_length": 61}),
         lambda t, g: (t, g, {"truncation": "response"}),
     ],
@@ -105,6 +117,20 @@ def test_whatever_changes_the_tokens_is_made_anew(tmp_path, tokenizer, count, ch
     assert len(count) == 2
     limits = {"max_length": 60, "truncation": "drop"} | limits
     assert same(found, tokenize_groups(groups, other, **limits))
+
+
+def test_faults_and_lengths_are_found_again(tmp_path, tokenizer, count):
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}"
+    )
+    made, found = (tokens(tmp_path, tokenizer) for _ in range(2))
+    assert count == [5]
+    assert found.faults.keys() == {2}
+    assert (found.faults, found.kept_by, found.longest, found.leads) == (
+        *(made.faults, made.kept_by, made.longest),
+        made.leads,
+    )
+    assert found.kept_by == {"max_length": 1, "prompt": 1}
 
 
 def test_another_place_of_the_same_rows_is_found_with_its_own_names(tmp_path, tokenizer, count):

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_lightning.data.records import Message, read_rows
-from dpo_lightning.data.tokens import PLAIN_CHAT_TEMPLATE
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
 from tests.support.properties import examples
 from tests.support.tokens import (
     ANY_TEXT,
@@ -58,8 +57,6 @@ def test_the_plain_template_reads_as_a_dialogue(plain_tokenizer):
     [
         USER,
         (*USER, *answer("hi"), Message("user", "and?")),
-        # The assistant spoke last and speaks again: what announces it still is the prompt's.
-        (*USER, *answer("hi")),
     ],
 )
 def test_messages_by_the_plain_template(plain_tokenizer, prompt):
@@ -67,9 +64,19 @@ def test_messages_by_the_plain_template(plain_tokenizer, prompt):
         prompt, answer("yes"), answer("no"), tokenizer=plain_tokenizer
     )
     assert ids.count(plain_tokenizer.bos_token_id) == 1
-    assert plain_tokenizer.decode(ids).endswith("Assistant:")
-    assert [plain_tokenizer.decode(r) for r in responses] == [f" yes{END}", f" no{END}"]
+    # The space is the template's.
+    assert plain_tokenizer.decode(ids).endswith("Assistant: ")
+    assert [plain_tokenizer.decode(r) for r in responses] == [f"yes{END}", f"no{END}"]
     assert result.notes == []
+
+
+def test_an_answer_that_the_prompt_begins_is_continued(plain_tokenizer):
+    prompt = (*USER, Message("assistant", "Once upon"))
+    ids, responses, _ = tokenize_one(
+        prompt, answer(" a time"), answer("!"), tokenizer=plain_tokenizer
+    )
+    assert plain_tokenizer.decode(ids).endswith("User: hello?\n\nAssistant: Once upon")
+    assert [plain_tokenizer.decode(r) for r in responses] == [f" a time{END}", f"!{END}"]
 
 
 def test_a_prompt_of_messages_may_be_answered_by_strings(plain_tokenizer):
@@ -81,8 +88,8 @@ def test_a_prompt_of_messages_may_be_answered_by_strings(plain_tokenizer):
 def test_a_response_of_several_turns_ends_with_the_last_eos(plain_tokenizer):
     long = (*answer("yes"), Message("user", "sure?"), *answer("very"))
     _, [first, second], _ = tokenize_one(USER, long, answer("no"), tokenizer=plain_tokenizer)
-    assert plain_tokenizer.decode(first) == (f" yes{END}\n\nUser: sure?\n\nAssistant: very{END}")
-    assert plain_tokenizer.decode(second) == f" no{END}"
+    assert plain_tokenizer.decode(first) == (f"yes{END}\n\nUser: sure?\n\nAssistant: very{END}")
+    assert plain_tokenizer.decode(second) == f"no{END}"
 
 
 def test_a_template_without_eos_gets_one(plain_tokenizer):
@@ -109,7 +116,7 @@ def test_strings_and_messages_in_one_chunk(plain_tokenizer):
         tokenizer=plain_tokenizer,
     )
     texts = [plain_tokenizer.decode(group.responses[0]) for group in result.groups]
-    assert texts == [f"c{END}", f" c{END}", f"d{END}"]
+    assert texts == [f"c{END}", f"c{END}", f"d{END}"]
     assert all(group.prompt[0] == plain_tokenizer.bos_token_id for group in result.groups)
 
 
@@ -117,15 +124,15 @@ def test_a_template_that_refuses_is_answered_in_one_line(plain_tokenizer):
     plain_tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system\n role') }}{% endif %}"
     )
-    group = make_group(USER, answer("yes"), answer("no"), source="rows.jsonl:12")
-    with pytest.raises(UserError) as caught:
-        tokenize(group, tokenizer=plain_tokenizer)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith("rows.jsonl:12: ")
-    assert "system, user" in message
-    assert "no system role" in message
-    assert message.endswith("data.chat_template=")
+    group = make_group(USER, answer("yes"), answer("no"))
+    result = tokenize(group, tokenizer=plain_tokenizer)
+    assert (result.groups, result.dropped) == ([], {"not_rendered": 1})
+    [fault] = result.faults.values()
+    assert fault.problem == (
+        "the chat template refuses a conversation with the roles system, user, assistant: "
+        "no system role"
+    )
+    assert fault.remedy.endswith("data.chat_template=")
 
 
 @settings(max_examples=examples(60))
@@ -145,7 +152,12 @@ def test_any_conversation_by_the_plain_template(prompt, texts):
     messages = tuple(Message(role, text) for role, text in prompt)
     ids, responses, _ = tokenize_one(messages, *map(answer, texts), tokenizer=tokenizer)
     for text, response in zip(texts, responses, strict=True):
-        whole = tokenizer(rendered(tokenizer, (*messages, *answer(text))), add_special_tokens=False)
+        *before, last = messages
+        if last.role == "assistant":
+            conversation = (*before, *answer(last.content + text))
+        else:
+            conversation = (*messages, *answer(text))
+        whole = tokenizer(rendered(tokenizer, conversation), add_special_tokens=False)
         assert ids + response == up_to_last_eos(whole["input_ids"], tokenizer.eos_token_id)
 
 
