@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Extent:
     """A tensor inside a buffer.
 
     Attributes:
@@ -57,7 +57,7 @@ def taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...]]:
             start = sizes.get(item.dtype, 0)
             sizes[item.dtype] = start + item.numel()
             parts.setdefault(item.dtype, []).append(item.reshape(-1))
-            return Slot([*parts].index(item.dtype), start, tuple(item.shape))
+            return Extent([*parts].index(item.dtype), start, tuple(item.shape))
         if isinstance(item, tuple) and item and not isinstance(item[0], int):
             return tuple(map(part, item))
         if hasattr(item, "__dataclass_fields__"):
@@ -71,7 +71,7 @@ def taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 def put_together(left: Any, buffers: Sequence[Tensor]) -> Any:
     """The value again, with tensors of their own: the buffers are free after it."""
-    if isinstance(left, Slot):
+    if isinstance(left, Extent):
         found = buffers[left.buffer][left.start : left.start + math.prod(left.shape)]
         return found.reshape(left.shape).clone()
     if isinstance(left, Made):
