@@ -109,18 +109,11 @@ def prepare(
         reference_logps = _outcome_logps(task, models, ranks)
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
-    hashes = {
-        "data": data_hash(data.train, data.eval),
-        "weights": models.weights,
-        "config": numbers_hash(source.config),
-        "reference": models.reference_weights,
-        "reference_config": models.reference_config,
-    }
+    hashes = _hashes(source, models, data)
     _fill(record, source, models, data)
     record.config_hash = config_hash(resolved, hashes)
-    identity = (chat.identity() if chat else {}) | identity_of(
-        config, hashes, numbers=config_numbers(source.config)
-    )
+    numbers = config_numbers(source.config)
+    identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
     return Prepared(
         source=source,
         shape=estimate.shape,
@@ -152,6 +145,17 @@ def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder) -> None:
     log.info(
         "rows that the chat template does not take: %d, they go to %s", len(data.set_aside), path
     )
+
+
+def _hashes(source: ModelSource, models: Models, data: PreparedData) -> dict[str, str]:
+    """Hashes of all that decides a run's numbers beside its settings."""
+    return {
+        "data": data_hash(data.train, data.eval),
+        "weights": models.weights,
+        "config": numbers_hash(source.config),
+        "reference": models.reference_weights,
+        "reference_config": models.reference_config,
+    }
 
 
 def _outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> Tensor:

@@ -245,11 +245,16 @@ def needs_multirun(override: Override) -> str:
     key, _, values = line.partition("=")
     setting = settings().get(override.key_or_group)
     hint = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
-    if setting and setting.kind is str and "," in values and not re.search("[\"'(\\\\]", values):
+    if (
+        setting
+        and setting.kind in (str, object)
+        and "," in values
+        and not re.search("[\"'(\\\\]", values)
+    ):
         quoted = shlex.quote(f'{key}="{values}"')
         if Path(values).expanduser().exists():
             return f"{line}: the comma of this path separates values; write {quoted}"
-        hint = f"; one text that has commas is {quoted}"
+        hint += f"; one text that has commas is {quoted}"
     return f"{line} gives several values: add -m to run one after the other{hint}"
 
 
