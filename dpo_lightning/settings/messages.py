@@ -79,6 +79,10 @@ def unknown_key(key: str) -> str:
     leaf = key.rpartition(".")[2]
     if leaf in _HABITS:
         return f"{key}: unknown key; {_HABITS[leaf]}"
+    launchers = _launchers_with(key)
+    if launchers:
+        others = " or ".join(f"hydra/launcher={name}" for name in launchers)
+        return f"{key}: only with {others}, which is not chosen"
     candidates = [*settings(), *_OTHER_KEYS, *_launcher_keys()]
     same_leaf = [name for name in candidates if name.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, candidates, n=1)
@@ -89,6 +93,22 @@ def unknown_key(key: str) -> str:
     if not meant:
         return f"{key}: unknown key; `{' '.join(typed())} --cfg job` shows all there are"
     return f"{key}: unknown key; did you mean {meant}?"
+
+
+def _launchers_with(key: str) -> list[str]:
+    """The project's launchers that have a key."""
+    store = ConfigStore.instance()
+    if not key.startswith("hydra.launcher."):
+        return []
+    if store.get_type(_LAUNCHER) != ObjectType.GROUP:
+        return []
+    name = key.removeprefix("hydra.launcher.")
+    found = {option: store.load(f"{_LAUNCHER}/{option}") for option in store.list(_LAUNCHER)}
+    return [
+        option.removesuffix(".yaml")
+        for option, node in found.items()
+        if node.provider == "dpo_lightning" and name in map(str, node.node)
+    ]
 
 
 def _launcher_keys() -> list[str]:
