@@ -48,6 +48,7 @@ from dpo_lightning.settings.compose import (
     parse_words,
     ready_hydra,
     typed_overrides,
+    unused_choices,
     with_folder,
     with_resumed_folder,
 )
@@ -189,7 +190,7 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     overrides = typed_overrides(args, hydra)
     fixed, swept = by_sweep(overrides)
     cfg = compose(hydra, args, lines_of(fixed))
-    raise_all(hydra_problems(cfg.hydra))
+    raise_all([*hydra_problems(cfg.hydra), *unused_choices(hydra, cfg, overrides)])
     subdir = OmegaConf.select(cfg, "hydra.output_subdir")
     if not args.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         raise_all(needs_multirun(override) for override in swept)

@@ -123,6 +123,11 @@ def make_callbacks(names: Sequence[str]) -> list[Any]:
         UserError: If no plugin registered one of them.
     """
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(
+                f"trainer.callbacks={str(names)[:60]}: needs names that plugins registered, such "
+                "as [bell]; a callback's own settings are its plugin's"
+            )
         if name not in CALLBACKS:
             known = ", ".join(CALLBACKS) or "none"
             raise UserError(
@@ -142,6 +147,11 @@ def load_plugins(names: Sequence[str]) -> None:
     if names and here not in sys.path:
         sys.path.append(here)
     for name in names:
+        if name.partition(".")[0] in sys.stdlib_module_names:
+            raise UserError(
+                f"plugins={name}: a module of Python itself; name one of your own, which registers "
+                "or defines what the settings name"
+            )
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -177,6 +187,12 @@ def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
                 if not callable(found):
                     raise UserError(
                         f"evaluation.scorer={name}: {plugin} has no function {attribute}"
+                    )
+                where = str(getattr(found, "__module__", None) or type(found).__module__)
+                if where.partition(".")[0] != plugin.partition(".")[0]:
+                    raise UserError(
+                        f"evaluation.scorer={name}: {plugin} only imports it from {where}; a "
+                        "plugin offers what it defines, or registers with @register_scorer"
                     )
                 function: ScoreFunction = found
                 return function

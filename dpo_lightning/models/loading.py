@@ -22,6 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.config_numbers import without_dropout
+from dpo_lightning.files import read_json
+from dpo_lightning.settings.messages import shown
 
 
 def load_tokenizer(
@@ -177,7 +179,29 @@ def load_reward_model(source: str, config: Any, *, key: str) -> Any:
     )
 
 
+def _check_index(source: str, *, key: str) -> None:
+    """Refuses an index of shards that leads to anything but safetensors of that folder."""
+    path = Path(source) / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    shards = read_json(path).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else set()
+    if not names:
+        raise UserError(f"{key}={source}: its {path.name} names no weights, or is damaged")
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{key}={source}: its {path.name} names {shown(name)}, and weights are read from "
+                "*.safetensors of that folder alone"
+            )
+        if not (Path(source) / name).is_file():
+            raise UserError(
+                f"{key}={source}: its {path.name} names {shown(name)}, which is missing"
+            )
+
+
 def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: Any) -> Any:
+    _check_index(source, key=key)
     try:
         model, info = kind.from_pretrained(
             source,
@@ -279,6 +303,11 @@ def load_error(what: str, error: Exception, *, remedy: str) -> UserError:
     offline = ("couldn't connect", "can't load", "offline", "not find", "connection", "resolve")
     if "gated" in lowered or "401" in lowered:
         return UserError(f"{what}: the hub wants you to log in for it (hf auth login)")
+    if "trust_remote_code" in lowered:
+        return UserError(
+            f"{what}: its files ask for code of its own (auto_map), which is never run here; name "
+            f"a model of a kind that transformers itself knows, with {remedy}"
+        )
     if any(word in lowered for word in offline):
         return UserError(
             f"{what}: not a local folder with it, not in the local cache, and the hub did not "

@@ -155,6 +155,17 @@ def watch_parent() -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
+def parent_is_gone() -> bool:
+    """True if the rank that started this process has ended, or does so within a second."""
+    parent = int(os.environ[PARENT])
+    deadline = time.monotonic() + 1.0
+    while os.getppid() == parent:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS / 4)
+    return True
+
+
 def leave_word(run_dir: Path, error: str | None) -> None:
     """Leaves a child rank's message for the rank that started it."""
     with contextlib.suppress(OSError):

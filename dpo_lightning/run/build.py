@@ -24,7 +24,7 @@ from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
-from dpo_lightning.training.checkpoints.writer import Checkpoints, DurableCheckpointIO
+from dpo_lightning.training.checkpoints.writer import PARTS, Checkpoints, DurableCheckpointIO
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.preemption import Preemption
 from dpo_lightning.training.ranks import refuse_as_user_error
@@ -156,7 +156,7 @@ def make_trainer(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
-            plugins=[DurableCheckpointIO(manifest)],
+            plugins=[DurableCheckpointIO(manifest, PARTS)],
             enable_progress_bar=_shows_bar(trainer),
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -25,6 +25,7 @@ from dpo_lightning.processes.child_ranks import (
     is_about_ranks,
     is_child,
     leave_word,
+    parent_is_gone,
     watch_parent,
 )
 from dpo_lightning.processes.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
@@ -161,6 +162,8 @@ class _Supervisor:
         received = self._signals.received
         if received and is_about_ranks(caught):
             return _Outcome(exit_code(received), "stopped while a rank was gone")
+        if is_child() and is_about_ranks(caught) and parent_is_gone():
+            return _Outcome(1, "the rank that started this one is gone, so it ends too")
         fault = disk_fault(caught)
         if fault is None:
             log.exception("unexpected error")

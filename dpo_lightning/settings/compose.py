@@ -18,6 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -183,6 +184,34 @@ def on_earlier(
     on_recorded(cfg, read_recorded(path), overrides, default)
     print(f"settings of {path}, and what is typed", flush=True)
     return cfg
+
+
+def unused_choices(hydra: Hydra, cfg: DictConfig, overrides: list[Override]) -> Iterator[str]:
+    """Yields the choices of Hydra's own groups in an experiment's file, where the root's stand.
+
+    Args:
+        hydra: With the search path of the command line.
+        cfg: The composed config.
+        overrides: What was typed, which may choose otherwise.
+    """
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    name = choices.get("experiment")
+    loader = hydra.config_loader
+    assert isinstance(loader, ConfigLoaderImpl)
+    file = None if name is None else loader.repository.load_config(f"experiment/{name}")
+    typed = {override.key_or_group for override in overrides}
+    for item in [] if file is None else file.defaults_list or []:
+        if not (isinstance(item, GroupDefault) and item.override):
+            continue
+        group = str(item.group).lstrip("/")
+        if group.startswith("hydra/") and group not in typed and item.value != choices.get(group):
+            options = loader.get_group_options(group)
+            if item.value in options:
+                remedy = f"is not used in a file; type {group}={item.value}"
+            else:
+                remedy = f"is no choice, there are {', '.join(options)}"
+            yield f"experiment={name}: its `override /{group}: {item.value}` {remedy}"
 
 
 def make_hydra(args: argparse.Namespace) -> ComposedOnce:

@@ -59,8 +59,8 @@ _TOKEN = re.compile(
     # A password in an address, a private key,
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     # and what an address is signed with.
-    r"|(?P<kept>[?&][\w-]*(?:token|secret|passw(?:or)?d|api_?key|access_?key|signature|credential)="
-    r"|[?&](?:key|sig|auth)=)(?!\[hidden\])[^&\s'\"]{6,}",
+    r"|(?P<kept>(?i:[?&][\w-]*(?:token|secret|passw(?:or)?d|api_?key|access_?key|signature|credential)="
+    r"|[?&](?:key|sig|auth)=))(?!\[hidden\])[^&\s'\"]{6,}",
 )
 
 # A long text that nobody would type: letters of both cases and digits, or many hexadecimal digits.

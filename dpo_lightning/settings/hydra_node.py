@@ -29,6 +29,10 @@ _LOGGING = frozenset(
         "dpo_lightning.tracking.terminal.TerminalHandler",
     }
 )
+# Variables by which a process loads code before its own.
+_LOADED_BY = frozenset(
+    {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "BASH_ENV", "ENV", "NODE_OPTIONS", "GCONV_PATH"}
+)
 _STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
 
 
@@ -49,6 +53,13 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
     for section in ("job_logging", "hydra_logging"):
         yield from _logging(own.get(section), f"hydra.{section}")
     job, subdir = own.get("job") or {}, own.get("output_subdir")
+    for variable in job.get("env_set") or {} if isinstance(job.get("env_set"), dict) else ():
+        upper = str(variable).upper()
+        if upper in _LOADED_BY or upper.startswith(("LD_", "DYLD_")):
+            yield (
+                f"hydra.job.env_set.{variable}: it decides which code is loaded, which no setting "
+                "does; set it in the shell"
+            )
     name = job.get("name")
     if isinstance(name, str) and name != "???" and name != slug(name):
         yield (

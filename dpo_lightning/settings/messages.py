@@ -41,6 +41,10 @@ def unknown_key(key: str, value: object = _MISSING) -> str:
     known = KEYS.get(key, KEYS.get(key.rpartition(".")[2]))
     if known is not None:
         return f"{key}: unknown key; {_in_words(known, value)}"
+    launchers = _launchers_with(key)
+    if launchers:
+        others = " or ".join(f"hydra/launcher={name}" for name in launchers)
+        return f"{key}: only with {others}, which is not chosen"
     candidates = [*settings(), *_OTHER_KEYS, *_launcher_keys()]
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in candidates if name.rpartition(".")[2] == leaf]
@@ -95,6 +99,22 @@ def _options(group: str) -> tuple[str, ...]:
         return known_losses()
     rule = settings()[f"{group}.{'kind' if f'{group}.kind' in settings() else 'name'}"].rule
     return tuple(rule.get("choices", ()))
+
+
+def _launchers_with(key: str) -> list[str]:
+    """The project's launchers that have a key."""
+    store = ConfigStore.instance()
+    if not key.startswith("hydra.launcher."):
+        return []
+    if store.get_type(_LAUNCHER) != ObjectType.GROUP:
+        return []
+    name = key.removeprefix("hydra.launcher.")
+    found = {option: store.load(f"{_LAUNCHER}/{option}") for option in store.list(_LAUNCHER)}
+    return [
+        option.removesuffix(".yaml")
+        for option, node in found.items()
+        if node.provider == "dpo_lightning" and name in map(str, node.node)
+    ]
 
 
 def _launcher_keys() -> list[str]:

@@ -15,6 +15,7 @@ from tests.support.signals import (
     SHORT,
     SMALL,
     TWO,
+    UNDISTURBED,
     assert_same_weights,
     ended,
     ranks_of,
@@ -49,7 +50,7 @@ def test_a_signal_finishes_the_step_and_saves_it(whole, tmp_path, signum, code: 
     assert (folder / "checkpoints" / "step-000006.ckpt").exists()
     assert signal.Signals(signum).name in run.result["error"]
     assert not (folder / "model").exists()
-    resumed = run_train(folder, *SMALL, *SHORT, "resume=auto")
+    resumed = run_train(folder, *SMALL, *SHORT, *UNDISTURBED, "resume=auto")
     assert resumed.code == 0
     assert_same_weights(whole, resumed, exact=True)
     steps = [row["step"] for row in resumed.rows if "train/loss" in row]
@@ -69,7 +70,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(whole, tmp_path, rank: int):
     assert run.result["status"] == "stopped"
     assert (folder / "checkpoints" / f"step-{run.result['step']:06d}.ckpt").exists()
     # The same groups in the same order with one rank, too.
-    resumed = run_train(folder, *SMALL, *SHORT, "resume=auto")
+    resumed = run_train(folder, *SMALL, *SHORT, *UNDISTURBED, "resume=auto")
     assert resumed.code == 0
     assert_same_weights(whole, resumed, exact=False)
 

@@ -16,6 +16,10 @@ from tests.support.warm import WarmRun, start_train
 DISTURBED = ("plugins=[tests.support.disturbances]", "trainer.callbacks=[disturb]")
 
 
+# A run brings its own settings when it is resumed.
+UNDISTURBED = ("plugins=[]", "trainer.callbacks=[]")
+
+
 SMALL = (*TINY, "evaluation.partition_samples=0", "trainer.accelerator=cpu")
 
 

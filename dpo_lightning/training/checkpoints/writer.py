@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,8 +35,8 @@ _PLAIN = (
     *(torch.Size, torch.dtype, torch.device),
 )
 _DICTS = (dict, OrderedDict, Counter)
-# Of each checkpoint that a run writes.
-_PARTS = ("state_dict", "global_step", "loops", "optimizer_states")
+PARTS = ("state_dict", "global_step", "loops", "optimizer_states")
+"""Entries of each checkpoint that a run writes."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -44,9 +44,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     Args:
         facts: Entries of every manifest beside step, size and hash; plain values.
+        parts: Entries without which what is loaded is no checkpoint.
     """
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
+    def __init__(self, facts: Mapping[str, Any], parts: Sequence[str] = ()) -> None:
+        self._parts = parts
         self._facts = dict(facts)
         self._holds_back = False
         self.failure: DpoLightningError | None = None
@@ -109,7 +111,7 @@ class DurableCheckpointIO(CheckpointIO):
                 f"{path}: it holds more than tensors and plain values, or is no checkpoint "
                 f"({reason}); it was not loaded"
             ) from error
-        missing = [key for key in _PARTS if not isinstance(loaded, dict) or key not in loaded]
+        missing = [key for key in self._parts if not isinstance(loaded, dict) or key not in loaded]
         if missing:
             raise CorruptArtifactError(
                 f"{path}: it is no checkpoint of a run, it has no {missing[0]}; it was not used"

@@ -5,6 +5,7 @@ import pytest
 from dpo_lightning.settings.credentials import (
     is_secret,
     is_secret_text,
+    random_values,
     redact,
     secrets_in,
     typed_secrets,
@@ -19,6 +20,16 @@ TOKENS = [
     "sk-proj-" + "aB3" * 12,
     "sk-" + "aB3" * 12,
     "AKIA" + "ABCD1234" * 2,
+    "sk-ant-api03-" + "aB3_-" * 6,
+    "xoxb-" + "123456789012-" + "aB3" * 8,
+    "AIza" + "aB3-_" * 7,
+    "eyJ" + "aB3" * 5 + ".eyJ" + "aB3" * 5 + "." + "aB3-_" * 5,
+    "glpat-" + "aB3-_" * 4,
+    "npm_" + "aB3" * 12,
+    "sk_live_" + "aB3" * 8,
+    "SG." + "aB3" * 7 + "." + "aB3" * 12,
+    "hvs." + "aB3" * 9,
+    "-----BEGIN RSA PRIVATE KEY-----",
 ]
 
 
@@ -86,6 +97,25 @@ def test_a_password_in_an_address():
     text = "cannot reach https://me:hunter2@host/path"
     assert is_secret_text(text)
     assert redact(text) == "cannot reach https://[hidden]@host/path"
+
+
+def test_what_an_address_is_signed_with():
+    text = "https://host/rows.jsonl?v=2&X-Amz-Signature=abcdef012345&token=abc123"
+    assert is_secret_text(text)
+    hidden = "https://host/rows.jsonl?v=2&X-Amz-Signature=[hidden]&token=[hidden]"
+    assert redact(text) == hidden
+    assert redact(hidden) == hidden
+    assert not is_secret_text("https://host/rows.jsonl?v=2&tokens=many&token=a")
+
+
+def test_a_value_that_looks_random_is_pointed_at():
+    config = {
+        "name": "wJalrXUtnFEMI7K7MDENG",
+        "logger": {"tags": ["a", "0123456789abcdef" * 2]},
+        "model": {"revision": "0123456789abcdef" * 2, "pretrained": "a/wJalrXUtnFEMI7K7MDENG"},
+        "data": {"subset": "helpful-base_2024", "train": "TheQuickBrownFoxJumpsOverTheLazyDog"},
+    }
+    assert list(random_values(config, "")) == ["name", "logger.tags"]
 
 
 def test_secrets_of_the_environment(monkeypatch):

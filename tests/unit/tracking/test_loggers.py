@@ -71,6 +71,34 @@ def test_a_torn_line_goes_and_the_others_stay(tmp_path):
     assert [row["n"] for row in rows(tmp_path)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe{}", b"\0\0\0\0", b'{"step": 1', b"[" * 100_000, b'{"step": true}']
+)
+def test_a_damaged_line_is_left_out_and_said(tmp_path, caplog, damage):
+    logged(tmp_path, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, second, b""]))
+    JsonlLogger(tmp_path).start(2, rows=1)
+    assert path.read_bytes().splitlines() == [first, second]
+    assert "metrics.jsonl: 1 of its lines cannot be read" in caplog.text
+
+
+def test_an_earlier_runs_rows_stay_until_this_one_may_write(tmp_path):
+    logged(tmp_path, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes()
+    logger = JsonlLogger(tmp_path)
+    logger.hold_back()
+    logger.start(1, rows=1)
+    logger.log_metrics({"n": 9.0}, step=2)
+    assert path.read_bytes() == before
+    assert logger.kept() == before.splitlines(keepends=True)[0]
+    path.write_bytes(logger.kept())
+    logger.go_on()
+    assert [row["n"] for row in rows(tmp_path)] == [0, 9]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_rows_wait_until_they_can_be_written(tmp_path, caplog):
     logger = logged(tmp_path, 1)

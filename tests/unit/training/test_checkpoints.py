@@ -87,6 +87,39 @@ def test_every_flipped_bit_of_a_manifest_is_found_out(tmp_path):
     assert find_damage(path) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": 11}, "is of step 11"),
+        ({"step": "10"}, "names no step"),
+        ({"bytes": "18"}, "names no content"),
+        ({"replaces": [1]}, "names no content"),
+        ({"identity": 3}, "names no settings"),
+    ],
+)
+def test_a_manifest_that_lies_is_found_out_though_its_check_is_right(tmp_path, change, said):
+    path = save(tmp_path, 10)
+    manifest = read_manifest(path) | change
+    manifest["check"] = checkpoints._check(manifest)
+    manifest_path(path).write_text(json.dumps(manifest))
+    assert said in str(find_damage(path))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", "\xff", "[]"])
+def test_a_manifest_that_is_none_is_passed_over(tmp_path, text):
+    older, path = save(tmp_path, 5), save(tmp_path, 10)
+    manifest_path(path).write_text(text, encoding="latin-1")
+    assert "is damaged" in str(find_damage(path))
+    assert find_checkpoint("auto", tmp_path) == older
+
+
+def test_a_checkpoint_that_is_a_folder_is_said(tmp_path):
+    path = save(tmp_path, 10)
+    path.unlink()
+    path.mkdir()
+    assert find_damage(path) == "it is a folder"
+
+
 def test_what_has_no_manifest_was_not_finished(tmp_path):
     path = save(tmp_path, 3)
     manifest_path(path).unlink()
