@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.inputs import read_sources
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.settings.validation import validate
@@ -61,6 +62,21 @@ def judged(line: str) -> list[str]:
         OmegaConf.update(cfg, key, yaml.safe_load(text), force_add=True)
     try:
         validate(cfg)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def read(line: str) -> list[str]:
+    """The one line about the rows that the settings name; empty where they are read."""
+    cfg = OmegaConf.structured(Config)
+    for word in line.split():
+        key, _, text = word.partition("=")
+        OmegaConf.update(cfg, key, yaml.safe_load(text), force_add=True)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    try:
+        read_sources(config, Path.cwd(), is_rank_zero=True)
     except UserError as error:
         return [str(error)]
     return []

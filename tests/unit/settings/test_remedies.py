@@ -3,6 +3,7 @@
 A case of another room is a row of ``OTHER_CASES``: settings, and who answers them.
 """
 
+import json
 import re
 import sys
 import tomllib
@@ -23,7 +24,7 @@ from tests.support.remedies import (
 )
 from tests.support.runs import ROOT
 from tests.support.setting_rows import ROWS
-from tests.support.settings_said import installed, judged, make_files, said
+from tests.support.settings_said import installed, judged, make_files, read, said
 
 FILLS = {
     **{"model.pretrained": "model", "model.config": "model", "data.train": "rows.jsonl"},
@@ -69,12 +70,29 @@ OTHER_CASES = [
             ("padding_free=true", "beta=0.1"),
         )
     ),
+    Case("data.train=chats.jsonl", read),
+    Case("data.train=one_bad.jsonl", read),
 ]
+
+ROWS_OF_FILES = {
+    "chats.jsonl": [
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            **{key: {"from": "gpt", "value": key} for key in ("chosen", "rejected")},
+        }
+    ],
+    "one_bad.jsonl": [
+        *({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(40)),
+        {"prompt": "q", "chosen": "good", "rejected": 7},
+    ],
+}
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path)
+    for name, rows in ROWS_OF_FILES.items():
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     monkeypatch.setitem(sys.modules, "bitsandbytes", installed("bitsandbytes"))
     monkeypatch.chdir(tmp_path)
 
