@@ -46,11 +46,16 @@ LIMITS = {
     "repeating_answers": Limit(0.25, "share of the answers that repeat so"),
     "repeating_beyond_data": Limit(2.0, "times that share among the preferred answers"),
     "fall_per_token": Limit(
-        -0.2,
-        "nats a token of the chosen answer: each is a fifth less likely than under the reference, "
+        -0.5,
+        "nats a token of the chosen answer: each is 40% less likely than under the reference, "
         "though it is to be learned (Razin et al. 2024, arXiv 2410.08847)",
     ),
     "fall": Limit(-5.0, "nats of a whole chosen answer: 150 times less likely"),
+    "judged_errors": Limit(
+        2.0,
+        "standard errors by which a win rate over the reference is above one half: then the "
+        "policy went from the chosen answers to better ones, which a low beta asks for",
+    ),
     "easy_accuracy": Limit(0.99, "share of the pairs, in all rows of metrics from some step on"),
     "easy_steps": Limit(20, "steps after which that begins; preferences of people take hundreds"),
     "easy_rows": Limit(5, "rows of metrics that say so, that it is no luck of one batch"),
@@ -226,6 +231,15 @@ def repeats_itself(facts: Facts) -> Sign | None:
     )
 
 
+def _judged_better(metrics: dict[str, float]) -> bool:
+    """True if a judge, or the true reward where it is known, finds the policy's answers better."""
+    own, reference = (metrics.get(f"controlled/{x}_reward") for x in ("expected", "reference"))
+    if own is not None and reference is not None:
+        return own > reference
+    wins, error = (metrics.get(f"samples/win_rate{x}") for x in ("", "_stderr"))
+    return wins is not None and error is not None and wins - _limit("judged_errors") * error > 0.5
+
+
 def both_fall(facts: Facts) -> Sign | None:
     """The chosen answers too have become far less likely than under the reference."""
     chosen = facts.metrics.get("eval/logratios/chosen")
@@ -235,7 +249,7 @@ def both_fall(facts: Facts) -> Sign | None:
     per_token = chosen / facts.preferred_tokens
     if chosen > _limit("fall") or rejected > _limit("fall"):
         return None
-    if per_token > _limit("fall_per_token"):
+    if per_token > _limit("fall_per_token") or _judged_better(facts.metrics):
         return None
     return Sign(
         "both_fall",

@@ -21,8 +21,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.config_numbers import without_dropout
 from dpo_lightning.files import read_json
+from dpo_lightning.models.config_numbers import without_dropout
 from dpo_lightning.settings.messages import shown
 
 

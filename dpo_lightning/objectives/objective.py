@@ -98,8 +98,10 @@ class ObjectiveSettings:
         for option, value in self.options.items():
             entries = [e.schema[option] for e in self.pairwise.values() if option in e.schema]
             if not entries:
-                own = self._own()
-                yield f"{option}={_shown(value)}: loss={shown} has no such option{own}"
+                yield (
+                    f"{option}={_shown(value)}: loss={shown} has no such option{self._own()}; "
+                    "leave it out"
+                )
             for entry in entries:
                 if not entry.accepts(value):
                     yield f"{option}={_shown(value)}: loss={shown} needs {entry.expected()}"

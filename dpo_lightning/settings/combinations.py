@@ -58,7 +58,14 @@ def _model(config: Config) -> Iterator[str]:
             f"model.pretrained={model.pretrained} loads one: give one of the two"
         )
     if model.config is None and model.config_overrides:
-        yield "model.config_overrides changes the model of model.config, which is null: set it too"
+        if model.pretrained is None:
+            yield "model.config_overrides changes the shape of model.config: set model.config= too"
+        else:
+            yield (
+                "model.config_overrides changes the shape of a random model, and "
+                f"model.pretrained={model.pretrained} loads one as it is; leave model.config_"
+                "overrides out"
+            )
     if model.revision is not None and model.pretrained is None:
         yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
     if model.pretrained is None and model.config is None:
@@ -116,7 +123,7 @@ def _splits(config: Config) -> Iterator[str]:
         for key, value in of_hub.items():
             if value is not None:
                 shown = source_label(data.train)
-                yield f"{key}={value} is of a hub data set, data.train={shown} is a file"
+                yield f"{key}={value} is of a hub data set, data.train={shown} is a file; leave it out"
     elif data.eval is None and data.eval_split is not None:
         for path in train:
             if path not in parted:
@@ -143,7 +150,9 @@ def _objective(config: Config) -> Iterator[str]:
     yield from _use_of_reference(config, objective)
     if config.data.controlled.population and objective.listwise:
         yield (
-            f"data.controlled.population=true weighs pairs, which loss={loss.name} does not compare"
+            f"data.controlled.population=true weighs pairs, which "
+            f"loss={','.join(objective.listwise)} does not compare; use "
+            "data.controlled.population=false, or another loss"
         )
     yield from _changing_beta(config, objective)
     if reference.kind == "none" and reference.pretrained is not None:
@@ -152,7 +161,12 @@ def _objective(config: Config) -> Iterator[str]:
             "use reference=live, or leave it out"
         )
     has_other = reference.pretrained is not None or reference.adapter not in (None, BASE)
-    if reference.revision is not None and not has_other:
+    if reference.revision is not None and reference.adapter == BASE and not reference.pretrained:
+        yield (
+            f"reference.revision={reference.revision}: reference.adapter={BASE} is the model's own "
+            "weights, whose revision is model.revision; leave it out"
+        )
+    elif reference.revision is not None and not has_other:
         yield (
             f"reference.revision={reference.revision}: set reference.pretrained= or "
             "reference.adapter= too"
@@ -200,7 +214,7 @@ def _changing_beta(config: Config, objective: ObjectiveSettings) -> Iterator[str
     if loss.adaptive_beta and not any(e.uses_rejected for e in objective.pairwise.values()):
         yield (
             f"loss.adaptive_beta={loss.adaptive_beta:g} follows the margins of pairs, which "
-            f"loss={loss.name} does not compare"
+            f"loss={loss.name} does not compare; leave it out, or use another loss"
         )
 
 
@@ -345,10 +359,11 @@ def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
         several.append(f"trainer.num_nodes={trainer.num_nodes}")
     yield from _strategy(config)
     coupled = objective_settings(config.loss).couples
+    alone = [f"{setting.partition('=')[0]}=1" for setting in several]
     if several and coupled:
         yield (
             f"{' '.join(several)}: loss={','.join(coupled)} compares all pairs of a step, of which "
-            "a device would see its share; use trainer.devices=1, or another loss"
+            f"a device would see its share; use {' '.join(alone)}, or another loss"
         )
     if multirun and several:
         yield (
@@ -371,7 +386,7 @@ def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
     elif not Path(config.resume).exists():
         yield (
             f"resume={config.resume}: no such checkpoint or run folder, seen from {Path.cwd()}; "
-            "resume=auto takes the newest one of hydra.run.dir"
+            "resume=auto hydra.run.dir=<folder> takes the newest one there"
         )
 
 

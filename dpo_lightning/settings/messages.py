@@ -207,8 +207,8 @@ def wrong_value(key: str, value: object) -> str:
         return f"{key}= has no value: needs {expected(setting)}"
     if key == "trainer.precision" and str(value) in ("bf16-true", "bf16"):
         return (
-            f"{key}={value}: weights held in bfloat16 are model.dtype=bfloat16; "
-            f"the precision is {expected(setting)}"
+            f"{key}={value}: needs {expected(setting)}; weights held in bfloat16 are "
+            "model.dtype=bfloat16 trainer.precision=bf16-mixed"
         )
     hint = _hint(key, key.removesuffix(".name"), value, setting.rule.get("choices", ()))
     return f"{key}={shown(value)}: needs {expected(setting)}{hint}"

@@ -1,5 +1,6 @@
 """Rules of single values: bounds and choices of the schema, and checks that these cannot state."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -93,4 +94,6 @@ def fits(key: str, value: object) -> bool:
     kinds = (int, float) if setting.kind is float else (setting.kind,)
     if isinstance(value, bool) and setting.kind not in (bool, object):
         return False
-    return isinstance(value, kinds) and accepts(key, value)
+    with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+        return isinstance(value, kinds) and accepts(key, value)
+    return False

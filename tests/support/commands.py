@@ -12,6 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hypothesis import strategies as st
 
 from dpo_lightning import cli
+from dpo_lightning.settings.foreign_keys import KEYS as FOREIGN_KEYS
 from dpo_lightning.settings.keys import settings
 from dpo_lightning.settings.schema import CONF
 from dpo_lightning.sweeps import finish
@@ -61,6 +62,7 @@ keys = (
     | st.sampled_from(GROUPS)
     | st.sampled_from(["model.config_overrides.a", "data.columns.prompt", "loss.terms.sigmoid"])
     | st.tuples(st.sampled_from(KEYS), names).map(".".join)
+    | st.sampled_from(sorted(FOREIGN_KEYS))
     | st.sampled_from(["a@b", "model@x", "optimizer.betas[0]", "api_key", "a.b.c", "model.", ".a"])
     | names
 )

@@ -103,8 +103,13 @@ MODELS = [
     Row(f"{OWN} model.config=a/b", "model.config=a/b makes a random model and", OWN),
     Row(
         f"{OWN} model.config_overrides.hidden_size=8",
-        "changes the model of model.config, which is null",
+        "model.pretrained=model loads one as it is; leave model.config_overrides out",
         "data.train=rows.jsonl model.config=model model.config_overrides.hidden_size=8",
+    ),
+    Row(
+        "model.config_overrides.hidden_size=8",
+        "changes the shape of model.config: set model.config= too",
+        "data.train=a/b model.config=model model.config_overrides.hidden_size=8",
     ),
     Row("model.revision=main", "set model.pretrained= too", f"{OWN} model.revision=main"),
     Row("data.train=rows.jsonl", "=rows.jsonl: the bundled model speaks only", OWN),
@@ -224,7 +229,7 @@ OBJECTIVES = [
     ),
     Row(
         f"{LORA} reference.revision=main reference.adapter=base",
-        "reference.revision=main: set",
+        "whose revision is model.revision; leave it out",
         f"{LORA} reference.revision=main reference.adapter=a/b",
     ),
 ]

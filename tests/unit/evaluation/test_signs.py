@@ -18,6 +18,7 @@ def names(found: list[Sign]) -> list[str]:
     return [sign.name for sign in found]
 
 
+FALLEN = {"eval/logratios/chosen": -5.0, "eval/logratios/rejected": -9.0}
 SAME = [("a", "a")] * 4
 LOOP = "and then he said " * 10
 PLAIN = " ".join(f"word{i}" for i in range(40))
@@ -79,14 +80,44 @@ CASES: list[tuple[str, Facts, Facts]] = [
         facts(answers=[LOOP, PLAIN], preferred=[LOOP, PLAIN, PLAIN]),
     ),
     (
-        "both_fall",  # 5 nats of 25 tokens are 0.2 a token
+        "both_fall",  # 5 nats of 10 tokens are 0.5 a token
         facts(
             metrics={"eval/logratios/chosen": -5.0, "eval/logratios/rejected": -9.0},
-            preferred_tokens=25.0,
+            preferred_tokens=10.0,
         ),
         facts(
             metrics={"eval/logratios/chosen": -5.0, "eval/logratios/rejected": -9.0},
-            preferred_tokens=25.1,
+            preferred_tokens=10.1,
+        ),
+    ),
+    (
+        "both_fall",  # 0.7 is 2 and more errors above one half
+        facts(
+            metrics={**FALLEN, "samples/win_rate": 0.7, "samples/win_rate_stderr": 0.1},
+            preferred_tokens=5.0,
+        ),
+        facts(
+            metrics={**FALLEN, "samples/win_rate": 0.7, "samples/win_rate_stderr": 0.099},
+            preferred_tokens=5.0,
+        ),
+    ),
+    (
+        "both_fall",
+        facts(
+            metrics={
+                **FALLEN,
+                "controlled/expected_reward": 1.5,
+                "controlled/reference_reward": 1.5,
+            },
+            preferred_tokens=5.0,
+        ),
+        facts(
+            metrics={
+                **FALLEN,
+                "controlled/expected_reward": 1.6,
+                "controlled/reference_reward": 1.5,
+            },
+            preferred_tokens=5.0,
         ),
     ),
     (

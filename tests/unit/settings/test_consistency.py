@@ -5,54 +5,24 @@ be. Every clause of ``combinations.py`` is found in its source and must be that 
 """
 
 import ast
-import functools
 import re
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import yaml
 
-from dpo_lightning.settings.combinations import inconsistencies
-from dpo_lightning.settings.schema import Config
 from tests.support.runs import ROOT
-from tests.support.setting_rows import FILES, ROWS, Row
+from tests.support.setting_rows import ROWS, Row
+from tests.support.settings_said import installed, make_files, said
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with what the rows name; bitsandbytes is there."""
-    for name in FILES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    installed = ModuleType("bitsandbytes")
-    installed.__spec__ = ModuleSpec("bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", installed)
+    make_files(tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", installed("bitsandbytes"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def said(line: str) -> list[str]:
-    """The clauses about settings, as a command line has them; ``-m`` is a sweep in this process."""
-    config = Config()
-    words = line.split()
-    for word in words:
-        if word in ("-m", "hydra.run.dir=r"):
-            continue
-        key, _, text = word.partition("=")
-        *sections, leaf = key.split(".")
-        section = functools.reduce(getattr, sections, config)
-        value = yaml.safe_load(text)
-        if isinstance(section, dict):
-            section[leaf] = value
-        else:
-            assert hasattr(section, leaf), key
-            setattr(section, leaf, value)
-    return list(
-        inconsistencies(config, multirun="-m" in words, explicit_run_dir="hydra.run.dir=r" in words)
-    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.refused)

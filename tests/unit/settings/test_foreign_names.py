@@ -189,6 +189,8 @@ def test_no_entry_hides_a_loss_or_a_key_of_ours() -> None:
         ("loss.beta", 0.2, "beta has one place: beta=<value>"),
         ("padding_free", True, "nothing is padded here"),
         ("lora_r", True, "use peft=lora peft.r=<rank>"),
+        ("lr", 10**400, "use optimizer.lr=<rate>"),
+        ("output_dir", ["a"], "use hydra.run.dir=<folder>"),
     ],
 )
 def test_the_answer_has_the_typed_value_where_it_means_the_same(
