@@ -6,6 +6,7 @@ import copy
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.config_numbers import without_dropout
+from dpo_lightning.models.kinds import build_error
+from dpo_lightning.settings.model_folders import missing_weights
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(
@@ -178,6 +183,8 @@ def load_reward_model(source: str, config: Any, *, key: str) -> Any:
 
 
 def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: Any) -> Any:
+    name = f"{key}={source}"
+    check_has_weights(source, key=key)
     try:
         model, info = kind.from_pretrained(
             source,
@@ -188,21 +195,64 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
             **options,
         )
     except Exception as error:
-        raise load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
+        raise load_error(f"{name}: no weights", error, remedy=f"{key}=") from error
+    check_weights(model, info, name=name, remedy=f"name another with {key}=")
+    return model
+
+
+def check_has_weights(source: str, *, key: str) -> None:
+    """Refuses a folder whose weights are in no format that is loaded."""
+    fault = missing_weights(Path(source)) if Path(source).is_dir() else None
+    if fault is not None:
+        raise UserError(f"{key}={source}: {fault}")
+
+
+def check_weights(model: Any, info: Mapping[str, Any], *, name: str, remedy: str) -> None:
+    """Refuses weights that were left at random or are no numbers, and says which had no place.
+
+    Args:
+        model: The loaded model.
+        info: What transformers tells of the loading.
+        name: The config key and its value, for errors.
+        remedy: What to do.
+    """
+    kind = model.config.model_type
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"{key}={source}: {len(missing)} weights are missing or of another shape, {missing[0]} "
-            f"first: this is not a whole {config.model_type} model; name another with {key}="
+            f"{name}: {len(missing)} weights are missing or of another shape, {missing[0]} "
+            f"first: this is not a whole {kind} model; {remedy}"
         )
-    return model
+    for own, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not _finite(tensor):
+            raise UserError(
+                f"{name}: its weight {own} has values that are no numbers (nan or inf): the "
+                f"training that wrote it diverged, or the file is damaged; {remedy}"
+            )
+    unread = sorted(str(own) for own in info.get("unexpected_keys") or ())
+    if unread:
+        log.warning(
+            "%s: %d weights of the files have no place in a %s model of this config.json and are "
+            "not used, %s first",
+            *(name, len(unread), kind, unread[0]),
+        )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """True if all values are numbers; the extremes tell, and take no memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    return bool(torch.stack(tensor.detach().float().aminmax()).isfinite().all())
 
 
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
     """A model without weights, which has the shapes of all that it would hold."""
-    with torch.device("meta"):
-        # transformers writes its choice of attention into the config that it is given.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        with torch.device("meta"):
+            # transformers writes its choice of attention into the config that it is given.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # whatever a family raises about its config
+        raise build_error(config, error) from error
 
 
 def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:
@@ -226,17 +276,6 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def check_vocabulary(config: Any, tokenizer: Any, *, key: str) -> None:
-    """Refuses a tokenizer whose ids the model has no embeddings for."""
-    size = config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise UserError(
-            f"{key}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}; "
-            "name the tokenizer that belongs to it with model.tokenizer=, or a larger vocab_size "
-            "with model.config_overrides="
-        )
 
 
 def check_same_vocabulary(policy: Any, reference: Any, tokenizer: Any, *, source: str) -> None:

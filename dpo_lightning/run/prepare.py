@@ -25,6 +25,7 @@ from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model, set_chat_template
+from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.identity import config_hash, identity_of
 from dpo_lightning.run.inputs import SourceRows
@@ -185,6 +186,9 @@ def _prepare_rows(
         max_dropped=config.data.max_dropped,
         cache=tokens,
     )
+    name = f"{source.key}={source.source}"
+    groups = [*data.train, *data.eval]
+    check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
     with_margin = sum(group.target_margin is not None for group in rows.train.groups)
     uses_margin = "odpo" in objective_settings(config.loss).terms
     if with_margin and not uses_margin:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo_lightning.data.source_names import ROW_SUFFIXES, is_address, is_hub_id, is_local_data
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.model_folders import found_instead
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
 # What families call the layer behind the decoder.
@@ -40,13 +41,14 @@ def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Itera
     if source is None:
         return
     path = Path(source)
+    found = found_instead(key, path, needs)
+    fault = None if found is None else f"={source}: {found}"
     if is_address(source):
         yield f"{key}={source}: addresses are not loaded; name a folder or a hub id (owner/name)"
-    elif path.is_dir():
-        if not any((path / name).is_file() for name in needs):
-            yield f"{key}={source}: the folder has no {' or '.join(needs)}"
+    elif fault is not None:
+        yield f"{key}{fault}"
     elif path.exists():
-        if not (key == "model.config" and path.suffix == ".json"):
+        if not path.is_dir() and not (key == "model.config" and path.suffix == ".json"):
             yield f"{key}={source} is a file; name the folder that holds {' or '.join(needs)}"
     elif source.startswith((".", "/", "~")) or not is_hub_id(source):
         yield (
@@ -68,7 +70,10 @@ def _model(config: Config) -> Iterator[str]:
             f"model.pretrained={model.pretrained} loads one: give one of the two"
         )
     if model.config is None and model.config_overrides:
-        yield "model.config_overrides changes the model of model.config, which is null: set it too"
+        remedy = "set it too"
+        if model.pretrained is not None:
+            remedy = f"model.pretrained={model.pretrained} has its weights' shape; leave it out"
+        yield f"model.config_overrides changes the model of model.config, which is null: {remedy}"
     if model.revision is not None and model.pretrained is None:
         yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
     if model.pretrained is None and model.config is None:
