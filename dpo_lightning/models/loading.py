@@ -242,7 +242,10 @@ def _finite(tensor: torch.Tensor) -> bool:
     """True if all values are numbers; the extremes tell, and take no memory."""
     if tensor.numel() == 0 or tensor.is_meta:
         return True
-    return bool(torch.stack(tensor.detach().float().aminmax()).isfinite().all())
+    values = tensor.detach()
+    # Types of one byte have no extremes.
+    least, most = (values if values.element_size() > 1 else values.float()).aminmax()
+    return bool(least.isfinite() & most.isfinite())
 
 
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:

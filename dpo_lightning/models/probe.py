@@ -61,7 +61,12 @@ def why_unfit(model: Any) -> str | None:
     training = model.training
     model.eval()
     try:
-        logits = model(input_ids=rows, use_cache=False).logits.float()
+        logits = model(
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            position_ids=torch.arange(rows.shape[1], device=rows.device).expand_as(rows),
+            use_cache=False,
+        ).logits.float()
     except Exception as error:  # whatever a family raises that wants more than ids
         text = " ".join(str(error).split())[:150]
         return f"its forward pass of token ids fails ({type(error).__name__}: {text})"

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dpo_lightning.preflight import main as preflight
 from tests.support.models import _LLAMA_LIKE, byte_tokenizer, tiny_llama_config
 from tests.support.runs import Run, run_train
 
@@ -245,6 +246,27 @@ def test_heads_of_several_sizes_are_trained(pairs_file, tmp_path):
     trained(train(tmp_path, pairs_file, save(tmp_path / "gemma4", config)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "code", "words"),
+    [
+        ("Gemma4TextConfig", {"per_layer_config": {1: {"head_dim": 512}}}, 0, "total"),
+        ("T5Config", {}, 2, "is an encoder-decoder model"),
+        ("LlamaConfig", {"hidden_act": "nonesuch"}, 2, "can be made by its config.json"),
+    ],
+)
+def test_the_memory_of_odd_models_is_estimated_or_they_are_refused(
+    pairs_file, tmp_path, capsys, kind, values, code, words
+):
+    small = {"num_hidden_layers": 2} if code == 0 else {}
+    config = getattr(transformers, kind)(**small, **values)
+    config.save_pretrained(tmp_path)
+    where = f"model.config={tmp_path / 'config.json'}"
+    assert preflight([where, f"data.train={pairs_file}"]) == code
+    said = capsys.readouterr()
+    assert words in said.out + said.err
+    assert said.err.count("error:") == (code != 0)
+
+
 def test_rows_on_both_sides_of_a_longrope_limit_are_at_ln_2(pairs_file, tmp_path):
     """Each row's loss is that of its own factors; the cache and the first step agree on them."""
     rope = {
@@ -262,6 +284,22 @@ def test_rows_on_both_sides_of_a_longrope_limit_are_at_ln_2(pairs_file, tmp_path
         run = train(tmp_path, pairs_file, folder, *still, f"reference.cache_dir={tmp_path}")
         assert run.code == 0
         assert run.values("train/loss") == pytest.approx([LN_2] * 6, abs=2e-6)
+
+
+def test_a_model_that_cannot_write_answers_is_trained_without_them(pairs_file, tmp_path, capfd):
+    """Of a hybrid with no attention layer transformers makes no cache."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:4]))
+    values = _LLAMA_LIKE | IDS | {"attn_layer_period": 9, "attn_layer_offset": 8}
+    config = transformers.JambaConfig(
+        **values, num_experts=2, mamba_d_state=4, use_mamba_kernels=False
+    )
+    folder = save(tmp_path / "jamba", config)
+    said = refusal(capfd, train(tmp_path, few, folder, "evaluation.samples=2"))
+    assert "this jamba model cannot write answers" in said
+    found = re.search(r"(evaluation\.samples=0) (evaluation\.partition_samples=0)", said)
+    assert found
+    trained(train(tmp_path, few, folder, *found.groups()))
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
