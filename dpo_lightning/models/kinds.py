@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,6 +44,14 @@ def _faults(config: Any, *, weights: bool) -> Iterator[str]:
                 f"{kind} is a model of text and {sense.partition('_')[0]}, which is not trained "
                 f"here; {_TEXT}, such as the text model that it was made from"
             )
+    text = config.get_text_config()
+    for entry in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        value = None
+        # Where layers differ in it there is none of all.
+        with contextlib.suppress(RuntimeError):
+            value = getattr(text, entry, None)
+        if isinstance(value, int) and value < 1:
+            yield f"its config.json has {entry}={value}, which has to be 1 or more; mend it there"
     stored = getattr(config, "quantization_config", None)
     if weights and stored is not None:
         yield _quantized(stored)

@@ -26,6 +26,8 @@ from dpo_lightning.models.config_numbers import without_dropout
 from dpo_lightning.models.kinds import build_error
 from dpo_lightning.settings.model_folders import missing_weights
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.tiktoken", "*.json.gz")
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,12 @@ def load_tokenizer(
     Raises:
         UserError: If there is none, or it has no EOS token.
     """
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{key}={source}: no tokenizer: the folder has no tokenizer.json; name another with "
+            "model.tokenizer="
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
@@ -51,6 +59,11 @@ def load_tokenizer(
         raise load_error(
             f"{key}={source}: no tokenizer", error, remedy="model.tokenizer="
         ) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise UserError(
+            f"{key}={source}: no tokenizer: its vocabulary is empty, as no file holds one; name "
+            "another with model.tokenizer="
+        )
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}={source}: the tokenizer has no EOS token, so no response could end; name "
@@ -191,6 +204,8 @@ def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: A
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
+            # Else the error names none of them.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
         )
@@ -217,11 +232,11 @@ def check_weights(model: Any, info: Mapping[str, Any], *, name: str, remedy: str
         remedy: What to do.
     """
     kind = model.config.model_type
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"]) + sorted(map(_mismatch, info["mismatched_keys"]))
     if missing:
         raise UserError(
             f"{name}: {len(missing)} weights are missing or of another shape, {missing[0]} "
-            f"first: this is not a whole {kind} model; {remedy}"
+            f"first: this is not a whole {kind} model by its config.json; {remedy}"
         )
     for own, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not _finite(tensor):
@@ -236,6 +251,15 @@ def check_weights(model: Any, info: Mapping[str, Any], *, name: str, remedy: str
             "not used, %s first",
             *(name, len(unread), kind, unread[0]),
         )
+
+
+def _mismatch(found: Any) -> str:
+    """A weight with its two shapes, as far as transformers tells them."""
+    name, *shapes = found if isinstance(found, tuple | list) else [found]
+    if len(shapes) != 2:
+        return str(name)
+    stored, wanted = (tuple(shape) for shape in shapes)
+    return f"{name} ({stored} in the files, {wanted} by the config)"
 
 
 def _finite(tensor: torch.Tensor) -> bool:

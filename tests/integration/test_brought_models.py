@@ -148,7 +148,7 @@ def test_a_weight_of_another_shape_or_missing_is_named(folder, pairs_file, tmp_p
     weights["model.layers.0.mlp.up_proj.weight"] = lost[:-1].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     said = refusal(capfd, train(tmp_path, pairs_file, folder))
-    assert "up_proj" in said or "shape" in said
+    assert "up_proj.weight ((31, 16) in the files, (32, 16) by the config)" in said
 
 
 def test_weights_without_a_place_are_said(pairs_file, tmp_path, capfd):
@@ -223,7 +223,11 @@ def test_an_unknown_rope_is_named(folder, pairs_file, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_act": "nonesuch"}, {"num_attention_heads": 0}, {"hidden_size": "wide"}]
+    "changes",
+    [
+        *({"hidden_act": "nonesuch"}, {"num_attention_heads": 0}, {"hidden_size": "wide"}),
+        *({"num_hidden_layers": -1}, {"vocab_size": 0}),
+    ],
 )
 def test_an_entry_that_no_model_is_made_of(folder, pairs_file, tmp_path, capfd, changes):
     edit(folder, **changes)
@@ -300,6 +304,17 @@ def test_a_model_that_cannot_write_answers_is_trained_without_them(pairs_file, t
     found = re.search(r"(evaluation\.samples=0) (evaluation\.partition_samples=0)", said)
     assert found
     trained(train(tmp_path, few, folder, *found.groups()))
+
+
+def test_a_tokenizer_without_a_file_or_without_words(folder, pairs_file, tmp_path, capfd):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    said = refusal(capfd, train(tmp_path, pairs_file, folder))
+    assert "no tokenizer: its vocabulary is empty" in said
+    (folder / "tokenizer_config.json").unlink()
+    said = refusal(capfd, train(tmp_path, pairs_file, folder))
+    assert "no tokenizer: the folder has no tokenizer.json" in said
+    assert "model.tokenizer=" in said
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
