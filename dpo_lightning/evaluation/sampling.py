@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.tokens import Ids
+from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, of_first_rank
 
@@ -72,7 +73,8 @@ def answer_prompts(
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in part], pad)
-            output = model.generate(
+            output = _written(
+                model,
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
@@ -86,6 +88,24 @@ def answer_prompts(
                 length = ended[0] + 1 if len(ended) else len(row)
                 answers[i] = row[:length].astype(np.int32)
     return answers
+
+
+def _written(model: Any, **arguments: Any) -> Tensor:
+    """The answers of ``generate``, which some families have no way to.
+
+    Raises:
+        UserError: If this one has none.
+    """
+    try:
+        output: Tensor = model.generate(**arguments)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
+        text = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"evaluation.samples: this {model.config.model_type} model cannot write answers "
+            f"({type(error).__name__}: {text}); train without them, evaluation.samples=0 "
+            "evaluation.partition_samples=0"
+        ) from error
+    return output
 
 
 def _generation(

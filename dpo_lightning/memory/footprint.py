@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dpo_lightning.models.layers import head_sizes, largest
+
 GIB = 1 << 30
 
 # NF4 with double quantization: 4 bits, an 8-bit scale for 64 weights, a float32 one for 256 scales.
@@ -266,15 +268,15 @@ def shape_of_model(model: Any) -> ModelShape:
         parameter for layer in layers for parameter in layer.parameters() if parameter.ndim >= 2
     ]
     count = max(1, len(layers))
-    heads = getattr(config, "num_attention_heads", None) or 1
-    hidden: int = config.hidden_size
-    experts = getattr(config, "num_experts_per_tok", None)
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = largest(config, "num_attention_heads") or 1
+    hidden = largest(config, "hidden_size") or model.get_input_embeddings().weight.shape[-1]
+    experts = largest(config, "num_experts_per_tok")
+    intermediate = largest(config, "intermediate_size") or 4 * hidden
     if experts:
-        intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
+        intermediate = experts * (largest(config, "moe_intermediate_size") or intermediate)
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=len(layers) or config.num_hidden_layers,
+        layers=len(layers) or largest(config, "num_hidden_layers") or 1,
         layer_parameters=sum(p.numel() for layer in layers for p in layer.parameters()) // count,
         linear_parameters=sum(p.numel() for p in linear) // count,
         linear_sides=sum(len(p) + p.numel() // len(p) for p in linear) // count,
@@ -282,7 +284,7 @@ def shape_of_model(model: Any) -> ModelShape:
         vocabulary=config.vocab_size,
         hidden=hidden,
         heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or hidden // heads,
+        key_heads=largest(config, "num_key_value_heads") or heads,
+        head_size=max(head_sizes(config), default=hidden // heads),
         intermediate=intermediate,
     )

@@ -6,6 +6,7 @@ import copy
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import read_json
 from dpo_lightning.models.config_numbers import without_dropout
+from dpo_lightning.models.kinds import build_error
 from dpo_lightning.settings.messages import shown
+from dpo_lightning.settings.model_folders import missing_weights
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.tiktoken", "*.json.gz")
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(
@@ -40,6 +47,12 @@ def load_tokenizer(
     Raises:
         UserError: If there is none, or it has no EOS token.
     """
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{key}={source}: no tokenizer: the folder has no tokenizer.json; name another with "
+            "model.tokenizer="
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
@@ -48,6 +61,11 @@ def load_tokenizer(
         raise load_error(
             f"{key}={source}: no tokenizer", error, remedy="model.tokenizer="
         ) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise UserError(
+            f"{key}={source}: no tokenizer: its vocabulary is empty, as no file holds one; name "
+            "another with model.tokenizer="
+        )
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}={source}: the tokenizer has no EOS token, so no response could end; name "
@@ -202,31 +220,90 @@ def _check_index(source: str, *, key: str) -> None:
 
 def _load_weights(kind: Any, source: str, config: Any, *, key: str, **options: Any) -> Any:
     _check_index(source, key=key)
+    name = f"{key}={source}"
+    check_has_weights(source, key=key)
     try:
         model, info = kind.from_pretrained(
             source,
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
+            # Else the error names none of them.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
         )
     except Exception as error:
-        raise load_error(f"{key}={source}: no weights", error, remedy=f"{key}=") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        raise load_error(f"{name}: no weights", error, remedy=f"{key}=") from error
+    check_weights(model, info, name=name, remedy=f"name another with {key}=")
+    return model
+
+
+def check_has_weights(source: str, *, key: str) -> None:
+    """Refuses a folder whose weights are in no format that is loaded."""
+    fault = missing_weights(Path(source)) if Path(source).is_dir() else None
+    if fault is not None:
+        raise UserError(f"{key}={source}: {fault}")
+
+
+def check_weights(model: Any, info: Mapping[str, Any], *, name: str, remedy: str) -> None:
+    """Refuses weights that were left at random or are no numbers, and says which had no place.
+
+    Args:
+        model: The loaded model.
+        info: What transformers tells of the loading.
+        name: The config key and its value, for errors.
+        remedy: What to do.
+    """
+    kind = model.config.model_type
+    missing = sorted(info["missing_keys"]) + sorted(map(_mismatch, info["mismatched_keys"]))
     if missing:
         raise UserError(
-            f"{key}={source}: {len(missing)} weights are missing or of another shape, {missing[0]} "
-            f"first: this is not a whole {config.model_type} model; name another with {key}="
+            f"{name}: {len(missing)} weights are missing or of another shape, {missing[0]} "
+            f"first: this is not a whole {kind} model by its config.json; {remedy}"
         )
-    return model
+    for own, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not _finite(tensor):
+            raise UserError(
+                f"{name}: its weight {own} has values that are no numbers (nan or inf): the "
+                f"training that wrote it diverged, or the file is damaged; {remedy}"
+            )
+    unread = sorted(str(own) for own in info.get("unexpected_keys") or ())
+    if unread:
+        log.warning(
+            "%s: %d weights of the files have no place in a %s model of this config.json and are "
+            "not used, %s first",
+            *(name, len(unread), kind, unread[0]),
+        )
+
+
+def _mismatch(found: Any) -> str:
+    """A weight with its two shapes, as far as transformers tells them."""
+    name, *shapes = found if isinstance(found, tuple | list) else [found]
+    if len(shapes) != 2:
+        return str(name)
+    stored, wanted = (tuple(shape) for shape in shapes)
+    return f"{name} ({stored} in the files, {wanted} by the config)"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """True if all values are numbers; the extremes tell, and take no memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    values = tensor.detach()
+    # Types of one byte have no extremes.
+    least, most = (values if values.element_size() > 1 else values.float()).aminmax()
+    return bool(least.isfinite() & most.isfinite())
 
 
 def meta_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
     """A model without weights, which has the shapes of all that it would hold."""
-    with torch.device("meta"):
-        # transformers writes its choice of attention into the config that it is given.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        with torch.device("meta"):
+            # transformers writes its choice of attention into the config that it is given.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # whatever a family raises about its config
+        raise build_error(config, error) from error
 
 
 def random_model(config: Any, *, dtype: torch.dtype, seed: int) -> Any:
@@ -250,17 +327,6 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def check_vocabulary(config: Any, tokenizer: Any, *, key: str) -> None:
-    """Refuses a tokenizer whose ids the model has no embeddings for."""
-    size = config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise UserError(
-            f"{key}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}; "
-            "name the tokenizer that belongs to it with model.tokenizer=, or a larger vocab_size "
-            "with model.config_overrides="
-        )
 
 
 def check_same_vocabulary(policy: Any, reference: Any, tokenizer: Any, *, source: str) -> None:

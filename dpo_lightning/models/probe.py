@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.models.layers import largest
 from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer
 
@@ -48,6 +50,10 @@ def why_unfit(model: Any) -> str | None:
     Returns:
         Why responses cannot be scored by it; None if they can.
     """
+    # Of some families, GPT-NeoX among them, the entry means nothing.
+    is_encoder = getattr(model.config, "is_decoder", None) is False
+    if is_encoder and type(model.config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return "it is an encoder, whose tokens see those behind them"
     vocabulary = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, vocabulary, 16)
     rows = torch.from_numpy(np.stack([ids, ids])).to(next(model.parameters()).device)
@@ -55,7 +61,12 @@ def why_unfit(model: Any) -> str | None:
     training = model.training
     model.eval()
     try:
-        logits = model(input_ids=rows, use_cache=False).logits.float()
+        logits = model(
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            position_ids=torch.arange(rows.shape[1], device=rows.device).expand_as(rows),
+            use_cache=False,
+        ).logits.float()
     except Exception as error:  # whatever a family raises that wants more than ids
         text = " ".join(str(error).split())[:150]
         return f"its forward pass of token ids fails ({type(error).__name__}: {text})"
@@ -66,14 +77,14 @@ def why_unfit(model: Any) -> str | None:
     scale = logits.abs().max().item()
     rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if (logits[0, :-4] - logits[1, :-4]).abs().max().item() > rounding * scale:
-        return "a token's score depends on those behind it, as in an encoder"
+        return "it is an encoder: a token's score depends on those behind it"
     return None
 
 
 @torch.no_grad()
 def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
     config = model.config.get_text_config()
-    chunk = getattr(config, "attention_chunk_size", None)
+    chunk = largest(config, "attention_chunk_size")
     if chunk is not None and max_length > chunk:
         return f"it attends in chunks of {chunk} tokens"
     if getattr(config, "attn_temperature_tuning", None):
@@ -98,7 +109,7 @@ def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
         return f"trying it failed ({' '.join(str(error).split())[:120]})"
     finally:
         model.train(training)
-    window = getattr(config, "sliding_window", None)
+    window = largest(config, "sliding_window")
     if not getattr(config, "use_sliding_window", True):
         window = None
     if window is not None and max_length > window and plan.windows == {None}:

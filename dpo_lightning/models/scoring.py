@@ -24,6 +24,7 @@ from dpo_lightning.models.head import (
     token_logps,
     token_logps_and_collisions,
 )
+from dpo_lightning.models.layers import head_sizes, largest
 from dpo_lightning.models.rope import RopeLengths, heed_lengths, lengths_known
 from dpo_lightning.models.sharding import is_sharded, run_whole
 
@@ -86,16 +87,17 @@ class Scorer:
         if self.path != "flat" or device.type != "cuda":
             return None
         config = config.get_text_config()
-        heads = config.num_attention_heads
-        fault = varlen_fault(
-            device,
-            torch.bfloat16,
-            heads=heads,
-            key_heads=getattr(config, "num_key_value_heads", None) or heads,
-            size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
-        self.varlen = fault is None
-        return fault
+        heads = largest(config, "num_attention_heads") or 1
+        key_heads = largest(config, "num_key_value_heads") or heads
+        self.varlen = False
+        for size in head_sizes(config):
+            fault = varlen_fault(
+                device, torch.bfloat16, heads=heads, key_heads=key_heads, size=size
+            )
+            if fault is not None:
+                return fault
+        self.varlen = True
+        return None
 
     @property
     def shared(self) -> bool:

@@ -13,13 +13,15 @@ import torch
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.kinds import check_kind
 from dpo_lightning.models.loading import (
     adopt_special_tokens,
-    check_vocabulary,
+    check_has_weights,
     load_config,
     load_tokenizer,
     max_positions,
 )
+from dpo_lightning.models.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +67,19 @@ def load_model_config(
     config: str | None,
     config_overrides: Mapping[str, Any],
 ) -> Any:
-    """The policy's config alone; the arguments are those of :func:`resolve_model`."""
-    return load_config(
-        config or pretrained or str(BUNDLED_MODEL),
-        key="model.config" if config is not None else "model.pretrained",
-        revision=revision,
-        overrides=config_overrides,
-    )
+    """The policy's config alone; the arguments are those of :func:`resolve_model`.
+
+    Raises:
+        UserError: If it is none, or of a model that cannot be trained.
+    """
+    source = config or pretrained or str(BUNDLED_MODEL)
+    key = "model.config" if config is not None else "model.pretrained"
+    loaded = load_config(source, key=key, revision=revision, overrides=config_overrides)
+    if config is not None and hasattr(loaded, "quantization_config"):
+        # Random weights are not in few bits.
+        del loaded.quantization_config
+    check_kind(loaded, name=f"{key}={source}", weights=config is None)
+    return loaded
 
 
 def resolve_model(
@@ -104,6 +112,8 @@ def resolve_model(
     loaded_config = load_model_config(
         pretrained=pretrained, revision=revision, config=config, config_overrides=config_overrides
     )
+    if config is None:
+        check_has_weights(source, key=key)
     tokenizer_source = tokenizer or (str(Path(source).parent) if Path(source).is_file() else source)
     loaded_tokenizer = load_tokenizer(
         tokenizer_source,
@@ -112,15 +122,9 @@ def resolve_model(
     )
     if config is not None:
         adopt_special_tokens(loaded_config, loaded_tokenizer)
-    check_vocabulary(loaded_config, loaded_tokenizer, key=f"{key}={source}")
-    positions = max_positions(loaded_config)
-    if max_length is None:
-        max_length = min(positions or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
-    elif positions is not None and max_length > positions:
-        raise UserError(
-            f"data.max_length={max_length}: the model has {positions} positions; set "
-            f"data.max_length={positions} or less"
-        )
+    check_vocabulary(
+        loaded_config, loaded_tokenizer, name=f"{key}={source}", random=config is not None
+    )
     return ModelSource(
         name="bundled tiny Llama" if bundled else Path(source).name if config is None else source,
         key=key,
@@ -131,8 +135,21 @@ def resolve_model(
         dtype=getattr(torch, dtype),
         tokenizer=loaded_tokenizer,
         config=loaded_config,
-        max_length=max_length,
+        max_length=_longest(loaded_config, max_length),
     )
+
+
+def _longest(config: Any, max_length: int | None) -> int:
+    """Longest prompt + response, as set or as the model takes it."""
+    positions = max_positions(config)
+    if max_length is None:
+        return min(positions or _DEFAULT_MAX_LENGTH, _DEFAULT_MAX_LENGTH)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length={max_length}: the model has {positions} positions; set "
+            f"data.max_length={positions} or less"
+        )
+    return max_length
 
 
 def set_chat_template(tokenizer: Any, template: str | None, *, needed: bool) -> str | None:

@@ -15,6 +15,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import AdapterFile
 from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.config_numbers import numbers_hash, without_dropout
+from dpo_lightning.models.kinds import check_kind
 from dpo_lightning.models.loading import (
     check_same_vocabulary,
     load_config,
@@ -24,7 +25,7 @@ from dpo_lightning.models.loading import (
     random_model,
     weights_hash,
 )
-from dpo_lightning.models.probe import choose_path
+from dpo_lightning.models.probe import choose_path, why_unfit
 from dpo_lightning.models.quantization import keep_trainable
 from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer, ScoringPath
@@ -204,6 +205,8 @@ class _Loader:
 
         def load() -> tuple[ScoringPath, RopeLengths, str | None, _Hashes]:
             policy = _load_policy(model, self._seed)
+            if model.quantization is None:
+                _check_fit(policy, name=f"{model.key}={model.source}")
             scorer, reason = choose_path(policy, max_length=model.max_length)
             weights = weights_hash(policy)
             hashes = _Hashes(weights, weights, numbers_hash(model.config))
@@ -292,6 +295,15 @@ def _with_adapter(base: str, adapter: AdapterFile | None) -> str:
     return hashlib.blake2b(f"{base}{adapter.hash()}".encode(), digest_size=16).hexdigest()
 
 
+def _check_fit(model: Any, *, name: str) -> None:
+    """Refuses a model that gives no scores of a line of ids, or looks ahead in it."""
+    reason = why_unfit(model)
+    if reason is not None:
+        raise UserError(
+            f"{name}: {reason}; name a causal language model (such as Llama, Qwen or Gemma)"
+        )
+
+
 def _load_policy(model: ModelSource, seed: int) -> Any:
     if model.random:
         return random_model(model.config, dtype=model.dtype, seed=seed)
@@ -331,6 +343,7 @@ def _of_both(policy: Scorer, reference: Scorer) -> Scorer:
 
 def _other_reference(model: ModelSource, source: str, revision: str | None) -> _Other:
     config = load_config(source, key="reference.pretrained", revision=revision)
+    check_kind(config, name=f"reference.pretrained={source}", weights=True)
     check_same_vocabulary(model.config, config, model.tokenizer, source=source)
     positions = max_positions(config)
     if positions is not None and positions < model.max_length:
@@ -341,6 +354,7 @@ def _other_reference(model: ModelSource, source: str, revision: str | None) -> _
     frozen = load_model(
         source, config, key="reference.pretrained", dtype=model.dtype, revision=revision
     )
+    _check_fit(frozen, name=f"reference.pretrained={source}")
     scorer, reason = choose_path(frozen, max_length=model.max_length)
     scorer.release(frozen)
     return _Other(frozen, numbers_hash(config), scorer, reason)

@@ -27,6 +27,7 @@ from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model
+from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.chat import ChatTemplate, choose_template
 from dpo_lightning.run.folder import RunFolder
@@ -220,6 +221,9 @@ def _prepare_rows(
         on_bad_row=config.data.on_bad_row,
         positions=max_positions(source.config),
     )
+    name = f"{source.key}={source.source}"
+    groups = [*data.train, *data.eval]
+    check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
     with_margin = sum(group.target_margin is not None for group in rows.train.groups)
     uses_margin = "odpo" in objective_settings(config.loss).terms
     if with_margin and not uses_margin:

@@ -19,6 +19,7 @@ from dpo_lightning.data.source_names import (
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
+from dpo_lightning.settings.model_folders import found_instead
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
@@ -30,13 +31,14 @@ def _model_folder(key: str, source: str | None, needs: tuple[str, ...]) -> Itera
     if source is None:
         return
     path = Path(source)
+    found = found_instead(key, path, needs)
+    fault = None if found is None else f"={source}: {found}"
     if is_address(source):
         yield f"{key}={source}: addresses are not loaded; name a folder or a hub id (owner/name)"
-    elif path.is_dir():
-        if not any((path / name).is_file() for name in needs):
-            yield f"{key}={source}: the folder has no {' or '.join(needs)}"
+    elif fault is not None:
+        yield f"{key}{fault}"
     elif path.exists():
-        if not (key == "model.config" and path.suffix == ".json"):
+        if not path.is_dir() and not (key == "model.config" and path.suffix == ".json"):
             yield f"{key}={source} is a file; name the folder that holds {' or '.join(needs)}"
     elif source.startswith((".", "/", "~")) or not is_hub_id(source):
         yield (
@@ -63,8 +65,8 @@ def _model(config: Config) -> Iterator[str]:
         else:
             yield (
                 "model.config_overrides changes the shape of a random model, and "
-                f"model.pretrained={model.pretrained} loads one as it is; leave model.config_"
-                "overrides out"
+                f"model.pretrained={model.pretrained} loads one as it is; leave "
+                "model.config_overrides out"
             )
     if model.revision is not None and model.pretrained is None:
         yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
@@ -123,7 +125,10 @@ def _splits(config: Config) -> Iterator[str]:
         for key, value in of_hub.items():
             if value is not None:
                 shown = source_label(data.train)
-                yield f"{key}={value} is of a hub data set, data.train={shown} is a file; leave it out"
+                yield (
+                    f"{key}={value} is of a hub data set, data.train={shown} is a file; "
+                    "leave it out"
+                )
     elif data.eval is None and data.eval_split is not None:
         for path in train:
             if path not in parted:
