@@ -33,6 +33,8 @@ _FOR_THE_MODEL = _set(
 
 _WHOLE_NAMES = frozenset({"name", "text", "value", "prefix", "parts", "refusal"})
 
+_OFTEN_MISTYPED = ("prompt", "system", "system_prompt", "instruction", "context", "tools")
+
 _ABOUT_IT = _set(
     "id ids uid uuid hash model source sources count counts num number n length len score scores "
     "rating ratings type types token tokens lang language labelling generation raw category "
@@ -66,7 +68,10 @@ def may_be_for_the_model(name: str) -> bool:
         [True, True, False, False]
     """
     words = _words(name)
-    return name.lower() in _WHOLE_NAMES or bool(words & _FOR_THE_MODEL and not words & _ABOUT_IT)
+    if name.lower() in _WHOLE_NAMES:
+        return True
+    mistyped = get_close_matches(name.lower(), _OFTEN_MISTYPED, cutoff=0.85)
+    return bool((words & _FOR_THE_MODEL or mistyped) and not words & _ABOUT_IT)
 
 
 @functools.cache

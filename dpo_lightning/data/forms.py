@@ -6,6 +6,7 @@ inside a list or an object, it is first taken out, under a name that says where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from dpo_lightning.data.fields import FieldAccount, is_empty
 from dpo_lightning.data.texts import RowError, describe, show
 
 Row = dict[str, Any]
+
+_JUDGE = re.compile("better|best|winner|prefer|choice|chosen|label|verdict")
 
 _NAMED = frozenset({"prompt", "chosen", "rejected", "responses"})
 """Fields that the user maps where the row has no form that is known."""
@@ -117,9 +120,6 @@ def _swift_query(row: Row, account: FieldAccount) -> Row:
 def _swift(row: Row, account: FieldAccount) -> Row:
     """The last turns of the assistant are the chosen answer; the other one stands apart."""
     messages = _inside(row, "messages", list, "a list of messages")
-    other = row.get("rejected_messages")
-    if not is_empty(other):
-        return {**row, "rejected_response": other}
     end = len(messages)
     while (
         end
@@ -138,14 +138,6 @@ def _swift(row: Row, account: FieldAccount) -> Row:
         "messages[answer]": messages[end:],
         "rejected_response": rejected,
     }
-
-
-def _swift_columns(row: Row, account: FieldAccount) -> Row:
-    new = _swift(row, account)
-    if "messages[answer]" in new:
-        return new
-    # Two whole conversations: the prompt is what they begin with.
-    return {**new, "messages[answer]": row["messages"]}
 
 
 def _labelled(column: str, values: Mapping[object, str]) -> Callable[[Row, FieldAccount], Row]:
@@ -226,19 +218,13 @@ FORMS = (
         },
         "ms-swift's form: the last answer of 'messages' is better than 'rejected_response'",
         reads=("messages",),
-        derive=_swift_columns,
+        derive=_swift,
     ),
     Form(
         "swift_messages",
         ("messages", "rejected_messages"),
-        {
-            "prompt": "messages[question]",
-            "chosen": "messages[answer]",
-            "rejected": "rejected_response",
-        },
+        {"prompt": "", "chosen": "messages", "rejected": "rejected_messages"},
         "ms-swift's form: 'messages' is better than 'rejected_messages'",
-        reads=("messages", "rejected_messages"),
-        derive=_swift_columns,
     ),
     Form(
         "swift_query",
@@ -441,5 +427,7 @@ def pair_hint(names: Collection[str]) -> str:
     for found in stems.values():
         if len(found) > 1:
             listed = ", ".join(sorted(found))
-            return f"'data.columns={{responses: [{listed}], better: <column of the better one>}}'"
+            judges = [name for name in names if name not in found and _JUDGE.search(name.lower())]
+            better = judges[0] if judges else "<column of the better one>"
+            return f"'data.columns={{responses: [{listed}], better: {better}}}'"
     return ""

@@ -171,9 +171,9 @@ class MessageReader:
             if self._account.ignores(name):
                 continue
             if key == "tool_calls":
-                extra[key] = self.calls(item, place)
+                extra[key] = [*extra.get(key, []), *self.calls(item, place)]
             elif key == "function_call":
-                extra["tool_calls"] = self.calls([item], place)
+                extra["tool_calls"] = [*extra.get("tool_calls", []), *self.calls([item], place)]
                 self._account.said["function_call"] += 1
             elif key in _TEXT_FIELDS:
                 if not isinstance(item, str):
@@ -226,7 +226,7 @@ class MessageReader:
         except (ValueError, RecursionError, RowError):
             return content, extra
         self._account.said["function_call"] += 1
-        return "", {**extra, "tool_calls": calls}
+        return "", {**extra, "tool_calls": [*calls, *extra.get("tool_calls", [])]}
 
     def tools(self, value: object, label: str) -> str:
         """The tools of a row as a JSON list; empty where there are none."""

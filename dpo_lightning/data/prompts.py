@@ -10,8 +10,8 @@ from dpo_lightning.data.fields import (
     holds_text,
     is_empty,
     is_heavy,
-    leaves,
     may_be_the_prompt,
+    texts_of,
 )
 from dpo_lightning.data.groups import as_turns
 from dpo_lightning.data.messages import MessageReader
@@ -136,9 +136,9 @@ class PromptFinder:
             if column in own or not holds_text(value) or is_heavy(column):
                 continue
             # Of a long text any part will do; of a name there is one word.
-            found = [item.strip() for _, item in leaves(value) if isinstance(item, str)]
+            found = texts_of(value)
             words = any(" " in item for item in found)
-            meant = may_be_the_prompt(column) and not set(found) <= said
+            meant = may_be_the_prompt(column) and not found <= said
             if (meant or (any_text and words)) and not self._account.ignores(column):
                 remedy = (
                     f"map it with 'data.columns={{prompt: {printable(column)}}}', or leave it out "

@@ -111,7 +111,9 @@ def _matching(pattern: str) -> list[Path]:
     """The paths of a pattern, in the order of their names."""
     parts = Path(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
-    return sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
+    found = sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
+    # As in a shell, hidden files are found only by a pattern that begins like them.
+    return [path for path in found if parts[-1].startswith(".") or not path.name.startswith(".")]
 
 
 def _of_pattern(pattern: str, where: str) -> Found:
