@@ -24,10 +24,10 @@ def _set(words: str) -> frozenset[str]:
 
 _FOR_THE_MODEL = _set(
     "system sys developer persona prompt prompts question questions query queries instruction "
-    "instructions input inputs problem task context contexts document documents passage passages "
+    "instructions input inputs problem context contexts document documents passage passages "
     "background knowledge history post trajectory message messages conversation conversations "
     "dialog dialogue dialogues turns tool tools function functions reasoning thinking thought "
-    "thoughts image images picture pictures img video videos audio audios file files"
+    "thoughts image images picture pictures img video videos audio audios attachment attachments"
 )
 """Words of a name whose field may hold text, or something else, that the model is to be given."""
 
@@ -38,7 +38,8 @@ _OFTEN_MISTYPED = ("prompt", "system", "system_prompt", "instruction", "context"
 _ABOUT_IT = _set(
     "id ids uid uuid hash model source sources count counts num number n length len score scores "
     "rating ratings type types token tokens lang language labelling generation raw category "
-    "domain date time url link idx index"
+    "domain date time url link idx index config configs params quality difficulty level "
+    "intent safety explanation reward version label labels"
 )
 """Words that make a name one about the text, and not of the text."""
 
