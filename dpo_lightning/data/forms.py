@@ -351,6 +351,13 @@ FORMS = (
         "of a prompt in one row with their scores",
     ),
     Form(
+        "unpaired",
+        ("prompt", "completion", "label"),
+        refusal="one answer a row with a label: that is no preference; put a good and a bad answer "
+        "of one prompt in a row, as chosen and rejected",
+        lacks=("chosen", "rejected", "responses"),
+    ),
+    Form(
         "nectar",
         ("prompt", "answers"),
         {"responses": "answers.answer", "ranks": "answers.rank"},

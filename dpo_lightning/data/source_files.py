@@ -75,6 +75,9 @@ def find_source(source: str, *, split: str | None, subset: str | None, key: str)
     if not source.strip():
         raise UserError(f"{where}: empty; name a file ({_any_of(ROW_SUFFIXES)}) or a data set")
     if is_address(source):
+        # What follows may be a key.
+        shown = re.sub(r"//[^/]*@", "//", source.partition("?")[0])
+        where = f"{key}={printable(shown)}"
         raise UserError(f"{where}: addresses are not read; name a file or a data set of the hub")
     try:
         path = Path(source).expanduser()

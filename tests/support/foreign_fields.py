@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from dpo_lightning.data.fields import FieldAccount
@@ -46,6 +46,23 @@ class Maker:
         foreign = self._random.sample(COLUMNS, pick([0, 1, 1, 2]))
         made = {name: self._field(known.get(name)) for name in foreign} | row
         return _tagged(made, as_json=pick([True, False]))
+
+    def row_of(self, columns: Collection[str]) -> dict[str, Any]:
+        """A row of the given columns, with values of any kind that one of them may have."""
+        kinds = (self._word, self._messages, self._conversation, self._value, self._answers)
+        made = {name: self._random.choice(kinds)() for name in columns}
+        for name in self._random.sample(COLUMNS, 1):
+            made.setdefault(name, self._value())
+        return _tagged(made, as_json=False)
+
+    def _answers(self) -> Any:
+        keys = ("answer", "rank", "response", "overall_score", "messages", "tools", "note")
+        number = self._random.choice([1, 2.0, None])
+        values = (self._word, lambda: number, self._messages)
+        return [
+            {key: self._random.choice(values)() for key in keys}
+            for _ in range(self._random.randrange(3))
+        ]
 
     def _field(self, own: Callable[[], Any] | None) -> Any:
         return own() if own is not None and self._random.random() < 0.7 else self._value()

@@ -287,7 +287,9 @@ def test_messages_written_as_text_are_read(tmp_path, write):
 def test_a_text_that_only_looks_like_messages_is_refused(tmp_path):
     (bad,) = read_lines(tmp_path, {**GOOD, "chosen": "[{'role': 'user' 'content'}"}).bad
     assert (bad.field, "looks like messages" in bad.problem) == ("chosen", True)
-    assert read_lines(tmp_path, {**GOOD, "chosen": "{role}: x"}).bad == []
+    for text in ("{role}: x", '{"role": "admin"}', '[{"role": "admin", "age": 3}]'):
+        (group,) = read_lines(tmp_path, {**GOOD, "chosen": text}).groups
+        assert group.responses[0] == text
 
 
 def test_unequal_conversations_name_the_message(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.data.fields import FieldAccount
+from dpo_lightning.data.forms import FORMS
 from dpo_lightning.data.rows import PreferenceGroup, RowReader
 from dpo_lightning.data.texts import RowError
 from tests.support.foreign_fields import Maker, lost
@@ -46,3 +47,28 @@ def test_every_text_is_in_the_group_or_its_field_is_named(seed, is_table):
             group.prompt_key.encode()
     # Otherwise the test would say little.
     assert good > ROWS / 10
+
+
+@settings(max_examples=examples(20))
+@given(st.integers(0, 2**32), st.sampled_from(FORMS), st.booleans())
+def test_rows_of_a_form_with_any_values_are_read_or_refused(seed, form, is_table):
+    maker = Maker(seed)
+    for _ in range(ROWS):
+        row = maker.row_of(form.needs)
+        before = json.dumps(row)
+        account = FieldAccount()
+        reader = RowReader(
+            columns={k: v for k, v in form.columns.items() if k != "conversations"},
+            null_is_absent=is_table,
+            account=account,
+            reads=form.reads,
+        )
+        group = None
+        try:
+            made = row if form.derive is None else form.derive(row, account)
+            group = reader.read(made, "rows.jsonl:1")
+        except RowError:
+            pass
+        assert json.dumps(row) == before
+        if group is not None:
+            assert lost(row, group, account) == [], before

@@ -192,6 +192,8 @@ def test_bad_rows_of_a_form(tmp_path, row, problem):
 def test_marks_of_one_response_are_no_preference(tmp_path):
     row = {"prompt": "p", "response": "x", "helpfulness": 1, "correctness": 1, "coherence": 1}
     assert "one response a row: that is no preference" in refused(write(tmp_path / "a.json", [row]))
+    row = {"prompt": "p", "completion": "x", "label": True}
+    assert "one answer a row with a label" in refused(write(tmp_path / "a.json", [row]))
 
 
 def test_system_prompts_of_single_answers_are_refused_until_they_are_left_out(tmp_path):

@@ -75,6 +75,11 @@ def test_sources_are_shown_as_they_are_typed():
     assert source_label(value) == "[a.jsonl,{path: b.jsonl, weight: 0.5}]"
 
 
+def test_what_may_be_a_key_in_an_address_is_not_repeated():
+    message = refused("https://me:word@host/x.jsonl?token=abc")
+    assert message.startswith("data.train=https://host/x.jsonl: addresses are not read")
+
+
 # --------------------------------------------------------------------------------------- patterns
 
 
