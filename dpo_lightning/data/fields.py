@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from dpo_lightning.data.texts import RowError, list_names, printable, show
+from dpo_lightning.data.texts import RowError, list_names, printable, show, typed_name
 
 NOT_READ = "(not read)"
 """Stand-in for a value that is too dear to read, such as the bytes of an image."""
@@ -137,7 +137,7 @@ class UnusedField(RowError):
     def __init__(self, field: str, name: str, hint: str = "") -> None:
         self.name = name
         ways = [hint] if hint else []
-        ways.append(f"leave it out with 'data.ignore_fields=[{printable(name)}]'")
+        ways.append(f"leave it out with 'data.ignore_fields=[{typed_name(name)}]'")
         self.remedy = ", or ".join(ways)
         super().__init__(field, f"may be for the model and is not used; {self.remedy}")
 
@@ -159,7 +159,7 @@ def _hint(name: str) -> str:
         kind = "input"
     else:
         return ""
-    return _HINTS[kind].format(printable(name))
+    return _HINTS[kind].format(typed_name(name))
 
 
 class FieldAccount:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_lightning.data.fields import FieldAccount, is_empty
-from dpo_lightning.data.texts import RowError, describe, show
+from dpo_lightning.data.texts import RowError, describe, show, typed_name
 
 Row = dict[str, Any]
 
@@ -433,8 +433,8 @@ def pair_hint(names: Collection[str]) -> str:
             stems.setdefault(stem, []).append(name)
     for found in stems.values():
         if len(found) > 1:
-            listed = ", ".join(sorted(found))
+            listed = ", ".join(map(typed_name, sorted(found)))
             judges = [name for name in names if name not in found and _JUDGE.search(name.lower())]
-            better = judges[0] if judges else "<column of the better one>"
+            better = typed_name(judges[0]) if judges else "<column of the better one>"
             return f"'data.columns={{responses: [{listed}], better: {better}}}'"
     return ""

@@ -104,7 +104,8 @@ def all_files(source: str) -> list[Path]:
     """Every file that a source of this machine may be read from, for a hash of its content."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return [inside for inside in sorted(path.rglob("*")) if inside.is_file()]
+        about = [path / "README.md"] if (path / "README.md").is_file() else []
+        return [*data_files(path), *about]
     if path.is_file():
         return [path]
     return _matching(str(path))

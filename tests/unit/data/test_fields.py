@@ -1,6 +1,7 @@
 """Columns of rows and keys of messages: each is read, named once, or refused."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -152,6 +153,41 @@ def test_tools_in_every_form(tmp_path, tools):
     (group,) = read(tmp_path, {**GOOD, "tools": tools}).groups
     assert json.loads(group.tools) == [{"type": "function", "function": {"name": "find"}}]
     assert group.prompt == (Message("user", "Say hi."),)
+
+
+def test_an_input_that_is_mapped_follows_the_prompt(tmp_path):
+    mapped = {"input": "context"}
+    (group,) = read(tmp_path, {**GOOD, "context": "The hat."}, columns=mapped).groups
+    assert group.prompt == "Say hi.\nThe hat."
+    row = {"prompt": [user("q")], **ANSWERS, "context": "The hat."}
+    assert read(tmp_path, row, columns=mapped).groups[0].prompt == (Message("user", "q\nThe hat."),)
+    row = {"prompt": [user("q"), assistant("So")], **ANSWERS, "context": "The hat."}
+    assert read(tmp_path, row, columns=mapped).bad[0].field == "context"
+
+
+def test_a_prompt_that_ends_with_a_response_of_its_row_is_refused(tmp_path):
+    prompt = [user("q"), assistant("a")]
+    for row in (
+        {"prompt": prompt, **ANSWERS},
+        {"prompt": prompt, "chosen": "a", "rejected": "b"},
+        {"messages": prompt, "chosen": "a", "rejected": "b"},
+    ):
+        (bad,) = read(tmp_path, row).bad
+        assert bad.field in ("prompt[1]", "messages[1]")
+        assert "is a response of this row" in bad.problem
+    assert read(tmp_path, {"prompt": [user("q"), assistant("So")], **ANSWERS}).bad == []
+
+
+@pytest.mark.parametrize("name", ["my context", "context,2", 'context "b"', "context:"])
+def test_a_remedy_can_be_typed_whatever_the_name(tmp_path, name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with pytest.raises(UserError) as error:
+        read(tmp_path, {**GOOD, name: "The hat is red."})
+    typed = re.search(r"leave it out with '(data\.ignore_fields=.*)'$", str(error.value))
+    assert typed is not None
+    ignored = OverridesParser.create().parse_override(typed.group(1)).value()
+    assert len(read(tmp_path, {**GOOD, name: "The hat is red."}, ignore=ignored).groups) == 1
 
 
 def test_tools_that_are_none(tmp_path):
