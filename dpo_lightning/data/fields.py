@@ -55,7 +55,8 @@ _ROLE_KEYS = ("role", "from")
 
 
 @functools.cache
-def _words(name: str) -> frozenset[str]:
+def words_of(name: str) -> frozenset[str]:
+    """The words of a name, in small letters."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return frozenset(re.findall(r"[^\W_]+", spaced.lower()))
 
@@ -68,7 +69,7 @@ def may_be_for_the_model(name: str) -> bool:
         >>> [may_be_for_the_model(n) for n in ("system_prompt", "images", "prompt_id", "rating")]
         [True, True, False, False]
     """
-    words = _words(name)
+    words = words_of(name)
     if name.lower() in _WHOLE_NAMES:
         return True
     mistyped = get_close_matches(name.lower(), _OFTEN_MISTYPED, cutoff=0.85)
@@ -78,7 +79,7 @@ def may_be_for_the_model(name: str) -> bool:
 @functools.cache
 def may_be_the_prompt(name: str) -> bool:
     """True if a column of that name may hold the prompt, its name mistyped perhaps."""
-    words = _words(name)
+    words = words_of(name)
     if words & _ABOUT_IT:
         return False
     return bool(words & _PROMPTS or get_close_matches(name.lower(), ["prompt"], cutoff=0.7))
@@ -86,7 +87,7 @@ def may_be_the_prompt(name: str) -> bool:
 
 def is_heavy(name: str) -> bool:
     """True if a column of that name holds what takes long to read and is no text."""
-    return bool(_words(name) & _HEAVY and not _words(name) & _ABOUT_IT)
+    return bool(words_of(name) & _HEAVY and not words_of(name) & _ABOUT_IT)
 
 
 def leaves(value: object) -> Iterator[tuple[str, object]]:
@@ -150,7 +151,7 @@ _HINTS = {
 
 
 def _hint(name: str) -> str:
-    words = _words(name)
+    words = words_of(name)
     if words & {"system", "sys", "developer", "persona"}:
         kind = "system"
     elif words & {"tool", "tools", "function", "functions"}:

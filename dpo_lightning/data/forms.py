@@ -11,12 +11,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_lightning.data.fields import FieldAccount, is_empty
+from dpo_lightning.data.fields import FieldAccount, is_empty, may_be_the_prompt, words_of
 from dpo_lightning.data.texts import RowError, describe, show, typed_name
 
 Row = dict[str, Any]
 
 _JUDGE = re.compile("better|best|winner|prefer|choice|chosen|label|verdict")
+
+_BETTER = frozenset(
+    ["chosen", "accepted", "accept", "preferred", "better", "good", "winner", "positive", "best"]
+)
+_WORSE = frozenset(
+    ["rejected", "reject", "worse", "bad", "loser", "negative", "worst", "dispreferred", "non"]
+)
 
 _NAMED = frozenset({"prompt", "chosen", "rejected", "responses"})
 """Fields that the user maps where the row has no form that is known."""
@@ -438,3 +445,25 @@ def pair_hint(names: Collection[str]) -> str:
             better = typed_name(judges[0]) if judges else "<column of the better one>"
             return f"'data.columns={{responses: [{listed}], better: {better}}}'"
     return ""
+
+
+def mapping_hint(names: Collection[str]) -> str:
+    """The mapping to write for rows of other names, as far as their names tell."""
+    pair = pair_hint(names)
+    if pair:
+        return pair
+    found = {}
+    for field_name, known, other in (
+        ("chosen", _BETTER, _WORSE),
+        ("rejected", _WORSE, frozenset()),
+    ):
+        if field_name in names:
+            continue
+        near = [n for n in names if words_of(n) & known and not words_of(n) & other]
+        if len(near) != 1:
+            return "'data.columns={prompt: question, chosen: better, rejected: worse}'"
+        found[field_name] = near[0]
+    prompts = [n for n in names if may_be_the_prompt(n) and n not in found.values()]
+    if "prompt" not in names and prompts:
+        found = {"prompt": prompts[0], **found}
+    return f"'data.columns={{{', '.join(f'{k}: {typed_name(v)}' for k, v in found.items())}}}'"

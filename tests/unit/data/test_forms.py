@@ -268,6 +268,32 @@ def test_numbers_of_two_columns_order_them(tmp_path):
     assert rows.groups[0].responses == ("a", "b")
 
 
+def test_an_order_beside_chosen_and_rejected_is_refused(tmp_path):
+    for columns in ({"better": "w"}, {"scores": "w"}):
+        with pytest.raises(
+            UserError, match="'w' is an order, and 'chosen' and 'rejected' have one"
+        ):
+            read_lines(tmp_path, {**GOOD, "w": 1}, columns=columns)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Prompt", "Chosen", "Rejected"),
+        ("query", "accepted", "rejected"),
+        ("my question", "preferred", "non_preferred"),
+        ("prompt", "good_answer", "bad_answer"),
+    ],
+)
+def test_the_mapping_that_is_printed_for_other_names_works(tmp_path, names):
+    path = write(tmp_path / "a.json", [dict(zip(names, ("p", "x", "y"), strict=True))])
+    typed = re.search(r"'data\.columns=\{(.*?)\}'", refused(path))
+    assert typed is not None
+    columns = dict(part.split(": ") for part in typed.group(1).split(", "))
+    (group,) = read(path, columns=columns).groups
+    assert (group.prompt, group.responses) == ("p", ("x", "y"))
+
+
 def test_columns_of_answers_have_no_order_of_their_own(tmp_path):
     row = {"prompt": "p", "x": "a", "y": "b"}
     with pytest.raises(UserError, match=r"nothing says which response is better"):
