@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from dpo_lightning.data.texts import RowError, list_names, printable, show
+from dpo_lightning.data.texts import RowError, list_names, printable, show, typed_name
 
 NOT_READ = "(not read)"
 """Stand-in for a value that is too dear to read, such as the bytes of an image."""
@@ -24,19 +24,22 @@ def _set(words: str) -> frozenset[str]:
 
 _FOR_THE_MODEL = _set(
     "system sys developer persona prompt prompts question questions query queries instruction "
-    "instructions input inputs problem task context contexts document documents passage passages "
+    "instructions input inputs problem context contexts document documents passage passages "
     "background knowledge history post trajectory message messages conversation conversations "
     "dialog dialogue dialogues turns tool tools function functions reasoning thinking thought "
-    "thoughts image images picture pictures img video videos audio audios file files"
+    "thoughts image images picture pictures img video videos audio audios attachment attachments"
 )
 """Words of a name whose field may hold text, or something else, that the model is to be given."""
 
 _WHOLE_NAMES = frozenset({"name", "text", "value", "prefix", "parts", "refusal"})
 
+_OFTEN_MISTYPED = ("prompt", "system", "system_prompt", "instruction", "context", "tools")
+
 _ABOUT_IT = _set(
     "id ids uid uuid hash model source sources count counts num number n length len score scores "
     "rating ratings type types token tokens lang language labelling generation raw category "
-    "domain date time url link idx index"
+    "domain date time url link idx index config configs params quality difficulty level "
+    "intent safety explanation reward version label labels"
 )
 """Words that make a name one about the text, and not of the text."""
 
@@ -52,7 +55,8 @@ _ROLE_KEYS = ("role", "from")
 
 
 @functools.cache
-def _words(name: str) -> frozenset[str]:
+def words_of(name: str) -> frozenset[str]:
+    """The words of a name, in small letters."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return frozenset(re.findall(r"[^\W_]+", spaced.lower()))
 
@@ -65,14 +69,17 @@ def may_be_for_the_model(name: str) -> bool:
         >>> [may_be_for_the_model(n) for n in ("system_prompt", "images", "prompt_id", "rating")]
         [True, True, False, False]
     """
-    words = _words(name)
-    return name.lower() in _WHOLE_NAMES or bool(words & _FOR_THE_MODEL and not words & _ABOUT_IT)
+    words = words_of(name)
+    if name.lower() in _WHOLE_NAMES:
+        return True
+    mistyped = get_close_matches(name.lower(), _OFTEN_MISTYPED, cutoff=0.85)
+    return bool((words & _FOR_THE_MODEL or mistyped) and not words & _ABOUT_IT)
 
 
 @functools.cache
 def may_be_the_prompt(name: str) -> bool:
     """True if a column of that name may hold the prompt, its name mistyped perhaps."""
-    words = _words(name)
+    words = words_of(name)
     if words & _ABOUT_IT:
         return False
     return bool(words & _PROMPTS or get_close_matches(name.lower(), ["prompt"], cutoff=0.7))
@@ -80,7 +87,7 @@ def may_be_the_prompt(name: str) -> bool:
 
 def is_heavy(name: str) -> bool:
     """True if a column of that name holds what takes long to read and is no text."""
-    return bool(_words(name) & _HEAVY and not _words(name) & _ABOUT_IT)
+    return bool(words_of(name) & _HEAVY and not words_of(name) & _ABOUT_IT)
 
 
 def leaves(value: object) -> Iterator[tuple[str, object]]:
@@ -131,7 +138,7 @@ class UnusedField(RowError):
     def __init__(self, field: str, name: str, hint: str = "") -> None:
         self.name = name
         ways = [hint] if hint else []
-        ways.append(f"leave it out with 'data.ignore_fields=[{printable(name)}]'")
+        ways.append(f"leave it out with 'data.ignore_fields=[{typed_name(name)}]'")
         self.remedy = ", or ".join(ways)
         super().__init__(field, f"may be for the model and is not used; {self.remedy}")
 
@@ -144,7 +151,7 @@ _HINTS = {
 
 
 def _hint(name: str) -> str:
-    words = _words(name)
+    words = words_of(name)
     if words & {"system", "sys", "developer", "persona"}:
         kind = "system"
     elif words & {"tool", "tools", "function", "functions"}:
@@ -153,7 +160,7 @@ def _hint(name: str) -> str:
         kind = "input"
     else:
         return ""
-    return _HINTS[kind].format(printable(name))
+    return _HINTS[kind].format(typed_name(name))
 
 
 class FieldAccount:

@@ -6,14 +6,24 @@ inside a list or an object, it is first taken out, under a name that says where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_lightning.data.fields import FieldAccount, is_empty
-from dpo_lightning.data.texts import RowError, describe, show
+from dpo_lightning.data.fields import FieldAccount, is_empty, may_be_the_prompt, words_of
+from dpo_lightning.data.texts import RowError, describe, show, typed_name
 
 Row = dict[str, Any]
+
+_JUDGE = re.compile("better|best|winner|prefer|choice|chosen|label|verdict")
+
+_BETTER = frozenset(
+    ["chosen", "accepted", "accept", "preferred", "better", "good", "winner", "positive", "best"]
+)
+_WORSE = frozenset(
+    ["rejected", "reject", "worse", "bad", "loser", "negative", "worst", "dispreferred", "non"]
+)
 
 _NAMED = frozenset({"prompt", "chosen", "rejected", "responses"})
 """Fields that the user maps where the row has no form that is known."""
@@ -117,9 +127,6 @@ def _swift_query(row: Row, account: FieldAccount) -> Row:
 def _swift(row: Row, account: FieldAccount) -> Row:
     """The last turns of the assistant are the chosen answer; the other one stands apart."""
     messages = _inside(row, "messages", list, "a list of messages")
-    other = row.get("rejected_messages")
-    if not is_empty(other):
-        return {**row, "rejected_response": other}
     end = len(messages)
     while (
         end
@@ -138,14 +145,6 @@ def _swift(row: Row, account: FieldAccount) -> Row:
         "messages[answer]": messages[end:],
         "rejected_response": rejected,
     }
-
-
-def _swift_columns(row: Row, account: FieldAccount) -> Row:
-    new = _swift(row, account)
-    if "messages[answer]" in new:
-        return new
-    # Two whole conversations: the prompt is what they begin with.
-    return {**new, "messages[answer]": row["messages"]}
 
 
 def _labelled(column: str, values: Mapping[object, str]) -> Callable[[Row, FieldAccount], Row]:
@@ -226,19 +225,13 @@ FORMS = (
         },
         "ms-swift's form: the last answer of 'messages' is better than 'rejected_response'",
         reads=("messages",),
-        derive=_swift_columns,
+        derive=_swift,
     ),
     Form(
         "swift_messages",
         ("messages", "rejected_messages"),
-        {
-            "prompt": "messages[question]",
-            "chosen": "messages[answer]",
-            "rejected": "rejected_response",
-        },
+        {"prompt": "", "chosen": "messages", "rejected": "rejected_messages"},
         "ms-swift's form: 'messages' is better than 'rejected_messages'",
-        reads=("messages", "rejected_messages"),
-        derive=_swift_columns,
     ),
     Form(
         "swift_query",
@@ -365,6 +358,13 @@ FORMS = (
         "of a prompt in one row with their scores",
     ),
     Form(
+        "unpaired",
+        ("prompt", "completion", "label"),
+        refusal="one answer a row with a label: that is no preference; put a good and a bad answer "
+        "of one prompt in a row, as chosen and rejected",
+        lacks=("chosen", "rejected", "responses"),
+    ),
+    Form(
         "nectar",
         ("prompt", "answers"),
         {"responses": "answers.answer", "ranks": "answers.rank"},
@@ -440,6 +440,30 @@ def pair_hint(names: Collection[str]) -> str:
             stems.setdefault(stem, []).append(name)
     for found in stems.values():
         if len(found) > 1:
-            listed = ", ".join(sorted(found))
-            return f"'data.columns={{responses: [{listed}], better: <column of the better one>}}'"
+            listed = ", ".join(map(typed_name, sorted(found)))
+            judges = [name for name in names if name not in found and _JUDGE.search(name.lower())]
+            better = typed_name(judges[0]) if judges else "<column of the better one>"
+            return f"'data.columns={{responses: [{listed}], better: {better}}}'"
     return ""
+
+
+def mapping_hint(names: Collection[str]) -> str:
+    """The mapping to write for rows of other names, as far as their names tell."""
+    pair = pair_hint(names)
+    if pair:
+        return pair
+    found = {}
+    for field_name, known, other in (
+        ("chosen", _BETTER, _WORSE),
+        ("rejected", _WORSE, frozenset()),
+    ):
+        if field_name in names:
+            continue
+        near = [n for n in names if words_of(n) & known and not words_of(n) & other]
+        if len(near) != 1:
+            return "'data.columns={prompt: question, chosen: better, rejected: worse}'"
+        found[field_name] = near[0]
+    prompts = [n for n in names if may_be_the_prompt(n) and n not in found.values()]
+    if "prompt" not in names and prompts:
+        found = {"prompt": prompts[0], **found}
+    return f"'data.columns={{{', '.join(f'{k}: {typed_name(v)}' for k, v in found.items())}}}'"

@@ -43,6 +43,7 @@ _TEXT_FIELDS = (
     *("tool_plan",),
 )
 
+_MESSAGE_KEYS = (("role", "content"), ("role", "tool_calls"), ("from", "value"))
 _AS_TEXT = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value)["']\s*:""")
 # Python needs minutes for a nesting that JSON refuses at once.
 _LONGEST_REPR = 1 << 20
@@ -171,9 +172,9 @@ class MessageReader:
             if self._account.ignores(name):
                 continue
             if key == "tool_calls":
-                extra[key] = self.calls(item, place)
+                extra[key] = [*extra.get(key, []), *self.calls(item, place)]
             elif key == "function_call":
-                extra["tool_calls"] = self.calls([item], place)
+                extra["tool_calls"] = [*extra.get("tool_calls", []), *self.calls([item], place)]
                 self._account.said["function_call"] += 1
             elif key in _TEXT_FIELDS:
                 if not isinstance(item, str):
@@ -226,7 +227,7 @@ class MessageReader:
         except (ValueError, RecursionError, RowError):
             return content, extra
         self._account.said["function_call"] += 1
-        return "", {**extra, "tool_calls": calls}
+        return "", {**extra, "tool_calls": [*calls, *extra.get("tool_calls", [])]}
 
     def tools(self, value: object, label: str) -> str:
         """The tools of a row as a JSON list; empty where there are none."""
@@ -261,19 +262,33 @@ class MessageReader:
         if _AS_TEXT.match(text) is None:
             return None
         try:
-            return json.loads(text)
+            found = json.loads(text)
         except (ValueError, RecursionError):
-            pass
-        try:
-            if len(text) > _LONGEST_REPR:
-                raise ValueError("too long")
-            return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            raise RowError(
-                label,
-                f"the text {show(text)} looks like messages and is neither JSON nor Python's form "
-                "of them; write them as JSON",
-            ) from None
+            found = _python_value(text, label)
+        # Other JSON is what a model was asked for.
+        return found if _are_messages(found) else None
+
+
+def _are_messages(value: object) -> bool:
+    """True if a value has the keys of a message, or is a list of such."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(
+        isinstance(item, dict) and any(set(keys) <= item.keys() for keys in _MESSAGE_KEYS)
+        for item in items
+    )
+
+
+def _python_value(text: str, label: str) -> object:
+    try:
+        if len(text) > _LONGEST_REPR:
+            raise ValueError("too long")
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        raise RowError(
+            label,
+            f"the text {show(text)} looks like messages and is neither JSON nor Python's form "
+            "of them; write them as JSON",
+        ) from None
 
 
 def parsed(value: object, label: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpo_lightning.data.fields import (
@@ -10,8 +11,8 @@ from dpo_lightning.data.fields import (
     holds_text,
     is_empty,
     is_heavy,
-    leaves,
     may_be_the_prompt,
+    texts_of,
 )
 from dpo_lightning.data.groups import as_turns
 from dpo_lightning.data.messages import MessageReader
@@ -22,10 +23,10 @@ from dpo_lightning.data.texts import (
     Text,
     describe,
     list_names,
-    printable,
     show,
     split_messages,
     split_strings,
+    typed_name,
 )
 
 
@@ -98,6 +99,7 @@ class PromptFinder:
             self._account.said["messages"] += 1
             return split_messages(lists, labels)
         if not isinstance(prompt, str):
+            self._check_apart(prompt, strings)
             return prompt, [(Message("assistant", text),) for text in strings]
         if not implicit:
             if prompt and all(text.startswith(prompt) for text in strings):
@@ -111,6 +113,16 @@ class PromptFinder:
             raise ShapeError(self._prompt or "prompt", reason, row)
         self._account.said["dialogue" if dialogue else "string"] += 1
         return prompt, rests
+
+    def _check_apart(self, prompt: Sequence[Message], answers: Sequence[str]) -> None:
+        """Raises a RowError if a prompt ends with one of its own answers."""
+        last = prompt[-1]
+        known = {answer.strip() for answer in answers}
+        if last.role == "assistant" and last.content.strip() and last.content.strip() in known:
+            raise RowError(
+                f"{self._prompt}[{len(prompt) - 1}]",
+                f"{show(last.content)}, which is a response of this row; end the prompt before it",
+            )
 
     def _check_no_prompt(
         self,
@@ -136,13 +148,13 @@ class PromptFinder:
             if column in own or not holds_text(value) or is_heavy(column):
                 continue
             # Of a long text any part will do; of a name there is one word.
-            found = [item.strip() for _, item in leaves(value) if isinstance(item, str)]
+            found = texts_of(value)
             words = any(" " in item for item in found)
-            meant = may_be_the_prompt(column) and not set(found) <= said
+            meant = may_be_the_prompt(column) and not found <= said
             if (meant or (any_text and words)) and not self._account.ignores(column):
                 remedy = (
-                    f"map it with 'data.columns={{prompt: {printable(column)}}}', or leave it out "
-                    f"with 'data.ignore_fields=[{printable(column)}]'"
+                    f"map it with 'data.columns={{prompt: {typed_name(column)}}}', or leave it out "
+                    f"with 'data.ignore_fields=[{typed_name(column)}]'"
                 )
                 reason = f"{self._missing}, and {show(column)} may be it"
                 raise ShapeError(self._prompt or "prompt", reason, row, remedy)
@@ -179,14 +191,18 @@ class PromptFinder:
             raise RowError(names["tools"], "is for messages, and the row has no prompt of its own")
         return prompt, responses, tools, kwargs
 
-    def _with_input(self, value: object, prompt: Text, label: str) -> str:
-        if not isinstance(value, str):
-            raise RowError(label, f"{describe(value)}, expected a text")
-        if not isinstance(prompt, str) or not self.was_text:
-            raise RowError(label, "is joined to a prompt that is a text, and this one is not")
-        text = self._messages.text(value, label)
+    def _with_input(self, value: object, prompt: Text, label: str) -> Text:
+        """The prompt with a text behind it, on a line of its own."""
+        text = self._messages.text(value, label) if isinstance(value, str) else value
         if not isinstance(text, str):
-            raise RowError(label, "messages, expected a text")
+            raise RowError(label, f"{describe(value)}, expected a text")
+        if not isinstance(prompt, str):
+            *before, last = prompt
+            if last.role != "user":
+                raise RowError(label, f"is to follow a prompt that ends with {show(last.role)}")
+            return (*before, replace(last, content=f"{last.content}\n{text}"))
+        if not self.was_text:
+            raise RowError(label, "is to follow a prompt, and the row has none of its own")
         return f"{prompt}\n{text}" if prompt else text
 
     def _with_system(self, value: object, prompt: Text, label: str) -> Text:
@@ -236,6 +252,7 @@ class PromptFinder:
                 prompt += lead
             return prompt, rests
         if answers:
+            self._check_apart(prompt, [messages[0].content for messages in lists])
             return prompt, lists
         odd = next(i for i, messages in enumerate(lists) if messages[0].role in GIVEN_ROLES)
         raise RowError(

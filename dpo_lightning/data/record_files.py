@@ -50,6 +50,19 @@ class Record(NamedTuple):
     problem: str | None = None
 
 
+class _Twice(ValueError):
+    """An object has a key two times, so that one of the values would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Twice(f"the key {show(twice)} is there twice in one object")
+    return found
+
+
 class _Grown(OSError):
     """A compressed file holds more than a file of rows can."""
 
@@ -190,7 +203,7 @@ def _whole_content(path: Path, where: str) -> Iterator[Record] | None:
 
 def _values(text: str) -> Iterator[Any]:
     """The JSON values that stand one behind the other in a text."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     at = 0
     while True:
         while at < len(text) and text[at] in " \t\r\n":
@@ -207,7 +220,9 @@ def _json_line(number: int, line: bytes) -> Record:
     except UnicodeDecodeError as error:
         return Record(number, None, line.decode(errors="backslashreplace"), _not_utf8(error, line))
     try:
-        return Record(number, json.loads(text), text)
+        return Record(number, json.loads(text, object_pairs_hook=_object), text)
+    except _Twice as error:
+        problem = str(error)
     except json.JSONDecodeError as error:
         problem = f"invalid JSON at column {error.colno}: {error.msg}"
     except RecursionError:
@@ -233,7 +248,7 @@ def read_json(path: Path, where: str) -> Iterator[Record]:
         content = file.read().removeprefix(_BOM)
     try:
         text = content.decode()
-        rows = json.loads(text) if text.strip() else []
+        rows = json.loads(text, object_pairs_hook=_object) if text.strip() else []
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         start = content.rfind(b"\n", 0, error.start) + 1
@@ -245,6 +260,8 @@ def read_json(path: Path, where: str) -> Iterator[Record]:
             return
         place = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{where}: invalid JSON at {place}: {error.msg}") from error
+    except _Twice as error:
+        raise UserError(f"{where}: {error}; leave one out") from error
     except (RecursionError, ValueError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
         raise UserError(f"{where}: invalid JSON: {reason}") from error

@@ -149,6 +149,11 @@ def saved_table(folder: Path, where: str, *, split: str | None, key: str) -> tup
                 f"{key}_split={shown}: {where} has {list_names(found)}; name one of them"
             )
         return dataset_table(found[split], where), split
+    if split not in (None, "train"):
+        raise UserError(
+            f"{key}_split={printable(str(split))}: {where} is one saved data set, without splits; "
+            "name the folder of the rows"
+        )
     return dataset_table(found, where), ""
 
 

@@ -68,6 +68,7 @@ class Rows:
         notes: Lines to say once.
         ignored: Names of ``data.ignore_fields`` that a row had.
         fields: Names that could be there.
+        unread: Names of fields that were not read, and are named in the notes.
     """
 
     groups: list[PreferenceGroup]
@@ -76,6 +77,7 @@ class Rows:
     notes: list[str]
     ignored: frozenset[str] = frozenset()
     fields: frozenset[str] = field(default=frozenset(), repr=False)
+    unread: frozenset[str] = frozenset()
 
 
 def read_rows(
@@ -128,6 +130,7 @@ def read_rows(
         [*reading.notes, *_notes(where, account, len(groups))],
         ignored=frozenset(account.met),
         fields=frozenset(reading.fields | set(account.unread)),
+        unread=frozenset({*account.unread, *account.told}),
     )
 
 

@@ -94,6 +94,7 @@ class RowReader:
             for column in ([given] if isinstance(given, str) else given)
             if column
         ]
+        self._orders = [str(columns[f]) for f in ("ranks", "scores", "better") if columns.get(f)]
         self._null_is_absent = null_is_absent
         self._missing = "missing or null" if null_is_absent else "missing"
         self._account = account
@@ -199,6 +200,9 @@ class RowReader:
             return labels, values, self._order(row, labels, used)
         if many not in row:
             if chosen in row and rejected in row:
+                for column in self._orders:
+                    reason = f"an order, and {show(chosen)} and {show(rejected)} have one"
+                    raise ShapeError(column, reason, row, "map the responses too")
                 used.update((chosen, rejected))
                 return (chosen, rejected), (row[chosen], row[rejected]), (1, 2)
             if many and chosen not in row and rejected not in row:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from dpo_lightning.data.forms import NAMES, Form, pair_hint
+from dpo_lightning.data.forms import NAMES, Form, mapping_hint
 from dpo_lightning.data.rows import FIELDS, SEVERAL
 from dpo_lightning.data.texts import list_names, printable, show
 from dpo_lightning.errors import UserError
@@ -82,9 +82,7 @@ class Shapes:
                 f"found {found}; data.format={self.form.name} needs {needs}; or read rows of "
                 "another form with data.format="
             )
-        mapping = pair_hint(self.found) or (
-            "'data.columns={prompt: question, chosen: better, rejected: worse}'"
-        )
+        mapping = mapping_hint(self.found)
         return (
             f"found {found}; expected prompt, chosen, rejected; or prompt, responses (best first, "
             f"or with ranks or scores); map other names, as in {mapping}"

@@ -75,6 +75,9 @@ def find_source(source: str, *, split: str | None, subset: str | None, key: str)
     if not source.strip():
         raise UserError(f"{where}: empty; name a file ({_any_of(ROW_SUFFIXES)}) or a data set")
     if is_address(source):
+        # What follows may be a key.
+        shown = re.sub(r"//[^/]*@", "//", source.partition("?")[0])
+        where = f"{key}={printable(shown)}"
         raise UserError(f"{where}: addresses are not read; name a file or a data set of the hub")
     try:
         path = Path(source).expanduser()
@@ -101,7 +104,8 @@ def all_files(source: str) -> list[Path]:
     """Every file that a source of this machine may be read from, for a hash of its content."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return [inside for inside in sorted(path.rglob("*")) if inside.is_file()]
+        about = [path / "README.md"] if (path / "README.md").is_file() else []
+        return [*data_files(path), *about]
     if path.is_file():
         return [path]
     return _matching(str(path))
@@ -111,7 +115,9 @@ def _matching(pattern: str) -> list[Path]:
     """The paths of a pattern, in the order of their names."""
     parts = Path(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
-    return sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
+    found = sorted(Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
+    # As in a shell, hidden files are found only by a pattern that begins like them.
+    return [path for path in found if parts[-1].startswith(".") or not path.name.startswith(".")]
 
 
 def _of_pattern(pattern: str, where: str) -> Found:

@@ -83,11 +83,14 @@ def source_label(value: object) -> str:
         >>> source_label(["a.jsonl", {"path": "b.jsonl", "weight": 0.5}])
         '[a.jsonl,{path: b.jsonl, weight: 0.5}]'
     """
-    if not isinstance(value, list | tuple):
+    try:
+        listed = entries(value) if isinstance(value, list | tuple) else None
+    except ValueError:
+        listed = None
+    if listed is None:
         return str(value)
     shown = [
-        f"{{path: {e.path}, weight: {e.weight:g}}}" if e.weight != 1 else e.path
-        for e in entries(value)
+        f"{{path: {e.path}, weight: {e.weight:g}}}" if e.weight != 1 else e.path for e in listed
     ]
     return f"[{','.join(shown)}]"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,21 @@ def show(value: object) -> str:
 def printable(text: str) -> str:
     """Escapes everything in a text that would break the line it is printed on."""
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def typed_name(name: str) -> str:
+    """A name as it is typed inside the quotes of a setting, with quotes of its own where needed.
+
+    Example:
+        >>> typed_name("chosen-model 2"), typed_name("a,b")
+        ('chosen-model 2', '"a,b"')
+    """
+    if re.fullmatch(r"[A-Za-z_][\w.@/-]*( [\w.@/-]+)*", name, re.ASCII) and (
+        name.lower() not in ("null", "true", "false", "nan", "inf")
+    ):
+        return name
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{printable(escaped)}"'
 
 
 def list_names(names: Iterable[object]) -> str:

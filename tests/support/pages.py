@@ -1,6 +1,7 @@
 """A command of the docs, taken as far as the front door."""
 
 import os
+import shutil
 
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -36,6 +37,10 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     # What a user would bring.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "more.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    for path in ("shards/1.jsonl", "clone/train.jsonl", "clone/test.jsonl"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "pairs.jsonl", folder / path)
     (folder / "my_scorers.py").write_text("def brevity(prompts, answers):\n    return []\n")
     run = folder / "outputs" / "runs" / "mine" / "checkpoints"
     run.mkdir(parents=True)

@@ -181,7 +181,7 @@ def test_hooks_before_a_commit_take_the_tools_of_the_environment():
 STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_lightning")
 """How a line of a page begins that starts our program."""
 
-PAGES = ("docs/scaling.md", "docs/memory.md")
+PAGES = ("docs/scaling.md", "docs/memory.md", "docs/data.md")
 
 
 def readme_commands(page: str = "README.md") -> list[str]:
@@ -235,3 +235,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands()) >= 8
     assert len(readme_commands("docs/scaling.md")) >= 8
     assert len(readme_commands("docs/memory.md")) == 2
+    assert len(readme_commands("docs/data.md")) == 8
