@@ -65,6 +65,10 @@ class Answering:
         text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
+    def ends(self, model: Any) -> list[int]:
+        """Tokens that end an answer of a model."""
+        return end_ids(model, self.tokenizer)
+
     def answers(
         self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
     ) -> list[Ids]:
@@ -228,8 +232,7 @@ def evaluate_samples(
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
     drawn = _Drawn(asked, answering.answers(models, models.policy, prompts, seed=seed))
-    note = cut_off_note(drawn.policy, end_ids(models.policy, answering.tokenizer), answering)
-    if note is not None:
+    if note := cut_off_note(drawn.policy, answering.ends(models.policy), answering):
         log.info(note)
     metrics: dict[str, float] = {}
     with models.reference_model(device) as reference:
