@@ -65,10 +65,6 @@ class Answering:
         text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
-    def ends(self, model: Any) -> list[int]:
-        """Tokens that end an answer of a model."""
-        return end_ids(model, self.tokenizer)
-
     def answers(
         self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
     ) -> list[Ids]:
@@ -110,6 +106,12 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
         f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and score are of "
         f"their beginnings alone; {remedy}"
     )
+
+
+def _say_if_cut_off(answers: Sequence[Ids], model: Any, answering: Answering) -> None:
+    note = cut_off_note(answers, end_ids(model, answering.tokenizer), answering)
+    if note is not None:
+        log.info(note)
 
 
 def choose_prompts(
@@ -232,8 +234,7 @@ def evaluate_samples(
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
     drawn = _Drawn(asked, answering.answers(models, models.policy, prompts, seed=seed))
-    if note := cut_off_note(drawn.policy, answering.ends(models.policy), answering):
-        log.info(note)
+    _say_if_cut_off(drawn.policy, models.policy, answering)
     metrics: dict[str, float] = {}
     with models.reference_model(device) as reference:
         drawn.divergences = sampled_divergences(
