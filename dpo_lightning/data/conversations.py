@@ -6,7 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_lightning.data.pieces import Flat, Piece, Visit, message_fields, tool_fields
+from dpo_lightning.data.pieces import (
+    Flat,
+    Piece,
+    Visit,
+    message_fields,
+    tool_fields,
+    unchanged,
+)
 from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.texts import Message, show
 
@@ -110,11 +117,6 @@ def make_chat(
         own=range(start, start + len(after.texts)),
         shape=(tools.shape, before.shape, after.shape, options, continued),
     )
-
-
-def unchanged(text: str, field: str, is_thought: bool) -> str:
-    """The string itself."""
-    return text
 
 
 def messages_of(chat: Chat, visit: Visit, *, text_arguments: bool) -> list[dict[str, Any]]:

@@ -19,10 +19,14 @@ THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking", "thought", "
 """Fields of a message that hold what was thought before the answer."""
 
 _THOUGHT = r"(?:[a-z]+:)?(?:think|thinking|thoughts?|reason|reasoning|scratchpad|analysis)"
+# All begin with one of three characters, which is what makes the search fast.
 _TAG = re.compile(
-    rf"(</?{_THOUGHT}>|\[/?THINK\]|◁/?think▷|<\|(?:START|END)_THINKING\|>|<\|/?think\|>"
-    r"|<\|channel>(?:thought|analysis)?|<channel\|>|^\s*<[^<>\s]{1,40}>|<[^<>\s]{1,40}>\s*$)"
+    rf"([<\[◁](?:/?{_THOUGHT}>|(?<=\[)/?THINK\]|(?<=◁)/?think▷|\|(?:START|END)_THINKING\|>"
+    r"|\|/?think\|>|\|channel>(?:thought|analysis)?|channel\|>))"
 )
+_LEADING = re.compile(r"\s*<[^<>\s]{1,40}>")
+_TRAILING = re.compile(r"<[^<>\s]{1,40}>\s*$")
+_OPENING = frozenset("<[◁")
 _CLOSING = re.compile(
     rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|/think\|>|<channel\|>"
 )
@@ -57,13 +61,22 @@ Visit = Callable[[str, str, bool], str]
 """Takes a string, its field and whether it is a thought, and gives what shall stand for it."""
 
 
+def _is_plain(text: str) -> bool:
+    return "<" not in text and "[" not in text and "◁" not in text
+
+
+def unchanged(text: str, field: str, is_thought: bool) -> str:
+    """The string itself."""
+    return text
+
+
 def with_content(text: str, field: str, visit: Visit, *, is_thought: bool = False) -> str:
     """A string with each of its pieces visited."""
-    if not text or text.isspace():
+    if visit is unchanged or not text or text.isspace():
         return text
-    if "<" not in text and "[" not in text and "◁" not in text:
+    if _is_plain(text):
         return visit(text, field, is_thought)
-    parts = _TAG.split(text)
+    parts = _split(text)
     last = max((i for i, part in enumerate(parts) if _CLOSING.search(part)), default=-1)
     return "".join(
         part if i % 2 or not part.strip() else visit(part, field, is_thought or i < last)
@@ -71,10 +84,21 @@ def with_content(text: str, field: str, visit: Visit, *, is_thought: bool = Fals
     )
 
 
+def _split(text: str) -> list[str]:
+    """A string as text, tag, text, and so on."""
+    parts = _TAG.split(text)
+    if leading := _LEADING.match(parts[0]):
+        parts[:1] = ["", leading.group(), parts[0][leading.end() :]]
+    last = parts[-1]
+    if last.rstrip().endswith(">") and (trailing := _TRAILING.search(last, last.rfind("<"))):
+        parts[-1:] = [last[: trailing.start()], trailing.group(), ""]
+    return parts
+
+
 def begins_with_tag(text: str) -> bool:
     """True if a string's first own character is a tag's."""
-    parts = _TAG.split(text)
-    return len(parts) > 1 and not parts[0].strip()
+    bare = text.lstrip()
+    return bare[:1] in _OPENING and (_TAG.match(bare) or _LEADING.match(bare)) is not None
 
 
 def message_fields(message: Message, visit: Visit, *, text_arguments: bool) -> dict[str, Any]:
@@ -207,8 +231,7 @@ class Flat(NamedTuple):
 def flatten_message(message: Message) -> Flat:
     """A message as shape and strings."""
     content = message.content
-    plain = not (message.extra or "<" in content or "[" in content or "◁" in content)
-    if plain and content and not content.isspace():
+    if content and not message.extra and _is_plain(content) and not content.isspace():
         return Flat(f"={message.role}", (content,))
     texts: list[str] = []
     fields = message_fields(message, _collector(texts), text_arguments=False)

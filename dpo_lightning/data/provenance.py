@@ -20,6 +20,8 @@ Encode = Callable[[str], str]
 _BASES = (0x100000, 0xF0000)
 _PLANE = 0xFFFE
 _ESCAPED = re.compile(r"\\U00([0-9a-fA-F]{6})|\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.I)
+# Enough of a template's text to tell its whitespace from a string's own.
+_SOME = 16
 _SWITCHES = ("/no_think", "/think")
 
 
@@ -138,7 +140,13 @@ class Skeleton:
         parts.append(normal(self.tail))
         if normal(rendered) != "".join(parts):
             return None
-        return len(rendered) if before is None else place_of(rendered, before)
+        if wanted is None or before is None:
+            return len(rendered)
+        place, slot = place_of(rendered, before), self.slots[wanted]
+        text = texts[slot.piece]
+        own = text[: len(text) - len(text.lstrip())]
+        kept = own and rendered[:place].endswith(slot.literal[-_SOME:] + own)
+        return place - len(own) if kept else place
 
 
 def _length_at(rendered: str, at: int, text: str, encode: Encode) -> int | None:

@@ -24,7 +24,6 @@ from dpo_lightning.data.conversations import (
     names_its_call,
     pieces_of,
     refused_fault,
-    unchanged,
 )
 from dpo_lightning.data.limits import OutOfBounds, bounded
 from dpo_lightning.data.pieces import (
@@ -35,6 +34,7 @@ from dpo_lightning.data.pieces import (
     flatten,
     flatten_tools,
     tool_fields,
+    unchanged,
 )
 from dpo_lightning.data.provenance import Marks, Skeleton, common_beginning, search
 from dpo_lightning.data.rows import PreferenceGroup

@@ -101,13 +101,13 @@ def _facts(text: str) -> TemplateFacts:
             "name another with data.chat_template="
         ) from error
     found = frozenset(meta.find_undeclared_variables(tree))
+    names = list(tree.find_all(nodes.Name))
     filters = {node.name for node in tree.find_all(nodes.Filter)}
-    if drawn := ({"random"} & filters) | ({"lipsum"} & found):
+    if drawn := ({"random"} & filters) | ({"lipsum"} & {name.name for name in names}):
         raise UserError(
             f"the chat template draws at random ({', '.join(sorted(drawn))}), so that no two runs "
             "would have the same tokens; name another with data.chat_template="
         )
-    names = list(tree.find_all(nodes.Name))
     # One that the template sets itself is an option only where it asks whether it was given.
     asked = {
         test.node.name

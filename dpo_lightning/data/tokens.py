@@ -7,6 +7,7 @@ response has to follow the very same prompt ids. Nothing is padded here.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -184,6 +185,9 @@ class _Writer:
     def _write(self, group: PreferenceGroup, number: int) -> _Texts | None:
         prompt = group.prompt
         if isinstance(prompt, str):
+            if fault := self._unused(group):
+                self._refuse(number, fault)
+                return None
             texts = [_as_string(response) for response in group.responses]
             empty = frozenset(i for i, text in enumerate(texts) if not text.strip())
             return _Texts([prompt, *(prompt + text for text in texts)], False, empty)
@@ -192,13 +196,29 @@ class _Writer:
         try:
             rendered = self._renderer.render(group)
         except FaultyRow as error:
-            self._result.faults[number] = error.fault
-            self._result.dropped["not_rendered"] += 1
+            self._refuse(number, error.fault)
             return None
         self._left_out.update(rendered.left_out)
         self._unread.update(rendered.unread)
         self._result.leads[rendered.lead] += 1
         return _Texts(rendered.texts, True, rendered.empty)
+
+    def _refuse(self, number: int, fault: Fault) -> None:
+        self._result.faults[number] = fault
+        self._result.dropped["not_rendered"] += 1
+
+    def _unused(self, group: PreferenceGroup) -> Fault | None:
+        """The fault of a row of strings with what only a chat template could use."""
+        given = {"tools": group.tools, "chat_template_kwargs": group.template_kwargs}
+        for name, text in given.items():
+            if text and json.loads(text) and name not in self._options.ignored:
+                problem = f"{name} beside a plain prompt, which goes through no chat template"
+                remedy = (
+                    'write the prompt as messages: [{"role": "user", "content": "..."}], or leave '
+                    f"it out with 'data.ignore_fields=[{name}]'"
+                )
+                return Fault(name, problem, problem, remedy)
+        return None
 
     def notes(self) -> list[str]:
         """Lines to say once."""

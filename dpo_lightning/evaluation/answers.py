@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,11 +16,18 @@ from lightning.pytorch.callbacks import Callback
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
-from dpo_lightning.evaluation.sampling import Precision, answer_prompts, sampled_divergences
+from dpo_lightning.evaluation.sampling import (
+    Precision,
+    answer_prompts,
+    end_ids,
+    sampled_divergences,
+)
 from dpo_lightning.models.sharding import is_sharded
 from dpo_lightning.objectives.partition import estimate_log_partition
 from dpo_lightning.plugins import Prompt
 from dpo_lightning.reference.pair import Models
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "preferred", "reference", "before", "after")
 
@@ -43,12 +51,14 @@ class Answering:
         max_new_tokens: Longest answer, in tokens.
         batch_size: Answers that are drawn at once.
         precision: The context to compute in.
+        positions: Those of the model, where they and not the settings end an answer.
     """
 
     tokenizer: Any
     max_new_tokens: int
     batch_size: int
     precision: Precision
+    positions: int | None = None
 
     def text(self, ids: Ids) -> str:
         """Token ids as text, without special tokens."""
@@ -69,6 +79,39 @@ class Answering:
             seed=seed,
             precision=self.precision,
         )
+
+
+def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answering) -> str | None:
+    """A line to say once where most answers ended at the limit and not by themselves.
+
+    Args:
+        answers: Token ids of each answer.
+        ends: Tokens that end an answer.
+        answering: How they were drawn.
+    """
+    limit = answering.max_new_tokens
+    cut = sum(len(ids) >= limit and int(ids[-1]) not in ends for ids in answers)
+    if 2 * cut <= len(answers):
+        return None
+    if answering.positions is not None:
+        where = (
+            f"the model's {answering.positions} positions leave {limit} tokens behind the longest "
+            "prompt"
+        )
+        remedy = "prompts of a lower data.max_length= leave more"
+    else:
+        where = f"evaluation.max_new_tokens={limit}"
+        remedy = "a larger one lets them go on"
+    return (
+        f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and score are of "
+        f"their beginnings alone; {remedy}"
+    )
+
+
+def _say_if_cut_off(answers: Sequence[Ids], model: Any, answering: Answering) -> None:
+    note = cut_off_note(answers, end_ids(model, answering.tokenizer), answering)
+    if note is not None:
+        log.info(note)
 
 
 def choose_prompts(
@@ -191,6 +234,7 @@ def evaluate_samples(
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
     drawn = _Drawn(asked, answering.answers(models, models.policy, prompts, seed=seed))
+    _say_if_cut_off(drawn.policy, models.policy, answering)
     metrics: dict[str, float] = {}
     with models.reference_model(device) as reference:
         drawn.divergences = sampled_divergences(

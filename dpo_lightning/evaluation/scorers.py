@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.data.limits import OutOfBounds, bounded
+from dpo_lightning.data.templates import render_chat
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.loading import (
     check_reward_model,
@@ -129,7 +130,7 @@ class _RewardModel:
             messages.append({"role": "assistant", "content": answer.strip()})
             try:
                 with bounded():
-                    text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+                    text = render_chat(self._tokenizer, messages)
             except OutOfBounds as error:
                 raise UserError(
                     f"evaluation.scorer={self._source}: its chat template took {error} for one "

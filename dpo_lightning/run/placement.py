@@ -154,11 +154,13 @@ def choose_answering(
     longest = evaluation.max_new_tokens
     if prepared.task is not None:
         longest = min(longest, MAX_TOKENS)
+    room = longest
     if positions is not None:
-        longest = min(longest, positions - max((len(g.prompt) for g in groups), default=0))
+        room = min(longest, positions - max((len(g.prompt) for g in groups), default=0))
     answering = Answering(
         tokenizer=source.tokenizer,
-        max_new_tokens=longest,
+        max_new_tokens=room,
+        positions=positions if room < longest else None,
         batch_size=evaluation.batch_size,
         precision=lambda: computation.context(policy.device),
     )

@@ -120,6 +120,16 @@ def test_a_response_that_starts_like_its_sibling_keeps_its_own_text():
     assert responses == ["yes, sir<|end|>", "yes, madam<|end|>"]
 
 
+def test_a_space_of_its_own_stays_where_whitespace_of_the_prompt_changes():
+    """The first row gives the shape; in the second a user's text loses the space at its end."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.content.replace(' ,', ',') }}")
+    renderer = Renderer(chat_tokenizer(template), TemplateOptions())
+    renderer.render(row(USER, " yes", "no"))
+    prompt, responses = scored(renderer.render(row((Message("user", "a , b"),), " yes", " no")))
+    assert prompt == "<|user|>a, b<|end|><|assistant|>"
+    assert responses == [" yes<|end|>", " no<|end|>"]
+
+
 # What is left out ---------------------------------------------------------------------------------
 
 
@@ -175,6 +185,28 @@ def test_a_later_row_of_the_same_shape_is_looked_at_too():
     with pytest.raises(FaultyRow):
         renderer.render(row((Message("user", "a secret"),), "yes", "no"))
     renderer.render(row(USER, "maybe", "no"))
+
+
+SENSITIVE = (
+    "{% for m in messages if m.role != 'system' %}"
+    "{{ '!' if m.content[0] == 'h' else '?' }}{{ m.role }}: {{ m.content }}|{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("text", ["a", "hello?"])
+def test_a_template_that_looks_into_texts_hides_nothing_either(text):
+    """Marked texts are written otherwise, so that the strings alone are looked for."""
+    prompt, responses = scored(render(SENSITIVE, row(USER, "he said yes", "he said no")))
+    assert prompt == "!user: hello?|!assistant: "
+    assert responses == ["he said yes|", "he said no|"]
+    found = fault(SENSITIVE, row((Message("system", text), *USER), "he said yes", "he said no"))
+    assert found.field == "prompt[0].content"
+
+
+def test_texts_with_the_characters_of_marks_are_looked_for_alone():
+    odd = "".join(chr(base + 7) for base in (0x100000, 0xF0000))
+    prompt, _ = scored(render(CHATML, row((Message("user", odd),), "yes", "no")))
+    assert prompt == f"<|user|>{odd}<|end|><|assistant|>"
 
 
 def test_turns_in_another_order_are_named():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.tokens import DROP_REASONS
 from tests.support.properties import examples
 from tests.support.tokens import (
@@ -361,3 +362,20 @@ def test_any_group_of_strings(group, begins, ends, max_length, truncation):
             assert tokenizer.decode(text_ids) == group.prompt + text
     removed = len(responses) < len(group.responses)
     assert result.changed["removed_response"] == removed
+
+
+@pytest.mark.parametrize(
+    ("field", "extra"),
+    [
+        ("tools", {"tools": '[{"name": "find"}]'}),
+        ("chat_template_kwargs", {"template_kwargs": '{"a": 1}'}),
+    ],
+)
+def test_what_only_a_chat_template_uses_is_no_part_of_strings(field, extra):
+    group = replace(make_group("q", "yes", "no"), **extra)
+    result = tokenize(group)
+    assert result.groups == []
+    assert [fault.field for fault in result.faults.values()] == [field]
+    ignored = TemplateOptions(ignored=frozenset({field}))
+    assert len(tokenize(group, options=ignored).groups) == 1
+    assert len(tokenize(replace(group, tools="[]", template_kwargs="{}")).groups) == 1

@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.controlled import PROMPTS, ControlledTask
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.evaluation.answers import Answering, choose_prompts, evaluate_samples
+from dpo_lightning.evaluation.answers import (
+    Answering,
+    choose_prompts,
+    cut_off_note,
+    evaluate_samples,
+)
 from dpo_lightning.evaluation.sampling import answer_prompts, end_ids, sampled_divergences
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.reference.kinds import NoReference
@@ -289,6 +294,26 @@ def test_without_samples_nothing_is_said(policy, reference, scorer, tokenizer):
     assert len(rows) == 1
     assert math.isnan(metrics["samples/kl_stderr"])
     assert "samples/score" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("cut", "positions", "said"),
+    [
+        (2, None, None),
+        (3, None, "evaluation.max_new_tokens=4: 3 of 4 answers were cut off there, so that"),
+        (
+            3,
+            16,
+            "the model's 16 positions leave 4 tokens behind the longest prompt: 3 of 4",
+        ),
+    ],
+)
+def test_answers_that_are_mostly_cut_off_are_said(cut, positions, said):
+    answering = Answering(None, 4, 16, torch.no_grad, positions)
+    whole = [np.array([1, 0], dtype=np.int32), np.array([1, 1, 1, 0], dtype=np.int32)]
+    answers = [np.array([1, 1, 1, 1], dtype=np.int32)] * cut + whole[: 4 - cut]
+    note = cut_off_note(answers, [0], answering)
+    assert note is None if said is None else note.startswith(said)
 
 
 def test_prompts_are_different_and_leave_room():
