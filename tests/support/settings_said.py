@@ -76,7 +76,7 @@ def read(line: str) -> list[str]:
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     try:
-        read_sources(config, Path.cwd(), is_rank_zero=True)
+        read_sources(config, Path.cwd(), when_begun=lambda write: write())
     except UserError as error:
         return [str(error)]
     return []
