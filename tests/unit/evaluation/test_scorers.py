@@ -190,3 +190,14 @@ def test_models_that_are_no_reward_models_are_refused_before_the_training(tiny_m
         scorer(str(tmp_path / "two"), [])
     with pytest.raises(UserError, match=r"evaluation.scorer=org/nowhere"):
         scorer("org/nowhere", [])
+
+
+def test_a_plugin_offers_what_it_defines_and_not_what_it_imports(tmp_path, monkeypatch):
+    (tmp_path / "my_offers.py").write_text("from os import system\ndef own(p, r): return [0.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugins(["my_offers"])
+    assert find_scorer("my_offers.own", ["my_offers"]) is not None
+    with pytest.raises(UserError, match=r"my_offers.system: my_offers only imports it from posix"):
+        find_scorer("my_offers.system", ["my_offers"])
+    with pytest.raises(UserError, match="plugins=os: a module of Python itself"):
+        load_plugins(["os"])
