@@ -144,7 +144,7 @@ class Scorer:
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""
         if plan is not None:
-            logps = run_whole(model, lambda model: token_logps(*_flat_inputs(model, plan)))
+            logps = run_whole(model, lambda model: token_logps(*_flat_inputs(model, batch, plan)))
             return logps if plan.order is None else logps.index_select(0, plan.order)
         score = _padded_scores(
             model, batch, lambda *scores: (_target_logps(*scores),), self.lengths
@@ -157,7 +157,7 @@ class Scorer:
         """Log-probability of each scored token, and the collisions beside it, in one pass."""
         if plan is not None:
             logps, collisions = run_whole(
-                model, lambda model: token_logps_and_collisions(*_flat_inputs(model, plan))
+                model, lambda model: token_logps_and_collisions(*_flat_inputs(model, batch, plan))
             )
             if plan.order is not None:
                 logps, collisions = (x.index_select(0, plan.order) for x in (logps, collisions))
@@ -189,10 +189,11 @@ class Scorer:
 
 
 def _flat_inputs(
-    model: Any, plan: AttentionPlan
+    model: Any, batch: GroupBatch, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
     """Inputs of the head: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
-    batch = plan.batch
+    if plan.order is not None:
+        batch = plan.batch
     with lengths_known(plan.parts):
         hidden = model.base_model(
             input_ids=batch.input_ids[None],
