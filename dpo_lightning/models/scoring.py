@@ -192,8 +192,8 @@ def _flat_inputs(
     model: Any, batch: GroupBatch, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, LogitsTransform]:
     """Inputs of the head: states (S, d), weight (V, d), bias (V,), targets (S,), transform."""
-    # What the plan laid out in another order, it holds itself.
-    batch = batch if plan.order is None else plan.batch
+    if plan.order is not None:
+        batch = plan.batch
     with lengths_known(plan.parts):
         hidden = model.base_model(
             input_ids=batch.input_ids[None],
