@@ -71,7 +71,7 @@ def check_bad_rows(rows: ReadRows, *, on_bad_row: str, limit: int = 20) -> None:
         end = "no row can be read" if rows.total > 1 else "it is the only row"
     else:
         count = count_of(len(rows.bad), "bad row")
-        end = f"{count} of {rows.total}, data.on_bad_row=skip sets them aside"
+        end = f"{count} of {rows.total}, data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
     raise UserError(f"{'; '.join(lines)}; {end}")
 
 

@@ -29,8 +29,8 @@ DROP_REASONS = {
     "bad_row": "a row that could not be read, set aside in quarantine.jsonl",
     "too_long": "prompt and longest response exceed data.max_length",
     "nothing_to_compare": "no strictly ranked, different pair is left (after truncation)",
-    "identical_responses": "the responses are the same",
-    "empty_response": "a response without text",
+    "identical_responses": "the responses are identical",
+    "empty_response": "an empty response",
     "not_rendered": "a row that the chat template refuses or leaves out a part of, set aside in "
     "quarantine.jsonl",
 }

@@ -159,15 +159,14 @@ def nothing_to_do(config: Config, folder: Path, *, is_trial: bool = False) -> bo
     goes_on = config.resume is not None and _is_in(config.resume, folder)
     if (goes_on or is_trial) and earlier.settings_hash == settings_hash(config):
         print(
-            f"{folder}: this run has finished, at step {earlier.step}; overwrite=true makes it "
-            "anew",
+            f"{folder}: this run has finished, at step {earlier.step}; overwrite=true starts it over",
             flush=True,
         )
         return True
-    here = "goes on in it" if goes_on else "makes it anew"
+    here = "continues it" if goes_on else "starts it over"
     raise UserError(
         f"hydra.run.dir={folder}: the run there has finished (step {earlier.step}); overwrite=true "
-        f"{here}, and resume={folder} with another hydra.run.dir= goes on from it"
+        f"{here}, and resume={folder} with another hydra.run.dir= continues it there"
     )
 
 

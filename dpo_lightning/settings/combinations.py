@@ -142,7 +142,7 @@ def _objective(config: Config) -> Iterator[str]:
     loss, reference = config.loss, config.reference
     if not loss.terms and loss.name not in known_losses():
         names = ", ".join(known_losses())
-        yield f"loss.name={loss.name}: needs one of {names}{loss_hint(loss.name)}"
+        yield f"loss.name={loss.name}: must be one of {names}{loss_hint(loss.name)}"
         return
     if any(
         isinstance(weight, bool) or not isinstance(weight, int | float)

@@ -298,7 +298,7 @@ KEYS: dict[str, Answer] = {
         "checkpoint.every_n_steps=<steps>",
         false="checkpoint.every_n_steps=null checkpoint.last=false",
     ),
-    "ignore_data_skip": _none("a resumed run goes on with the rows that were to come"),
+    "ignore_data_skip": _none("a resumed run continues with the rows that were to come"),
     "resume_from_checkpoint": _RESUME,
     "ckpt_path": _RESUME,
     "output_dir": _RUN_DIR,

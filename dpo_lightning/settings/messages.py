@@ -133,7 +133,7 @@ def _launcher_keys() -> list[str]:
 def unknown_option(group: str, option: str, options: Collection[str]) -> str:
     """The answer to a choice that a config group does not have."""
     return (
-        f"{group}={option}: no such choice of {group}, there are {', '.join(options)}"
+        f"{group}={option}: unknown {group}; available: {', '.join(options)}"
         f"{_hint(group, group, option, options)}"
     )
 
@@ -188,9 +188,9 @@ def expected(setting: Setting) -> str:
         text = rule["expected"]
     elif setting.kind in (int, float):
         text = "a whole number" if setting.kind is int else "a finite number"
-        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        words = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
         if bounds := [f"{words[name]} {rule[name]}" for name in words if name in rule]:
-            text = f"{text}, {' and '.join(bounds)}"
+            text = f"{text} {' and '.join(bounds)}"
     elif setting.is_section:
         text = f"keys below it ({', '.join(f.name for f in dataclasses.fields(setting.kind))})"
     else:
@@ -204,14 +204,14 @@ def wrong_value(key: str, value: object) -> str:
     """The answer to a value that the key does not take."""
     setting = settings()[key]
     if value == "":
-        return f"{key}= has no value: needs {expected(setting)}"
+        return f"{key}= has no value: must be {expected(setting)}"
     if key == "trainer.precision" and str(value) in ("bf16-true", "bf16"):
         return (
-            f"{key}={value}: needs {expected(setting)}; weights held in bfloat16 are "
+            f"{key}={value}: must be {expected(setting)}; weights held in bfloat16 are "
             "model.dtype=bfloat16 trainer.precision=bf16-mixed"
         )
     hint = _hint(key, key.removesuffix(".name"), value, setting.rule.get("choices", ()))
-    return f"{key}={shown(value)}: needs {expected(setting)}{hint}"
+    return f"{key}={shown(value)}: must be {expected(setting)}{hint}"
 
 
 def config_error(error: OmegaConfBaseException) -> str:
@@ -226,5 +226,5 @@ def config_error(error: OmegaConfBaseException) -> str:
         return wrong_value(key, None)
     found = re.search(r"^Value '(.*)' (?:of type|is not)|: '(.*)'$|value: (.*)$", text)
     if found is None:
-        return f"{key}: needs {expected(settings()[key])}"
+        return f"{key}: must be {expected(settings()[key])}"
     return wrong_value(key, next(group for group in found.groups() if group is not None))

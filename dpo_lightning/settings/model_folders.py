@@ -70,7 +70,7 @@ def _other_folder(key: str, folder: Path, needs: tuple[str, ...]) -> str:
     if (inside / _ADAPTER).is_file() and _ADAPTER not in needs:
         return f"a run's folder; it trained a LoRA adapter: {_use_adapter(key, inside)}"
     if (folder / "checkpoints").is_dir():
-        return f"a run's folder without an exported model; resume={folder} goes on with the run"
+        return f"a run's folder without an exported model; resume={folder} finishes the run"
     snapshots = [own for name in needs for own in folder.glob(f"snapshots/*/{name}")]
     if snapshots:
         return f"a folder of the hub's cache; name its {key}={snapshots[0].parent}"

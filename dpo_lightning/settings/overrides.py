@@ -132,7 +132,7 @@ def with_own_names(lines: Iterable[str]) -> list[str]:
         own = [renamed_loss(name.strip(), known_losses()) or name for name in names]
         if own != names:
             line = f"{key}={','.join(own)}"
-            log.warning("loss=%s is loss=%s here; going on with that", value, ",".join(own))
+            log.warning("loss=%s is loss=%s here: using that", value, ",".join(own))
         found.append(line)
     return found
 
@@ -228,7 +228,7 @@ def _group_problems(override: Override, options: list[str]) -> Iterator[str]:
         return
     if value is None:
         without = f"; {group}=none is without one" if "none" in options else ""
-        yield f"{line}: needs one of {', '.join(options)}{without}"
+        yield f"{line}: must be one of {', '.join(options)}{without}"
     elif override.is_add() or override.is_force_add():
         yield f"{line}: {group} has a choice already; leave out the +"
     else:

@@ -293,7 +293,7 @@ def test_a_row_that_the_template_does_not_take_goes_by_on_bad_row(picky, bad, fi
     message = str(caught.value)
     assert message.startswith(f"rows.jsonl:5: {field}: ")
     assert problem in message
-    assert "1 bad row of 10, data.on_bad_row=skip sets them aside" in message
+    assert "1 bad row of 10, data.on_bad_row=skip skips them (kept in quarantine.jsonl)" in message
     data = prepare(rows, picky, on_bad_row="skip")
     assert data.dropped == {"not_rendered": 1}
     assert len(data.train) + len(data.eval) == 9

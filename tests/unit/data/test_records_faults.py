@@ -149,7 +149,7 @@ def test_check_bad_rows(tmp_path):
     assert str(caught.value) == (
         f"{path}:2: row: invalid JSON at column 1: Expecting value; "
         f"{path}:3: weight: the number 0, expected one above 0; "
-        "2 bad rows of 3, data.on_bad_row=skip sets them aside"
+        "2 bad rows of 3, data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
     )
     assert caught.value.exit_code == 2
     check_bad_rows(rows, on_bad_row="skip")
@@ -163,7 +163,8 @@ def test_rows_with_one_fault_are_one_clause(tmp_path):
     path = f"{tmp_path}/rows.jsonl"
     assert str(caught.value) == (
         f"{path}:1: weight: the number 0, expected one above 0 (the same in 24 other rows: "
-        f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip sets them aside"
+        f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip skips them (kept in "
+        "quarantine.jsonl)"
     )
 
 

@@ -178,7 +178,7 @@ def test_a_finished_run_is_written_again_only_where_that_is_said(earlier):
     other = Config(beta=0.7)
     with pytest.raises(UserError, match=r"has finished \(step 7\); overwrite=true"):
         nothing_to_do(other, earlier)
-    with pytest.raises(UserError, match="overwrite=true goes on in it"):
+    with pytest.raises(UserError, match="overwrite=true continues it"):
         nothing_to_do(Config(beta=0.7, resume="auto"), earlier)
     assert not nothing_to_do(Config(beta=0.7, overwrite=True), earlier)
     assert nothing_to_do(Config(resume="auto"), earlier)

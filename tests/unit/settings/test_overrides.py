@@ -100,7 +100,7 @@ def test_a_command_line(place, line, fragment, capsys):
 def test_a_loss_by_its_name_elsewhere_is_used_and_said(typed, ours, caplog):
     assert with_own_names(["beta=1", typed]) == ["beta=1", ours]
     said = [record.getMessage() for record in caplog.records]
-    assert said == ([] if typed == ours else [f"{typed} is {ours} here; going on with that"])
+    assert said == ([] if typed == ours else [f"{typed} is {ours} here: using that"])
 
 
 def test_the_name_that_was_meant_is_what_runs(place, capsys):
