@@ -71,7 +71,7 @@ coverage: $(READY) ## branches that the tests of test-all reach, in every proces
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
-docs: $(READY) ## write the pages anew that are made from the code
+docs: $(READY) ## regenerate the pages that are made from the code
 	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
@@ -90,7 +90,7 @@ bench: $(BENCH)/.ready ## measure speed beside TRL, or beside a commit: make ben
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
-lock: ## write constraints.txt anew from a clean environment
+lock: ## regenerate constraints.txt in a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora,slurm,ray]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \

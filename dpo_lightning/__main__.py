@@ -35,7 +35,7 @@ def _report(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
-    "report": ("write the report of a sweep anew", _report),
+    "report": ("write the report of a sweep again", _report),
 }
 """What each command does, and its function."""
 
@@ -84,11 +84,11 @@ def _unknown(word: str) -> str:
 
     key, equals, _ = word.partition("=")
     word = redact(shown(f"{key}{equals}{'…' if equals else ''}"))
-    there = f"there are {', '.join(COMMANDS)}"
+    there = f"available: {', '.join(COMMANDS)}"
     if equals or key.startswith("-"):
         return f"{word}: a command comes first, such as `{' '.join(typed())}`; {there}"
     close = difflib.get_close_matches(key.lower(), COMMANDS, n=1)
-    return f"{word}: no such command; " + (f"did you mean `{close[0]}`?" if close else there)
+    return f"{word}: unknown command; " + (f"did you mean `{close[0]}`?" if close else there)
 
 
 if __name__ == "__main__":

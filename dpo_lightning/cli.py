@@ -179,7 +179,7 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     explicit = is_fixed(cfg, "sweep.dir")
     if OmegaConf.select(cfg, "resume") is not None and not in_process:
         raise UserError(
-            f"resume={cfg.resume} continues one run; a sweep goes on with sweep.resume=last or "
+            f"resume={cfg.resume} continues one run; resume a sweep with sweep.resume=last or "
             "hydra.sweep.dir=<its folder>"
         )
     configs: list[Config] = []  # those of other sweepers are not known yet

@@ -91,7 +91,7 @@ def make_callbacks(names: Sequence[str]) -> list[Any]:
         if name not in CALLBACKS:
             known = ", ".join(CALLBACKS) or "none"
             raise UserError(
-                f"trainer.callbacks={name}: no plugin registered it (there are: {known}); name the "
+                f"trainer.callbacks={name}: no plugin registered it (known: {known}); name the "
                 "module that does with plugins=[<module>]"
             )
     return [CALLBACKS[name]() for name in names]

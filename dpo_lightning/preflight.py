@@ -99,12 +99,12 @@ def _show(estimate: MemoryEstimate, config: Config) -> None:
     table.add_row("total", in_gib(found.total))
     if estimate.device_bytes is not None:
         table.add_row("there are", in_gib(estimate.device_bytes))
-    again = ", activations computed again in the backward pass" if training.checkpointing else ""
+    again = ", activation checkpointing" if training.checkpointing else ""
     facts = (
-        f"{config.model.name}: {shape.parameters:,} parameters, {trained:,} of them trained",
+        f"{config.model.name}: {shape.parameters:,} parameters, {trained:,} trainable",
         f"{estimate.devices} x {estimate.kind}, strategy {config.strategy.name}, weights in "
         f"{config.model.dtype}, optimizer {training.optimizer}",
-        f"up to {training.tokens:,} tokens at once{again}",
+        f"micro-batches of up to {training.tokens:,} tokens{again}",
     )
     for fact in facts:
         console.print(fact, highlight=False, soft_wrap=True)

@@ -171,7 +171,7 @@ def check_bad_rows(rows: Rows, *, on_bad_row: str, limit: int = 20) -> None:
         lines.append(f"and {len(rows.bad) - limit} more")
     raise UserError(
         f"{'; '.join(lines)}; {_count(len(rows.bad), 'bad row')} of {rows.total}, "
-        "data.on_bad_row=skip sets them aside"
+        "data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
     )
 
 

@@ -65,13 +65,13 @@ def tokenize_once(
             found = _read(path, groups) or compute()
             write_whole(path, _packed(found, groups))
     except OSError as error:
-        log.info("token ids are not kept in %s: %s", folder, error.strerror or error)
+        log.info("token ids could not be cached in %s: %s", folder, error.strerror or error)
         found = found or compute()
     return found
 
 
 def _say_waiting() -> None:
-    log.info("another process turns the same rows into tokens: waiting for it")
+    log.info("waiting for another process that is tokenizing the same rows")
 
 
 def _key(groups: Sequence[PreferenceGroup], tokenizer: Any, backend: Any, limits: str) -> str:
@@ -136,7 +136,7 @@ def _read(path: Path, groups: Sequence[PreferenceGroup]) -> TokenizedGroups | No
             raise ValueError("its content is not what was written")
         return _unpacked(arrays, about, groups)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
-        log.warning("%s is damaged (%s): its rows are turned into tokens again", path, error)
+        log.warning("%s is damaged (%s): its rows are tokenized again", path, error)
         return None
 
 

@@ -29,8 +29,8 @@ DROP_REASONS = {
     "bad_row": "a row that could not be read, set aside in quarantine.jsonl",
     "too_long": "prompt and longest response exceed data.max_length",
     "nothing_to_compare": "no strictly ranked, different pair is left (after truncation)",
-    "identical_responses": "the responses are the same",
-    "empty_response": "a response without text",
+    "identical_responses": "the responses are identical",
+    "empty_response": "an empty response",
 }
 
 # Named and exported with the tokenizer when a model brings no chat template of its own.
@@ -154,8 +154,8 @@ def tokenize_groups(
             result.changed.update(changes)
     if shrunk:
         result.notes.append(
-            f"the last prompt tokens of {shrunk} of {len(groups)} groups merge with a response and "
-            "are scored with it"
+            f"in {shrunk:,} of {len(groups):,} rows the tokenizer merged prompt and response; "
+            "those tokens count as response"
         )
     return result
 

@@ -89,9 +89,9 @@ class ObjectiveSettings:
         known = known_losses()
         for name, weight in self.terms.items():
             if name not in known:
-                yield f"terms.{name}: no such loss, there are {', '.join(known)}"
+                yield f"terms.{name}: unknown loss; available: {', '.join(known)}"
             if not (math.isfinite(weight) and weight >= 0):
-                yield f"terms.{name}={weight}: needs a finite weight of at least 0"
+                yield f"terms.{name}={weight}: must be a finite weight >= 0"
         if not self.terms:
             yield "terms: needs at least one loss"
         shown = ",".join(self.terms)
@@ -102,7 +102,7 @@ class ObjectiveSettings:
                 yield f"{option}={_shown(value)}: loss={shown} has no such option{own}"
             for entry in entries:
                 if not entry.accepts(value):
-                    yield f"{option}={_shown(value)}: loss={shown} needs {entry.expected()}"
+                    yield f"{option}={_shown(value)}: must be {entry.expected()} for loss={shown}"
         pairs = ", ".join(n for n, e in self.pairwise.items() if e.uses_rejected)
         if self.f_divergence != "reverse_kl":
             for name in self.terms:

@@ -62,9 +62,9 @@ class Option:
         text = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[
             self.kind
         ]
-        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        words = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
         bounds = [f"{words[name]} {self.rule[name]:g}" for name in words if name in self.rule]
-        return f"{text}, {' and '.join(bounds)}" if bounds else text
+        return f"{text} {' and '.join(bounds)}" if bounds else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,7 @@ def _read_or_compute(
         values = computing.ask(lambda: cache.read(keys, lengths))
         if not np.isnan(values).any():
             return values, 0
-        log.info("the reference's log-probabilities are computed once and kept")
+        log.info("computing reference log-probs (cached for later runs)")
         return values, fill(_Publisher(cache))
 
 
@@ -201,7 +201,7 @@ def _lock(cache: ReferenceCache, held: contextlib.ExitStack) -> bool:
 
 
 def _say_waiting() -> None:
-    log.info("another process computes reference log-probabilities: waiting for it")
+    log.info("waiting for another process that is computing reference log-probs")
 
 
 def _keep_nothing(keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:

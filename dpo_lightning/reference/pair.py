@@ -215,7 +215,7 @@ class _Loader:
             policy = meta_model(without_dropout(model.config), dtype=model.dtype)
             scorer.prepare(policy)
         if reason is not None:
-            log.info("the prompt cannot be shared by this model: %s; batches are padded", reason)
+            log.info("this model cannot share prompts (%s): batches are padded", reason)
         return policy, scorer, hashes
 
     def adapt(self, policy: Any, adapters: AdapterSettings) -> Adapters:

@@ -28,7 +28,7 @@ def check_same_model(
     scorer: Scorer,
     reduce: Callable[[Tensor], Any],
 ) -> None:
-    """Refuses a reference that is not the policy's start: the loss would mean nothing.
+    """Refuses a reference that is not the initial policy: the loss would mean nothing.
 
     Args:
         batch: The first step; its first micro-batch is scored.

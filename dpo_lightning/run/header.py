@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo_lightning.data.splits import PreparedData
+from dpo_lightning.data.tokens import DROP_REASONS
 from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.reference.kinds import NoReference
 from dpo_lightning.reference.pair import Models
@@ -22,7 +23,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
     total, trainable = count_parameters(models.policy)
     parameters = f"{total:,} parameters"
     if trainable != total:
-        parameters += f", {trainable:,} of them trained"
+        parameters += f", {trainable:,} trainable"
     device = placed.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name()
@@ -30,16 +31,17 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
     if plan.trainer.strategy != "auto":
         devices += f", {plan.trainer.strategy}"
     budget = placed.budget
-    memory = f"{placed.estimate.describe()}; up to {budget.tokens:,} tokens at once"
+    memory = f"{placed.estimate.describe()}; micro-batches of up to {budget.tokens:,} tokens"
     if budget.checkpointing:
-        memory += ", activations computed again in the backward pass"
+        memory += ", activation checkpointing"
     facts = {
         "model": f"{prepared.source.name}: {parameters}",
         **({} if models.adapters is None else {"peft": models.adapters.describe()}),
         "data": f"{names.data}: {_counts(prepared.data)}",
-        "loss": f"{names.loss}, beta {plan.beta:g}, reference {_reference(models, names)}",
-        "steps": f"{schedule.total_steps:,} of {plan.batches.size} groups, learning rate "
-        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} of warm-up",
+        "loss": f"{names.loss}, beta {plan.beta:g}",
+        "reference": _reference(models, names),
+        "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
+        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
         "device": f"{devices}, {placed.computation.precision}, torch {torch.__version__}",
         "memory": memory,
         "folder": str(plan.folders.run),
@@ -51,23 +53,24 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
 
 
 def _counts(data: PreparedData) -> str:
-    counts = f"{len(data.train):,} training and {len(data.eval):,} evaluation groups"
-    for what in ("dropped", "changed"):
-        reasons = getattr(data, what)
-        if reasons:
-            listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            counts += f"; {what}: {listed}"
-    return counts
+    counts = [f"{len(data.train):,} training and {len(data.eval):,} evaluation rows"]
+    for reason, count in data.dropped.items():
+        counts.append(f"{count:,} dropped: {DROP_REASONS[reason]}")
+    for change, count in data.changed.items():
+        counts.append(f"{count:,} with a {change.replace('_', ' ')}")
+    return "; ".join(counts)
 
 
 def _reference(models: Models, names: Names) -> str:
-    reference = names.reference or "the policy's start, frozen"
-    if models.adapters is not None and names.reference is None:
-        adapter = names.frozen_adapter
-        reference = f"the adapter {adapter}, frozen" if adapter else "the base model, adapter off"
     if isinstance(models.reference, NoReference):
         return "none"
-    return f"{reference}, cached" if models.reference is None else reference
+    reference, state = names.reference or "initial policy", "frozen"
+    if models.adapters is not None and names.reference is None:
+        adapter = names.frozen_adapter
+        reference = f"adapter {adapter}" if adapter else "base model without the adapter"
+    if models.reference is None:
+        state += ", log-probs cached"
+    return f"{reference} ({state})"
 
 
 def _has_nvidia_gpu() -> bool:

@@ -376,7 +376,7 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
         models.policy.activation_checkpointing_enable({"use_reentrant": False})
     fault = models.scorer.choose_kernel(prepared.source.config, placed.device)
     if fault is not None:
-        log.info("attention takes the slower of two ways: %s", fault)
+        log.info("attention falls back to the slower kernel: %s", fault)
     prepared = with_shards(prepared, placed.computation)
     prepared = with_reference(session.plan, prepared, placed)
     reference = prepared.models.reference

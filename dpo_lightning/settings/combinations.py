@@ -124,7 +124,7 @@ def _objective(config: Config) -> Iterator[str]:
     if not loss.terms and loss.name not in known_losses():
         close = difflib.get_close_matches(loss.name, known_losses(), n=1)
         hint = f"; did you mean loss.name={close[0]}?" if close else ""
-        yield f"loss.name={loss.name}: needs one of {names}{hint}"
+        yield f"loss.name={loss.name}: must be one of {names}{hint}"
         return
     if any(
         isinstance(weight, bool) or not isinstance(weight, int | float)

@@ -84,7 +84,7 @@ def compose_one(argv: list[str]) -> Config:
     args = parse_words(flag_parser(), argv)
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
-    raise_all(f"{line} gives several values, and one run is looked at" for line in lines_of(swept))
+    raise_all(f"{line} gives several values, but this looks at one run" for line in lines_of(swept))
     cfg = compose(hydra, args, lines_of(fixed))
     return validate(cfg, explicit_run_dir=is_fixed(cfg, "run.dir"))
 
@@ -225,7 +225,7 @@ def check_shown(args: argparse.Namespace) -> None:
     """Check that what Hydra is asked to show can be composed; values are not judged."""
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
-    raise_all(f"{line} gives several values, and one config is shown" for line in lines_of(swept))
+    raise_all(f"{line} gives several values, but --cfg shows one run" for line in lines_of(swept))
     raise_all(hydra_problems(compose(hydra, args, lines_of(fixed)).hydra))
 
 
@@ -291,5 +291,5 @@ def _trials(grid: list[Override]) -> list[list[str]]:
     except HydraException as error:
         raise UserError(f"{hydra_error(error)}; hydra/sweeper= names another sweeper") from error
     if not batches or not batches[0]:
-        raise UserError(f"{' '.join(lines_of(grid))}: no choice is left to run")
+        raise UserError(f"{' '.join(lines_of(grid))}: nothing is left to run")
     return [list(trial) for trial in batches[0]]

@@ -11,7 +11,7 @@ RANKING_METRICS = (
     "samples/win_rate",
     "eval/rewards/accuracies",
 )
-"""By what trials may be ranked: none of them scales with beta, and more is better in all."""
+"""Metrics to rank trials by: none of them scales with beta, and more is better in all."""
 
 
 @dataclass
@@ -23,8 +23,8 @@ class OptimizerConfig:
     )
     stochastic_rounding: bool | None = setting(
         None,
-        "Round bfloat16 weights up or down by chance, so that steps smaller than half of "
-        "their last digit are not lost; null: wherever such weights are trained themselves.",
+        "Stochastic rounding of bfloat16 weights, so that steps smaller than half of "
+        "their last digit survive; null: wherever such weights are trained themselves.",
     )
     lr: float | None = setting(
         None,

@@ -41,11 +41,11 @@ def prepare_folder(cfg: DictConfig, key: str) -> tuple[Path, list[str]]:
     except OmegaConfBaseException as error:
         raise UserError(hydra_error(error)) from error
     if not named:
-        raise UserError(f"hydra.{key}= has no value: needs a folder")
+        raise UserError(f"hydra.{key}= has no value: must be a folder")
     if is_secret_text(named):  # out of a variable of the environment; what is typed was judged
         raise UserError(refusal(f"hydra.{key}"))
     if Path(named).is_file():
-        raise UserError(f"hydra.{key}={named} is a file; needs a folder")
+        raise UserError(f"hydra.{key}={named} is a file; must be a folder")
     if is_fixed(cfg, key):
         refuse_links(Path(named))
         return Path(named), []

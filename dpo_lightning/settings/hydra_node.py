@@ -53,13 +53,13 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
     if isinstance(name, str) and name != "???" and name != slug(name):
         yield (
             f"hydra.job.name={shown(name)}: it is the name of the log file in the run's folder; "
-            f"needs one such as {slug(name)}"
+            f"must be one such as {slug(name)}"
         )
     if isinstance(subdir, str) and not _is_inside(subdir):
-        yield f"hydra.output_subdir={shown(subdir)}: needs a folder inside the run's, as .hydra is"
+        yield f"hydra.output_subdir={shown(subdir)}: must be a folder inside the run's"
     within = (own.get("sweep") or {}).get("subdir")
     if isinstance(within, str) and not _is_inside(within):
-        yield f"hydra.sweep.subdir={shown(within)}: needs a folder inside the sweep's"
+        yield f"hydra.sweep.subdir={shown(within)}: must be a folder inside the sweep's"
 
 
 def _is_inside(path: str) -> bool:
@@ -109,7 +109,7 @@ def _logging(value: Any, key: str) -> Iterator[str]:
     if isinstance(value, dict):
         for name, item in value.items():
             if name in ("class", "()", "factory") and _by_new_name(item) not in _LOGGING:
-                yield f"{key}.{name}={shown(item)}: needs one of {', '.join(sorted(_LOGGING))}"
+                yield f"{key}.{name}={shown(item)}: must be one of {', '.join(sorted(_LOGGING))}"
             yield from _logging(item, f"{key}.{name}")
     elif isinstance(value, list):
         for item in value:
@@ -117,4 +117,4 @@ def _logging(value: Any, key: str) -> Iterator[str]:
     elif (
         isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in _STREAMS
     ):
-        yield f"{key}={shown(value)}: needs one of {', '.join(sorted(_STREAMS))}"
+        yield f"{key}={shown(value)}: must be one of {', '.join(sorted(_STREAMS))}"

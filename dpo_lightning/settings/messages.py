@@ -112,7 +112,7 @@ def unknown_option(group: str, option: str, options: list[str]) -> str:
         hint = "; a folder or a hub id is named by model.pretrained="
     if not hint and group == "data" and ("/" in option or "." in option):
         hint = "; a file or a hub id is named by data.train="
-    return f"{group}={option}: no such choice of {group}, there are {', '.join(options)}{hint}"
+    return f"{group}={option}: unknown {group}; available: {', '.join(options)}{hint}"
 
 
 def shown(value: object) -> str:
@@ -137,9 +137,9 @@ def expected(setting: Setting) -> str:
         text = rule["expected"]
     elif setting.kind in (int, float):
         text = "a whole number" if setting.kind is int else "a finite number"
-        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        words = {"least": ">=", "above": ">", "most": "<=", "below": "<"}
         if bounds := [f"{words[name]} {rule[name]}" for name in words if name in rule]:
-            text = f"{text}, {' and '.join(bounds)}"
+            text = f"{text} {' and '.join(bounds)}"
     elif setting.is_section:
         text = f"keys below it ({', '.join(f.name for f in dataclasses.fields(setting.kind))})"
     else:
@@ -153,7 +153,7 @@ def wrong_value(key: str, value: object) -> str:
     """The answer to a value that the key does not take."""
     setting = settings()[key]
     if value == "":
-        return f"{key}= has no value: needs {expected(setting)}"
+        return f"{key}= has no value: must be {expected(setting)}"
     if key == "trainer.precision" and str(value) in ("bf16-true", "bf16"):
         return (
             f"{key}={value}: weights held in bfloat16 are model.dtype=bfloat16; "
@@ -161,7 +161,7 @@ def wrong_value(key: str, value: object) -> str:
         )
     close = difflib.get_close_matches(str(value), setting.rule.get("choices", ()), n=1)
     hint = f"; did you mean {key}={close[0]}?" if close else ""
-    return f"{key}={shown(value)}: needs {expected(setting)}{hint}"
+    return f"{key}={shown(value)}: must be {expected(setting)}{hint}"
 
 
 def config_error(error: OmegaConfBaseException) -> str:
@@ -176,5 +176,5 @@ def config_error(error: OmegaConfBaseException) -> str:
         return wrong_value(key, None)
     found = re.search(r"^Value '(.*)' (?:of type|is not)|: '(.*)'$|value: (.*)$", text)
     if found is None:
-        return f"{key}: needs {expected(settings()[key])}"
+        return f"{key}: must be {expected(settings()[key])}"
     return wrong_value(key, next(group for group in found.groups() if group is not None))

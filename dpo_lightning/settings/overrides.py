@@ -178,7 +178,7 @@ def _group_problems(override: Override, options: list[str]) -> Iterator[str]:
         return
     if value is None:
         without = f"; {group}=none is without one" if "none" in options else ""
-        yield f"{line}: needs one of {', '.join(options)}{without}"
+        yield f"{line}: must be one of {', '.join(options)}{without}"
     elif override.is_add() or override.is_force_add():
         yield f"{line}: {group} has a choice already; leave out the +"
     else:

@@ -101,7 +101,7 @@ def _wrong_values(config: Config) -> Iterator[str]:
     if config.name is not None and (
         len(config.name) > LONGEST_NAME or not config.name.isprintable()
     ):
-        yield f"name={shown(config.name)}: needs at most {LONGEST_NAME} printable characters"
+        yield f"name={shown(config.name)}: must have at most {LONGEST_NAME} printable characters"
 
 
 def _normalised(config: Config, *, multirun: bool) -> None:

@@ -48,7 +48,7 @@ def show_stopped(sweep: SweepFacts, trials: Sequence[Trial]) -> None:
     if trials:
         show_end(Console(), trials)
         how = "the same command" if sweep.named else f"the same command with {_resume(sweep)}"
-        print(f"stopped; {how} goes on from here", flush=True)
+        print(f"stopped; {how} resumes it", flush=True)
 
 
 def _resume(sweep: SweepFacts) -> str:
@@ -63,11 +63,11 @@ def _report(sweep: SweepFacts) -> bool:
     try:
         report = write_report(sweep.folder, metric=sweep.metric)
     except UserError as error:
-        print(f"no report: {error}; `{again}` makes it anew", flush=True)
+        print(f"no report: {error}; `{again}` writes it again", flush=True)
         return True  # the trials are what they are
     except Exception:  # a sweep of days must not end in a traceback alone
         traceback.print_exc()
-        print(f"no report; `{again}` makes it anew", flush=True)
+        print(f"no report; `{again}` writes it again", flush=True)
         return False
     print(f"report    {sweep.folder / 'report.html'}", flush=True)
     if report["pick"] is not None:

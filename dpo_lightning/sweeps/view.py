@@ -160,14 +160,14 @@ class SweepView:
     def ended(self, trial: Trial, *, again: bool) -> None:
         """Notes that a trial's process ended; ``again`` when it will be started once more."""
         if trial.skipped:
-            self._say(f"{trial.folder.name}  finished already, not run again")
+            self._say(f"{trial.folder.name}  already finished, skipped")
             return
         now = time.monotonic()
         seconds = now - self._began.get(trial.folder.name, now)
         if trial.status == "finished":
             self._say(f"{trial.folder.name}  finished in {duration(seconds)}")
             return
-        what = "failed, will be tried again" if again else trial.status
+        what = "failed, will be retried" if again else trial.status
         log = trial.folder / LOG_FILE
         self._say(f"{trial.folder.name}  {what} after {duration(seconds)}: {trial.error} ({log})")
 

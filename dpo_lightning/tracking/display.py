@@ -38,8 +38,8 @@ def show_metrics(console: Console, metrics: Mapping[str, float]) -> None:
 
 def show_measured(console: Console, report: Mapping[str, float]) -> None:
     """Shows the measurements of the trained policy at the end."""
-    table = Table(title="the trained policy", title_justify="left")
-    table.add_column("quantity")
+    table = Table(title="final evaluation", title_justify="left")
+    table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report.items():
         table.add_row(name, _number(value))

@@ -107,7 +107,7 @@ class JsonlLogger(Logger):
         except OSError as error:
             if len(self._unwritten) == 1:
                 log.warning(
-                    "%s cannot be written (%s): the run goes on, and its rows are kept until it can"
+                    "%s cannot be written (%s): the run continues, rows wait in memory until it can"
                     " be",
                     self.path,
                     error.strerror or error,
@@ -133,7 +133,7 @@ class _LastingWandbLogger(WandbLogger):
         except Exception as error:  # of its own process, pipes and files
             if not self._failed:
                 self._failed = True
-                log.warning("wandb takes no metrics (%s); metrics.jsonl has them all", error)
+                log.warning("wandb refuses metrics (%s); metrics.jsonl has all of them", error)
 
 
 def make_logger(

@@ -390,7 +390,7 @@ class DPOModule(CheckpointedModule):
         )
         said = what_happened(content)
         if self.skipped_steps == self._steps.max_skipped_steps:
-            allowed = f"={self.skipped_steps} were used up" if self.skipped_steps else " is 0"
+            allowed = f"={self.skipped_steps} are used up" if self.skipped_steps else " is 0"
             raise DivergedError(
                 f"{said}: lower optimizer.lr or optimizer.max_grad_norm, look at the rows in "
                 f"{DIVERGED_FILE}, or let more steps pass (trainer.max_skipped_steps{allowed})",

@@ -77,4 +77,4 @@ class Preemption(Callback):
             if trainer.is_global_zero:
                 prune(self._folder, newest=path, keep=self._keep)
         self._signals.notice()
-        raise Stopped(signum, f"resume={path} goes on after step {trainer.global_step}")
+        raise Stopped(signum, f"resume={path} resumes after step {trainer.global_step}")

@@ -78,7 +78,7 @@ def test_with_every_checkpoint_damaged_auto_starts_anew(whole: Run, folder):
     for path in (folder / CHECKPOINTS).glob("*.ckpt"):
         os.truncate(path, 1000)
     run = run_train(folder, *LONG, "resume=auto")
-    assert "no whole checkpoint" in (folder / "train.log").read_text()
+    assert "no intact checkpoint" in (folder / "train.log").read_text()
     assert run.result["resumed"] is None
     assert_same_end(run, whole, after=0)
     named = run_train(folder.parent / "other", *LONG, f"resume={checkpoint(run, 2)}")

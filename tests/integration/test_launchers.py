@@ -145,13 +145,13 @@ def test_a_sweep_through_submitit_with_all_that_may_happen_to_a_job(place):
         os.kill(pid, signal.SIGKILL)
     done = end(process, place)
     check_all_finished(done, place, ["beta-0.1", "beta-0.2", "beta-0.3"])
-    assert "beta-0.1  failed, will be tried again" in done.stdout
+    assert "beta-0.1  failed, will be retried" in done.stdout
     assert "ended before the trial had" in done.stdout
     assert list((done.folder / ".submitit").glob("*_log.out"))
     # The same command does nothing more.
     again = sweep(place, *GRID, "hydra/launcher=slurm", "hydra.launcher.cluster=local")
     assert again.code == 0
-    assert again.stdout.count("not run again") == 4
+    assert again.stdout.count("already finished, skipped") == 4
 
 
 def parent(pid: int) -> int:
@@ -252,7 +252,7 @@ def test_ctrl_c_ends_the_trials_of_a_cluster_that_stays(place, cluster):
     os.killpg(process.pid, signal.SIGINT)
     done = end(process, place)
     assert done.code == 130, done.stdout + done.stderr
-    assert "the same command goes on from here" in done.stdout
+    assert "the same command resumes it" in done.stdout
     assert alive(place) == []
     for name in ("beta-0.1", "beta-0.2"):
         assert done.trial(name).result["status"] == "stopped"

@@ -255,10 +255,10 @@ def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["plugins=[my_losses]", "loss=squared", "loss.target=-1"], ["loss.target=-1", "above 0"]),
+        (["plugins=[my_losses]", "loss=squared", "loss.target=-1"], ["loss.target=-1", "> 0"]),
         (["plugins=[my_losses]", "loss=squared", "loss.target=x"], ["loss.target=x", "number"]),
         (["plugins=[my_losses]", "loss=hinge", "loss.target=1"], ["loss.target=1", "hinge"]),
-        (["loss=squared"], ["loss=squared", "no such choice"]),
+        (["loss=squared"], ["loss=squared", "unknown loss; available: "]),
         (["trainer.callbacks=[bell]"], ["trainer.callbacks=bell", "plugins="]),
         (["plugins=[not_there]", "loss=squared"], ["plugins=not_there", "no such module"]),
     ],

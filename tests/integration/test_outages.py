@@ -134,7 +134,7 @@ def test_wandbs_own_process_dies(tmp_path, monkeypatch, capfd):
     assert run.code == 0
     assert len(calls) > 3
     assert len(losses(run)) == 4
-    assert capfd.readouterr().out.count("wandb takes no metrics") == 1
+    assert capfd.readouterr().out.count("wandb refuses metrics") == 1
 
 
 # The terminal -----------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_cache_that_is_no_folder(tiny_model, rows, tmp_path, monkeypatch, capf
     assert run.code == 0
     assert run.result["reference"]["computed"] == 20
     said = capfd.readouterr().out
-    assert "token ids are not kept" in said
+    assert "token ids could not be cached" in said
     assert "reference.cache_dir=" in said
     assert file.read_text() == "in the way"
 

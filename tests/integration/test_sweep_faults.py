@@ -132,7 +132,7 @@ def test_a_rerun_does_only_what_is_missing(mended: Sweep):
     assert mended.trials == [f"beta-0.{i}" for i in range(1, 7)]
     for name in ("beta-0.1", "beta-0.6"):
         assert (mended.folder / name / "result.json").stat().st_mtime == 1
-    assert mended.stdout.count("finished already, not run again") == 2
+    assert mended.stdout.count("already finished, skipped") == 2
     assert [mended.trial(f"beta-0.{i}").result["reference"]["computed"] for i in (2, 3, 4, 5)] == [
         0
     ] * 4
@@ -155,7 +155,7 @@ def test_a_finished_sweep_is_left_as_it_is(mended: Sweep, place: Path):
     assert "beta-0.1/trial.log" in before
     again = sweep(place, *GRID)
     assert again.code == 0
-    assert again.stdout.count("not run again") == 6
+    assert again.stdout.count("already finished, skipped") == 6
     assert files_of_trials(again) == before
     # Another grid in the same folder is another set of trials.
     more = sweep(place, "beta=0.1", "seed=9", "trainer.max_steps=2", *SMALL)
@@ -206,7 +206,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(tmp_path):
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert alive(tmp_path) == []
-    assert "the same command goes on from here" in stdout
+    assert "the same command resumes it" in stdout
     stopped = {}
     for name in ("beta-0.1", "beta-0.2"):
         result = Run(130, folder / name).result

@@ -187,7 +187,7 @@ def test_settings_are_answered_without_torch(bin_folder, place):
     assert "  dpo-lightning train -m beta=" in run(command, "train", "--help", cwd=place).stdout
     wrong = run(command, "trian", cwd=place)
     assert wrong.returncode == 2
-    assert wrong.stderr == "error: trian: no such command; did you mean `train`?\n"
+    assert wrong.stderr == "error: trian: unknown command; did you mean `train`?\n"
     assert list(place.iterdir()) == []
 
 

@@ -151,12 +151,10 @@ MODELS = [
 
 OBJECTIVES = [
     Row("loss.name=sigmod", "did you mean loss.name=sigmoid?", "loss.name=sigmoid"),
-    Row(
-        "loss.name=qqqqq", "loss.name=qqqqq: needs one of sigmoid, ", "loss.name=x loss.terms.ipo=1"
-    ),
+    Row("loss.name=qqq", "loss.name=qqq: must be one of sigmoid, ", "loss.name=x loss.terms.ipo=1"),
     Row("loss.terms.ipo=[1]", "needs a number for each loss", "loss.terms.ipo=0.5"),
     Row("loss.terms.ipo=true", "needs a number for each loss", "loss.terms.ipo=1"),
-    Row("loss.terms.ipo=-1", "loss.terms.ipo=-1: needs a finite weight", "loss.terms.ipo=0"),
+    Row("loss.terms.ipo=-1", "loss.terms.ipo=-1: must be a finite weight", "loss.terms.ipo=0"),
     Row(f"{SFT} loss.label_smoothing=0.1", "loss.label_smoothing=0.1", "loss.label_smoothing=0.1"),
     Row(f"{SFT} reference.kind=live", "reference=live: loss=sft uses no", "reference.kind=live"),
     Row(f"{SFT} reference.kind=cached", "use reference=auto", f"{SFT} reference.kind=none"),

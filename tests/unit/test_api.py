@@ -106,7 +106,7 @@ def test_a_run_that_fails_is_a_result(tmp_path, tiny_model):
     ("words", "said"),
     [
         (["bta=0.1"], "bta: unknown key; did you mean `beta`?"),
-        (["beta=none"], "beta=none: needs a finite number"),
+        (["beta=none"], "beta=none: must be a finite number"),
         (["beta=0.1,0.5"], "beta=0.1,0.5: these settings are a sweep's"),
         (["-m", "beta=0.1"], "-m: these settings are a sweep's"),
         (["experiment=frontier"], "-m: these settings are a sweep's"),

@@ -35,16 +35,16 @@ def test_the_version(capsys):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("trian", "trian: no such command; did you mean `train`?"),
-        ("Train", "Train: no such command; did you mean `train`?"),
-        ("reports", "reports: no such command; did you mean `report`?"),
-        ("x", "x: no such command; there are train, preflight, report"),
-        ("beta=0.1", "beta=…: a command comes first, such as `python train.py`; there are"),
-        ("-m", "-m: a command comes first, such as `python train.py`; there are"),
+        ("trian", "trian: unknown command; did you mean `train`?"),
+        ("Train", "Train: unknown command; did you mean `train`?"),
+        ("reports", "reports: unknown command; did you mean `report`?"),
+        ("x", "x: unknown command; available: train, preflight, report"),
+        ("beta=0.1", "beta=…: a command comes first, such as `python train.py`; available: "),
+        ("-m", "-m: a command comes first, such as `python train.py`; available: "),
         ("--cfg", "--cfg: a command comes first"),
-        ("a\nb", "a b: no such command"),
+        ("a\nb", "a b: unknown command"),
         ("key=hf_abcdefghijklmnopqrstuvwxyz0123456789", "key=…: a command comes first"),
-        ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "[hidden]: no such command"),
+        ("hf_abcdefghijklmnopqrstuvwxyz0123456789", "[hidden]: unknown command"),
     ],
 )
 def test_an_unknown_command_is_answered_in_one_line(capsys, word: str, said: str):
@@ -68,7 +68,7 @@ def test_a_command_is_given_the_words_behind_its_name(monkeypatch, name: str):
 @pytest.mark.parametrize(
     ("words", "code", "out", "err"),
     [
-        (["train", "beta=none"], 2, "", "error: beta=none: needs a finite number"),
+        (["train", "beta=none"], 2, "", "error: beta=none: must be a finite number"),
         (["train", "--cfg", "job", "-p", "sweep"], 0, "# @package sweep\n", ""),
         (["train", "--help"], 0, "  python -m dpo_lightning train model=llama beta=0.1\n", ""),
         (["preflight", "--help"], 0, "usage: python -m dpo_lightning preflight [--gib N]", ""),
@@ -101,7 +101,7 @@ def test_the_package_is_a_command():
     command = [sys.executable, "-m", "dpo_lightning", "train", "beta=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: beta=none: needs a finite number")
+    assert done.stderr.startswith("error: beta=none: must be a finite number")
     assert done.stderr.count("\n") == 1
 
 

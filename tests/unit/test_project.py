@@ -223,9 +223,16 @@ def test_every_experiment_composes_and_validates(path, tmp_path, monkeypatch):
 
 
 def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_path, monkeypatch):
-    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb_beta.yaml").read_text())
-    assert (ROOT / sweep["program"]).is_file()
-    assert sweep["command"][-1] == "${args_no_hyphens}"
+    sweep = yaml.safe_load((ROOT / "examples" / "wandb_beta.yaml").read_text())
+    # The installed package, so that an agent needs no clone.
+    assert sweep["program"] == dpo_lightning.__name__
+    assert sweep["command"][1:] == [
+        "${interpreter}",
+        "-m",
+        "${program}",
+        "train",
+        "${args_no_hyphens}",
+    ]
     assert "margins" not in sweep["metric"]["name"]
     words = [f"{key}={spec['values'][0]}" for key, spec in sweep["parameters"].items()]
     check_command_of_page(words, tmp_path, monkeypatch)

@@ -139,9 +139,7 @@ def check_counts(options: Mapping[str, Any], least: Mapping[str, float]) -> None
     for name, bound in least.items():
         value = options[name]
         if value is not None and value < bound:
-            raise UserError(
-                f"hydra.launcher.{name}={value}: needs a whole number, at least {bound}"
-            )
+            raise UserError(f"hydra.launcher.{name}={value}: must be a whole number >= {bound}")
 
 
 def check_texts(options: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -153,7 +151,7 @@ def check_texts(options: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         value = options[name]
         if value is not None and (not value.strip() or len(value.splitlines()) > 1):
-            raise UserError(f"hydra.launcher.{name}={value!r}: needs a name, or null for none")
+            raise UserError(f"hydra.launcher.{name}={value!r}: must be a name, or null for none")
 
 
 def require_extra(package: str, extra: str, key: str) -> None:

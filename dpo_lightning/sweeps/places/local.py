@@ -68,7 +68,7 @@ class LocalSite:
         is_list = not isinstance(devices, str | int) and len(devices) > 0
         if not (devices == "auto" or is_list or (type(devices) is int and devices > 0)):
             raise UserError(
-                f"hydra.launcher.devices={devices}: needs auto, a count of at least 1, or a list "
+                f"hydra.launcher.devices={devices}: must be auto, a count of at least 1, or a list "
                 "of device numbers such as [0,1]"
             )
         options = {"max_failures": self.max_failures, "retries": self.retries}

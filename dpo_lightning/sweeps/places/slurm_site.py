@@ -133,18 +133,18 @@ class SlurmSite:
             UserError: Naming the first thing that is wrong.
         """
         if self.cluster not in ("slurm", "local"):
-            raise UserError(f"hydra.launcher.cluster={self.cluster}: needs slurm or local")
+            raise UserError(f"hydra.launcher.cluster={self.cluster}: must be slurm or local")
         check_counts(self._counts, dict.fromkeys(self._counts, 0) | _LEAST)
         check_texts(self._names, self._names)
         mem_gb = self._counts["mem_gb"]
         if mem_gb is not None and mem_gb <= 0:
-            raise UserError(f"hydra.launcher.mem_gb={mem_gb}: needs a number above 0")
+            raise UserError(f"hydra.launcher.mem_gb={mem_gb}: must be a number > 0")
         minutes, seconds = self._counts["timeout_min"], self._counts["signal_delay_s"]
         assert minutes is not None
         assert seconds is not None
         if seconds >= 60 * minutes:
             raise UserError(
-                f"hydra.launcher.signal_delay_s={seconds}: needs less than "
+                f"hydra.launcher.signal_delay_s={seconds}: must be less than "
                 f"hydra.launcher.timeout_min={minutes} minutes"
             )
         self._check_additional()
@@ -163,7 +163,7 @@ class SlurmSite:
                 )
             if not isinstance(value, str | int | float):
                 raise UserError(
-                    f"hydra.launcher.additional_parameters.{key}={value}: needs a text, a number "
+                    f"hydra.launcher.additional_parameters.{key}={value}: must be a text, a number "
                     "or true"
                 )
 

@@ -79,8 +79,8 @@ class ExactResume(Callback):
         self._states = checkpoint[_KEY]
         if len(self._states) != trainer.world_size:
             log.info(
-                "resume: the checkpoint is of %d processes and this run has %d: the data keep "
-                "their order, random numbers (dropout of an adapter) begin anew",
+                "resume: the checkpoint is of %d processes, this run has %d: the data keeps "
+                "their order, random numbers (adapter dropout) start again",
                 len(self._states),
                 trainer.world_size,
             )

@@ -163,15 +163,15 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     for candidate in found:
         damage = find_damage(candidate)
         if damage is None:
-            log.info("resume=%s: goes on from %s", resume, candidate)
+            log.info("resume=%s: resuming from %s", resume, candidate)
             return candidate
-        log.warning("%s: %s; it is passed over", candidate, damage)
+        log.warning("%s: %s; skipped", candidate, damage)
     if resume == "auto":
-        which = "whole checkpoint" if found else "checkpoint"
+        which = "intact checkpoint" if found else "checkpoint"
         log.info("resume=auto: no %s in %s yet, so the run starts at step 0", which, path)
         return None
     raise CorruptArtifactError(
-        f"resume={resume}: no whole checkpoint (step-*.ckpt) in it; name a checkpoint or a run's "
+        f"resume={resume}: no intact checkpoint (step-*.ckpt) in it; name a checkpoint or a run's "
         "folder that has one"
     )
 
@@ -181,7 +181,7 @@ def _remedy(path: Path) -> str:
     for sibling in saved_checkpoints(path.parent):
         if sibling != path and find_damage(sibling) is None:
             return f"resume={sibling} is whole"
-    return "there is no whole one beside it: start anew, without resume"
+    return "there is no intact one beside it: start again without resume"
 
 
 def find_damage(path: Path) -> str | None:

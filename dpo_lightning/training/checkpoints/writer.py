@@ -119,7 +119,7 @@ def _remedy(path: Path) -> str:
     remedy = "make room, or take another folder with hydra.run.dir=<folder>"
     for other in checkpoints.saved_checkpoints(path.parent):
         if other != path and checkpoints.manifest_path(other).exists():
-            return f"{remedy}; resume={other} goes on from the one before"
+            return f"{remedy}; resume={other} resumes from the one before"
     return remedy
 
 

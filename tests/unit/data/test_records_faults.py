@@ -146,7 +146,7 @@ def test_check_bad_rows(tmp_path):
     assert str(caught.value) == (
         f"{path}:2: row: invalid JSON at column 1: Expecting value; "
         f"{path}:3: weight: the number 0, expected one above 0; "
-        "2 bad rows of 3, data.on_bad_row=skip sets them aside"
+        "2 bad rows of 3, data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
     )
     assert caught.value.exit_code == 2
     check_bad_rows(rows, on_bad_row="skip")

@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_used_costs_a_line(tmp_path, tokenizer, caplog):
     (tmp_path / "file").touch()
     found = tokens(tmp_path / "file", tokenizer)
     assert same(found, tokenize_groups(GROUPS, tokenizer, max_length=60, truncation="drop"))
-    assert "token ids are not kept" in caplog.text
+    assert "token ids could not be cached" in caplog.text
 
 
 def test_of_two_processes_one_makes_them(tmp_path, tokenizer):

@@ -44,7 +44,7 @@ def test_the_prompt_ends_before_a_token_that_merges_with_any_response():
         ["ab", "x", END],
     ]
     assert result.notes == [
-        "the last prompt tokens of 1 of 1 groups merge with a response and are scored with it"
+        "in 1 of 1 rows the tokenizer merged prompt and response; those tokens count as response"
     ]
 
 
@@ -55,7 +55,7 @@ def test_a_merge_is_said_once_over_all_chunks(chunk, ends):
     result = tokenize(*groups, tokenizer=make_tokenizer(ends=ends), chunk=chunk)
     assert [len(group.prompt) for group in result.groups] == [2, 3, 1]
     [note] = result.notes
-    assert "2 of 3 groups" in note
+    assert "2 of 3 rows" in note
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -233,16 +233,16 @@ def test_another_word_for_the_reference_is_refused():
             Option(float, 0.1, {"least": 0, "below": 0.5}),
             [0, 0.0, 0.499],
             [0.5, -1e-9, 1, "0", True, None, float("nan")],
-            "a number, at least 0 and below 0.5",
+            "a number >= 0 and < 0.5",
         ),
         (
             Option(float, 0.1, {"above": 0, "most": 2}),
             [1e-9, 2, 2.0],
             [0, 0.0, 2.1, float("inf")],
-            "a number, above 0 and at most 2",
+            "a number > 0 and <= 2",
         ),
         (Option(float, 0.1, {}), [-1e300, 3], [float("inf"), "x"], "a number"),
-        (Option(int, 1, {"least": 1}), [1, 10**12], [0, 1.0, True], "a whole number, at least 1"),
+        (Option(int, 1, {"least": 1}), [1, 10**12], [0, 1.0, True], "a whole number >= 1"),
         (Option(bool, True, {}), [True, False], [0, 1, "true"], "true or false"),
         (Option(str, "a", {}), ["", "b"], [1, None], "a text"),
         (Option(str, "a", {"choices": ("a", "b")}), ["a", "b"], ["c", 1], "one of a, b"),
@@ -319,11 +319,11 @@ def test_every_loss_alone_has_no_problem(name):
 @pytest.mark.parametrize(
     ("names", "changes", "clauses"),
     [
-        (["sigmod"], {}, ["terms.sigmod: no such loss, there are sigmoid, hinge"]),
+        (["sigmod"], {}, ["terms.sigmod: unknown loss; available: sigmoid, hinge"]),
         ([], {}, ["terms: needs at least one loss"]),
-        ([], {"terms": {"sigmoid": -0.5}}, ["terms.sigmoid=-0.5: needs a finite weight"]),
-        ([], {"terms": {"sft": float("nan")}}, ["terms.sft=nan: needs a finite weight"]),
-        ([], {"terms": {"sft": float("inf")}}, ["terms.sft=inf: needs a finite weight"]),
+        ([], {"terms": {"sigmoid": -0.5}}, ["terms.sigmoid=-0.5: must be a finite weight"]),
+        ([], {"terms": {"sft": float("nan")}}, ["terms.sft=nan: must be a finite weight"]),
+        ([], {"terms": {"sft": float("inf")}}, ["terms.sft=inf: must be a finite weight"]),
         (
             ["hinge"],
             {"options": {"gamma": 0.5}},
@@ -337,13 +337,13 @@ def test_every_loss_alone_has_no_problem(name):
         (
             ["sigmoid"],
             {"options": {"label_smoothing": 0.5}},
-            ["label_smoothing=0.5: loss=sigmoid needs a number, at least 0 and below 0.5"],
+            ["label_smoothing=0.5: must be a number >= 0 and < 0.5 for loss=sigmoid"],
         ),
         # 0 is right for one of the two, and has no finite loss for the other.
         (
             ["sigmoid", "exo_pair"],
             {"options": {"label_smoothing": 0.0}},
-            ["label_smoothing=0: loss=sigmoid,exo_pair needs a number, above 0 and below 0.5"],
+            ["label_smoothing=0: must be a number > 0 and < 0.5 for loss=sigmoid,exo_pair"],
         ),
         (
             ["bco_pair"],

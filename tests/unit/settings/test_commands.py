@@ -38,7 +38,7 @@ def test_files_of_ones_own(place, content):
     ("line", "fragment"),
     [
         ("model=glob(*)", "add -m"),
-        ("-m model=glob(zz*)", "no choice is left"),
+        ("-m model=glob(zz*)", "nothing is left to run"),
         ("-m beta=interval(0,1)", "INTERVAL_SWEEP"),
         ("-m beta=1,2 hydra.sweeper=null", "hydra/sweeper="),
         ("-m hydra.launcher=3", "hydra/launcher="),

@@ -157,7 +157,7 @@ def test_a_trial_that_an_earlier_command_finishes_meanwhile_is_not_run_again(tmp
     with open_local({"cpu": DevicePool("cpu", ["0"])}, stand_in(tmp_path), {}) as place:
         Dispatcher(trials, place=place, max_failures=None, retries=0, view=view).run()
     assert (trials[0].status, trials[0].skipped) == ("finished", True)
-    assert said.getvalue() == "a  finished already, not run again\n"
+    assert said.getvalue() == "a  already finished, skipped\n"
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
     assert after.items() >= before.items()
 

@@ -79,7 +79,7 @@ def test_rows_wait_until_they_can_be_written(tmp_path, caplog):
     logger.log_metrics({"n": 1}, step=2)
     logger.log_metrics({"n": 2}, step=3)
     [said] = caplog.records
-    assert "its rows are kept until it can be" in said.getMessage()
+    assert "rows wait in memory until it can be" in said.getMessage()
     logger.path = path
     logger.log_metrics({"n": 3}, step=4)
     assert [row["n"] for row in rows(tmp_path)] == [0, 1, 2, 3]

@@ -91,7 +91,7 @@ def test_what_has_no_manifest_was_not_finished(tmp_path):
     path = save(tmp_path, 3)
     manifest_path(path).unlink()
     assert "not finished" in find_damage(path)
-    with pytest.raises(CorruptArtifactError, match="start anew"):
+    with pytest.raises(CorruptArtifactError, match="start again without resume"):
         find_checkpoint(str(path), tmp_path)
     older = save(tmp_path, 2)
     with pytest.raises(CorruptArtifactError, match=f"resume={older} is whole"):
@@ -118,10 +118,10 @@ def test_the_newest_whole_one_is_taken_and_what_is_passed_over_is_said(tmp_path,
     assert find_checkpoint("auto", tmp_path) == paths[0]
     assert "step-000010.ckpt: it has 5 bytes" in caplog.text
     assert "step-000009.ckpt: it was not finished" in caplog.text
-    assert f"goes on from {paths[0]}" in caplog.text
+    assert f"resuming from {paths[0]}" in caplog.text
     paths[0].unlink()
     assert find_checkpoint("auto", tmp_path) is None
-    with pytest.raises(CorruptArtifactError, match="no whole checkpoint"):
+    with pytest.raises(CorruptArtifactError, match="no intact checkpoint"):
         find_checkpoint(str(tmp_path), tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_an_interval_is_the_mean_of_the_steps_that_were_taken(tmp_path):
 def test_more_skipped_steps_than_allowed_are_the_end(tmp_path):
     """One may be passed over; the second ends the run before its step, and says which row."""
     groups = [broken(1), group(2, 1.0, -0.5), broken(3)]
-    with pytest.raises(DivergedError, match="=1 were used up") as caught:
+    with pytest.raises(DivergedError, match="=1 are used up") as caught:
         take_steps(tmp_path, in_turn(*groups), steps=3, max_skipped_steps=1, **STILL)
     report = caught.value.report
     assert (report["step"], report["loss"], report["grad_norm"]) == (3, "nan", "nan")
