@@ -54,7 +54,7 @@ def prompt_of_key(key: str) -> str | list[dict[str, Any]]:
         >>> prompt_of_key("s:Hello"), prompt_of_key('[["user", "Hello"]]')
         ('Hello', [{'role': 'user', 'content': 'Hello'}])
     """
-    if key.startswith("s:"):
+    if not key.startswith(("[", "{")):
         return key.removeprefix("s:")
     found = json.loads(key)
     messages = found["messages"] if isinstance(found, dict) else found

@@ -56,8 +56,8 @@ def refused_rows(
         more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         rows = "bad row" if len(faults) == 1 else "bad rows"
         raise UserError(
-            f"{lines}{more}; {len(faults)} {rows} of {total}, data.on_bad_row=skip sets them "
-            f"aside; or {first.remedy}"
+            f"{lines}{more}; {len(faults)} {rows} of {total}, data.on_bad_row=skip skips them "
+            f"(kept in quarantine.jsonl); or {first.remedy}"
         )
     return [
         BadRow(groups[n].source, fault.field, fault.problem, _as_row(groups[n]))

@@ -146,8 +146,8 @@ def tokenize_groups(
             assemble(group, own, *ids)
     if assemble.shrunk:
         result.notes.append(
-            f"the last prompt tokens of {assemble.shrunk} of {len(groups)} groups merge with a "
-            "response and are scored with it"
+            f"in {assemble.shrunk:,} of {len(groups):,} rows the tokenizer merged prompt and "
+            "response; those tokens count as response"
         )
     result.notes += writer.notes()
     return result

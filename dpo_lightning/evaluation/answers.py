@@ -52,6 +52,7 @@ class Answering:
         batch_size: Answers that are drawn at once.
         precision: The context to compute in.
         positions: Those of the model, where they and not the settings end an answer.
+        cuts: False where no answer is longer by the task's own rules.
     """
 
     tokenizer: Any
@@ -59,6 +60,7 @@ class Answering:
     batch_size: int
     precision: Precision
     positions: int | None = None
+    cuts: bool = True
 
     def text(self, ids: Ids) -> str:
         """Token ids as text, without special tokens."""
@@ -91,7 +93,7 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
     """
     limit = answering.max_new_tokens
     cut = sum(len(ids) >= limit and int(ids[-1]) not in ends for ids in answers)
-    if 2 * cut <= len(answers):
+    if not answering.cuts or 2 * cut <= len(answers):
         return None
     if answering.positions is not None:
         where = (

@@ -85,12 +85,14 @@ class Earlier:
         step: Optimizer steps that it completed, as far as is known.
         settings_hash: Of its settings and input files.
         damaged: True if its result cannot be read.
+        began: True if it left more than the failure of a start, which the next one may replace.
     """
 
     finished: bool
     step: int
     settings_hash: str | None
     damaged: bool = False
+    began: bool = True
 
 
 def find_earlier(folder: Path) -> Earlier | None:
@@ -116,12 +118,15 @@ def find_earlier(folder: Path) -> Earlier | None:
     result = read_json(folder / RESULT_FILE)
     damaged = not result and (folder / RESULT_FILE).exists()
     step = result.get("step")
+    left = ("metrics.jsonl", DIVERGED_FILE, "evaluation.json")
+    sizes = [(folder / name).stat().st_size for name in left if (folder / name).exists()]
     return Earlier(
         # The export comes last but for the result.
         finished=result.get("status") == "finished" or (damaged and (folder / "model").is_dir()),
         step=step if isinstance(step, int) else 0,
         settings_hash=result.get("settings_hash"),
         damaged=damaged,
+        began=bool(saved or step or damaged or any(sizes) or (folder / "model").exists()),
     )
 
 
@@ -159,7 +164,8 @@ def nothing_to_do(config: Config, folder: Path, *, is_trial: bool = False) -> bo
     goes_on = config.resume is not None and _is_in(config.resume, folder)
     if (goes_on or is_trial) and earlier.settings_hash == settings_hash(config):
         print(
-            f"{folder}: this run has finished, at step {earlier.step}; overwrite=true starts it over",
+            f"{folder}: this run has finished, at step {earlier.step}; overwrite=true starts it "
+            "over",
             flush=True,
         )
         return True
@@ -350,7 +356,9 @@ def hold_run(config: Config, path: Path, *, is_writer: bool) -> Iterator[RunFold
             ) from error
         except OSError as error:
             raise UserError(disk_fault(error) or f"{error.filename or path}: {error}") from error
-        yield RunFolder(path, lock, overwrite=config.overwrite, waits=earlier is not None)
+        yield RunFolder(
+            path, lock, overwrite=config.overwrite, waits=earlier is not None and earlier.began
+        )
     finally:
         if lock is not None:
             lock.release()

@@ -161,6 +161,7 @@ def choose_answering(
         tokenizer=source.tokenizer,
         max_new_tokens=room,
         positions=positions if room < longest else None,
+        cuts=prepared.task is None or room < MAX_TOKENS,
         batch_size=evaluation.batch_size,
         precision=lambda: computation.context(policy.device),
     )

@@ -22,4 +22,4 @@ def source_problems(
             yield str(error)
     twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1]
     if twice:
-        yield f"{key}: {twice[0]} is in the list twice; its rows would count double"
+        yield f"{key}: {twice[0]} is in the list twice; its rows would count double; name it once"

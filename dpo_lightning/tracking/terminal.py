@@ -9,7 +9,7 @@ import sys
 
 from dpo_lightning.settings.credentials import redact
 
-# Lines of a log that wait for the first step; more than that are written at once by nobody.
+# Lines of a log that may wait for the first step.
 _MOST_WAITING = 1_000_000
 
 
@@ -37,6 +37,13 @@ class LogFile(logging.FileHandler):
     """A log file whose failure does not end the run; that is said once."""
 
     _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record; that its file cannot be opened any more is an error like any other."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Reports the first error alone; Python's own way is a traceback for every line."""

@@ -143,4 +143,6 @@ def test_a_resume_names_the_entry_that_was_edited(base, pairs_file, tmp_path, ca
     )  # fmt: skip
     run = run_train(tmp_path / "more", *words, f"resume={tmp_path / 'run'}")
     assert run.code == 2
-    assert "config.json.sliding_window=64, this run has" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "made with config.json.sliding_window=64 " in error
+    assert "this run has config.json.sliding_window=7 " in error

@@ -43,7 +43,8 @@ def test_the_losses_are_close_to_those_of_float32(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(EIGHT, ()), pytest.param((), EIGHT, marks=pytest.mark.slow)]
+    ("first", "then"),
+    [(EIGHT, ("optimizer=adamw",)), pytest.param((), EIGHT, marks=pytest.mark.slow)],
 )
 def test_a_run_is_not_resumed_with_another_optimizer(first, then, tmp_path):
     short = (*COMMON, "trainer.max_steps=1", "data.controlled.eval_groups=4")

@@ -163,8 +163,8 @@ def test_rows_with_one_fault_are_one_clause(tmp_path):
     path = f"{tmp_path}/rows.jsonl"
     assert str(caught.value) == (
         f"{path}:1: weight: the number 0, expected one above 0 (the same in 24 other rows: "
-        f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip skips them (kept in "
-        "quarantine.jsonl)"
+        f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip skips them "
+        "(kept in quarantine.jsonl)"
     )
 
 

@@ -52,7 +52,7 @@ def said(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             f"{GLOBAL}defaults:\n  - override /loss: dpo\n",
-            "loss=dpo: no such choice of loss",
+            "loss=dpo: unknown loss; available: ",
             f"{GLOBAL}defaults:\n  - override /loss: sigmoid\n",
         ),
     ],

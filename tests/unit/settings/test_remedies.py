@@ -36,7 +36,8 @@ FILLS = {
 IN_WORDS = (
     *("name a f", "name the f", "name a checkpoint", "a hub id has the form", "no such f"),
     *("rows are read from files that", "the folder has no ", "a template itself has", "raise that"),
-    *("needs one of", "needs a", "name layers of the decoder", "pip install"),
+    *("must be ", "needs a", "expected .jsonl", "name it once", "name layers of the decoder"),
+    "pip install",
 )
 """Words of messages that tell what to do without a setting to type."""
 
@@ -70,17 +71,10 @@ OTHER_CASES = [
             ("padding_free=true", "beta=0.1"),
         )
     ),
-    Case("data.train=chats.jsonl", read),
     Case("data.train=one_bad.jsonl", read),
 ]
 
 ROWS_OF_FILES = {
-    "chats.jsonl": [
-        {
-            "conversations": [{"from": "human", "value": "Hi"}],
-            **{key: {"from": "gpt", "value": key} for key in ("chosen", "rejected")},
-        }
-    ],
     "one_bad.jsonl": [
         *({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(40)),
         {"prompt": "q", "chosen": "good", "rejected": 7},
