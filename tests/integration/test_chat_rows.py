@@ -134,7 +134,6 @@ def test_a_resume_has_the_day_of_its_run(train, tmp_path, capfd):
     resumed = (setting, f"resume={first.folder}", "trainer.max_steps=3")
     assert train(rows, *resumed, f"hydra.run.dir={tmp_path / 'on'}").code == 0
     assert len([*(tmp_path / "cache" / "tokens").glob("*.safetensors")]) == 2
-    other = ("data.template_date=2020-02-02", f"hydra.run.dir={tmp_path / 'off'}")
-    error = train(rows, *resumed, *other).result["error"]
+    error = train(rows, *resumed, "data.template_date=2020-02-02", name="off").result["error"]
     assert "made with data.template_date=2026-01-01" in error
     assert "this run has data.template_date=2020-02-02" in error

@@ -316,6 +316,12 @@ def test_answers_that_are_mostly_cut_off_are_said(cut, positions, said):
     assert note is None if said is None else note.startswith(said)
 
 
+def test_answers_that_a_task_keeps_short_are_not_cut_off():
+    answers = [np.array([1, 1, 1, 1], dtype=np.int32)] * 3
+    assert cut_off_note(answers, [0], Answering(None, 4, 16, torch.no_grad)) is not None
+    assert cut_off_note(answers, [0], Answering(None, 4, 16, torch.no_grad, cuts=False)) is None
+
+
 def test_prompts_are_different_and_leave_room():
     long = TokenGroup(np.arange(50, dtype=np.int32), groups()[0].responses, (1, 2), 1.0, "", "long")
     chosen = choose_prompts([long, *groups(), *groups()], count=5, max_tokens=20)
