@@ -254,6 +254,19 @@ def test_a_start_that_does_not_come_to_a_step_leaves_an_earlier_run(
     assert hashes(finished.folder) == before
 
 
+def test_a_start_that_failed_gives_way_to_the_next(tmp_path, monkeypatch):
+    """It left nothing but why it failed, and the newer failure is the one to know."""
+    for said in ("one", "two"):
+
+        def stop(*_: object, said: str = said, **__: object) -> None:
+            raise RuntimeError(said)
+
+        monkeypatch.setattr("dpo_lightning.run.session.prepare", stop)
+        run = run_train(tmp_path / "run", *TINY)
+        assert run.code == 1
+        assert said in run.result["error"]
+
+
 def test_a_refused_resume_leaves_an_earlier_run(finished: Run, capfd):
     before = hashes(finished.folder)
     for typed in (("beta=0.3",), ("beta=0.3", "seed=4", "overwrite=true")):
