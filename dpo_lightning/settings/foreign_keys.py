@@ -306,7 +306,7 @@ KEYS: dict[str, Answer] = {
     "local_run_dir": _RUN_DIR,
     "local_dirs": _RUN_DIR,
     "logging_dir": _RUN_DIR,
-    "overwrite_output_dir": _RUN_DIR,
+    "overwrite_output_dir": _same("overwrite=<true|false>"),
     "exp_name": _same("name=<name>"),
     "run_name": _same("name=<name>"),
     "hub_token": _none("`hf auth login` or HF_TOKEN in the environment gives it"),
