@@ -121,6 +121,7 @@ def test_one_row_that_the_template_refuses_is_set_aside(train, tmp_path, caplog)
     assert json.loads(line)["source"].endswith("skip.jsonl:30")
 
 
+@pytest.mark.slow
 def test_a_resume_has_the_day_of_its_run(train, tmp_path, capfd):
     rows = pairs(12)
     template = tmp_path / "dated.jinja"

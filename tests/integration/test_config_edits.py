@@ -85,7 +85,10 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(
+    "edit",
+    ["rope", *(pytest.param(edit, marks=pytest.mark.slow) for edit in EDITS if edit != "rope")],
+)
 def test_the_reference_of_an_edited_config_is_never_the_others(
     base, shared_cache, pairs_file, tmp_path, edit
 ):
@@ -112,6 +115,7 @@ def test_a_moved_folder_of_another_version_is_the_same_model(
     assert again.result["reference"]["computed"] == 0
 
 
+@pytest.mark.slow
 def test_random_models_of_one_size_and_several_shapes_share_a_cache(
     tiny_model, pairs_file, tmp_path
 ):

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file
 
 from tests.support.reference_caches import publish_unchecked
@@ -35,6 +36,7 @@ def refused(folder: Path, cache: Path, capfd, *more: str) -> Path:
     return Path(named[1])
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_model_is_refused_and_the_remedies_work(tmp_path, capfd):
     cache = tmp_path / "cache"
     first = run(tmp_path / "first", cache, "checkpoint.every_n_steps=2", "checkpoint.keep=2")
