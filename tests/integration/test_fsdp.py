@@ -78,6 +78,13 @@ def test_a_run_goes_on_with_more_ranks(one, tmp_path):
     assert_same_weights(one, run)
 
 
+def test_a_run_goes_on_with_fewer_ranks(one, two, tmp_path):
+    resume = f"resume={two.folder}/checkpoints/step-000004.ckpt"
+    run = run_train(tmp_path, *TASK, "trainer.devices=1", resume)
+    assert run.values("train/loss") == pytest.approx(one.values("train/loss")[4:], rel=1e-5)
+    assert_same_weights(one, run)
+
+
 def test_another_model_in_every_other_way(tiny_model, pairs_file, tmp_path):
     """A live reference, activations computed again, gradients reduced in every micro-batch."""
     task = [
@@ -93,11 +100,3 @@ def test_another_model_in_every_other_way(tiny_model, pairs_file, tmp_path):
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert two.values(name) == pytest.approx(one.values(name), rel=1e-4), name
     assert two.result["reference"] == one.result["reference"]
-
-
-# In this process, and last: its process group keeps the port that runs apart would be told.
-def test_a_run_goes_on_with_fewer_ranks(one, two, tmp_path):
-    resume = f"resume={two.folder}/checkpoints/step-000004.ckpt"
-    run = run_train(tmp_path, *TASK, "trainer.devices=1", resume)
-    assert run.values("train/loss") == pytest.approx(one.values("train/loss")[4:], rel=1e-5)
-    assert_same_weights(one, run)

@@ -1,6 +1,7 @@
 """Runs of the front door in this process, and their results."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,27 @@ class Run:
         return found
 
 
+# Lightning leaves them behind, and what runs later would take itself for a rank: it would listen
+# on a port that is taken, or end its process after a failure.
+_OF_RANKS = (
+    *("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+)
+
+
 def run_train(folder: Path, *overrides: str, logger: str = "none") -> Run:
     """Trains in this process, which saves the imports, through the same front door."""
     from dpo_lightning.cli import main
 
     arguments = [f"hydra.run.dir={folder}", f"logger={logger}", "trainer.threads=1", *overrides]
-    return Run(main(arguments), folder)
+    before = {name: os.environ.get(name) for name in _OF_RANKS}
+    try:
+        return Run(main(arguments), folder)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 # Small and quick, but with every kind of group the task has.
