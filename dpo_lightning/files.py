@@ -19,9 +19,6 @@ METRICS_FILE = "metrics.jsonl"
 
 _POLL_SECONDS = 0.2
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a system says where a file has no room."""
-
 
 def staged_name(path: Path) -> Path:
     """Path at which this process prepares a file: beside it, so that only a rename is left."""
@@ -89,13 +86,21 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def json_object(text: bytes | str) -> dict[str, Any] | None:
+    """A JSON object; None for any other value, and for a text damaged in whatever way."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file; empty where there is none, or it is damaged in whatever way."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json_object(path.read_bytes()) or {}
+    except OSError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,9 @@ from typing import Protocol
 
 from dpo_lightning.errors import UserError
 
+MOST_OF_ONE_CAUSE = 0.2
+"""Share of the rows that one cause may spoil before it is no fault of the rows."""
+
 _PLACES = 3
 _VALUES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d.]*""")
 
@@ -44,7 +47,7 @@ class ReadRows(Protocol):
         """Number of all rows."""
 
 
-def check_bad_rows(rows: ReadRows, *, on_bad_row: str, limit: int = 20) -> None:
+def check_bad_rows(rows: ReadRows, *, on_bad_row: str, limit: int = 20, remedy: str = "") -> None:
     """Stops at bad rows, unless they are to be skipped.
 
     Rows with one fault are one clause, with their number and the first places.
@@ -53,6 +56,7 @@ def check_bad_rows(rows: ReadRows, *, on_bad_row: str, limit: int = 20) -> None:
         rows: The rows that were read.
         on_bad_row: ``stop`` or ``skip``.
         limit: Number of faults that the message names.
+        remedy: Another way out than to skip them; empty where there is none.
 
     Raises:
         UserError: If there is a bad row and ``on_bad_row`` is ``stop``, or no row is good.
@@ -72,7 +76,7 @@ def check_bad_rows(rows: ReadRows, *, on_bad_row: str, limit: int = 20) -> None:
     else:
         count = count_of(len(rows.bad), "bad row")
         end = f"{count} of {rows.total}, data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
-    raise UserError(f"{'; '.join(lines)}; {end}")
+    raise UserError("; ".join([*lines, end, *([f"or {remedy}"] if remedy else [])]))
 
 
 def _fault(found: Sequence[BadRow]) -> str:

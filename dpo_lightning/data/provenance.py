@@ -242,20 +242,6 @@ def _encoding(inner: str, text: str) -> Encode | None:
     return None
 
 
-def common_beginning(texts: Sequence[str]) -> str:
-    """The longest text that all of these begin with."""
-    # The smallest and the largest have no longer a beginning in common than all of them.
-    low, high = min(texts, default=""), max(texts, default="")
-    least, most = 0, min(len(low), len(high))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if low[least:middle] == high[least:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return low[:least]
-
-
 def search(texts: Sequence[str], rendered: str) -> dict[int, int]:
     """Strings found in a rendering by their text alone, in order, each behind the one before.
 

@@ -271,10 +271,6 @@ def read_json(path: Path, where: str) -> Iterator[Record]:
         yield Record(number, row)
 
 
-_NUMBERS = ("weight", "target_margin", "better")
-_JSON_CELLS = ("responses", "ranks", "scores")
-
-
 def csv_columns(path: Path, where: str) -> tuple[list[str], str]:
     """The names in the first line of a table of cells, and what separates them.
 

@@ -71,8 +71,7 @@ def parquet_table(path: Path, where: str) -> Table | None:
     """
     import pyarrow.parquet
 
-    _check_pointer(path, where)
-    if not path.stat().st_size:
+    if _is_empty(path, where):
         return None
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -95,8 +94,7 @@ def arrow_table(path: Path, where: str) -> Table | None:
     """
     import pyarrow
 
-    _check_pointer(path, where)
-    if not path.stat().st_size:
+    if _is_empty(path, where):
         return None
     try:
         source = pyarrow.memory_map(str(path))
@@ -118,13 +116,16 @@ def _in_memory(table: Any, where: str, kind: str) -> Table:
     )
 
 
-def _check_pointer(path: Path, where: str) -> None:
+def _is_empty(path: Path, where: str) -> bool:
+    """True if a file has nothing in it; a pointer in the place of the rows is refused."""
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise UserError(
-                f"{where}: the file is a pointer of Git LFS and not the rows; fetch them with "
-                "'git lfs pull' in its clone"
-            )
+        beginning = file.read(len(_POINTER))
+    if beginning == _POINTER:
+        raise UserError(
+            f"{where}: the file is a pointer of Git LFS and not the rows; fetch them with "
+            "'git lfs pull' in its clone"
+        )
+    return not beginning
 
 
 def saved_table(folder: Path, where: str, *, split: str | None, key: str) -> tuple[Table, str]:

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_lightning.data.bad_rows import MOST_OF_ONE_CAUSE, BadRow, check_bad_rows
 from dpo_lightning.data.conversations import Fault
-from dpo_lightning.data.records import BadRow
+from dpo_lightning.data.records import Rows
 from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.texts import Text
 from dpo_lightning.errors import UserError
 
-# Where more of a file has one cause, it is no fault of its rows.
-_MOST_OF_ONE_CAUSE = 0.2
 _NAMED = 3
 
 
@@ -44,25 +43,18 @@ def refused_rows(
     cause, count = causes.most_common(1)[0]
     of_cause = {n: fault for n, fault in faults.items() if fault.cause == cause}
     first = next(iter(of_cause.values()))
-    if count / total > _MOST_OF_ONE_CAUSE:
+    if count / total > MOST_OF_ONE_CAUSE:
         places = ", ".join(f"{groups[n].source} {of_cause[n].field}" for n in [*of_cause][:_NAMED])
         more = " and more" if count > _NAMED else ""
         raise UserError(
             f"{key}: {cause} in {count} of {total} rows ({places}{more}); {first.remedy}"
         )
-    if on_bad_row == "stop":
-        named = [*faults.items()][:_NAMED]
-        lines = "; ".join(f"{groups[n].source}: {f.field}: {f.problem}" for n, f in named)
-        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        rows = "bad row" if len(faults) == 1 else "bad rows"
-        raise UserError(
-            f"{lines}{more}; {len(faults)} {rows} of {total}, data.on_bad_row=skip skips them "
-            f"(kept in quarantine.jsonl); or {first.remedy}"
-        )
-    return [
+    bad = [
         BadRow(groups[n].source, fault.field, fault.problem, _as_row(groups[n]))
         for n, fault in faults.items()
     ]
+    check_bad_rows(Rows([], bad, total, []), on_bad_row=on_bad_row, remedy=first.remedy)
+    return bad
 
 
 def _as_row(group: PreferenceGroup) -> str:

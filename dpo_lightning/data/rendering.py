@@ -36,10 +36,10 @@ from dpo_lightning.data.pieces import (
     tool_fields,
     unchanged,
 )
-from dpo_lightning.data.provenance import Marks, Skeleton, common_beginning, search
+from dpo_lightning.data.provenance import Marks, Skeleton, search
 from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.templates import RESERVED, TemplateOptions, render_chat, template_facts
-from dpo_lightning.data.texts import Message
+from dpo_lightning.data.texts import Message, common_beginning
 from dpo_lightning.errors import UserError
 
 # Shapes that are kept; a file has a few, by the number of turns.

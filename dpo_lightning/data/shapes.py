@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from dpo_lightning.data.bad_rows import MOST_OF_ONE_CAUSE
 from dpo_lightning.data.forms import NAMES, Form, mapping_hint
 from dpo_lightning.data.rows import FIELDS, SEVERAL
 from dpo_lightning.data.texts import list_names, printable, show
 from dpo_lightning.errors import UserError
 from dpo_lightning.plugins import READERS
-
-_MOST_UNUSED = 0.2
-"""Share of the rows that a field may spoil before it is the settings' fault."""
 
 _ROWS_LOOKED_AT = 100
 
@@ -65,7 +63,7 @@ class Shapes:
                     f"column{hint}; found {found}"
                 )
         for (name, remedy), places in self.unused.items():
-            if len(places) > _MOST_UNUSED * self.rows:
+            if len(places) > MOST_OF_ONE_CAUSE * self.rows:
                 raise UserError(
                     f"{where}: {show(name)} may be for the model and is not used "
                     f"({len(places)} of {self.rows} rows, first {places[0]}); {remedy}"

@@ -112,9 +112,7 @@ def split_strings(texts: Sequence[str]) -> tuple[str, list[str], bool]:
     Returns:
         The common beginning, the rests, and whether the texts are such dialogues.
     """
-    # The smallest and the largest have no longer a beginning in common than all of them.
-    low, high = min(texts), max(texts)
-    common = low[: _common_length(low, high)]
+    common = common_beginning(texts)
     at = common.rfind(_ASSISTANT) if common.startswith(_HUMAN) else -1
     # A space belongs to the word that follows it, for tokenizers as for readers.
     prompt = common[: at + len(_ASSISTANT)] if at >= 0 else common.rstrip()
@@ -161,16 +159,19 @@ def _difference(lists: Sequence[tuple[Message, ...]], labels: Sequence[str]) -> 
     return "the responses are conversations that begin with an answer"
 
 
-def _common_length(first: str, second: str) -> int:
-    """Length of the longest common prefix by bisection: slices compare at the speed of C."""
-    low, high = 0, min(len(first), len(second))
+def common_beginning(texts: Sequence[str]) -> str:
+    """The longest text that all of these begin with; empty for none."""
+    # The smallest and the largest have no longer a beginning in common than all of them.
+    first, last = min(texts, default=""), max(texts, default="")
+    # By bisection: slices compare at the speed of C.
+    low, high = 0, min(len(first), len(last))
     while low < high:
         middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
+        if first[low:middle] == last[low:middle]:
             low = middle
         else:
             high = middle - 1
-    return low
+    return first[:low]
 
 
 def check_text(text: str, label: str) -> str:

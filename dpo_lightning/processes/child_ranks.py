@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_lightning.files import write_json
+from dpo_lightning.processes.lifeline import exit_when_gone
 
 log = logging.getLogger(__name__)
 
@@ -145,14 +146,7 @@ def is_child() -> bool:
 
 def watch_parent() -> None:
     """Ends this process when the rank that started it is gone."""
-    parent = int(os.environ[PARENT])
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(_POLL_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=wait, name="parent", daemon=True).start()
+    exit_when_gone(int(os.environ[PARENT]))
 
 
 def parent_is_gone() -> bool:

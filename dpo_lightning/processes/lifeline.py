@@ -17,7 +17,7 @@ DIE_WITH_PARENT = "DPO_LIGHTNING_DIE_WITH_PARENT"
 """Environment variable that is set where nothing may outlive the process that started it."""
 
 _GRACE_SECONDS = 30.0
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,13 +51,22 @@ def end_with(parent: int) -> None:
         parent: Its process id; it may be gone already.
     """
     _die_with_parent()
+    # Also on Linux, where the parent may have ended just before.
+    exit_when_gone(parent)
+
+
+def exit_when_gone(parent: int) -> None:
+    """Has a thread end this process once its parent is another one.
+
+    Args:
+        parent: Process id of the parent.
+    """
 
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
         os._exit(1)
 
-    # Also on Linux, where the parent may have ended just before.
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.evaluation.signs import Facts
+from dpo_lightning.files import json_object
 
 _ACCURACIES = "train/rewards/accuracies"
 
@@ -62,14 +62,11 @@ def training_accuracies(path: Path) -> list[tuple[int, float]]:
     """Steps and accuracies of the training; a line that is damaged is passed over."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         return []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get(_ACCURACIES), int | float):
+        row = json_object(line)
+        if row is not None and isinstance(row.get(_ACCURACIES), int | float):
             found.append((int(row.get("step") or 0), float(row[_ACCURACIES])))
     return found

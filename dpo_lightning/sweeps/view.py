@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.files import RESULT_FILE
+from dpo_lightning.files import RESULT_FILE, json_object
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial
 
 # In a log, a line about each running trial every so often.
@@ -100,11 +99,9 @@ def _training_row(path: Path, *, since: float, first: bool) -> dict[str, float] 
     except OSError:
         return None
     for line in lines if first else reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # being written, or cut by where reading began or ended
-        if isinstance(row, dict) and "train/loss" in row:
+        # None: being written, or cut by where reading began or ended.
+        row = json_object(line)
+        if row is not None and "train/loss" in row:
             # What an attempt before this one left does not count.
             if _number(row.get("time")) >= since - 1:
                 return row

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.files import finite, write_whole
+from dpo_lightning.files import finite, json_object, write_whole
 from dpo_lightning.tracking.wandb_runs import (
     STEP,
     LoggerSettings,
@@ -157,12 +157,8 @@ class JsonlLogger(Logger):
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """A row of metrics; None for a line that is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int
-    return row if is_row else None
+    row = json_object(line)
+    return row if row is not None and type(row.get("step")) is int else None
 
 
 class _PatientCsvLogger(CSVLogger):

@@ -6,7 +6,7 @@ missing or damaged makes a trial say less, and never stops a report.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import METRICS_FILE, RESULT_FILE
+from dpo_lightning.files import METRICS_FILE, RESULT_FILE, json_object
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -232,12 +232,9 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON object; empty where there is none, and noted where it is damaged."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict):
-        return value
+    with contextlib.suppress(OSError):
+        if (value := json_object(path.read_bytes())) is not None:
+            return value
     notes.append(_damaged(path))
     return {}
 
@@ -247,17 +244,13 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         notes.append(_damaged(path))
         return []
     rows, bad = [], 0
     for count, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if (row := json_object(line)) is not None:
             rows.append(row)
         elif line.strip() and count < len(lines):
             bad += 1

@@ -14,7 +14,7 @@ SAID = (
     "improve performance.",
     "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is "
     "not resumable.",
-    "Checkpoint directory /tmp/r/checkpoints exists and is not empty.",
+    "Checkpoint directory outputs/runs/r/checkpoints exists and is not empty.",
     "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec) and "
     "treespec.is_leaf()` instead.",
     "It is recommended to use `self.log('eval/loss', ..., sync_dist=True)` when logging on epoch "
@@ -24,7 +24,7 @@ SAID = (
 )
 OTHERS = (
     "The 'train_dataloader' is empty",
-    "Checkpoint directory /tmp/r/checkpoints cannot be written",
+    "Checkpoint directory outputs/runs/r/checkpoints cannot be written",
     "It is recommended to use `self.log('x')` on one rank alone",
     "torch.distributed.nn.functional.all_reduce is deprecated",
     "lr_scheduler.step() before optimizer.step()",
