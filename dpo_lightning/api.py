@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from dpo_lightning.cli import folder_of_run
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.processes.groups import signal_group
-from dpo_lightning.processes.lifeline import LIFELINE
+from dpo_lightning.processes.lifeline import LIFELINE, REASON
 from dpo_lightning.settings.folders import hydra_override
 from dpo_lightning.settings.program import RUN, STARTED_AS, importing, started_as
 
@@ -96,11 +97,12 @@ def train(overrides: Sequence[str] = ()) -> Result:
     """
     folder = folder_of_run(overrides).absolute()
     before = _identity(folder / RESULT_FILE)
-    code = _run([*RUN, *overrides, hydra_override("run.dir", folder)])
+    code, reason = _run([*RUN, *overrides, hydra_override("run.dir", folder)])
     # With code 0 just this run had finished there before.
     if code and _identity(folder / RESULT_FILE) == before:
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-        return Result(folder, "failed", code, error=f"it ended before it could say why, by {how}")
+        error = reason or f"it ended before it could say why, by {how}"
+        return Result(folder, "failed", code, error=error)
     found = json.loads((folder / RESULT_FILE).read_text())
     names = set(Result.__dataclass_fields__) - {"folder", "exit_code"}
     known = {name: value for name, value in found.items() if name in names}
@@ -118,28 +120,41 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _run(arguments: Sequence[str]) -> int:
-    """Runs the interpreter to its end; it stops by itself when this process is gone."""
+def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
+    """Runs the interpreter to its end; it stops by itself when this process is gone.
+
+    Returns:
+        Its exit code, and the error that ended it where it named one.
+    """
     lifeline, own_end = os.pipe()
+    heard, reason = os.pipe()
+    # What it has left behind may hold the other end.
+    os.set_blocking(heard, False)
+    told = {LIFELINE: str(lifeline), REASON: str(reason), STARTED_AS: started_as()}
     try:
         process = subprocess.Popen(
             [sys.executable, *arguments],
-            env=importing(os.environ) | {LIFELINE: str(lifeline), STARTED_AS: started_as()},
+            env=importing(os.environ) | told,
             stdin=subprocess.DEVNULL,
-            pass_fds=[lifeline],
+            pass_fds=[lifeline, reason],
             process_group=0,
         )
         while True:
             try:
-                return process.wait()
+                code = process.wait()
+                break
             except BaseException as error:
                 stop = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
                 signal_group(process.pid, stop)
                 process.wait()
                 raise
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(heard, 65_536).decode().splitlines()
+            return code, said[-1] if said else None
+        return code, None
     finally:
-        os.close(lifeline)
-        os.close(own_end)
+        for descriptor in (lifeline, own_end, heard, reason):
+            os.close(descriptor)
 
 
 def load(run: str | Path) -> tuple[Any, Any]:

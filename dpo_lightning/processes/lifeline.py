@@ -13,8 +13,14 @@ import time
 LIFELINE = "DPO_LIGHTNING_LIFELINE"
 """Environment variable with the file descriptor to read from."""
 
+REASON = "DPO_LIGHTNING_REASON"
+"""Environment variable with the file descriptor that takes the error which ends this process."""
+
 DIE_WITH_PARENT = "DPO_LIGHTNING_DIE_WITH_PARENT"
 """Environment variable that is set where nothing may outlive the process that started it."""
+
+# The descriptor, once it was taken from the environment: those started from here have it not.
+_reasons: list[int] = []
 
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.2
@@ -22,13 +28,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def watch_lifeline() -> None:
-    """Stops this process and those it started when the sweep that started it is gone.
+    """Stops this process and those it started when the one that started it is gone.
 
-    Does nothing outside a sweep. A sweep that ends by itself has ended its trials before.
+    Does nothing where nobody waits for its end. A sweep that ends by itself has ended its trials
+    before. Takes the ends of both pipes out of the environment.
     """
     if DIE_WITH_PARENT in os.environ:
         # It stays there for the ranks that this process starts.
         _die_with_parent()
+    reason = os.environ.pop(REASON, None)
+    if reason is not None:
+        os.set_inheritable(int(reason), False)
+        _reasons.append(int(reason))
     descriptor = os.environ.pop(LIFELINE, None)
     if descriptor is None:
         return
@@ -42,6 +53,17 @@ def watch_lifeline() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def tell_reason(line: str) -> None:
+    """Hands the error that ends this process to the one that started it, where that asked for it.
+
+    Args:
+        line: The error in one line, as people read it.
+    """
+    if _reasons:
+        with contextlib.suppress(OSError):
+            os.write(_reasons[-1], f"{line}\n".encode())
 
 
 def end_with(parent: int) -> None:

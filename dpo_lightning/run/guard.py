@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from dpo_lightning.errors import DpoLightningError
-from dpo_lightning.processes.lifeline import watch_lifeline
+from dpo_lightning.processes.lifeline import tell_reason, watch_lifeline
 from dpo_lightning.settings.compose import ready_hydra
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.tracking.quiet import quiet_loggers
@@ -38,7 +38,9 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def report(error: DpoLightningError, prefix: str = "") -> int:
     """Prints an error of the user's in one line; returns its exit code."""
-    print(redact(f"error: {prefix}{' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+    line = redact(f"{prefix}{' '.join(str(error).split())}")
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    tell_reason(line)
     return error.exit_code
 
 

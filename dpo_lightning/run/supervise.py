@@ -28,6 +28,7 @@ from dpo_lightning.processes.child_ranks import (
     parent_is_gone,
     watch_parent,
 )
+from dpo_lightning.processes.lifeline import tell_reason
 from dpo_lightning.processes.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
 from dpo_lightning.run.folder import RunFolder, disk_fault, is_rank_zero
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
@@ -211,6 +212,7 @@ class _Supervisor:
         """Logs the error, and has SLURM queue the job again where its time was over."""
         if outcome.error is not None and (self._is_rank_zero or outcome.code == 1):
             log.error("error: %s", self._record.error)
+            tell_reason(str(self._record.error))
         if self._is_rank_zero:
             requeue_slurm_job(outcome.signum, self._config.resume)
 

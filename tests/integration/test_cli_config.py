@@ -667,8 +667,14 @@ def test_the_settings_of_a_run_are_composed_once(
             "experiment=frontier beta=0.1,1 loss=sigmoid,ipo,odpo data.batch_size=4",
             marks=pytest.mark.slow,
         ),
-        "data.train=rows.jsonl model.pretrained=model +data.columns={prompt:q} seed=1,2 beta=1",
-        "peft={kind:lora} peft.r=4,8 hydra.job.config.override_dirname.kv_sep=:",
+        pytest.param(
+            "data.train=rows.jsonl model.pretrained=model +data.columns={prompt:q} seed=1,2 beta=1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "peft={kind:lora} peft.r=4,8 hydra.job.config.override_dirname.kv_sep=:",
+            marks=pytest.mark.slow,
+        ),
         "beta=1 beta=2 seed=3,4",
     ],
 )

@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_the_adapter_alone(whole: Run):
     assert sum(value.numel() for value in state.values()) == whole.result["model"]["trainable"]
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_like_an_undisturbed_one(whole: Run, tmp_path, step: int):
     checkpoint = whole.folder / "checkpoints" / f"step-{step:06d}.ckpt"
     resumed = run_train(tmp_path / "run", *TINY, *LORA, f"resume={checkpoint}")
@@ -257,6 +257,7 @@ def test_in_bfloat16_what_is_exact_is_of_the_base_in_its_own_type(tmp_path):
     assert metrics["controlled/expected_reward"] == pytest.approx(reward, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_small_budgets_do_not_change_the_run(train):
     whole = train("reference=live")
     split = train("reference=live", "model.gradient_checkpointing=true",

@@ -16,7 +16,14 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.folder / "model" / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("bf16", marks=pytest.mark.slow),
+        pytest.param("8bit", marks=pytest.mark.slow),
+        "both",
+    ],
+)
 def whole(request, tmp_path_factory) -> tuple[tuple[str, ...], Run]:
     settings = (*COMMON, *KINDS[request.param])
     folder = tmp_path_factory.mktemp(request.param) / "run"

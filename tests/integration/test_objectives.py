@@ -126,7 +126,14 @@ def test_an_adapted_beta_follows_the_margins_and_a_resume_goes_on(tmp_path, cach
     assert again.values("train/loss")[-1] == whole.values("train/loss")[-1]
 
 
-@pytest.mark.parametrize("setting", ["loss=aot", "loss=kto_pair", "loss.adaptive_beta=0.5"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "loss=aot",
+        pytest.param("loss=kto_pair", marks=pytest.mark.slow),
+        "loss.adaptive_beta=0.5",
+    ],
+)
 def test_what_couples_a_step_wants_it_whole(tmp_path, cache, caplog, setting):
     small = run_train(tmp_path / "small", *QUICK, setting, "data.micro_batch_tokens=30", cache)
     assert small.code == 2
@@ -151,7 +158,14 @@ def test_margins_of_rows_reach_their_loss(tmp_path, tiny_model):
     assert other.values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["loss.ld_alpha=0.3", "loss.wpo=true", "loss=mpo"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param("loss.ld_alpha=0.3", marks=pytest.mark.slow),
+        pytest.param("loss.wpo=true", marks=pytest.mark.slow),
+        "loss=mpo",
+    ],
+)
 def test_a_cached_reference_is_the_live_one(tmp_path, setting):
     """The log-probabilities of tokens too, which the cache keeps apart from the sums."""
     cache = f"reference.cache_dir={tmp_path / 'cache'}"
@@ -167,6 +181,7 @@ def test_a_cached_reference_is_the_live_one(tmp_path, setting):
     assert abs(losses[-1] - losses[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_desensitising_and_weighting_change_the_steps(tmp_path, cache, first):
     """At the start all scores are 0, so only the weights show in the loss of step 1."""
     moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
@@ -178,6 +193,7 @@ def test_desensitising_and_weighting_change_the_steps(tmp_path, cache, first):
     assert abs(weighted.values("train/loss")[0] - math.log(2)) > 1e-3
 
 
+@pytest.mark.slow
 def test_pairs_make_a_listwise_loss_the_pairwise_one(tmp_path, cache, first):
     moving = ("optimizer.lr=0.01", "optimizer.warmup=0")
     runs = [

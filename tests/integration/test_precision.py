@@ -63,7 +63,7 @@ def test_exact_quantities_are_of_the_exported_weights(whole: Run):
     assert metrics["controlled/probability_sum"] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_like_an_undisturbed_one(whole: Run, tmp_path, step: int):
     checkpoint = whole.folder / "checkpoints" / f"step-{step:06d}.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]

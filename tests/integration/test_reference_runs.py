@@ -95,6 +95,7 @@ def test_one_more_row_computes_that_row(train, rows, tmp_path):
     assert counts(train(f"data.train={more}")) == (25, 1)
 
 
+@pytest.mark.slow
 def test_a_changed_weight_template_type_or_length_computes_anew(
     train, tiny_model, tmp_path, monkeypatch
 ):

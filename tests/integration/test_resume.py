@@ -27,7 +27,7 @@ def whole(tmp_path_factory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(whole: Run, tmp_path, step: int):
     """At 4 an evaluation was due when it was saved; at 6 two steps of an interval lie before it."""
     resumed = run_train(tmp_path / "run", *LONG, f"resume={checkpoint(whole, step)}")

@@ -77,6 +77,7 @@ def test_the_main_job_learns(default_run: Run):
     assert metrics["controlled/optimal_reward"] >= metrics["controlled/reference_reward"]
 
 
+@pytest.mark.slow
 def test_exact_quantities_equal_a_brute_force_over_the_exported_model(default_run: Run):
     """Everything is worked out again from the exported and the bundled folder alone.
 
@@ -331,6 +332,7 @@ def test_a_signal_stops_with_its_code(tmp_path, signal_name: str, code: int):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_in_one_process_keeps_its_trials_apart(tmp_path):
     from dpo_lightning.cli import main
 

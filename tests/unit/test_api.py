@@ -103,6 +103,21 @@ def test_a_run_that_fails_is_a_result(tmp_path, tiny_model):
     assert "\n" not in found.error
 
 
+def test_a_start_that_fails_in_the_folder_of_an_earlier_run_has_its_reason(tmp_path, tiny_model):
+    """The earlier run's result stays, so this start's error is in no file."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 7, "epoch": 1.0, "train/loss": 0.6}\n')
+    (run / "result.json").write_text('{"status": "stopped", "step": 7}')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    words = [f"data.train={tmp_path / 'rows.jsonl'}", f"model.pretrained={tiny_model}"]
+    found = train([*words, f"hydra.run.dir={run}", "logger=none"])
+    assert (found.status, found.exit_code, found.step) == ("failed", 2, 0)
+    assert "rows.jsonl: the columns of every row are wrong" in found.error
+    assert "\n" not in found.error
+    assert (run / "result.json").read_text() == '{"status": "stopped", "step": 7}'
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -127,7 +142,7 @@ def test_a_wrong_setting_is_raised_and_nothing_is_started(tmp_path, monkeypatch,
 
 def test_a_result_of_before_does_not_pass_for_this_runs(tmp_path, monkeypatch):
     (tmp_path / "result.json").write_text('{"status": "stopped", "step": 7}')
-    monkeypatch.setattr(api, "_run", lambda arguments: -9)
+    monkeypatch.setattr(api, "_run", lambda arguments: (-9, None))
     found = train([f"hydra.run.dir={tmp_path}"])
     assert (found.status, found.exit_code, found.step) == ("failed", -9, 0)
     assert "signal 9" in found.error
@@ -136,7 +151,7 @@ def test_a_result_of_before_does_not_pass_for_this_runs(tmp_path, monkeypatch):
 def test_a_run_that_is_killed_is_failed_whatever_it_wrote(tmp_path, monkeypatch):
     def run(arguments):
         (tmp_path / "result.json").write_text('{"status": "running", "step": 7, "more": 1}')
-        return -9
+        return -9, None
 
     monkeypatch.setattr(api, "_run", run)
     found = train([f"hydra.run.dir={tmp_path}"])

@@ -332,6 +332,7 @@ def test_the_authors_chain_is_a_distribution():
     assert author_chain()[:, 0, END].tolist() == [0.0] * 8
 
 
+@pytest.mark.slow
 def test_the_maker_makes_the_shipped_model_again(task, reference_logps, tmp_path):
     """Same settings and tokenizer; the same language within what rounding does to training."""
     torch.manual_seed(123)

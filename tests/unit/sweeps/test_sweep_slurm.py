@@ -152,9 +152,9 @@ def test_trials_are_jobs_that_ask_for_what_the_settings_say(tmp_path, slurm):
 @pytest.mark.parametrize(
     ("act", "status", "code"),
     [
-        ("raise RuntimeError('boom')", "failed", 1),
+        pytest.param("raise RuntimeError('boom')", "failed", 1, marks=pytest.mark.slow),
         ("os.kill(os.getpid(), signal.SIGKILL)", "failed", -9),
-        ("finish('diverged'); sys.exit(3)", "diverged", 3),
+        pytest.param("finish('diverged'); sys.exit(3)", "diverged", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_trial_that_ends_badly_ends_alone(tmp_path, slurm, act, status, code):
@@ -198,10 +198,25 @@ def lose(slurm: Path, state: str) -> None:
 @pytest.mark.parametrize(
     ("state", "asked", "said"),
     [
-        ("CANCELLED by 1000", "sacct", "SLURM: job 1000 is CANCELLED by 1000"),
+        pytest.param(
+            "CANCELLED by 1000",
+            "sacct",
+            "SLURM: job 1000 is CANCELLED by 1000",
+            marks=pytest.mark.slow,
+        ),
         ("NODE_FAIL", "sacct", "is NODE_FAIL"),
-        ("OUT_OF_MEMORY", "sacct", "is OUT_OF_MEMORY; give it more with hydra.launcher.mem_gb="),
-        ("TIMEOUT", "squeue", "is TIMEOUT; give it more with hydra.launcher.timeout_min="),
+        pytest.param(
+            "OUT_OF_MEMORY",
+            "sacct",
+            "is OUT_OF_MEMORY; give it more with hydra.launcher.mem_gb=",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "TIMEOUT",
+            "squeue",
+            "is TIMEOUT; give it more with hydra.launcher.timeout_min=",
+            marks=pytest.mark.slow,
+        ),
         ("FAILED", "nobody", "SLURM knows nothing of its job 1000 any more"),
     ],
 )

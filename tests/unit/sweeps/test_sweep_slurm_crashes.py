@@ -50,7 +50,14 @@ def check_ran_once(folder: Path, *, jobs_in_all: int) -> None:
     until(lambda: alive(folder / "sweep") == [])
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+# One without a job and one whose job nobody has noted.
+QUICK_MOMENTS = ("in sbatch before its job", "before the note")
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [m if m in QUICK_MOMENTS else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS],
+)
 def test_a_command_that_dies_at_any_moment_of_a_submission_is_gone_on_with(
     tmp_path, slurm, monkeypatch, moment
 ):
@@ -80,6 +87,7 @@ def test_a_job_needs_no_other_command_to_run_to_its_end(tmp_path, slurm):
     check_ran_once(tmp_path, jobs_in_all=1)
 
 
+@pytest.mark.slow
 def test_sbatch_may_be_at_work_longer_than_the_command_that_called_it(tmp_path, slurm):
     """The job is in the queue only when the next command has asked for it once in vain."""
     submit_and_die("is_late", tmp_path, [plan("a", PATIENT)])
@@ -92,6 +100,7 @@ def test_sbatch_may_be_at_work_longer_than_the_command_that_called_it(tmp_path, 
     check_ran_once(tmp_path, jobs_in_all=1)
 
 
+@pytest.mark.slow
 def test_a_job_that_comes_too_late_ends_and_leaves_the_trial_alone(tmp_path, slurm, monkeypatch):
     """Nobody waits for sbatch for ever: its job finds that the trial was ordered anew."""
     monkeypatch.setattr(slurm_queue, "_SUBMISSION_SECONDS", 0.0)
@@ -109,6 +118,7 @@ def test_a_job_that_comes_too_late_ends_and_leaves_the_trial_alone(tmp_path, slu
     check_ran_once(tmp_path, jobs_in_all=2)
 
 
+@pytest.mark.slow
 def test_the_job_of_other_settings_under_the_same_name_is_not_taken_for_ones_own(tmp_path, slurm):
     """Both trials are called a; the job of the first is at work when the second is typed."""
     submit_and_die("before the note", tmp_path, [plan("a", PATIENT)])
@@ -147,6 +157,7 @@ def test_ctrl_c_while_a_job_is_submitted_cancels_it(tmp_path, slurm):
     assert (trial.status, trial.devices[0]) == ("finished", "slurm:1001")
 
 
+@pytest.mark.slow
 def test_a_job_whose_submission_is_said_to_have_failed_is_cancelled(tmp_path, slurm):
     (slurm / "sbatch").write_text("times_out")
     with pytest.raises(UserError, match=r"sbatch does not take the job: .*Socket timed out"):

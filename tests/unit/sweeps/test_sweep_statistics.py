@@ -60,6 +60,7 @@ def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     assert found.low < found.difference < found.high
 
 
+@pytest.mark.slow
 def test_the_paired_test_keeps_its_level():
     """Of 200 samples without an effect about 5% have p below 0.05."""
     draw = np.random.default_rng(1)
