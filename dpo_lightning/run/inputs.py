@@ -107,5 +107,6 @@ def read_sources(
     check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
     if bad:
         when_begun(lambda: write_quarantine(run_dir / QUARANTINE_FILE, bad))
-        log.info("%d bad rows go to %s", len(bad), run_dir / QUARANTINE_FILE)
+        are = "bad row goes" if len(bad) == 1 else "bad rows go"
+        log.info("%d %s to %s", len(bad), are, run_dir / QUARANTINE_FILE)
     return SourceRows(train=train, eval=evaluation)

@@ -7,16 +7,18 @@ be named in them; code of one's own comes in by ``plugins=``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import name_now
 from dpo_lightning.settings.credentials import refusal, secrets_in
-from dpo_lightning.settings.messages import shown
+from dpo_lightning.settings.messages import shown, unknown_key
 from dpo_lightning.settings.names import slug
 
 _LOGGING = frozenset(
@@ -46,10 +48,14 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
     assert isinstance(raw, dict)
     own = {key: raw[key] for key in raw if key not in ("overrides", "runtime", "help", "choices")}
     yield from map(refusal, dict.fromkeys(secrets_in(own, "hydra")))
+    # A group of Hydra's without a field; its only choice is empty.
+    yield from _unknown({key: own[key] for key in own if key != "env"}, HydraConf, "hydra")
     yield from _targets(own, "hydra", _known_targets())
     for part in ("launcher", "sweeper"):
         if not isinstance(own.get(part), dict):
             yield f"hydra.{part}={shown(own.get(part))}: choose one with hydra/{part}="
+        else:
+            yield from _unknown_to_plugin(own[part], f"hydra.{part}")
     for section in ("job_logging", "hydra_logging"):
         yield from _logging(own.get(section), f"hydra.{section}")
     job, subdir = own.get("job") or {}, own.get("output_subdir")
@@ -76,6 +82,30 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
 def _is_inside(path: str) -> bool:
     parts = PurePath(path)
     return bool(path) and not parts.is_absolute() and ".." not in parts.parts
+
+
+def _unknown(node: Mapping[str, Any], kind: type, prefix: str) -> Iterator[str]:
+    """Keys that ``+`` has added to a section of Hydra's, which nothing reads."""
+    types = get_type_hints(kind)
+    for key, value in node.items():
+        if key not in types:
+            yield unknown_key(f"{prefix}.{key}", value)
+        elif is_dataclass(types[key]) and isinstance(value, dict):
+            yield from _unknown(value, types[key], f"{prefix}.{key}")
+
+
+def _unknown_to_plugin(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Keys that a launcher or a sweeper was not registered with."""
+    group = prefix.replace(".", "/")
+    store = ConfigStore.instance()
+    names = [name for name in store.list(group) if name.endswith(".yaml")]
+    installed = [store.load(f"{group}/{name}").node for name in names]
+    of_it = [found for found in installed if found.get("_target_") == node.get("_target_")]
+    known = {key for found in of_it for key in map(str, found)}
+    if known:
+        yield from (
+            unknown_key(f"{prefix}.{key}", value) for key, value in node.items() if key not in known
+        )
 
 
 def _known_targets() -> frozenset[str]:
