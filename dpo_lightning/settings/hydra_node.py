@@ -49,7 +49,7 @@ def hydra_problems(node: DictConfig) -> Iterator[str]:
     own = {key: raw[key] for key in raw if key not in ("overrides", "runtime", "help", "choices")}
     yield from map(refusal, dict.fromkeys(secrets_in(own, "hydra")))
     # A group of Hydra's without a field; its only choice is empty.
-    yield from _unknown({key: own[key] for key in own if key != "env"}, HydraConf, "hydra")
+    yield from _unknown({str(k): own[k] for k in own if k != "env"}, HydraConf, "hydra")
     yield from _targets(own, "hydra", _known_targets())
     for part in ("launcher", "sweeper"):
         if not isinstance(own.get(part), dict):
