@@ -5,6 +5,7 @@ A command is imported when it is asked for, and nothing here imports Hydra or to
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code of the command; 2 where there is none of that name.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until a command listens, Ctrl-C ends it without a traceback of what is being imported.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0

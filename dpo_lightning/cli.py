@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.processes.signals import stop_if_interrupted
 from dpo_lightning.run.folder import (
     RunFolder,
     disk_fault,
@@ -130,6 +131,7 @@ def _main(argv: list[str]) -> int:
     raise_all(_flag_problems(args))
     hydra = make_hydra(args)
     checked = _check(args, hydra)
+    stop_if_interrupted()
     job = checked.job
     if checked.is_done:
         return 0

@@ -8,6 +8,7 @@ reach; so a thread watches too, and ends the process when nobody else does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -54,6 +55,50 @@ class Stopped(SystemExit):
         self.message = f"stopped by {name}" if saved is None else f"stopped by {name}; {saved}"
 
 
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[None]:
+    """Notes Ctrl-C, beside raising it, until the run itself listens.
+
+    What is just being imported may swallow it, or turn it into an error of its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before not in (signal.default_int_handler, signal.SIG_DFL):
+        yield
+        return
+    noted = threading.Event()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        noted.set()
+        raise KeyboardInterrupt
+
+    _noted.append(noted)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _noted.remove(noted)
+
+
+def was_interrupted() -> bool:
+    """True after a Ctrl-C that was raised, whatever became of it since."""
+    return any(noted.is_set() for noted in _noted)
+
+
+def stop_if_interrupted() -> None:
+    """Raises a Ctrl-C again that was swallowed.
+
+    Raises:
+        KeyboardInterrupt: If there was one.
+    """
+    if was_interrupted():
+        raise KeyboardInterrupt
+
+
+_noted: list[threading.Event] = []
+
+
 class SignalWatch:
     """Handles the signals of one run, from :meth:`install` to :meth:`remove`.
 
@@ -65,10 +110,12 @@ class SignalWatch:
 
     Attributes:
         received: Number of the first signal; 0 while there was none.
+        raised: True if it was raised at once; what is raised since may be its doing.
     """
 
     def __init__(self, leave: Callable[[int], None]) -> None:
         self.received = 0
+        self.raised = False
         self._leave = leave
         self._before: dict[int, Any] = {}
         self._deferring = False
@@ -143,6 +190,7 @@ class SignalWatch:
             return  # the thread judges what comes after the first
         self.received = signum
         if not self._deferring:
+            self.raised = True
             raise Stopped(signum)
 
     def _watch(self) -> None:

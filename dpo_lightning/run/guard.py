@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from dpo_lightning.errors import DpoLightningError
 from dpo_lightning.processes.lifeline import tell_reason, watch_lifeline
+from dpo_lightning.processes.signals import noted_interrupts, was_interrupted
 from dpo_lightning.settings.compose import ready_hydra
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.tracking.quiet import quiet_loggers
@@ -22,16 +23,18 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     quiet_loggers()
     watch_lifeline()
     outlive_terminal()
-    with ready_hydra():
+    with noted_interrupts(), ready_hydra():
         try:
             return command(argv)
-        except DpoLightningError as error:
-            return report(error)
         except KeyboardInterrupt:
             return STOPPED[0]
         except SystemExit as stop:
             return exit_code(stop)
-        except Exception:
+        except Exception as error:
+            if was_interrupted():
+                return STOPPED[0]
+            if isinstance(error, DpoLightningError):
+                return report(error)
             show_traceback()
             return 1
 

@@ -29,7 +29,13 @@ from dpo_lightning.processes.child_ranks import (
     watch_parent,
 )
 from dpo_lightning.processes.lifeline import tell_reason
-from dpo_lightning.processes.signals import SignalWatch, Stopped, exit_code, requeue_slurm_job
+from dpo_lightning.processes.signals import (
+    SignalWatch,
+    Stopped,
+    exit_code,
+    requeue_slurm_job,
+    stop_if_interrupted,
+)
 from dpo_lightning.run.folder import RunFolder, disk_fault, is_rank_zero
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.record import RunRecord, package_versions
@@ -125,6 +131,7 @@ class _Supervisor:
 
     def experiment(self, resolved: dict[str, Any]) -> None:
         """Reads the rows and hands everything to the session."""
+        stop_if_interrupted()
         config = self._config
         load_plugins(config.plugins)
         make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
@@ -144,6 +151,9 @@ class _Supervisor:
 
     def outcome_of(self, caught: BaseException) -> _Outcome:
         """Meaning of an error, an interruption or an exit, to be asked for while it is handled."""
+        if self._signals.raised and not isinstance(caught, Stopped):
+            # An import, or another's code, made an error of its own of it.
+            caught = Stopped(self._signals.received)
         if isinstance(caught, DpoLightningError):
             if self._config.debug.traceback:
                 traceback.print_exc()
