@@ -89,8 +89,12 @@ def find_source(source: str, *, split: str | None, subset: str | None, key: str)
             raise UserError(f"{where}: no such file{_hint(path, source, key)}")
         if path.is_dir():
             return _of_folder(path, where, split=split, subset=subset, key=key)
+    except PermissionError as error:
+        raise UserError(
+            f"{where}: {error.strerror}; have it opened to you, or name another"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        # Among others: no permission, no such user's home, a name that no file can have.
+        # Among others: no such user's home, a name that no file can have.
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{where}: no such file ({reason})") from error
     if not row_suffix(path.name)[0]:

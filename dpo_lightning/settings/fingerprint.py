@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_lightning.data.source_files import all_files
 from dpo_lightning.data.source_names import entries, is_local_data
+from dpo_lightning.errors import UserError
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.schema import Config
 
@@ -38,14 +39,20 @@ def settings_hash(config: Config) -> str:
 
     Row files and plugins count by their content, model folders by the names, sizes and times of
     their files: weights take long to read, and a rerun too many costs less than one too few.
+
+    Raises:
+        UserError: If a file cannot be read.
     """
     files: dict[str, Any] = {}
     data = config.data
     template = [] if data.chat_template is None else [data.chat_template]
-    named = [entry.path for entry in (*entries(data.train), *entries(data.eval))]
-    for name in (*named, *template):
-        if is_local_data(name):
-            files |= {str(path): _content(path) for path in all_files(name)}
+    for key, names in (
+        ("data.train", [entry.path for entry in entries(data.train)]),
+        ("data.eval", [entry.path for entry in entries(data.eval)]),
+        ("data.chat_template", template),
+    ):
+        for name in filter(is_local_data, names):
+            files |= {str(path): _content(path, key) for path in all_files(name)}
     model = config.model
     for source in (
         *(model.pretrained, model.tokenizer, model.config),
@@ -57,14 +64,19 @@ def settings_hash(config: Config) -> str:
     for plugin in config.plugins:
         path = _plugin_file(plugin)
         if path is not None:
-            files[plugin] = _content(path)
+            files[plugin] = _content(path, "plugins")
     text = json.dumps([hashed_settings(asdict(config)), files], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _content(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+def _content(path: Path, key: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{key}={path}: {error.strerror}; have it opened to you, or name another"
+        ) from error
 
 
 def _listing(path: Path) -> list[tuple[str, int, int]]:

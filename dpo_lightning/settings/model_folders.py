@@ -5,7 +5,9 @@ adapter's config for its base model.
 """
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 _ADAPTER = "adapter_config.json"
@@ -31,6 +33,9 @@ def found_instead(key: str, path: Path, needs: tuple[str, ...]) -> str | None:
         return _GGUF
     if not path.is_dir():
         return None
+    closed = _closed(path)
+    if closed is not None:
+        return f"{closed} cannot be read: {os.strerror(errno.EACCES)}; have it opened to you"
     pointer = _pointer(path)
     if pointer is not None:
         return (
@@ -46,6 +51,14 @@ _GGUF = (
     "a GGUF file holds weights in few bits, for inference; name the folder of the safetensors "
     "weights that it was made from"
 )
+
+
+def _closed(folder: Path) -> str | None:
+    """The folder or its first file that is not open to this user."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "the folder"
+    files = sorted(path for pattern in _FILES for path in folder.glob(pattern) if path.exists())
+    return next((path.name for path in files if not os.access(path, os.R_OK)), None)
 
 
 def _pointer(folder: Path) -> str | None:

@@ -130,6 +130,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         if path.stat().st_size > _LARGEST_FILE:
             return None
         found = yaml.safe_load(path.read_bytes())
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}; have it opened to you") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
