@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_lightning.data.pieces import (
     Flat,
@@ -43,8 +43,7 @@ class FaultyRow(Exception):
         self.fault = fault
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(NamedTuple):
     """One conversation: a prompt with one response.
 
     Attributes:

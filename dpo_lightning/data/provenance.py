@@ -89,15 +89,19 @@ class Skeleton:
         slots: In the order of the text; a string may have several, or none.
         tail: The template's text after the last.
         pieces: Number of strings.
+        firsts: The number of the first slot of each string that has one.
+        in_order: True if each string has a slot, and the first slots stand in the strings' order.
     """
 
     slots: tuple[Slot, ...]
     tail: str
     pieces: int
+    firsts: dict[int, int]
+    in_order: bool
 
     def first_slot(self, pieces: range) -> int | None:
         """The number of the first slot of any of these strings."""
-        return next((i for i, slot in enumerate(self.slots) if slot.piece in pieces), None)
+        return min([self.firsts[n] for n in pieces if n in self.firsts], default=None)
 
     def begins(self, texts: Sequence[str], rendered: str, slot: int | None) -> int | None:
         """The place where a slot begins, if the rendering is the skeleton with these strings.
@@ -221,7 +225,11 @@ class Marks:
             slots.append(Slot(literal, normal(literal), piece, encode))
             literal = parts[at + 3]
             at += 4
-        return Skeleton(tuple(slots), literal, len(texts))
+        firsts: dict[int, int] = {}
+        for number, slot in enumerate(slots):
+            firsts.setdefault(slot.piece, number)
+        in_order = list(firsts) == list(range(len(texts)))
+        return Skeleton(tuple(slots), literal, len(texts), firsts, in_order)
 
     def _unescaped(self, match: re.Match[str]) -> str:
         whole, high, low = match.groups()

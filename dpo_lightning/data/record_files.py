@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,11 +146,6 @@ class failures:
             raise UserError(
                 f"{self._where}: its content is more than {_MOST_GROWTH} times its size, which "
                 "no file of rows is; unpack it and look at it"
-            ) from error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(
-                f"{self._where}: {os.strerror(error.errno)}; have it opened to you, or name "
-                "another file"
             ) from error
         if packed and isinstance(error, OSError | EOFError | zlib.error | lzma.LZMAError):
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.fields import NOT_READ, is_heavy
-from dpo_lightning.data.record_files import Record, failures
+from dpo_lightning.data.record_files import Record
 from dpo_lightning.data.texts import list_names, printable, show
 from dpo_lightning.errors import UserError
 
@@ -118,7 +118,7 @@ def _in_memory(table: Any, where: str, kind: str) -> Table:
 
 def _is_empty(path: Path, where: str) -> bool:
     """True if a file has nothing in it; a pointer in the place of the rows is refused."""
-    with failures(path, where), path.open("rb") as file:
+    with path.open("rb") as file:
         beginning = file.read(len(_POINTER))
     if beginning == _POINTER:
         raise UserError(

@@ -25,7 +25,7 @@ from dpo_lightning.data.conversations import (
     pieces_of,
     refused_fault,
 )
-from dpo_lightning.data.limits import OutOfBounds, bounded
+from dpo_lightning.data.limits import Bounds, OutOfBounds
 from dpo_lightning.data.pieces import (
     THOUGHTS,
     Piece,
@@ -84,6 +84,8 @@ class _Shape:
 class Renderer:
     """Writes rows of messages by a tokenizer's chat template.
 
+    Who writes many enters :attr:`bounds` once for all.
+
     Args:
         tokenizer: A transformers tokenizer with a chat template.
         options: What the template is given beside the rows.
@@ -93,6 +95,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._options = options
         self.facts = template_facts(tokenizer.chat_template)
+        self.bounds = Bounds()
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
 
     def render(self, group: PreferenceGroup) -> Rendered:
@@ -102,8 +105,11 @@ class Renderer:
             FaultyRow: If the template refuses it, or leaves out a part.
             UserError: If the template takes too long.
         """
+        if not self.bounds.is_entered:
+            with self.bounds:
+                return self.render(group)
         try:
-            with bounded():
+            with self.bounds.piece:
                 return self._render(group)
         except OutOfBounds as error:
             raise UserError(
@@ -277,23 +283,21 @@ class Renderer:
         self, chat: Chat, skeleton: Skeleton, name: ResponseName, left_out: set[str]
     ) -> None:
         """Refuses the row if a string has no slot, or one before its turn."""
-        written = {slot.piece for slot in skeleton.slots}
-        if len(written) < len(chat.texts):
-            missing = [n for n in range(len(chat.texts)) if n not in written]
+        if skeleton.in_order:
+            return
+        if len(skeleton.firsts) < len(chat.texts):
+            missing = [n for n in range(len(chat.texts)) if n not in skeleton.firsts]
             self._miss(chat, missing, name, left_out)
-        last, seen = -1, set()
+        last = -1
         pieces = None
-        for slot in skeleton.slots:
-            if slot.piece in seen:
-                continue
-            seen.add(slot.piece)
-            if slot.piece < last:
+        for piece in skeleton.firsts:
+            if piece < last:
                 pieces = pieces or pieces_of(chat)
-                own, other = pieces[slot.piece], pieces[last]
-                late = slot.piece < chat.own.start <= last
+                own, other = pieces[piece], pieces[last]
+                late = piece < chat.own.start <= last
                 if -1 != own.message < other.message or late:
                     raise FaultyRow(moved_fault(chat, own, name))
-            last = max(last, slot.piece)
+            last = max(last, piece)
 
     def _miss(
         self, chat: Chat, missing: Sequence[int], name: ResponseName, left_out: set[str]

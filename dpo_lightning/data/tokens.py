@@ -180,7 +180,12 @@ class _Writer:
 
     def write(self, groups: Sequence[PreferenceGroup], *, first: int) -> list[_Texts | None]:
         """The texts of each group; None for one that has a fault, which is noted."""
-        return [self._write(group, number) for number, group in enumerate(groups, start=first)]
+        if all(isinstance(group.prompt, str) for group in groups):
+            return [self._write(group, number) for number, group in enumerate(groups, start=first)]
+        if self._renderer is None:
+            self._renderer = Renderer(self._tokenizer, self._options)
+        with self._renderer.bounds:
+            return [self._write(group, number) for number, group in enumerate(groups, start=first)]
 
     def _write(self, group: PreferenceGroup, number: int) -> _Texts | None:
         prompt = group.prompt
@@ -191,8 +196,7 @@ class _Writer:
             texts = [_as_string(response) for response in group.responses]
             empty = frozenset(i for i, text in enumerate(texts) if not text.strip())
             return _Texts([prompt, *(prompt + text for text in texts)], False, empty)
-        if self._renderer is None:
-            self._renderer = Renderer(self._tokenizer, self._options)
+        assert self._renderer is not None
         try:
             rendered = self._renderer.render(group)
         except FaultyRow as error:

@@ -1,12 +1,14 @@
 """Limits on the time and the memory of a chat template, which is a program."""
 
+import mmap
 import resource
 import signal
 import threading
+import time
 
 import pytest
 
-from dpo_lightning.data.limits import OutOfBounds, bounded
+from dpo_lightning.data.limits import Bounds, OutOfBounds, bounded
 from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.texts import Message
 from dpo_lightning.data.tokens import tokenize_groups
@@ -41,7 +43,7 @@ def tokenize(template: str):
     [(ENDLESS, "processor time"), (HUGE, "of memory"), ("{{ 'x' * 99999999999 }}", "of memory")],
 )
 def test_a_template_that_takes_too_much_is_stopped_and_named(template, what, monkeypatch):
-    monkeypatch.setattr("dpo_lightning.data.rendering.bounded", lambda: bounded(seconds=0.5))
+    monkeypatch.setattr("dpo_lightning.data.rendering.Bounds", lambda: Bounds(seconds=0.5))
     with pytest.raises(UserError) as caught:
         tokenize(template)
     assert what in str(caught.value)
@@ -98,3 +100,35 @@ def test_another_thread_has_no_clock_and_no_fault():
     thread.start()
     thread.join()
     assert done == [45]
+
+
+def test_each_piece_has_the_whole_time():
+    """Four pieces of 0.15 s within a limit of 0.4 s, and one that goes on for ever."""
+
+    def work(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    with Bounds(seconds=0.4) as bounds:
+        for _ in range(4):
+            with bounds.piece:
+                work(0.15)
+        with pytest.raises(OutOfBounds, match=r"0\.4 s"), bounds.piece:
+            work(4)
+        with bounds.piece:
+            work(0.15)
+    assert not bounds.is_entered
+
+
+def test_what_earlier_pieces_have_left_does_not_count():
+    """Of 10 MiB each, 200 pieces keep 2 GiB, and each may take 1 GiB."""
+    kept = []
+    with Bounds(memory=1 << 30) as bounds:
+        for _ in range(200):
+            with bounds.piece:
+                kept.append(mmap.mmap(-1, 10 << 20))
+        with pytest.raises(OutOfBounds, match="1 GiB"), bounds.piece:
+            bytearray(2 << 30)
+    for region in kept:
+        region.close()
