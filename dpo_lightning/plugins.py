@@ -190,9 +190,15 @@ def register_optimizer(
                 raise ValueError(
                     f"{what}: {parameter.name!r} is a setting of every optimizer, and no option"
                 )
-        OPTIMIZERS[name] = PluginOptimizer(
-            function, shared, dict(read_options(what, own, function))
-        )
+        schema = dict(read_options(what, own, function))
+        for option, entry in schema.items():
+            for other, theirs in OPTIMIZERS.items():
+                kind = theirs.schema[option].kind if option in theirs.schema else entry.kind
+                if other != name and kind is not entry.kind:
+                    raise ValueError(
+                        f"{what}: the option {option!r} is a {kind.__name__} of optimizer {other!r}"
+                    )
+        OPTIMIZERS[name] = PluginOptimizer(function, shared, schema)
         return function
 
     return register if build is None else register(build)
