@@ -7,20 +7,23 @@ setting; nothing else is ever imported or called for one. Imports no torch.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.objectives.registry import register_loss
+from dpo_lightning.objectives.registry import Option, is_same, read_options, register_loss
 
 __all__ = [
     "load_plugins",
     "make_callbacks",
     "register_callback",
     "register_loss",
+    "register_optimizer",
     "register_reader",
     "register_scorer",
 ]
@@ -38,6 +41,23 @@ the forms that are known."""
 _Reader = TypeVar("_Reader", bound=ReadRow)
 _Function = TypeVar("_Function", bound=ScoreFunction)
 _Maker = TypeVar("_Maker", bound=Callable[[], Any])
+_Builder = TypeVar("_Builder", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class PluginOptimizer:
+    """An optimizer that a plugin registered.
+
+    Attributes:
+        build: Makes it of groups of parameters.
+        shared: Those of ``SHARED_SETTINGS`` that it asks for.
+        schema: Its own options.
+    """
+
+    build: Callable[..., Any]
+    shared: tuple[str, ...]
+    schema: Mapping[str, Option]
+
 
 SCORERS: dict[str, ScoreFunction] = {}
 """Scorers that plugins registered, by name."""
@@ -47,6 +67,18 @@ READERS: dict[str, ReadRow] = {}
 
 CALLBACKS: dict[str, Callable[[], Any]] = {}
 """What makes a Lightning callback, as plugins registered it, by name."""
+
+
+OPTIMIZERS: dict[str, PluginOptimizer] = {}
+"""Optimizers that plugins registered, by name."""
+
+OWN_OPTIMIZERS = ("adamw", "adamw_8bit")
+"""Names of the package's own."""
+
+SHARED_SETTINGS = ("lr", "betas", "eps", "weight_decay", "seed")
+"""Settings that a plugin's optimizer may ask for by naming them."""
+
+_NO_OPTIONS = ("name", "stochastic_rounding", "max_grad_norm", "schedule", "warmup")
 
 
 def register_scorer(name: str) -> Callable[[_Function], _Function]:
@@ -114,6 +146,67 @@ def register_callback(name: str) -> Callable[[_Maker], _Maker]:
         return maker
 
     return register
+
+
+def register_optimizer(
+    name: str, build: _Builder | None = None
+) -> _Builder | Callable[[_Builder], _Builder]:
+    """Makes a function known as ``optimizer=<name>``.
+
+    It is given the groups of parameters as ``torch.optim`` takes them, each with its
+    ``weight_decay``: that of the settings for matrices, 0 for vectors. Of ``lr``, ``betas``,
+    ``eps``, ``weight_decay`` and ``seed`` it gets what it names. Its other keyword-only parameters
+    are options, ``optimizer.<option>``: each has a default and a type, as those of a loss do.
+
+    Args:
+        name: Value of the setting.
+        build: The function; None registers what stands below, as a decorator.
+
+    Raises:
+        ValueError: If the name is taken, or a parameter can be no option.
+
+    Example:
+        >>> @register_optimizer("sgd")
+        ... def sgd(groups, *, lr, momentum: float = 0.9):
+        ...     import torch
+        ...     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        >>> entry = OPTIMIZERS.pop("sgd")
+        >>> entry.shared, {name: option.default for name, option in entry.schema.items()}
+        (('lr',), {'momentum': 0.9})
+    """
+
+    def register(function: _Builder) -> _Builder:
+        known = OPTIMIZERS.get(name)
+        if name in OWN_OPTIMIZERS or (known is not None and not is_same(known.build, function)):
+            raise ValueError(f"optimizer {name!r} is registered already: choose another name")
+        what = f"optimizer {name!r}"
+        _, *parameters = inspect.signature(function).parameters.values()
+        if any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters):
+            raise ValueError(f"{what}: its function is called as build(groups, *, lr, ...)")
+        shared = tuple(p.name for p in parameters if p.name in SHARED_SETTINGS)
+        own = [p for p in parameters if p.name not in SHARED_SETTINGS]
+        for parameter in own:
+            if parameter.name in _NO_OPTIONS:
+                raise ValueError(
+                    f"{what}: {parameter.name!r} is a setting of every optimizer, and no option"
+                )
+        schema = dict(read_options(what, own, function))
+        for option, entry in schema.items():
+            for other, theirs in OPTIMIZERS.items():
+                kind = theirs.schema[option].kind if option in theirs.schema else entry.kind
+                if other != name and kind is not entry.kind:
+                    raise ValueError(
+                        f"{what}: the option {option!r} is a {kind.__name__} of optimizer {other!r}"
+                    )
+        OPTIMIZERS[name] = PluginOptimizer(function, shared, schema)
+        return function
+
+    return register if build is None else register(build)
+
+
+def known_optimizers() -> tuple[str, ...]:
+    """Names of all optimizers."""
+    return (*OWN_OPTIMIZERS, *OPTIMIZERS)
 
 
 def make_callbacks(names: Sequence[str]) -> list[Any]:

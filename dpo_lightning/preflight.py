@@ -52,7 +52,11 @@ def _main(argv: list[str]) -> int:
 
     estimate = estimate_of(
         memory_settings(config),
-        decide_hardware(config.trainer, kind=None if gib is None else "cuda"),
+        decide_hardware(
+            config.trainer,
+            kind=None if gib is None else "cuda",
+            half_weights=config.model.dtype == "bfloat16",
+        ),
         load_model_config(
             pretrained=config.model.pretrained,
             revision=config.model.revision,

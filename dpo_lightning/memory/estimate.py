@@ -115,7 +115,13 @@ def memory_settings(config: Config) -> MemorySettings:
 
 
 def plan_training(
-    settings: MemorySettings, shape: ModelShape, device: torch.device, *, devices: int, mixed: bool
+    settings: MemorySettings,
+    shape: ModelShape,
+    device: torch.device,
+    *,
+    devices: int,
+    mixed: bool,
+    float16: bool = False,
 ) -> Training:
     """The training that the settings describe; the budget fills in tokens and checkpointing.
 
@@ -124,7 +130,8 @@ def plan_training(
         shape: The model's shape.
         device: Where it is trained.
         devices: How many take part.
-        mixed: True if the precision is bf16-mixed.
+        mixed: True if products are computed in 16 bits.
+        float16: True if those are float16, by autocast on a single device too.
     """
     from dpo_lightning.models.head import Limits
 
@@ -136,8 +143,8 @@ def plan_training(
         weight_bytes=2 if half else 4,
         compute_bytes=2 if half or mixed else 4,
         # The copy in bfloat16 is made once a step by one process, by autocast over several.
-        masters=mixed and alone and (rank is not None or not half),
-        autocast=mixed and not alone and not sharded,
+        masters=mixed and alone and not float16 and (rank is not None or not half),
+        autocast=mixed and (float16 or not alone) and not sharded,
         optimizer=settings.optimizer,
         trained=None if rank is None else shape.lora_parameters(rank),
         four_bit=settings.four_bit,
@@ -192,7 +199,12 @@ def estimate_of(
         device_bytes = memory_of(torch.device(kind))
     shape = shape_of_model(meta_model(model_config))
     training = plan_training(
-        settings, shape, torch.device(kind), devices=devices, mixed=hardware.mixed
+        settings,
+        shape,
+        torch.device(kind),
+        devices=devices,
+        mixed=hardware.mixed,
+        float16=hardware.float16,
     )
     # Of data nothing is known yet: the smallest budget that may be chosen is what it takes.
     budget = choose_budget(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -153,7 +153,7 @@ def register_loss(
 
     def register(function: _Function) -> _Function:
         known = PAIRWISE_LOSSES.get(name)
-        if name in LISTWISE_LOSSES or (known is not None and not _same(known.fn, function)):
+        if name in LISTWISE_LOSSES or (known is not None and not is_same(known.fn, function)):
             raise ValueError(f"loss {name!r} is registered already: choose another name")
         schema = dict(_options(name, function))
         _check_kinds(name, schema)
@@ -186,11 +186,6 @@ def _check_kinds(name: str, schema: Mapping[str, Option]) -> None:
                 )
 
 
-def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """True if both are the same function, from a module that was imported again."""
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
-
-
 def _options(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, Option]]:
     parameters = list(inspect.signature(function).parameters.values())
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -200,11 +195,27 @@ def _options(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, Opt
         or any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters[1:])
     ):
         raise ValueError(f"loss {name!r}: its function is called as fn(pairs, *, beta, ...)")
-    for parameter in parameters[2:]:
+    yield from read_options(f"loss {name!r}", parameters[2:], function)
+
+
+def read_options(
+    what: str, parameters: Iterable[inspect.Parameter], function: Callable[..., Any]
+) -> Iterator[tuple[str, Option]]:
+    """Yields options by name: keyword-only parameters with a type, a default and, may be, bounds.
+
+    Args:
+        what: What takes them, for messages.
+        parameters: Those of a function that are options.
+        function: The function.
+
+    Raises:
+        ValueError: If one has no usable type or default.
+    """
+    for parameter in parameters:
         annotation = parameter.annotation
         if isinstance(annotation, str):  # from __future__ import annotations
             with contextlib.suppress(Exception):  # what has no meaning there is no type below
-                annotation = eval(annotation, function.__globals__)
+                annotation = eval(annotation, getattr(function, "__globals__", {}))
         rule: Mapping[str, Any] = {}
         if get_origin(annotation) is Annotated:
             annotation, *notes = get_args(annotation)
@@ -212,15 +223,20 @@ def _options(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, Opt
         unknown = rule.keys() - _RULES
         if unknown:
             raise ValueError(
-                f"loss {name!r}: the option {parameter.name!r} has {', '.join(sorted(unknown))} in "
+                f"{what}: the option {parameter.name!r} has {', '.join(sorted(unknown))} in "
                 f"its bounds, which are {', '.join(_RULES)}"
             )
         option = Option(annotation, parameter.default, rule)
         if annotation not in _KINDS or not option.accepts(parameter.default):
             kinds = ", ".join(kind.__name__ for kind in _KINDS)
             raise ValueError(
-                f"loss {name!r}: the option {parameter.name!r} needs a type ({kinds}) and a "
+                f"{what}: the option {parameter.name!r} needs a type ({kinds}) and a "
                 "default of that type and within its bounds"
             )
         default = float(parameter.default) if annotation is float else parameter.default
         yield parameter.name, Option(annotation, default, rule)
+
+
+def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """True if both are the same function, from a module that was imported again."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

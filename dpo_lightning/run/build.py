@@ -26,6 +26,7 @@ from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, T
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
 from dpo_lightning.training.checkpoints.writer import PARTS, Checkpoints, DurableCheckpointIO
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.precision import trainer_precision
 from dpo_lightning.training.preemption import Preemption
 from dpo_lightning.training.ranks import refuse_as_user_error
 from dpo_lightning.training.same_config import SameConfig
@@ -145,7 +146,7 @@ def make_trainer(
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
             strategy=strategy,
-            precision=plan.hardware.precision,
+            precision=trainer_precision(plan.hardware.precision),
             max_steps=schedule.total_steps,
             max_epochs=-1,
             logger=loggers,

@@ -43,7 +43,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "reference": _reference(models, names),
         "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
-        "device": f"{devices}, {placed.computation.precision}, torch {torch.__version__}",
+        "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
         "memory": memory,
         "folder": str(plan.folders.run),
     }

@@ -18,6 +18,7 @@ from dpo_lightning.errors import (
 from dpo_lightning.settings.fingerprint import hashed_settings
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.messages import shown
+from dpo_lightning.settings.optimizer_group import optimizer_options
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.checkpoints.files import changed_settings
 
@@ -111,6 +112,7 @@ def identity_of(
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
         "optimizer.name": config.optimizer.name,
+        **{f"optimizer.{k}": v for k, v in optimizer_options(config.optimizer).items()},
         "data": hashes["data"],
         "model": hashes["weights"],
         **{f"config.json.{name}": value for name, value in numbers.items()},

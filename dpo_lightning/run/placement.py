@@ -80,7 +80,8 @@ def place(plan: RunPlan, prepared: Prepared, trainer: pl.Trainer) -> Placed:
         prepared.shape,
         device,
         devices=world_size,
-        mixed=computation.precision == "bf16-mixed",
+        mixed=plan.hardware.mixed,
+        float16=plan.hardware.float16,
     )
     budget, estimate = _make_budget(plan, prepared, training, device, world_size=world_size)
     return Placed(device, world_size, computation, budget, estimate)

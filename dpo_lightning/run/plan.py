@@ -11,7 +11,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dpo_lightning.data.source_names import source_label
 from dpo_lightning.memory.estimate import MemorySettings, memory_settings
@@ -21,12 +21,13 @@ from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import run_name
+from dpo_lightning.settings.optimizer_group import optimizer_options
 from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.tracking.wandb_runs import LoggerSettings, logger_settings
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS
-from dpo_lightning.training.module import StepSettings
-from dpo_lightning.training.optimizers import OptimizerName, OptimizerSettings
+from dpo_lightning.training.optimizers import OptimizerSettings
 from dpo_lightning.training.schedule import Schedule, make_schedule
+from dpo_lightning.training.step_settings import StepSettings
 
 CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
 _CACHE_DIR = "outputs/cache"
@@ -324,13 +325,14 @@ def _learning(config: Config, schedule: Schedule) -> LearningPlan:
             momentum=loss.adaptive_momentum,
         ),
         optimizer=OptimizerSettings(
-            name=cast(OptimizerName, optimizer.name),
+            name=optimizer.name,
             lr=schedule.learning_rate,
             betas=(first, second),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             stochastic_rounding=optimizer.stochastic_rounding,
             seed=config.seed,
+            options=optimizer_options(optimizer),
         ),
         steps=StepSettings(
             total_steps=schedule.total_steps,

@@ -195,6 +195,7 @@ def _resolve_source(config: Config, hardware: Hardware) -> ModelSource:
         # What is not held in 4 bits is held in what is computed in.
         half = source.dtype == torch.bfloat16 or hardware.mixed
         dtype = torch.bfloat16 if half else torch.float32
+        dtype = torch.float16 if hardware.float16 else dtype
         source = replace(source, dtype=dtype, quantization=nf4_config(dtype, hardware.beside))
     if source.tokenizer.pad_token_id is None:
         log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")

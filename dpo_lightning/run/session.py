@@ -121,7 +121,7 @@ def run_experiment(
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, folder.path)
-    hardware = decide_hardware(config.trainer)
+    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     trainer = trainer_plan(config)
     ranks = _start_ranks(trainer, children)
     checkpoint = find_checkpoint(config.resume, folder.path)

@@ -20,6 +20,7 @@ from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
+from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
@@ -346,6 +347,15 @@ def _optimizer(config: Config) -> Iterator[str]:
             f"optimizer.stochastic_rounding=true rounds bfloat16 weights, and "
             f"model.dtype={config.model.dtype}; set model.dtype=bfloat16 too, or leave it out"
         )
+    yield from optimizer_problems(optimizer)
+
+
+def _precision(config: Config) -> Iterator[str]:
+    if config.trainer.precision == "16-mixed" and config.model.dtype == "bfloat16":
+        yield (
+            "trainer.precision=16-mixed computes in float16 beside float32 weights, and "
+            "model.dtype=bfloat16; use model.dtype=float32, or trainer.precision=bf16-true"
+        )
 
 
 def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
@@ -424,6 +434,7 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _objective(config)
     yield from _peft(config)
     yield from _optimizer(config)
+    yield from _precision(config)
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)

@@ -16,10 +16,12 @@ RANKING_METRICS = (
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, clipping and the learning-rate schedule."""
+    """The optimizer, clipping and the learning-rate schedule."""
 
     name: str = setting(
-        "adamw", "AdamW; adamw_8bit holds both moments in 8 bits.", choices=("adamw", "adamw_8bit")
+        "adamw",
+        "AdamW; adamw_8bit holds both moments in 8 bits; or the name of a plugin's optimizer.",
+        expected="one of adamw, adamw_8bit, or an optimizer of a module in plugins",
     )
     stochastic_rounding: bool | None = setting(
         None,
@@ -81,8 +83,10 @@ class TrainerConfig:
     num_nodes: int = setting(1, "Machines that share the run.", unit="machines", least=1)
     precision: str | None = setting(
         None,
-        "Type of the computation; null: bf16-mixed on a GPU that has it, else 32-true.",
-        choices=("32-true", "bf16-mixed"),
+        "Type of the computation; null: on a GPU bf16-mixed, or 16-mixed where bfloat16 is only "
+        "emulated (T4, V100), else 32-true. 16-mixed scales the loss; bf16-true sets "
+        "model.dtype=bfloat16.",
+        choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     )
     max_steps: int | None = setting(
         None,

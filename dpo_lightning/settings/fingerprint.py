@@ -14,6 +14,7 @@ from dpo_lightning.data.source_files import all_files
 from dpo_lightning.data.source_names import entries, is_local_data
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.loss_group import own_loss_settings
+from dpo_lightning.settings.optimizer_group import own_optimizer_settings
 from dpo_lightning.settings.schema import Config
 
 # Where a run is written, watched or helped on does not change what it computes.
@@ -31,7 +32,8 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
-    return kept | own | {"loss": own_loss_settings(kept["loss"])}
+    own |= {"loss": own_loss_settings(kept["loss"])}
+    return kept | own | {"optimizer": own_optimizer_settings(kept["optimizer"])}
 
 
 def settings_hash(config: Config) -> str:

@@ -342,7 +342,7 @@ KEYS: dict[str, Answer] = {
     "num_gpus": _same("trainer.devices=<count>"),
     "use_cpu": _use("trainer.accelerator=cpu", false="trainer.accelerator=auto"),
     "no_cuda": _use("trainer.accelerator=cpu", false="trainer.accelerator=auto"),
-    "fp16": _use("trainer.precision=<32-true|bf16-mixed>", "float16 is not here"),
+    "fp16": _use("trainer.precision=16-mixed", true="trainer.precision=16-mixed", false=_FULL),
     "bf16": _use("trainer.precision=bf16-mixed", true="trainer.precision=bf16-mixed", false=_FULL),
     "fp16_full_eval": _HALF,
     "bf16_full_eval": _HALF,

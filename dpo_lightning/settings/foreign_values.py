@@ -67,8 +67,9 @@ _LOSSES: dict[str, Answer] = {
 
 _PRECISIONS = {
     **dict.fromkeys(("32", "fp32", "float32"), Answer("trainer.precision=32-true")),
-    **dict.fromkeys(("16_mixed", "16", "fp16", "float16"), Answer("trainer.precision=bf16-mixed")),
-    "bfloat16": Answer("trainer.precision=bf16-mixed"),
+    **dict.fromkeys(("16", "fp16", "float16"), Answer("trainer.precision=16-mixed")),
+    **dict.fromkeys(("bf16", "bfloat16"), Answer("trainer.precision=bf16-mixed")),
+    "16_true": Answer("trainer.precision=16-mixed", "weights are not held in float16"),
 }
 _TYPES = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), Answer("model.dtype=bfloat16")),
@@ -79,7 +80,9 @@ _TYPES = {
 }
 _ADAMW = Answer("optimizer=adamw")
 _ADAMW_8BIT = Answer("optimizer=adamw_8bit")
-_NO_OPTIMIZER = Answer(why="it is not here; optimizer=adamw is the usual one")
+_NO_OPTIMIZER = Answer(
+    why="it is not here; optimizer=adamw is the usual one, and a plugin may register others"
+)
 _NO_LOGGER = Answer("logger=csv", "metrics.jsonl is always written; this adds a table")
 _SHARDS = Answer("strategy=fsdp", "which shares weights out as DeepSpeed's stage 3 does")
 _ALL_STEPS = Answer("trainer.max_steps=null")

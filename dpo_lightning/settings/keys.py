@@ -7,8 +7,14 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dpo_lightning.objectives.objective import known_losses
-from dpo_lightning.settings.schema import Config, LossConfig, loss_schema
+from dpo_lightning.settings.schema import (
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    known_names,
+    loss_schema,
+    optimizer_schema,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,8 @@ def _settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
         annotation, optional = hints[item.name], False
         if annotation is LossConfig:
             annotation = loss_schema()
+        elif annotation is OptimizerConfig:
+            annotation = optimizer_schema()
         if get_origin(annotation) in (Union, types.UnionType):
             annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
             optional = True
@@ -64,7 +72,7 @@ def _settings(section: type, prefix: str) -> Iterator[tuple[str, Setting]]:
 
 def settings() -> dict[str, Setting]:
     """Every key of the schema, sections included, in the order of the schema."""
-    return _all_settings(known_losses())
+    return _all_settings(known_names())
 
 
 @functools.cache

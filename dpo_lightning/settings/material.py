@@ -39,7 +39,9 @@ class ModelConfig:
     )
     dtype: str = setting(
         "float32",
-        "Type in which the weights are held; trainer.precision is the type of the computation.",
+        "Type in which the weights are held; trainer.precision is the type of the computation. "
+        "Gradients of bfloat16 weights add up over micro-batches in bfloat16, all others in "
+        "float32.",
         choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool | None = setting(

@@ -11,6 +11,7 @@ from hydra.core.object_type import ObjectType
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.objectives.objective import known_losses
+from dpo_lightning.plugins import known_optimizers
 from dpo_lightning.settings.credentials import is_secret, refusal
 from dpo_lightning.settings.foreign_keys import KEYS, Answer
 from dpo_lightning.settings.foreign_values import (
@@ -97,6 +98,8 @@ def _options(group: str) -> tuple[str, ...]:
     """The names that a group of settings may have."""
     if group == "loss":
         return known_losses()
+    if group == "optimizer":
+        return known_optimizers()
     rule = settings()[f"{group}.{'kind' if f'{group}.kind' in settings() else 'name'}"].rule
     return tuple(rule.get("choices", ()))
 
@@ -205,12 +208,8 @@ def wrong_value(key: str, value: object) -> str:
     setting = settings()[key]
     if value == "":
         return f"{key}= has no value: must be {expected(setting)}"
-    if key == "trainer.precision" and str(value) in ("bf16-true", "bf16"):
-        return (
-            f"{key}={value}: must be {expected(setting)}; weights held in bfloat16 are "
-            "model.dtype=bfloat16 trainer.precision=bf16-mixed"
-        )
-    hint = _hint(key, key.removesuffix(".name"), value, setting.rule.get("choices", ()))
+    choices = known_optimizers() if key == "optimizer.name" else setting.rule.get("choices", ())
+    hint = _hint(key, key.removesuffix(".name"), value, choices)
     return f"{key}={shown(value)}: must be {expected(setting)}{hint}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_lightning.data.dates import is_date
 from dpo_lightning.data.forms import NAMES
 from dpo_lightning.data.source_names import entries
-from dpo_lightning.plugins import READERS
+from dpo_lightning.plugins import READERS, known_optimizers
 from dpo_lightning.settings.keys import is_import_name, settings
 
 
@@ -56,6 +56,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.template_date": is_date,
     "data.train": _valid_source,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    "optimizer.name": lambda value: value in known_optimizers(),
     "optimizer.warmup": _valid_warmup,
     "peft.init": lambda value: value in ("kaiming", "gaussian"),
     "peft.target_modules": lambda value: len(value) > 0 and all(value),

@@ -8,11 +8,14 @@ before it.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from dpo_lightning.objectives.objective import known_losses, merged_options
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
+from dpo_lightning.objectives.registry import PAIRWISE_LOSSES, Option
+from dpo_lightning.plugins import OPTIMIZERS, known_optimizers
 from dpo_lightning.settings.conduct import (
     RANKING_METRICS,
     CheckpointConfig,
@@ -53,7 +56,9 @@ __all__ = [
     "StrategyConfig",
     "SweepConfig",
     "TrainerConfig",
+    "known_names",
     "loss_schema",
+    "optimizer_schema",
 ]
 
 FREE_FORM = (
@@ -120,7 +125,7 @@ class Config:
     loss: LossConfig = field(default_factory=lambda: loss_schema()())
     peft: PeftConfig = field(default_factory=PeftConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: optimizer_schema()())
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -128,6 +133,11 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+def known_names() -> tuple[str, ...]:
+    """Names of all losses and optimizers that there are by now; the schema depends on them."""
+    return (*known_losses(), *known_optimizers())
 
 
 def loss_schema() -> type[LossConfig]:
@@ -138,13 +148,42 @@ def loss_schema() -> type[LossConfig]:
 @functools.cache
 def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
     losses = {name: PAIRWISE_LOSSES[name] for name in names if name in PAIRWISE_LOSSES}
-    own = {item.name for item in fields(LossConfig)}
-    items = []
-    for name, option in merged_options(losses.values()).items():
-        if name not in own:
-            takers = ", ".join(loss for loss, entry in losses.items() if name in entry.schema)
-            text = option.rule.get("help", "An option of the loss.")
-            # Bounds are each loss's own; combinations.py has them.
-            default = setting(option.default, f"{text} For loss={takers}.", unit="number")
-            items.append((name, option.kind, default))
+    takers = {name: entry.schema for name, entry in losses.items()}
+    items = _option_fields("loss", merged_options(losses.values()), takers, LossConfig)
     return make_dataclass("LossConfig", items, bases=(LossConfig,))
+
+
+def optimizer_schema() -> type[OptimizerConfig]:
+    """The schema of the ``optimizer`` group: with the options of the plugins' optimizers."""
+    return _optimizer_schema(known_optimizers())
+
+
+@functools.cache
+def _optimizer_schema(names: tuple[str, ...]) -> type[OptimizerConfig]:
+    takers = {name: OPTIMIZERS[name].schema for name in names if name in OPTIMIZERS}
+    if not takers:
+        return OptimizerConfig
+    merged: dict[str, Option] = {}
+    for schema in takers.values():
+        merged = {**schema, **merged}
+    items = _option_fields("optimizer", merged, takers, OptimizerConfig)
+    return make_dataclass("OptimizerConfig", items, bases=(OptimizerConfig,))
+
+
+def _option_fields(
+    group: str,
+    options: Mapping[str, Option],
+    takers: Mapping[str, Mapping[str, Option]],
+    base: type,
+) -> list[Any]:
+    """Fields of options that the base does not have; bounds are each taker's own."""
+    own = {item.name for item in fields(base)}
+    items = []
+    for name, option in options.items():
+        if name not in own:
+            named = ", ".join(taker for taker, schema in takers.items() if name in schema)
+            text = option.rule.get("help", f"An option of the {group}.")
+            # Bounds are checked by combinations.py.
+            default = setting(option.default, f"{text} For {group}={named}.", unit="number")
+            items.append((name, option.kind, default))
+    return items

@@ -7,10 +7,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
+from dpo_lightning.plugins import OPTIMIZERS
 from dpo_lightning.settings.names import run_name, trial_name
 from dpo_lightning.settings.page import settings_help
 from dpo_lightning.settings.program import typed
-from dpo_lightning.settings.schema import CONF, FREE_FORM, Config, loss_schema
+from dpo_lightning.settings.schema import (
+    CONF,
+    FREE_FORM,
+    Config,
+    known_names,
+    loss_schema,
+    optimizer_schema,
+)
 
 SCHEMA = "schema"
 """The name under which ``conf/config.yaml`` lists the schema in its defaults."""
@@ -18,13 +26,14 @@ SCHEMA = "schema"
 
 def schema() -> DictConfig:
     """The schema of all settings, shared by all who ask: to be merged into, never changed."""
-    return _schema(known_losses())
+    return _schema(known_names())
 
 
 @functools.cache
-def _schema(losses: tuple[str, ...]) -> DictConfig:
+def _schema(_: tuple[str, ...]) -> DictConfig:
     node: DictConfig = OmegaConf.structured(Config)
     node.loss = OmegaConf.structured(loss_schema())
+    node.optimizer = OmegaConf.structured(optimizer_schema())
     for key in FREE_FORM:
         # Hydra closes the whole tree; these stay open without a `+` before the key.
         OmegaConf.set_struct(OmegaConf.select(node, key), False)
@@ -42,6 +51,11 @@ def register() -> None:
             own = PAIRWISE_LOSSES[name].options if name in PAIRWISE_LOSSES else {}
             differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
             store.store(group="loss", name=name, node={"name": name, **differing})
+    merged = optimizer_schema()()
+    for name, entry in OPTIMIZERS.items():
+        own = {key: option.default for key, option in entry.schema.items()}
+        differing = {key: own[key] for key in own if own[key] != getattr(merged, key)}
+        store.store(group="optimizer", name=name, node={"name": name, **differing})
     OmegaConf.register_new_resolver("settings_help", settings_help, replace=True)
     OmegaConf.register_new_resolver("typed", lambda: " ".join(typed()), replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)

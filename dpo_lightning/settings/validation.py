@@ -77,6 +77,8 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         value = getattr(section, key)
         if value is not None and value.startswith("~"):
             setattr(section, key, str(Path(value).expanduser()))
+    if config.trainer.precision == "bf16-true":
+        config.model.dtype = "bfloat16"  # which is what it means
     config.data.train = _at_home(config.data.train)
     config.data.eval = _at_home(config.data.eval)
     devices = config.trainer.devices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,37 +35,13 @@ from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import Reference
 from dpo_lightning.reference.same_model import check_same_model
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
+from dpo_lightning.training.loss_scale import Float16Precision
 from dpo_lightning.training.module_state import CheckpointedModule
 from dpo_lightning.training.optimizers import OptimizerSettings, make_optimizer
+from dpo_lightning.training.outcome import Outcome, agree, of_all_ranks
+from dpo_lightning.training.step_settings import StepSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSettings:
-    """Number of steps of a module, and the limits of one of them.
-
-    Attributes:
-        total_steps: Steps of the whole run.
-        warmup_steps: Steps of linear warm-up.
-        schedule: Name of a transformers schedule.
-        log_every_n_steps: Metrics are averaged over, and logged every, so many steps.
-        max_grad_norm: Gradients are clipped to this norm; None turns clipping off.
-        max_skipped_steps: Steps that may be passed over because they are not finite. Such a step
-            counts as one, in the plan and in the schedules, but changes no weight.
-        sync_every_micro_batch: True if a sharded policy's gradients are reduced in every backward
-            pass, and not in a step's last alone.
-        smaller: Settings by which a step takes less memory, for the error when it is not enough.
-    """
-
-    total_steps: int
-    warmup_steps: int
-    schedule: str
-    log_every_n_steps: int
-    max_grad_norm: float | None
-    max_skipped_steps: int = 0
-    sync_every_micro_batch: bool = False
-    smaller: Sequence[str] = ()
 
 
 class DPOModule(CheckpointedModule):
@@ -130,7 +106,7 @@ class DPOModule(CheckpointedModule):
         """The policy comes as it is to be trained: whole, or in shards."""
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up; vectors (norms, biases) are not decayed."""
+        """The optimizer with warm-up; vectors (norms, biases) are not decayed."""
         # By now the policy is on its device, and what a checkpoint held is in it.
         if self._compute_dtype is not None:
             self._masters = MasterWeights(self.policy, self._compute_dtype)
@@ -171,10 +147,15 @@ class DPOModule(CheckpointedModule):
         if self.global_step == 0 and self.starts_from_reference:
             self._check_start(batch)
         average = self.margin_average.clone() if self.beta_plan.adaptive else None
-        sums, scored = self._backward(batch)
-        grad_norm = self._clip()
-        is_finite, self.stop_signal = self._agree(sums[0], grad_norm)
-        if is_finite:
+        asked = self.reference.rows, self.reference.computed
+        sums, scored, grad_norm, outcome = self._try(batch, optimizer)
+        while self._overflows(optimizer, outcome):
+            optimizer.zero_grad()
+            self.reference.rows, self.reference.computed = asked
+            self._take_back(average)
+            sums, scored, grad_norm, outcome = self._try(batch, optimizer)
+        self.stop_signal = outcome.signal
+        if outcome.finite:
             self._train_sums = sums if self._train_sums is None else self._train_sums + sums
             with explained(self._now, None, self._steps.smaller):
                 optimizer.step()
@@ -182,13 +163,12 @@ class DPOModule(CheckpointedModule):
                 self._masters.publish()
         else:
             self._skip_or_stop(scored, sums[0], grad_norm, total_weight=batch.total_weight)
-            if average is not None:
-                self.margin_average.copy_(average)
+            self._take_back(average)
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
-        self._log_step(learning_rate, grad_norm if is_finite else None)
+        self._log_step(learning_rate, grad_norm if outcome.finite else None)
 
     def on_validation_epoch_start(self) -> None:
         """Starts from nothing."""
@@ -238,6 +218,34 @@ class DPOModule(CheckpointedModule):
         """The step that is taken, as errors name it."""
         return f"step {self.global_step + 1}"
 
+    @property
+    def _scaled(self) -> Float16Precision | None:
+        """The plugin that scales the loss; None where it is not scaled."""
+        plugin = self.trainer.precision_plugin
+        return plugin if isinstance(plugin, Float16Precision) else None
+
+    def _try(
+        self, batch: StepBatch, optimizer: Any
+    ) -> tuple[Tensor, list[Scored], Tensor, Outcome]:
+        """Gradients of a step, clipped; sums, what was scored, the norm, and what is agreed."""
+        sums, scored = self._backward(batch)
+        if self._scaled is not None:
+            self._scaled.unscale(optimizer.optimizer)
+        grad_norm = self._clip()
+        signal, ranks = self._pending_signal(), self.trainer.world_size
+        return sums, scored, grad_norm, agree(sums[0], grad_norm, signal=signal, world_size=ranks)
+
+    def _overflows(self, optimizer: Any, outcome: Outcome) -> bool:
+        """True if float16 gradients overflowed, so that the step is to be tried again."""
+        said = self._now if self.trainer.is_global_zero else None
+        scaled = self._scaled
+        return scaled is not None and scaled.tries_again(optimizer.optimizer, outcome, said=said)
+
+    def _take_back(self, average: Tensor | None) -> None:
+        """Takes the mean margin back to what it was before a step that was not taken."""
+        if average is not None:
+            self.margin_average.copy_(average)
+
     def _backward(self, batch: StepBatch) -> tuple[Tensor, list[Scored]]:
         """Backward passes of a step; its sums, and what was scored for them."""
         # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
@@ -272,6 +280,9 @@ class DPOModule(CheckpointedModule):
         metrics: dict[str, float] = {"learning_rate": learning_rate}
         if self._steps.max_skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
+        if self._scaled is not None:
+            metrics["overflow_skips"] = self._scaled.skipped
+            metrics["loss_scale"] = self._scaled.scale()
         if self._train_sums is not None:  # None where all steps since the last row were skipped
             metrics = self._reduced_metrics(self._train_sums) | metrics
         if grad_norm is not None:
@@ -351,22 +362,6 @@ class DPOModule(CheckpointedModule):
         limit = float("inf") if most is None else most
         return gathered(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
-    @torch.no_grad()
-    def _agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[bool, int]:
-        """Returns True if the step is finite on all ranks, and the signal that any has had.
-
-        The one time in a step that the host waits for the device, and that ranks wait for an
-        answer of each other.
-        """
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        flags = torch.stack(
-            [bad.float(), loss.new_full((), self._pending_signal(), dtype=torch.float32)]
-        )
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        is_bad, signum = flags.tolist()
-        return not is_bad, int(signum)
-
     def _skip_or_stop(
         self, scored: Sequence[Scored], loss: Tensor, grad_norm: Tensor, *, total_weight: float
     ) -> None:
@@ -377,11 +372,7 @@ class DPOModule(CheckpointedModule):
         """
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         own = (loss.item(), rows_of_step(scored, datamodule.train_groups))
-        everyone = [own]
-        if self.trainer.world_size > 1:
-            found: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(found, own)
-            everyone = found
+        everyone = of_all_ranks(own, world_size=self.trainer.world_size)
         content = report(
             self.global_step + 1,
             loss=sum(part for part, _ in everyone) / total_weight,

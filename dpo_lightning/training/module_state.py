@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,9 @@ from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.comparison import SUMS, metrics_from_sums
+from dpo_lightning.training.loss_scale import Float16Precision
+
+log = logging.getLogger(__name__)
 
 # What a checkpoint holds of the module beside its weights.
 _STATE = "progress"
@@ -81,6 +85,9 @@ class CheckpointedModule(pl.LightningModule):
         Raises:
             UserError: If the policy has weights of other shapes.
         """
+        scaled = Float16Precision.__qualname__
+        if scaled in checkpoint and type(self.trainer.precision_plugin).__qualname__ != scaled:
+            log.info("resume: the checkpoint's loss scale is left out: this run needs none")
         weights = checkpoint["state_dict"]
         if self.beta_plan.adaptive:
             weights.setdefault("margin_average", self.margin_average)

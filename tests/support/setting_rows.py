@@ -142,6 +142,11 @@ MODELS = [
         f"{OWN} data.eval_split=test data.eval=a.json",
     ),
     Row(
+        "trainer.precision=16-mixed model.dtype=bfloat16",
+        "computes in float16 beside float32 weights",
+        "trainer.precision=bf16-true model.dtype=bfloat16",
+    ),
+    Row(
         "optimizer.stochastic_rounding=true",
         "rounds bfloat16 weights, and model.dtype=float32",
         "optimizer.stochastic_rounding=true model.dtype=bfloat16",

@@ -18,8 +18,10 @@ from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.tracking.loggers import JsonlLogger
-from dpo_lightning.training.module import DPOModule, StepSettings
+from dpo_lightning.training.loss_scale import Float16Precision
+from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optimizers import OptimizerSettings
+from dpo_lightning.training.step_settings import StepSettings
 from tests.support.models import make_model
 
 SEED = 1
@@ -110,6 +112,8 @@ def take_steps(
     beta: float = 0.1,
     plan: dict[str, Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
+    scaled: Float16Precision | None = None,
+    checkpoint: Path | None = None,
     **settings: Any,
 ) -> Taken:
     """Trains on groups that bring their reference along, in the order of the seed.
@@ -128,6 +132,8 @@ def take_steps(
         beta: Of the first step.
         plan: Further arguments of the plan of betas.
         callbacks: Lightning's.
+        scaled: Plugin of a run in float16; None computes in float32.
+        checkpoint: What to go on from.
         **settings: Further arguments of the module, its optimizer and its steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,5 +192,7 @@ def take_steps(
         inference_mode=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, datamodule=datamodule)
+    if scaled is not None:
+        trainer.strategy.precision_plugin = scaled
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return Taken(folder, trainer, module)

@@ -29,7 +29,7 @@ PUBLIC = {
     ],
     "plugins": [
         *("load_plugins", "make_callbacks", "register_callback", "register_loss"),
-        "register_reader",
+        *("register_optimizer", "register_reader"),
         "register_scorer",
     ],
 }

@@ -114,7 +114,7 @@ def test_the_losses_that_need_a_whole_step_are_named():
     assert named == {name for name, entry in PAIRWISE.items() if entry.couples}
 
 
-REGISTRIES = (registry.PAIRWISE_LOSSES, plugins.SCORERS, plugins.CALLBACKS)
+REGISTRIES = (registry.PAIRWISE_LOSSES, plugins.SCORERS, plugins.CALLBACKS, plugins.OPTIMIZERS)
 
 
 @pytest.fixture
@@ -128,9 +128,10 @@ def place(tmp_path, monkeypatch):
     yield tmp_path
     for name in modules:
         sys.modules.pop(name, None)
-    choices = ConfigStore.instance().repo.get("loss", {})
-    for name in registry.PAIRWISE_LOSSES.keys() - before[0].keys():
-        choices.pop(f"{name}.yaml", None)
+    for group, number in (("loss", 0), ("optimizer", 3)):
+        choices = ConfigStore.instance().repo.get(group, {})
+        for name in REGISTRIES[number].keys() - before[number].keys():
+            choices.pop(f"{name}.yaml", None)
     for entries, old in zip(REGISTRIES, before, strict=True):
         entries.clear()
         entries.update(old)

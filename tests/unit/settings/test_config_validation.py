@@ -279,8 +279,9 @@ def test_a_value_of_another_type_is_refused(content: dict[str, Any], fragment: s
     assert fragment in problem(OmegaConf.create(content))
 
 
-def test_precision_bf16_true_is_answered_with_the_weights_dtype() -> None:
-    assert "model.dtype=bfloat16" in problem(composed(trainer__precision="bf16-true"))
+def test_precision_bf16_true_holds_the_weights_in_bfloat16() -> None:
+    assert validate(composed(trainer__precision="bf16-true")).model.dtype == "bfloat16"
+    assert validate(composed(trainer__precision="bf16-mixed")).model.dtype == "float32"
 
 
 @pytest.mark.parametrize(

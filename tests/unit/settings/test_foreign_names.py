@@ -262,7 +262,7 @@ def test_a_choice_of_another_program(group: str, option: str, said: str) -> None
     [
         ("trainer.devices", -1, "trainer.devices=auto"),
         ("trainer.max_steps", -1, "trainer.max_steps=null"),
-        ("trainer.precision", "16-mixed", "trainer.precision=bf16-mixed"),
+        ("trainer.precision", "fp16", "trainer.precision=16-mixed"),
         ("trainer.precision", 32, "trainer.precision=32-true"),
         ("model.dtype", "bf16", "model.dtype=bfloat16"),
         ("data.truncation", "keep_start", "data.truncation=response"),

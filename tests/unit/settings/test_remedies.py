@@ -55,7 +55,7 @@ OTHER_CASES = [
         Case(line, judged)
         for line in (
             *("trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.devices=-1"),
-            *("trainer.precision=16-mixed", "trainer.precision=bf16-true", "model.dtype=bf16"),
+            *("trainer.precision=fp16", "trainer.precision=bf16", "model.dtype=bf16"),
             *("data.truncation=keep_end", "optimizer.schedule=cosine_with_restarts"),
             *("loss.name=dpo", "loss.name=sigmod", "optimizer.name=adamw_torch"),
             *("strategy.name=deepspeed", "reference.kind=cache", "lr=0.001", "save_steps=10"),
