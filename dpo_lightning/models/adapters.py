@@ -123,11 +123,16 @@ class Adapters:
     def switched(self) -> Iterator[None]:
         """Context in which the policy is the reference, in eval mode; then it is as it was."""
         training = [module for module in self.policy.modules() if module.training]
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.policy.eval()
         if self._has_reference:
             self._tuner.set_adapter(_REFERENCE, inference_mode=True)
         else:
             self._tuner.disable_adapter_layers()
+        # PEFT freezes what it turns off. Shards ask in their first pass, which may be this one,
+        # what is trained, and take the type of its gradients from that.
+        for parameter in trained:
+            parameter.requires_grad_(True)
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.training.strategies import ShardedStrategy
 from tests.support.models import make_model
+from tests.support.operations import Collectives
 from tests.support.ranks import on_ranks
 from tests.support.recovery import differences
 from tests.support.steps import Taken, pair, plain_logps, take_steps, with_logratios
@@ -67,11 +68,14 @@ def strategy() -> ShardedStrategy:
     return ShardedStrategy(timeout=datetime.timedelta(minutes=1))
 
 
+def save(taken: Taken) -> None:
+    taken.trainer.save_checkpoint(taken.folder / "here.ckpt")
+
+
 def trained(taken: Taken) -> dict[str, Any]:
     """The metrics of each step, and weights and moments of a checkpoint after them."""
-    path = taken.folder / "here.ckpt"
-    taken.trainer.save_checkpoint(path)
-    state = torch.load(path, weights_only=True)
+    save(taken)
+    state = torch.load(taken.folder / "here.ckpt", weights_only=True)
     return {
         "metrics": {name: taken.values(name) for name in METRICS},
         "weights": state["state_dict"],
@@ -91,7 +95,8 @@ def _on_two(rank: int, folder: Path) -> dict[str, Any]:
     taken = take_steps(
         folder / "two", groups(), model=policy, ranks=2, strategy=strategy(), **COMMON
     )
-    found = trained(taken) if rank == 0 else taken.trainer.save_checkpoint(folder / "two/here.ckpt")
+    with Collectives() as sent:
+        found = trained(taken) if rank == 0 else save(taken)
     with torch.no_grad():
         logps = [scorer.logps(model, batch).numpy() for model in (policy, reference)]
     assert np.array_equal(logps[1], first.numpy())
@@ -101,6 +106,9 @@ def _on_two(rank: int, folder: Path) -> dict[str, Any]:
     own = adapters.gathered(keep=rank == 0, with_base=True)
     if own is not None:
         own.merge().save_pretrained(folder / "merged")
+    matrices = sum(p.requires_grad for p in policy.parameters())
+    # Each with its two moments; nothing of the base.
+    assert sent.counts["all_gather_into_tensor"] == 3 * matrices
     return {"taken": found, "policy": logps[0], "reference": logps[1]}
 
 
@@ -153,8 +161,7 @@ def _variants(rank: int, folder: Path) -> list[Any]:
             sync_every_micro_batch=True,
             **COMMON,
         )
-        path = folder / str(number) / "here.ckpt"
-        taken.trainer.save_checkpoint(path)
+        save(taken)
         found.append({name: taken.values(name) for name in METRICS})
     return found
 
