@@ -267,23 +267,14 @@ def remedies(estimate: MemoryEstimate) -> Iterator[tuple[str, int]]:
         options[f"data.micro_batch_tokens={least}"] = replace(now, tokens=least)
     options["model.gradient_checkpointing=true"] = replace(now, checkpointing=True)
     if now.trained is None:
-        # Adapters are trained with the whole model on each device.
-        name = "peft=lora" if now.shards == 1 else "peft=lora strategy=ddp"
-        options[name] = replace(
-            now,
-            trained=shape.lora_parameters(_LORA_RANK),
-            shards=1,
-            buckets=estimate.devices > 1,
-            autocast=now.autocast or (now.shards > 1 and now.compute_bytes < now.weight_bytes),
-            whole_gradients=False,
-        )
+        options["peft=lora"] = replace(now, trained=shape.lora_parameters(_LORA_RANK))
     if now.whole_gradients:
         options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
     if now.trained is None:
         half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
         options["model.dtype=bfloat16"] = half
-    if now.trained is None and now.shards == 1:
+    if now.shards == 1 and not now.four_bit:
         count = estimate.devices if estimate.devices > 1 else _DEVICES
         name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
         options[name] = replace(now, shards=count, masters=False, autocast=False, buckets=False)

@@ -23,6 +23,8 @@ from torch import nn
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import CONFIG_FILE, AdapterFile
+from dpo_lightning.models.loading import meta_model
+from dpo_lightning.models.sharding import put_tensor, run_whole, whole_tensor
 
 # PEFT's name of the adapter that is trained, which its files do not carry.
 _TRAINED = "default"
@@ -90,6 +92,7 @@ class Adapters:
     ) -> None:
         self.policy = policy
         self._load_base = load_base
+        self._start, self._dropout, self._seed = start, dropout, seed
         self._types = {name: value.dtype for name, value in policy.state_dict().items()}
         head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
         self._tied = head.weight is embeddings.weight
@@ -120,11 +123,16 @@ class Adapters:
     def switched(self) -> Iterator[None]:
         """Context in which the policy is the reference, in eval mode; then it is as it was."""
         training = [module for module in self.policy.modules() if module.training]
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.policy.eval()
         if self._has_reference:
             self._tuner.set_adapter(_REFERENCE, inference_mode=True)
         else:
             self._tuner.disable_adapter_layers()
+        # PEFT freezes what it turns off. Shards ask in their first pass, which may be this one,
+        # what is trained, and take the type of its gradients from that.
+        for parameter in trained:
+            parameter.requires_grad_(True)
         try:
             yield
         finally:
@@ -182,6 +190,37 @@ class Adapters:
             values["target_modules"].sort()
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
+    def gathered(self, *, keep: bool, with_base: bool) -> Adapters | None:
+        """An ordinary copy of a trained adapter that ranks share; a meeting of all of them.
+
+        The base is not gathered: where it is needed, rank 0 reads it as it is stored.
+
+        Args:
+            keep: True if this rank wants it, on the CPU; the others get None.
+            with_base: True with the base model's weights, False without any: enough to save it.
+        """
+        trained = {
+            name: whole_tensor(parameter.detach(), keep=keep)
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad
+        }
+        if not keep:
+            return None
+        base = self._load_base() if with_base else meta_model(self.policy.config)
+        copy = Adapters(
+            base,
+            self._start,
+            reference=None,
+            dropout=self._dropout,
+            seed=self._seed,
+            load_base=self._load_base,
+        )
+        for name, tensor in trained.items():
+            assert tensor is not None
+            put_tensor(base, name, tensor)
+        base.eval()
+        return copy
+
     def merge(self) -> Any:
         """Adds the trained adapter into the weights; only the plain model is left."""
         return self._tuner.merge_and_unload(adapter_names=[_TRAINED])
@@ -204,7 +243,10 @@ class Adapters:
                 f"{file.name}: {len(problems)} weights do not fit the model, the first: "
                 f"{problems[0]}; it was trained on {file.base or 'another model'}"
             )
-        set_peft_model_state_dict(self._peft, stored, adapter_name=adapter)
+        with warnings.catch_warnings():
+            # A rank that is handed its share later has no weights here to fill.
+            warnings.simplefilter("ignore")
+            set_peft_model_state_dict(self._peft, stored, adapter_name=adapter)
 
     def _refuse_head(self, name: str) -> None:
         """Excludes the head from training: its gradient would be the dearest of a step."""
@@ -236,6 +278,16 @@ class ReferenceView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._adapters.policy, name)
+
+    @property
+    def viewed(self) -> Any:
+        """The policy itself."""
+        return self._adapters.policy
+
+    def run_whole(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of the policy whose weights are gathered, as ``sharding.run_whole``."""
+        with self._adapters.switched():
+            return run_whole(self._adapters.policy, function, *arguments)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """A forward pass."""

@@ -25,6 +25,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import read_json
 from dpo_lightning.models.config_numbers import without_dropout
 from dpo_lightning.models.kinds import build_error
+from dpo_lightning.models.quantization import Quantized
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.model_folders import missing_weights
 
@@ -123,7 +124,7 @@ def load_model(
     key: str,
     dtype: torch.dtype,
     revision: str | None = None,
-    quantization: Any = None,
+    quantization: Quantized | None = None,
 ) -> Any:
     """Loads a causal language model's weights from a folder or the hub, safetensors only.
 
@@ -133,7 +134,7 @@ def load_model(
         key: The config key that named it, for errors.
         dtype: Type of the weights in memory.
         revision: Revision on the hub.
-        quantization: transformers' config for linear layers in fewer bits, or None.
+        quantization: Holds linear layers in fewer bits; None holds them as they are.
 
     Raises:
         UserError: If the weights are absent, incomplete or of another architecture.
@@ -145,7 +146,7 @@ def load_model(
         key=key,
         revision=revision or "main",
         dtype=dtype,
-        **({} if quantization is None else {"quantization_config": quantization}),
+        **({} if quantization is None else quantization.arguments()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,26 @@ from dpo_lightning.errors import UserError
 _KEY = "peft.quantization=nf4"
 
 
-def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
-    """Config for loading weights in NormalFloat4 by transformers, block scales quantized too.
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Way in which linear layers are held in fewer bits.
+
+    Attributes:
+        config: transformers' config of it.
+        device: Kind of device that weights are quantized on as they are loaded, and stay on.
+    """
+
+    config: Any
+    device: torch.device
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained``; a GPU is the one that this process has taken."""
+        own = torch.cuda.current_device() if self.device.type == "cuda" else self.device.type
+        return {"quantization_config": self.config, "device_map": {"": own}}
+
+
+def nf4_config(compute: torch.dtype, device: torch.device) -> Quantized:
+    """Way of loading weights in NormalFloat4 by transformers, block scales quantized too.
 
     Args:
         compute: Type of the products.
@@ -24,12 +43,13 @@ def nf4_config(compute: torch.dtype, device: torch.device) -> Any:
         UserError: If bitsandbytes cannot do that there.
     """
     _try(device, compute)
-    return BitsAndBytesConfig(
+    config: Any = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+    return Quantized(config, device)
 
 
 def keep_trainable(model: Any) -> Any:

@@ -20,17 +20,24 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.master_weights import stays_wide
 
 T = TypeVar("T")
 
+# What rank 0 has on its device of a tensor that it hands out.
+_PIECE_BYTES = 1 << 28
+
 
 def is_sharded(model: Any) -> bool:
-    """True if a model's weights are shared out, so that all ranks must use it together."""
-    return isinstance(model, FSDPModule)
+    """True if a model's weights are shared out, so that all ranks must use it together.
+
+    Args:
+        model: A model, or a view of one, which names it as ``viewed``.
+    """
+    return isinstance(getattr(model, "viewed", model), FSDPModule)
 
 
 def shard_model(
@@ -138,14 +145,24 @@ def whole_tensor(tensor: Tensor, *, keep: bool) -> Tensor | None:
 def like_shard(whole: Tensor, shard: Tensor) -> Tensor:
     """This rank's shard of a whole tensor that every rank has; nothing is sent.
 
+    Of the whole only this rank's rows are read: of one that is mapped from a file no others come
+    into memory.
+
     Args:
         whole: The whole tensor, on any device.
         shard: The tensor to be filled in; no DTensor gives the whole.
     """
     if not isinstance(shard, DTensor):
         return whole
-    return distribute_tensor(
-        whole.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
+    height, place = _share_rows(shard), shard.device_mesh.get_local_rank()
+    own = whole[place * height : (place + 1) * height]
+    return DTensor.from_local(
+        own.to(shard.device, copy=True),
+        shard.device_mesh,
+        shard.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=torch.empty(whole.shape, device="meta").stride(),
     )
 
 
@@ -166,7 +183,7 @@ def whole_model(model: Any, *, keep: bool) -> Any:
     copy.generation_config = model.generation_config
     for name, tensor in state.items():
         assert tensor is not None
-        _replace(copy, name, tensor.cpu())
+        put_tensor(copy, name, tensor.cpu())
     copy.tie_weights()
     return copy.eval()
 
@@ -202,23 +219,55 @@ def _take_weights(model: Any) -> dict[str, Tensor]:
     return taken
 
 
+def _share_rows(tensor: DTensor) -> int:
+    """Rows of the first rank's share; the last ranks may have fewer, or none (``torch.chunk``)."""
+    assert all(place.is_shard(0) for place in tensor.placements), tensor.placements
+    return -(-len(tensor) // tensor.device_mesh.size())
+
+
 def _receive(tensor: Tensor, source: Tensor | None, mesh: DeviceMesh) -> None:
-    """Fills a tensor, or this rank's shard of it, from rank 0."""
-    if isinstance(tensor, DTensor):
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if source is not None:
-            whole.copy_(source)
-        part = distribute_tensor(whole, mesh, tensor.placements, src_data_rank=0)
-        with torch.no_grad():
-            tensor.copy_(part)
-        return
+    """Fills a tensor, or this rank's shard of it, from rank 0.
+
+    Each rank is sent its own rows and no others, some at a time: no device holds a whole tensor.
+
+    Args:
+        tensor: The tensor, on this rank's device.
+        source: The whole one, on rank 0; None on the others.
+        mesh: All ranks.
+    """
     with torch.no_grad():
-        if source is not None:
-            tensor.copy_(source)
-        torch.distributed.broadcast(tensor, src=0)
+        if not isinstance(tensor, DTensor):
+            if source is not None:
+                tensor.copy_(source)
+            torch.distributed.broadcast(tensor, src=0)
+            return
+        own, height = tensor.to_local(), _share_rows(tensor)
+        row_bytes = tensor.numel() // max(1, len(tensor)) * tensor.element_size()
+        rows = max(1, _PIECE_BYTES // max(1, mesh.size() * row_bytes))
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            piece = own.new_zeros((stop - start, *tensor.shape[1:]))
+            parts = None
+            if source is not None:
+                parts = [
+                    _rows_of_share(source, rank * height, start, stop, height).to(piece)
+                    for rank in range(mesh.size())
+                ]
+            torch.distributed.scatter(piece, parts, src=0)
+            here = own[start:stop]
+            here.copy_(piece[: len(here)])
 
 
-def _replace(model: Any, name: str, tensor: Tensor) -> None:
+def _rows_of_share(source: Tensor, begin: int, start: int, stop: int, height: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of the share that begins at a row; zeros where there are none."""
+    rows = source[begin : begin + height][start:stop]
+    missing = stop - start - len(rows)
+    if not missing:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros((missing, *source.shape[1:]))])
+
+
+def put_tensor(model: Any, name: str, tensor: Tensor) -> None:
     """Puts a real tensor in the place of a meta one."""
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)

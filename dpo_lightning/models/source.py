@@ -21,6 +21,7 @@ from dpo_lightning.models.loading import (
     load_tokenizer,
     max_positions,
 )
+from dpo_lightning.models.quantization import Quantized
 from dpo_lightning.models.vocabulary import check_vocabulary
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class ModelSource:
         tokenizer: The tokenizer.
         config: The model's config as it was loaded.
         max_length: Longest prompt + response, in tokens.
-        quantization: transformers' config for linear layers in fewer bits, or None.
+        quantization: Holds linear layers in fewer bits; None holds them as they are.
     """
 
     name: str
@@ -57,7 +58,7 @@ class ModelSource:
     tokenizer: Any
     config: Any
     max_length: int
-    quantization: Any = None
+    quantization: Quantized | None = None
 
 
 def load_model_config(

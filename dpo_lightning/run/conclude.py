@@ -14,7 +14,8 @@ from dpo_lightning.evaluation.answers import Answering, evaluate_samples
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.signs import find_signs
 from dpo_lightning.files import METRICS_FILE, write_json
-from dpo_lightning.models.sharding import whole_model
+from dpo_lightning.models.adapters import Adapters
+from dpo_lightning.models.sharding import is_sharded, whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
 from dpo_lightning.run.export import export_adapter, export_model
 from dpo_lightning.run.findings import gather_facts
@@ -93,9 +94,10 @@ def conclude(
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
     alone = prepared.models.adapters is None and prepared.ranks is None
     as_evaluated = not module.restore_weights() and alone
-    policy = _whole_policy(prepared, merge=plan.evaluation.merge)
-    if policy is None:
+    whole = _whole(prepared, merge=plan.evaluation.merge)
+    if whole is None:
         return measured
+    policy, adapters = whole
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
         curve = trained.curve if as_evaluated else None
         known = None if curve is None else curve.at(module.global_step)
@@ -106,7 +108,7 @@ def conclude(
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
     )
-    _export(trained, policy, command=record.command, metrics=metrics | record.metrics)
+    _export(trained, policy, adapters, command=record.command, metrics=metrics | record.metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
@@ -153,15 +155,26 @@ def _signs(
     return [sign.entry() for sign in find_signs(facts)]
 
 
-def _whole_policy(prepared: Prepared, *, merge: bool) -> Any:
-    """The policy with all of its weights; None on a rank that only helps."""
+def _whole(prepared: Prepared, *, merge: bool) -> tuple[Any, Adapters | None] | None:
+    """The policy with its weights, and its adapters; None on a rank that only helps.
+
+    Of an adapter alone the base is not needed, and is not there where ranks share it.
+    """
     models, ranks = prepared.models, prepared.ranks
-    policy = whole_model(models.policy, keep=ranks is None or ranks.is_first)
+    if ranks is not None:
+        # Rank 0 alone judges answers, which may take long.
+        ranks.meet()
+    keep = ranks is None or ranks.is_first
+    with_base = prepared.task is not None or merge
+    if models.adapters is not None and is_sharded(models.policy):
+        own = models.adapters.gathered(keep=keep, with_base=with_base)
+        return None if own is None else (own.policy, own)
+    policy = whole_model(models.policy, keep=keep)
     if policy is None:
         return None
-    if models.adapters is not None and (prepared.task is not None or merge):
+    if models.adapters is not None and with_base:
         models.adapters.restore_base()
-    return policy
+    return policy, models.adapters
 
 
 def _exact(
@@ -195,9 +208,16 @@ def _exact(
     return measured, entries
 
 
-def _export(trained: Trained, policy: Any, *, command: str, metrics: dict[str, float]) -> None:
+def _export(
+    trained: Trained,
+    policy: Any,
+    adapters: Adapters | None,
+    *,
+    command: str,
+    metrics: dict[str, float],
+) -> None:
     """The whole policy as ``model``; an adapter as that, and merged as ``model-merged``."""
-    plan, source, models = trained.plan, trained.prepared.source, trained.prepared.models
+    plan, source = trained.plan, trained.prepared.source
     facts = {
         "name": plan.folders.run.name,
         "base_model": source.name,
@@ -207,9 +227,9 @@ def _export(trained: Trained, policy: Any, *, command: str, metrics: dict[str, f
         "metrics": metrics,
     }
     folder = plan.folders.run / "model"
-    if models.adapters is not None:
+    if adapters is not None:
         export_adapter(
-            models.adapters,
+            adapters,
             source.tokenizer,
             folder,
             base=None if source.random else source.source,
@@ -218,6 +238,6 @@ def _export(trained: Trained, policy: Any, *, command: str, metrics: dict[str, f
         )
         if not plan.evaluation.merge:
             return
-        models.adapters.merge()
+        adapters.merge()
         folder = plan.folders.run / "model-merged"
     export_model(policy, source.tokenizer, folder, config=source.config, facts=facts)

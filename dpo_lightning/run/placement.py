@@ -21,7 +21,8 @@ from dpo_lightning.memory.budget import Budget, choose_budget, longest_share, me
 from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_budget
 from dpo_lightning.memory.footprint import Training
 from dpo_lightning.models.loading import max_positions
-from dpo_lightning.models.sharding import shard_model
+from dpo_lightning.models.master_weights import cast_frozen
+from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
@@ -179,9 +180,14 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
         return shard_model(model, ranks.mesh, ranks.device, compute_dtype=computation.weights)
 
     def make_reference() -> Any:
-        return shard(models.make_reference()).requires_grad_(False).eval()
+        made = models.make_reference()
+        # An adapted policy is its own reference, and shared out with it.
+        return made if is_sharded(made) else shard(made).requires_grad_(False).eval()
 
     reference = models.reference
+    if models.adapters is not None and computation.weights is not None:
+        # As they are gathered they would be rounded to the same, and until then take the double.
+        cast_frozen(models.policy, computation.weights)
     policy = shard(models.policy)
     if models.live:
         reference = LiveReference(make_reference(), models.scorer)
@@ -207,10 +213,13 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         kernel=models.scorer.kernel,
     )
 
+    # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
+    is_policy = models.starts_from_reference and models.adapters is None
+
     @functools.cache
     def load() -> Any:
         # Before its first step the policy is the reference, and its shards are in memory already.
-        shared = prepared.ranks is not None and models.starts_from_reference
+        shared = is_policy and prepared.ranks is not None
         return models.policy if shared else models.make_reference()
 
     parts, reference = with_reference_logps(
@@ -225,8 +234,6 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         ranks=prepared.ranks,
     )
     train, evaluation = parts
-    # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
-    is_policy = models.starts_from_reference and models.adapters is None
     groups = [*train, *evaluation]
     check_stored(
         [groups[number] for number in reference.read],

@@ -75,6 +75,7 @@ from dpo_lightning.training.checkpoints.files import (
     read_manifest,
     saved_checkpoints,
 )
+from dpo_lightning.training.devices import take_device
 from dpo_lightning.training.launching import take_over
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
@@ -121,10 +122,11 @@ def run_experiment(
     _quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, folder.path)
+    take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     trainer = trainer_plan(config)
     ranks = _start_ranks(trainer, children)
-    checkpoint = find_checkpoint(config.resume, folder.path)
+    checkpoint = _find_checkpoint(config.resume, folder.path, ranks)
     prepared = prepare(
         config,
         rows,
@@ -160,6 +162,13 @@ def _start_ranks(trainer: TrainerPlan, children: ChildRanks) -> Ranks | None:
         num_nodes=trainer.num_nodes,
         timeout=trainer.timeout,
     )
+
+
+def _find_checkpoint(resume: str | None, run_dir: Path, ranks: Ranks | None) -> Path | None:
+    """The checkpoint to resume from; where ranks share a model the first checks it for all."""
+    if ranks is None:
+        return find_checkpoint(resume, run_dir)
+    return ranks.from_first(lambda: find_checkpoint(resume, run_dir))
 
 
 def _quiet_libraries() -> None:

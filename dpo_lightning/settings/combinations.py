@@ -331,10 +331,11 @@ def _strategy(config: Config) -> Iterator[str]:
             f"strategy.{key}={chosen[key]}: strategy={strategy.name} has no use for it; "
             f"add {' or '.join(users)}"
         )
-    if strategy.name == "fsdp" and config.peft.kind != "none":
+    if strategy.name == "fsdp" and config.peft.quantization == "nf4":
         yield (
-            f"strategy=fsdp: peft={config.peft.kind} is trained with whole models on each device; "
-            "use strategy=ddp, or peft=none"
+            "strategy=fsdp: peft.quantization=nf4 is not shared out: layers in 4 bits then give "
+            "wrong numbers and say nothing (bitsandbytes #1945); use strategy=ddp, or "
+            "peft.quantization=none model.dtype=bfloat16"
         )
     if strategy.name == "fsdp" and config.trainer.accelerator == "mps":
         yield "strategy=fsdp: shards need trainer.accelerator=gpu or cpu, not mps"

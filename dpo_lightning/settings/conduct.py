@@ -161,7 +161,11 @@ class StrategyConfig:
         False, "With ddp: look for weights that a step leaves unused."
     )
     timeout_minutes: float = setting(
-        30.0, "Longest time that a rank waits for the others.", unit="minutes", above=0
+        30.0,
+        "Longest time that a message between ranks may take. With fsdp what a rank reads or "
+        "writes is waited for outside of it.",
+        unit="minutes",
+        above=0,
     )
 
 

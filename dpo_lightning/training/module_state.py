@@ -55,6 +55,11 @@ class CheckpointedModule(pl.LightningModule):
             self.strict_loading = False
         self._train_sums: Tensor | None = None
 
+    @property
+    def unsaved(self) -> frozenset[str]:
+        """Names of a state dict that no checkpoint has: the weights that are not trained."""
+        return self._frozen
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the trained weights into a checkpoint, not their rounding, and no other weights.
 

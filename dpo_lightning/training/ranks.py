@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.training.launching import take_over
+from dpo_lightning.training.meetings import meet
 from dpo_lightning.training.strategies import ShardedStrategy
 
 T = TypeVar("T")
@@ -47,18 +48,26 @@ class Ranks:
         return self.rank == 0
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """Returns rank 0's value of ``function`` on every rank; raises an error of ours on all."""
+        """Returns rank 0's value of ``function`` on every rank; raises an error of ours on all.
+
+        The others wait for as long as that takes.
+        """
         answer: list[Any] = [None, None]
         if self.is_first:
             try:
                 answer[0] = function()
             except (DpoLightningError, OSError) as error:
                 answer[1] = error
+        meet()
         torch.distributed.broadcast_object_list(answer, src=0, device=self._object_device)
         if answer[1] is not None:
             raise answer[1]
         value: T = answer[0]
         return value
+
+    def meet(self) -> None:
+        """Waits for all ranks, before what may not be waited for."""
+        meet()
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on every rank."""

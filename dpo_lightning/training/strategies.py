@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from dpo_lightning.models.sharding import in_shards, like_shard, whole_tensor
+from dpo_lightning.training.meetings import meet
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -41,6 +42,11 @@ class ShardedStrategy(ModelParallelStrategy):
         self._tensor_parallel_size = 1
         super().setup_environment()
 
+    def barrier(self, name: str | None = None) -> None:
+        """Meets all ranks, of which one may be late by a disk, and then on their devices."""
+        meet()
+        super().barrier(name)
+
     # One process's format, both ways ----------------------------------------------------------
 
     @property
@@ -49,14 +55,19 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0, nothing on the others; a meeting of all ranks."""
+        """Whole tensors on rank 0, nothing on the others; a meeting of all ranks.
+
+        What a checkpoint leaves out, frozen weights, stays where it is.
+        """
         assert self.lightning_module is not None
+        left_out: frozenset[str] = getattr(self.lightning_module, "unsaved", frozenset())
         for module in self.lightning_module.modules():
             in_shards(module)
         keep = self.is_global_zero
         state = {
             name: whole_tensor(tensor, keep=keep)
             for name, tensor in self.lightning_module.state_dict().items()
+            if name not in left_out
         }
         return state if keep else {}
 

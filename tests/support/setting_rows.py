@@ -339,7 +339,16 @@ DEVICES = [
         "add strategy=ddp or strategy=fsdp",
         "strategy.name=fsdp strategy.timeout_minutes=1",
     ),
-    Row(f"strategy.name=fsdp {LORA}", "strategy=fsdp: peft=lora is", f"strategy.name=ddp {LORA}"),
+    Row(
+        f"strategy.name=fsdp {NF4}",
+        "strategy=fsdp: peft.quantization=nf4 is not shared out",
+        f"strategy.name=ddp {NF4}",
+    ),
+    Row(
+        f"strategy.name=fsdp {NF4}",
+        "use strategy=ddp, or peft.quantization=none model.dtype=bfloat16",
+        f"strategy.name=fsdp {LORA} model.dtype=bfloat16",
+    ),
     Row(
         "strategy.name=fsdp trainer.accelerator=mps",
         "shards need trainer.accelerator=gpu or cpu, not mps",

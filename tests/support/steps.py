@@ -109,6 +109,7 @@ def take_steps(
     micro_batch_tokens: int = 1000,
     ranks: int = 1,
     equal_counts: bool = False,
+    strategy: Any = None,
     beta: float = 0.1,
     plan: dict[str, Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -129,6 +130,7 @@ def take_steps(
         micro_batch_tokens: Most tokens of a micro-batch.
         ranks: Processes that share each step; this is one of them (see :func:`on_ranks`).
         equal_counts: True if all ranks take as many micro-batches.
+        strategy: Lightning's; None: DDP on several ranks.
         beta: Of the first step.
         plan: Further arguments of the plan of betas.
         callbacks: Lightning's.
@@ -176,7 +178,7 @@ def take_steps(
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=strategy or ("ddp" if ranks > 1 else "auto"),
         max_steps=steps,
         max_epochs=-1,
         logger=[JsonlLogger(folder)],

@@ -98,12 +98,15 @@ class DurableCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Loads a checkpoint that was found whole, onto the CPU unless told otherwise.
 
+        It is mapped: of a large file each process reads the parts that it takes, and all of them
+        share what the system keeps of it in memory.
+
         Raises:
             CorruptArtifactError: If it holds anything but tensors and plain values.
         """
         try:
             loaded: dict[str, Any] = torch.load(
-                path, map_location=map_location or "cpu", weights_only=True
+                path, map_location=map_location or "cpu", weights_only=True, mmap=True
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = " ".join(str(error).split()).partition(". ")[0]

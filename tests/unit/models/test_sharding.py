@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.loading import meta_model
-from dpo_lightning.models.master_weights import cast_parameters
+from dpo_lightning.models.master_weights import MasterWeights, cast_frozen, cast_parameters
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import (
     decoder_layers,
@@ -116,6 +117,35 @@ def test_gradients_of_micro_batches_are_added_up_in_float32(mesh):
         torch.testing.assert_close(gradient, total, rtol=1e-6, atol=0)
     lost = [(total != total.bfloat16().float()).float().mean() for total in expected]
     assert max(lost) > 0.5
+
+
+def test_a_reference_before_the_first_step_leaves_an_adapter_s_gradients_in_float32(mesh):
+    """Equal to float32 masters behind bfloat16 matrices, where the first pass trains nothing."""
+    model, scorer = prepared("llama", "flat")
+    new = LoraSettings(4, 8, None, rslora=False, dora=False, gaussian=True)
+
+    def adapt(policy):
+        return Adapters(policy, new, reference=None, dropout=0.0, seed=3, load_base=lambda: None)
+
+    plain, adapters = copy.deepcopy(model), adapt(model)
+    adapt(plain)
+    for each in (plain, model):
+        cast_frozen(each, torch.bfloat16)
+    masters = MasterWeights(plain, torch.bfloat16)
+    sharded = shard_model(model, mesh, CPU, compute_dtype=torch.bfloat16)
+    batch = collate_groups(random_groups(3), range(3))
+    with torch.no_grad():
+        reference = scorer.logps(adapters.reference, batch)
+    for each in (plain, sharded):
+        logps = scorer.logps(each, batch)
+        logps.sum().backward()
+        # A new adapter does nothing yet.
+        torch.testing.assert_close(logps, reference, rtol=0, atol=0)
+    found = [p.grad.full_tensor() for p in sharded.parameters() if p.requires_grad]
+    assert len(found) == len(masters.parameters)
+    for gradient, master in zip(found, masters.parameters, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, master.grad, rtol=1e-6, atol=0)
 
 
 def test_a_sharded_model_makes_one_forward_pass_whatever_the_widths(mesh):

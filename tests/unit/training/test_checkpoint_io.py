@@ -42,6 +42,18 @@ def test_what_is_saved_is_whole_and_comes_back(tmp_path):
     assert differences(DurableCheckpointIO({}).load_checkpoint(path), state()) == []
 
 
+def test_a_checkpoint_is_mapped_and_its_file_stays_as_it_is(tmp_path):
+    """Whoever reads a part of a large one has that part in memory; what is changed is a copy."""
+    path = save(tmp_path)
+    loaded = DurableCheckpointIO({}).load_checkpoint(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    loaded["state_dict"]["w"].zero_()
+    assert find_damage(path) is None
+    again = DurableCheckpointIO({}).load_checkpoint(path)
+    path.unlink()
+    assert torch.equal(again["state_dict"]["w"], state()["state_dict"]["w"])
+
+
 def test_the_file_is_beside_its_target_and_synced_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nowhere")
     calls = []
