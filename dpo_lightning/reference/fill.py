@@ -103,6 +103,8 @@ def with_reference_logps(
         values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
     filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
     reference = _reference(np.flatnonzero(wanted), plan, computed, own)
+    if not computing.is_first:
+        reference.computed = 0  # the first one counts for all
     return [[next(filled) for _ in part] for part in parts], reference
 
 
@@ -175,7 +177,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _read_or_compute(
     plan: BlockPlan, cache: ReferenceCache, needed: Sequence[int], computing: _Computing
 ) -> tuple[dict[int, Logps], list[int]]:
-    """The values of all needed blocks, and which of them were computed by this process."""
+    """The values of all needed blocks, and which were computed here, by any that computes along."""
     desk = BlockDesk(plan, cache, needed)
     values = computing.ask(desk.read_all)
     computed: list[int] = []
@@ -193,9 +195,9 @@ def _read_or_compute(
             for number, logps in found.items():
                 _check_finite(logps, number, plan, cache)
             values |= handed.read | found
+            computed += found
             if computing.is_first:
                 desk.publish(found)
-                computed += found
             progress.say(len(values))
     finally:
         desk.close()

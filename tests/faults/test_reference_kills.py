@@ -18,11 +18,11 @@ pytestmark = pytest.mark.faults
 DDP = ("strategy=ddp", "trainer.devices=2")
 
 
-def start(folder: Path, cache: Path, *overrides: str, seconds: float = 0.5):
+def start(folder: Path, cache: Path, *overrides: str, processes: int = 1, seconds: float = 0.2):
     return start_train(
         *(f"hydra.run.dir={folder}", f"reference.cache_dir={cache}", "logger=none"),
         *("trainer.accelerator=cpu", "evaluation.samples=0", *BLOCKS, *overrides),
-        env=environment(cache.parent, seconds=seconds),
+        env=environment(cache.parent, processes=processes, seconds=seconds),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -42,11 +42,10 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
 def test_a_killed_rank_or_run_leaves_its_blocks_to_the_others(alone, tmp_path, words):
     """All of a run is killed in a block; one that goes on beside it computes what is left."""
     cache = tmp_path / "cache"
-    killed = start(tmp_path / "killed", cache, *words, seconds=1.5)
     ranks = 2 if words else 1
-    until(lambda: len(shares(tmp_path)) == ranks and len(noted(tmp_path)) >= 2 + ranks)
-    other = start(tmp_path / "other", cache)
-    until(lambda: len(shares(tmp_path)) == ranks + 1)
+    killed = start(tmp_path / "killed", cache, *words, processes=ranks + 1)
+    other = start(tmp_path / "other", cache, processes=ranks + 1)
+    until(lambda: len(noted(tmp_path)) >= 3 + ranks)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)
     said, _ = other.communicate(timeout=300)
@@ -63,7 +62,7 @@ def test_a_killed_rank_or_run_leaves_its_blocks_to_the_others(alone, tmp_path, w
 
 def test_a_rank_that_dies_in_the_pass_ends_the_run_in_one_line(tmp_path):
     cache = tmp_path / "cache"
-    process = start(tmp_path / "run", cache, *DDP, seconds=1.5)
+    process = start(tmp_path / "run", cache, *DDP, processes=2, seconds=1.0)
     until(lambda: len(shares(tmp_path)) == 2)
     [child] = {*shares(tmp_path)} - {process.pid}
     os.kill(child, signal.SIGKILL)

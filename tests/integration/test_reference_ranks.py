@@ -17,11 +17,11 @@ THREE = ("strategy=ddp", "trainer.devices=3")
 FSDP = ("strategy=fsdp", "trainer.devices=2")
 
 
-def start(folder: Path, cache: Path, *overrides: str, seconds: float = 0.0):
+def start(folder: Path, cache: Path, *overrides: str, processes: int = 1):
     return start_train(
         *(f"hydra.run.dir={folder}", f"reference.cache_dir={cache}", "logger=none"),
         *("trainer.accelerator=cpu", "evaluation.samples=0", *BLOCKS, *overrides),
-        env=environment(cache.parent, seconds=seconds),
+        env=environment(cache.parent, processes=processes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -33,11 +33,11 @@ def end(folder: Path, process) -> Run:
     return Run(process.returncode, folder)
 
 
-def once(folder: Path, *overrides: str, seconds: float = 0.0) -> Run:
+def once(folder: Path, *overrides: str, processes: int = 1) -> Run:
     """A run with a cache of its own beside it."""
     folder.mkdir()
     run = folder / "run"
-    return end(run, start(run, folder / "cache", *overrides, seconds=seconds))
+    return end(run, start(run, folder / "cache", *overrides, processes=processes))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def alone(tmp_path_factory) -> Path:
     ("words", "count"), [(DDP, 2), (THREE, 3), (FSDP, 2)], ids=["two", "three", "sharded"]
 )
 def test_any_number_of_ranks_gives_the_same_bytes(alone, tmp_path, words, count):
-    """Slow blocks, so that the ranks that start later find some left."""
-    run = once(tmp_path / "run", *words, seconds=2.0 if words != FSDP else 0.0)
+    """No block begins before all ranks have one."""
+    run = once(tmp_path / "run", *words, processes=count)
     folder = tmp_path / "run"
     assert values_in(folder / "cache") == values_in(alone / "cache")
     assert_each_once(folder, folder / "cache")
@@ -70,7 +70,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(alone, tmp_path, words, count)
 def test_two_runs_that_start_together_compute_each_block_once(alone, tmp_path):
     folder, cache = tmp_path, tmp_path / "cache"
     started = [
-        (folder / name, start(folder / name, cache, f"beta={beta}", seconds=0.5))
+        (folder / name, start(folder / name, cache, f"beta={beta}", processes=2))
         for name, beta in (("a", 0.1), ("b", 0.5))
     ]
     runs = [end(*one) for one in started]

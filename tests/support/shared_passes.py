@@ -13,9 +13,16 @@ BLOCKS = (
 )
 
 
-def environment(folder: Path, *, seconds: float = 0.0) -> dict[str, str | None]:
-    """Variables by which a run notes its blocks below a folder."""
-    return {"BLOCK_LOG": str(folder / "blocks.log"), "BLOCK_SECONDS": str(seconds)}
+def environment(folder: Path, *, processes: int = 1, seconds: float = 0.0) -> dict[str, str | None]:
+    """Variables by which a run notes its blocks below a folder.
+
+    Args:
+        folder: The folder.
+        processes: A block begins when so many processes have one.
+        seconds: Time that a block takes longer.
+    """
+    numbers = {"BLOCK_SECONDS": str(seconds), "BLOCK_PROCESSES": str(processes)}
+    return {"BLOCK_LOG": str(folder / "blocks.log"), **numbers}
 
 
 def noted(folder: Path) -> list[tuple[int, str]]:

@@ -177,6 +177,8 @@ def test_ranks_that_share_a_model_give_the_same_bytes(cache, tmp_path, size):
     for parts, _ in results:
         check(parts)
     assert [reference.computed for _, reference in results] == [16] + [0] * (size - 1)
+    # They check what was read together, so it is the same on all.
+    assert [reference.read for _, reference in results] == [[]] * size
     assert len({len(scorer.seen) for scorer in scorers}) == 1
     assert len({response for scorer in scorers for response in scorer.seen}) == 32
     if size > 1:

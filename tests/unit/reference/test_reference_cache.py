@@ -91,9 +91,7 @@ def test_rows_that_are_not_needed_are_neither_read_nor_given_values(tmp_path, mo
     needed = np.zeros(40, dtype=bool)
     needed[[7, 19]] = True
     scorer = CountingScorer()
-    [found], reference = fill(
-        ReferenceCache(tmp_path, FACTS), MANY, scorer=scorer, budget=1, needed=needed
-    )
+    [found], reference = fill(ReferenceCache(tmp_path, FACTS), MANY, scorer=scorer, needed=needed)
     check([[found[7], found[19]]])
     assert (reference.rows, reference.computed) == (2, 2)
     assert len(scorer.seen) <= 2 * 2 * 4  # two blocks of four rows or less
@@ -295,7 +293,7 @@ def test_four_processes_at_once_compute_each_row_once(tmp_path, monkeypatch):
 
 
 def test_a_killed_fillers_block_is_taken_over_at_once(tmp_path, monkeypatch, caplog):
-    """It is killed in a block of four rows or less, with 20 of 40 rows seen; nobody waits then."""
+    """It is killed in a block of four rows or less, with 20 of 40 rows or a few more done; nobody waits."""
 
     def is_stuck() -> bool:
         claims = [*folder.rglob("*.claim")]
@@ -316,7 +314,7 @@ def test_a_killed_fillers_block_is_taken_over_at_once(tmp_path, monkeypatch, cap
     claim.with_name(f"{claim.stem}.safetensors.{filler.pid}").write_bytes(b"half")
     parts, filled = fill(ReferenceCache(folder, FACTS), MANY)
     check(parts)
-    assert 20 <= filled.computed <= 24
+    assert 16 < filled.computed <= 20
     assert "waiting" not in caplog.text
     fill(ReferenceCache(tmp_path / "alone", FACTS), MANY)
     assert values_in(folder) == values_in(tmp_path / "alone")
