@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
@@ -19,6 +21,23 @@ from dpo_lightning.processes.signals import leave_signals_to_parent
 def steps_per_epoch(groups: int, batch_size: int) -> int:
     """Steps that see every group once; the last may be short."""
     return -(-groups // batch_size)
+
+
+def rows_of_steps(groups: int, *, batch_size: int, steps: int, seed: int) -> npt.NDArray[np.bool_]:
+    """True for the groups that the first steps of a run see, shape (groups,).
+
+    Args:
+        groups: Training groups.
+        batch_size: Groups per step, over all ranks.
+        steps: Steps of the run.
+        seed: With the epoch, decides the order of the groups.
+    """
+    epochs, rest = divmod(steps, steps_per_epoch(groups, batch_size))
+    if epochs:
+        return np.ones(groups, dtype=bool)
+    seen = np.zeros(groups, dtype=bool)
+    seen[epoch_order(groups, seed=seed, epoch=0)[: rest * batch_size]] = True
+    return seen
 
 
 def begin_worker(worker: int, *, parent: int) -> None:

@@ -65,6 +65,7 @@ class ChildRanks:
         self._on_death = on_death
         self._processes: list[subprocess.Popen[bytes]] = []
         self._observing = False
+        self._meets = False
         self.death: Death | None = None
 
     def observe(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -74,6 +75,10 @@ class ChildRanks:
             _word_of(self._run_dir, rank).unlink(missing_ok=True)  # of a run that was killed
         self._observing = True
         threading.Thread(target=self._observe, name="ranks", daemon=True).start()
+
+    def meet(self) -> None:
+        """Notes that from now on all ranks decide together when to end."""
+        self._meets = True
 
     def release(self) -> None:
         """Notes that this process does not need the others from now on."""
@@ -115,7 +120,7 @@ class ChildRanks:
             code: This rank's exit code; where all decided to end, the others get time to do it.
         """
         self._observing = False
-        allowed = _AGREED_SECONDS if code in _AGREED else _FAILED_SECONDS
+        allowed = _AGREED_SECONDS if self._meets and code in _AGREED else _FAILED_SECONDS
         deadline = time.monotonic() + allowed
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -52,10 +52,7 @@ class TakenError(Exception):
 
     def __init__(self, owner: dict[str, Any]) -> None:
         self.owner = owner
-        who = "another process"
-        if owner.get("pid"):
-            who = f"process {owner['pid']} on {owner.get('host')}, since {owner.get('started')}"
-        super().__init__(who)
+        super().__init__(named(owner))
 
 
 class FolderLock:
@@ -83,11 +80,8 @@ class FolderLock:
         Raises:
             OSError: If it cannot be written.
         """
-        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        pid, born = birth(os.getpid())
-        facts = {"host": socket.gethostname(), "pid": pid, "born": born, "started": started}
-        facts |= {"machine": machine(), "heartbeat_seconds": BEAT_SECONDS, "token": self._token}
-        write_json(self.folder / OWNER_FILE, facts)
+        beat = {"heartbeat_seconds": BEAT_SECONDS, "token": self._token}
+        write_json(self.folder / OWNER_FILE, this_process() | beat)
         self._thread = threading.Thread(
             target=self._beat, args=[on_lost], name="heartbeat", daemon=True
         )
@@ -152,7 +146,7 @@ def take_folder(folder: Path, on_wait: Callable[[str], None]) -> FolderLock:
     if handle is None:
         handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        locked = _flock(handle)
+        locked = try_lock(handle)
         owner = read_json(folder / OWNER_FILE)
         if owner and _is_at_work(owner, folder / OWNER_FILE, locked=locked, on_wait=on_wait):
             raise TakenError(owner)
@@ -175,14 +169,14 @@ def settle(lock: FolderLock) -> None:
         TakenError: If somebody has.
     """
     assert lock._handle is not None
-    if not _flock(lock._handle):
+    if not try_lock(lock._handle):
         time.sleep(_SETTLE_SECONDS)
         if not lock.is_own():
             raise TakenError(read_json(lock.folder / OWNER_FILE))
 
 
-def _flock(handle: int) -> bool:
-    """Locks a file; returns False where its file system has no locks.
+def try_lock(handle: int) -> bool:
+    """Locks an open file; returns False where its file system has no locks.
 
     Raises:
         BlockingIOError: If another process holds it.
@@ -266,6 +260,25 @@ def _now_there(folder: Path) -> float:
 
 
 # Processes ----------------------------------------------------------------------------------------
+
+
+def this_process() -> dict[str, Any]:
+    """Facts by which others know this process: host, machine, number, birth, and the time now."""
+    pid, born = birth(os.getpid())
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    facts = {"host": socket.gethostname(), "pid": pid, "born": born, "started": started}
+    return facts | {"machine": machine()}
+
+
+def named(owner: dict[str, Any]) -> str:
+    """A process in words.
+
+    Args:
+        owner: As :func:`this_process` gave it; empty where nothing is known.
+    """
+    if not owner.get("pid"):
+        return "another process"
+    return f"process {owner['pid']} on {owner.get('host')}, since {owner.get('started')}"
 
 
 def machine() -> str:

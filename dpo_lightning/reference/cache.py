@@ -1,10 +1,10 @@
 """Reference log-probabilities on disk, found by the scored content. Imports no torch.
 
-A namespace is a folder per reference (its weights, dtype, kernel); in it, one number per response
-(or, in a folder of its own, one per token), found by a hash of prompt and response ids. Beta,
-learning rate, seed, batch size and paths have no part in either. A file's name is the hash of its
-content, so a file that is there is either whole or found out; files are only added, each by one
-rename.
+A namespace is a folder per reference (its weights, dtype, kernel, device); in it, a file per block
+of responses that are computed together, which holds one number per response (or, in a folder of its
+own, one per token). A block's name is the hash of its responses' prompt and response ids: beta,
+learning rate, seed, order, batch size and paths have no part in it. A file is put in its place
+whole, by one rename, and holds a hash of its content, by which a damaged one is found out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dpo_lightning.data.tokens import Ids
-from dpo_lightning.files import hold_lock, write_json, write_whole
+from dpo_lightning.files import read_json, write_json, write_whole
+from dpo_lightning.processes.work_claims import WorkClaim, claim_work, claimant
 
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 _SUFFIX = ".safetensors"
+_ABOUT = "about.json"
+# Says which responses are computed together; a value out of another layout may differ in its last
+# bits, and is none.
+_LAYOUT = "blocks"
 # Rounding may put the log of a probability of 1 this far above 0.
 _ROUNDING = 1e-3
 
@@ -66,14 +71,14 @@ class ReferenceCache:
     def __init__(self, folder: Path, facts: Mapping[str, str], *, per_token: bool = False) -> None:
         self._folder = folder
         self._per_token = per_token
-        # Sums are not named, as they were there first.
-        self._facts = {**facts, **({"values": "per token"} if per_token else {})}
+        self._given = facts
+        self._facts = {**facts, "layout": _LAYOUT, "values": "per token" if per_token else "sums"}
         text = json.dumps(self._facts, sort_keys=True)
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
 
     def of_tokens(self) -> ReferenceCache:
         """Returns the cache of single tokens' values under the same reference."""
-        return ReferenceCache(self._folder, self._facts, per_token=True)
+        return ReferenceCache(self._folder, self._given, per_token=True)
 
     def widths(self, lengths: Lengths) -> Lengths:
         """Number of values that each response has, shape (n,).
@@ -83,70 +88,99 @@ class ReferenceCache:
         """
         return lengths if self._per_token else np.ones_like(lengths)
 
-    def read(self, keys: Keys, lengths: Lengths) -> Logps:
-        """The stored values, NaN where there is none.
+    def read(self, name: str, keys: Keys, lengths: Lengths) -> Logps | None:
+        """The stored values of a block, or None.
 
-        A damaged file is never used: it is said, taken away where that is possible, and its rows
-        count as missing. A folder that cannot be read is an empty one.
+        A damaged file is never used: it is said, taken away where that is possible, and counts as
+        missing. A folder that cannot be read is an empty one.
 
         Args:
-            keys: Shape (n, 16), from :func:`response_key`.
-            lengths: Tokens of each response, shape (n,); a stored value of another length is none.
+            name: The block's.
+            keys: Of its responses, in their order, shape (n, 16), from :func:`response_key`.
+            lengths: Tokens of each response, shape (n,).
 
         Returns:
-            The values of all responses end to end, shape (sum of the widths,), float32; those of
-            one are all there or all NaN.
+            The values of all responses end to end, shape (sum of the widths,), float32.
         """
-        known: dict[tuple[bytes, int], Logps] = {}
-        with contextlib.suppress(OSError):
-            for path in sorted(self.path.glob(f"*{_SUFFIX}")):
-                known |= self._read_part(path)
-        widths = self.widths(lengths)
-        values = np.full(widths.sum(), np.nan, dtype=np.float32)
-        for response, own in zip(_responses(keys, lengths), pieces(values, widths), strict=True):
-            own[:] = known.get(response, np.nan)
-        return values
-
-    def publish(self, keys: Keys, logps: Logps, lengths: Lengths) -> None:
-        """Adds values, all of them or none.
-
-        Args:
-            keys: Shape (n, 16).
-            logps: The values of all responses end to end, shape (sum of the widths,).
-            lengths: Shape (n,).
-
-        Raises:
-            OSError: If they cannot be written; what was there stays as it was.
-        """
-        part: Part = {"keys": keys, "logps": logps, "lengths": lengths}
-        self._check(part)
-        self.path.mkdir(parents=True, exist_ok=True)
-        about = self.path / "about.json"
-        if not about.exists():
-            write_json(about, self._facts)
-        write_whole(self.path / f"{_digest(part)}{_SUFFIX}", save(part))
-
-    def lock(self, *, on_wait: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from computing the same; see :func:`hold_lock`."""
-        return hold_lock(self.path / ".lock", on_wait=on_wait)
-
-    def _read_part(self, path: Path) -> dict[tuple[bytes, int], Logps]:
+        path = self._file(name)
         try:
             part = load(path.read_bytes())
             self._check(part)
-            if _digest(part) != path.stem:
+            if part["digest"].tobytes() != _digest(part):
                 raise ValueError("its content is not what was written")
-        except FileNotFoundError:
-            return {}
+            if not (
+                np.array_equal(part["keys"], keys) and np.array_equal(part["lengths"], lengths)
+            ):
+                raise ValueError("it is of other responses")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             log.warning(
                 "the reference cache's %s is damaged (%s): its rows are computed again", path, error
             )
             with contextlib.suppress(OSError):
                 path.unlink()
-            return {}
-        values = pieces(part["logps"], self.widths(part["lengths"]))
-        return dict(zip(_responses(part["keys"], part["lengths"]), values, strict=True))
+            return None
+        logps: Logps = part["logps"]
+        return logps
+
+    def publish(self, name: str, keys: Keys, lengths: Lengths, logps: Logps) -> None:
+        """Adds a block, all of it or nothing.
+
+        Args:
+            name: The block's.
+            keys: Of its responses, in their order, shape (n, 16).
+            lengths: Shape (n,).
+            logps: The values of all responses end to end, shape (sum of the widths,).
+
+        Raises:
+            OSError: If it cannot be written; what was there stays as it was.
+        """
+        part: Part = {"keys": keys, "logps": logps, "lengths": lengths}
+        self._check(part)
+        self._make()
+        part["digest"] = np.frombuffer(_digest(part), dtype=np.uint8)
+        write_whole(self._file(name), save(part))
+
+    def claim(self, name: str) -> WorkClaim | None:
+        """Takes the computation of a block on; None while another process has it.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        self._make()
+        claim = claim_work(self._claim_file(name))
+        if claim is not None and claim.is_taken_over:
+            # What the other had not put in its place yet.
+            for left in self.path.glob(f".{name}{_SUFFIX}.*"):
+                left.unlink(missing_ok=True)
+        return claim
+
+    def claimant(self, name: str) -> str:
+        """The process that computes a block, in words."""
+        return claimant(self._claim_file(name))
+
+    def earlier_layouts(self) -> list[Path]:
+        """Folders beside this one whose values were computed in other blocks, and are not read."""
+        found = []
+        with contextlib.suppress(OSError):
+            for about in sorted(self._folder.glob(f"*/{_ABOUT}")):
+                facts = read_json(about)
+                if "weights" in facts and facts.get("layout") != _LAYOUT:
+                    found.append(about.parent)
+        return found
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}{_SUFFIX}"
+
+    def _claim_file(self, name: str) -> Path:
+        return self.path / f".{name}.claim"
+
+    def _make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = self.path / _ABOUT
+        if not about.exists():
+            write_json(about, self._facts)
 
     def _check(self, part: Part) -> None:
         """Raises if values cannot be log-probabilities of responses.
@@ -179,15 +213,8 @@ def pieces(values: Logps, widths: Lengths) -> Iterator[Logps]:
         yield values[end - width : end]
 
 
-def _responses(keys: Keys, lengths: Lengths) -> list[tuple[bytes, int]]:
-    """Key and length of each response, by which a stored value is found."""
-    data = np.ascontiguousarray(keys).tobytes()
-    cut = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
-    return list(zip(cut, lengths.tolist(), strict=True))
-
-
-def _digest(part: Part) -> str:
+def _digest(part: Part) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in ("keys", "logps", "lengths"):
         digest.update(np.ascontiguousarray(part[name]).tobytes())
-    return digest.hexdigest()
+    return digest.digest()

@@ -1,12 +1,11 @@
-"""Gives every group its reference log-probabilities: out of the cache, else computed once."""
+"""Gives groups their reference log-probabilities: out of the cache, else computed once."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -14,24 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_lightning.data.greedy import pack_costs
 from dpo_lightning.data.packing import collate_groups
-from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
-from dpo_lightning.reference.cache import Logps, ReferenceCache, pieces, response_key
+from dpo_lightning.reference.blocks import BlockPlan, Responses, plan_blocks
+from dpo_lightning.reference.cache import Lengths, Logps, ReferenceCache, pieces
+from dpo_lightning.reference.desk import BlockDesk, Handed
 from dpo_lightning.reference.kinds import CachedReference
 
 log = logging.getLogger(__name__)
 
-# Responses that share one prompt in a pass; more of them are another group.
-_PASS_RESPONSES = 16
-# Without gradients much more fits on a device at once.
-_PASS_BUDGET = 4
-# What a killed pass loses at most.
-_PUBLISH_SECONDS = 60.0
-# Ranks that share a model tell each other what they found every so many micro-batches.
-_ROUNDS_APART = 16
+# How often it is said how far the pass is.
+_SAY_SECONDS = 60.0
 
 T = TypeVar("T")
 
@@ -65,15 +59,19 @@ def with_reference_logps(
     micro_batch_tokens: int,
     per_token: bool = False,
     ranks: Team | None = None,
+    needed: npt.NDArray[np.bool_] | None = None,
+    threads: int | None = None,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
-    """Gives every group its reference log-probabilities, from the cache as far as it has them.
+    """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
-    What is missing is computed under the cache's lock, so that of many processes that want the same
-    rows one computes them and the others wait and read. A cache that cannot be written to is said
-    once; the rows are then computed for this run alone.
+    What is missing is computed in the data set's fixed blocks, each claimed in the cache's folder,
+    so that of many processes that want the same rows, ranks of one run among them, one computes a
+    block and the others read it. A cache that cannot be written to is said once; what it lacks is
+    then computed for this process alone.
 
     Args:
-        parts: Lists of groups, such as the training and the evaluation groups.
+        parts: Lists of groups, such as the training and the evaluation groups: together the data
+            set that decides the blocks.
         cache: The namespace of this reference.
         load: Makes the frozen model, prepared by ``scorer``; called when rows are missing.
         scorer: Scores micro-batches.
@@ -82,7 +80,11 @@ def with_reference_logps(
         micro_batch_tokens: What the device holds at once in training.
         per_token: True if the groups get the log-probability of every token beside the sums. Those
             are kept apart from the sums of other runs.
-        ranks: Those that compute together, each a part; the first reads and writes the cache.
+        ranks: Those that make every forward pass together, each with a block of its own; the first
+            reads and writes the cache.
+        needed: True for the groups that are used, part after part; None: all are. The others are
+            given back as they came.
+        threads: CPU threads of one operation, on which its last bits may depend; None: as they are.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -91,321 +93,216 @@ def with_reference_logps(
         UserError: If the reference gives a response no finite log-probability.
     """
     groups = [group for part in parts for group in part]
-    computing = _Computing(
-        load=load,
-        scorer=scorer,
-        device=device,
-        precision=precision,
-        budget=_PASS_BUDGET * micro_batch_tokens,
-        per_token=per_token,
-        ranks=ranks,
+    wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
+    plan = plan_blocks(
+        Responses.of(groups), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
     )
     own = cache.of_tokens() if per_token else cache
-    values, computed, read = _read_or_compute(groups, own, computing)
-    filled = iter(_with_values(groups, values, per_token=per_token))
-    reference = CachedReference(rows=len(groups), computed=computed, read=read, folder=own.path)
+    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks)
+    with _threads(threads):
+        values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
+    filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
+    reference = _reference(np.flatnonzero(wanted), plan, computed, own)
+    if not computing.is_first:
+        reference.computed = 0  # the first one counts for all
     return [[next(filled) for _ in part] for part in parts], reference
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _reference(
+    used: npt.NDArray[np.int64], plan: BlockPlan, computed: Sequence[int], cache: ReferenceCache
+) -> CachedReference:
+    """The reference of groups by number, of which some blocks were computed here.
+
+    A row is counted where its first response was computed: over any number of processes once.
+    """
+    is_here = np.zeros(len(plan.blocks), dtype=bool)
+    is_here[computed] = True
+    here = is_here[plan.block_of[plan.responses.which[plan.responses.first[used]]]]
+    return CachedReference(
+        rows=len(used), computed=int(here.sum()), read=used[~here].tolist(), folder=cache.path
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Computing:
     """Settings of the computation of log-probabilities; see :func:`with_reference_logps`.
 
     Attributes:
+        plan: The blocks.
         load: Makes the frozen model.
         scorer: Scores micro-batches.
         device: Where to compute.
         precision: The context to compute in.
-        budget: Most tokens of a micro-batch.
         per_token: True if the tokens of a response have a value each.
         ranks: Those that compute together.
     """
 
+    plan: BlockPlan
     load: Callable[[], Any]
     scorer: Scorer
     device: torch.device
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
-    budget: int
     per_token: bool
     ranks: Team | None
+
+    @property
+    def size(self) -> int:
+        """Blocks that are computed at a time."""
+        return 1 if self.ranks is None else self.ranks.size
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that reads and writes for all."""
+        return self.ranks is None or self.ranks.rank == 0
 
     def ask(self, function: Callable[[], T]) -> T:
         """Returns the function's value here, or that of the first of several ranks."""
         return function() if self.ranks is None else self.ranks.from_first(function)
 
 
-def _read_or_compute(
-    groups: Sequence[TokenGroup], cache: ReferenceCache, computing: _Computing
-) -> tuple[Logps, int, list[int]]:
-    """The values of all responses end to end, how many groups were computed, which were read."""
-    keys, lengths = _keys(groups)
-    widths = cache.widths(lengths)
-    starts = np.cumsum(widths, dtype=np.int64) - widths
-    owner = np.repeat(np.arange(len(groups)), [len(group.responses) for group in groups])
-    values = computing.ask(lambda: cache.read(keys, lengths))
-
-    def read() -> list[int]:
-        found: list[int] = np.unique(owner[~np.isnan(values[starts])]).tolist()
-        return found
-
-    def fill(publish: Callable[..., None]) -> int:
-        missing = np.isnan(values[starts])
-        wanted = sorted(set(owner[missing].tolist()))
-        computed = _compute(
-            [(groups[g], index) for g, index in _responses(groups, missing)],
-            keys[missing],
-            computing.load().to(computing.device),
-            computing,
-            publish=publish,
-        )
-        values[np.repeat(missing, widths)] = computed
-        return len(wanted)
-
-    if not np.isnan(values).any():
-        return values, 0, read()
-    with contextlib.ExitStack() as held:
-        if not computing.ask(lambda: _lock(cache, held)):
-            found = read()
-            return values, fill(_keep_nothing), found
-        values = computing.ask(lambda: cache.read(keys, lengths))
-        found = read()
-        if not np.isnan(values).any():
-            return values, 0, found
-        log.info("computing reference log-probs (cached for later runs)")
-        return values, fill(_Publisher(cache)), found
-
-
-def _with_values(
-    groups: Sequence[TokenGroup], values: Logps, *, per_token: bool
-) -> Iterator[TokenGroup]:
-    """The groups with their reference log-probabilities."""
-    lengths = [len(response) for group in groups for response in group.responses]
-    widths = np.asarray(lengths if per_token else [1] * len(lengths), dtype=np.int32)
-    starts = np.cumsum(widths, dtype=np.int64) - widths
-    counts = np.array([len(group.responses) for group in groups], dtype=np.int32)
-    sums = np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
-    tokens = pieces(values, widths)
-    for group, own in zip(groups, pieces(sums, counts), strict=True):
-        of_tokens = tuple(itertools.islice(tokens, len(own))) if per_token else None
-        yield replace(group, reference_logps=own, reference_token_logps=of_tokens)
-
-
-def _lock(cache: ReferenceCache, held: contextlib.ExitStack) -> bool:
-    """Takes the cache's lock until ``held`` is left; False, and said, where that cannot be."""
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """A number of CPU threads of one operation, for a while."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
     try:
-        held.enter_context(cache.lock(on_wait=_say_waiting))
-    except OSError as error:
-        log.warning(
-            "the reference cache %s cannot be used (%s): its rows are computed for this run "
-            "alone; reference.cache_dir= names another folder",
-            cache.path,
-            error.strerror or error,
-        )
-        return False
-    return True
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _say_waiting() -> None:
-    log.info("waiting for another process that is computing reference log-probs")
+def _read_or_compute(
+    plan: BlockPlan, cache: ReferenceCache, needed: Sequence[int], computing: _Computing
+) -> tuple[dict[int, Logps], list[int]]:
+    """The values of all needed blocks, and which were computed here, by any that computes along."""
+    desk = BlockDesk(plan, cache, needed)
+    values = computing.ask(desk.read_all)
+    computed: list[int] = []
+    if len(values) == len(needed):
+        return values, computed
+    for folder in cache.earlier_layouts():
+        log.info("reference: %s is of an earlier version and not read; it may be deleted", folder)
+    log.info("computing reference log-probs (cached for later runs)")
+    model = computing.load().to(computing.device)
+    progress = _Progress(len(needed), len(values))
+    try:
+        while len(values) < len(needed):
+            handed: Handed = computing.ask(lambda: desk.hand_out(computing.size))
+            found = _score_blocks(handed.compute, model, computing)
+            for number, logps in found.items():
+                _check_finite(logps, number, plan, cache)
+            values |= handed.read | found
+            computed += found
+            if computing.is_first:
+                desk.publish(found)
+            progress.say(len(values))
+    finally:
+        desk.close()
+    return values, computed
 
 
-def _keep_nothing(keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
-    """Publishes nowhere."""
+class _Progress:
+    """Says now and then how far the pass is.
 
-
-class _Publisher:
-    """Writes to the cache; when its disk is full, says so and goes on without."""
-
-    def __init__(self, cache: ReferenceCache) -> None:
-        self._cache = cache
-        self._broken = False
-
-    def __call__(self, keys: npt.NDArray[np.uint8], logps: Any, lengths: Any) -> None:
-        if self._broken:
-            return
-        try:
-            self._cache.publish(keys, logps, lengths)
-        except OSError as error:
-            self._broken = True
-            log.warning(
-                "the reference cache %s cannot be written (%s): what is missing in it is computed "
-                "for this run alone",
-                self._cache.path,
-                error.strerror or error,
-            )
-
-
-def _keys(
-    groups: Sequence[TokenGroup],
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Key (n, 16) and length (n,) of every response, group after group."""
-    keys = b"".join(response_key(g.prompt, response) for g in groups for response in g.responses)
-    lengths = [len(response) for group in groups for response in group.responses]
-    return (
-        np.frombuffer(keys, dtype=np.uint8).reshape(-1, 16),
-        np.asarray(lengths, dtype=np.int32),
-    )
-
-
-def _responses(
-    groups: Sequence[TokenGroup], missing: npt.NDArray[np.bool_]
-) -> list[tuple[int, int]]:
-    """Group and number in it of each missing response, in the order of the keys."""
-    places = ((g, k) for g, group in enumerate(groups) for k in range(len(group.responses)))
-    return [place for place, absent in zip(places, missing.tolist(), strict=True) if absent]
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Different responses in groups of one prompt, and micro-batches of these.
-
-    Attributes:
-        unique: A group and the number of one of its responses, each different response once.
-        members: Those that each pass group has.
-        passes: The pass groups.
-        micro_batches: Numbers of pass groups.
+    Args:
+        total: Blocks that are needed.
+        begun: Blocks that were there before.
     """
 
-    unique: Sequence[tuple[TokenGroup, int]]
-    members: Sequence[Sequence[int]]
-    passes: Sequence[TokenGroup]
-    micro_batches: Sequence[Sequence[int]]
+    def __init__(self, total: int, begun: int) -> None:
+        self._total = total
+        self._begun = begun
+        self._start = self._said = time.monotonic()
 
-    @classmethod
-    def of(cls, unique: Sequence[tuple[TokenGroup, int]], *, shared: bool, budget: int) -> _Work:
-        """Responses of one prompt together, whichever groups they came from."""
-        prompts: dict[bytes, list[int]] = {}
-        for number, (group, _) in enumerate(unique):
-            prompts.setdefault(group.prompt.tobytes(), []).append(number)
-        members: list[list[int]] = []
-        for numbers in prompts.values():
-            members += [
-                numbers[i : i + _PASS_RESPONSES] for i in range(0, len(numbers), _PASS_RESPONSES)
-            ]
-        passes = [_pass_group(unique, numbers) for numbers in members]
-        costs = [group.tokens if shared else group.padded_tokens for group in passes]
-        return cls(unique, members, passes, _in_budget(costs, budget))
-
-    def length(self, number: int) -> int:
-        """Tokens of a response."""
-        group, place = self.unique[number]
-        return len(group.responses[place])
+    def say(self, done: int) -> None:
+        """Says it, if that is long ago."""
+        now = time.monotonic()
+        if now - self._said < _SAY_SECONDS or done in (self._begun, self._total):
+            return
+        self._said = now
+        left = (now - self._start) / (done - self._begun) * (self._total - done)
+        log.info("reference: %d of %d blocks, %ds left", done, self._total, left)
 
 
 @torch.no_grad()
-def _compute(
-    responses: Sequence[tuple[TokenGroup, int]],
-    keys: npt.NDArray[np.uint8],
-    model: Any,
-    computing: _Computing,
-    *,
-    publish: Callable[..., None],
-) -> Logps:
-    """Log-probabilities of responses, or of their tokens, each different response computed once.
-
-    Args:
-        responses: A group and the number of one of its responses.
-        keys: Their keys, (n, 16).
-        model: The frozen model, on the device.
-        computing: How.
-        publish: Takes keys, values and lengths as they become known; rank 0's is called.
-
-    Returns:
-        The values of all responses end to end.
-    """
-    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    unique = [responses[i] for i in first.tolist()]
-    work = _Work.of(unique, shared=computing.scorer.shared, budget=computing.budget)
-    values = [np.zeros(0, dtype=np.float32)] * len(unique)
-    unpublished: list[int] = []
-    last = began = time.monotonic()
-    for done, rounds, found in _rounds(work, model, computing):
-        for number, own in found:
-            _check_finite(own, unique[number][0])
-            values[number] = own
-            unpublished.append(number)
-        now = time.monotonic()
-        is_first = computing.ranks is None or computing.ranks.rank == 0
-        if unpublished and is_first and (now - last > _PUBLISH_SECONDS or done == rounds):
-            last = now
-            unpublished = sorted({*unpublished})
-            publish(
-                keys[first[unpublished]],
-                np.concatenate([values[n] for n in unpublished]),
-                np.asarray([work.length(n) for n in unpublished], dtype=np.int32),
-            )
-            unpublished = []
-            if done < rounds:
-                left = (now - began) / done * (rounds - done)
-                log.info("reference: %d of %d, %ds left", done, rounds, left)
-    return np.concatenate([values[n] for n in which.reshape(-1).tolist()])
+def _score_blocks(numbers: Sequence[int], model: Any, computing: _Computing) -> dict[int, Logps]:
+    """Values of blocks; of several ranks each computes one of them, and all get all."""
+    if not numbers:
+        return {}
+    blocks, ranks = computing.plan.blocks, computing.ranks
+    rank = 0 if ranks is None else ranks.rank
+    own = numbers[min(rank, len(numbers) - 1)]
+    count = len(blocks[own].ends)
+    found = []
+    # All make as many forward passes: a rank that has none left makes its last once more.
+    for step in range(max(len(blocks[number].ends) for number in numbers)):
+        logps = _score(own, min(step, count - 1), model, computing)
+        if step < count:
+            found.append(logps)
+    mine = {own: np.concatenate(found)} if rank < len(numbers) else {}
+    parts = [mine] if ranks is None else ranks.gather(mine)
+    return {number: logps for part in parts for number, logps in part.items()}
 
 
-def _rounds(
-    work: _Work, model: Any, computing: _Computing
-) -> Iterator[tuple[int, int, list[tuple[int, Logps]]]]:
-    """Number of each round, of all rounds, and what is known after it of responses, by number."""
-    ranks = computing.ranks
-    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    rounds = -(-len(work.micro_batches) // size)
-    fresh: dict[int, Logps] = {}
-    for done in range(1, rounds + 1):
-        # A rank that has none left computes another's once more: all make each forward pass.
-        place = min((done - 1) * size + rank, len(work.micro_batches) - 1)
-        fresh |= _score(work, work.micro_batches[place], model, computing)
-        found: list[tuple[int, Logps]] = []
-        if ranks is None or done % _ROUNDS_APART == 0 or done == rounds:
-            for part in [fresh] if ranks is None else ranks.gather(fresh):
-                found += part.items()
-            fresh = {}
-        yield done, rounds, found
-
-
-def _score(
-    work: _Work, micro: Sequence[int], model: Any, computing: _Computing
-) -> dict[int, Logps]:
-    """Values of the responses of a micro-batch, by their numbers."""
-    scorer, per_token = computing.scorer, computing.per_token
-    batch = collate_groups([work.passes[i] for i in micro], micro).to(computing.device)
+def _score(number: int, micro: int, model: Any, computing: _Computing) -> Logps:
+    """Values of a micro-batch of a block, end to end."""
+    scorer = computing.scorer
+    passes = computing.plan.passes(number, micro)
+    batch = collate_groups(passes, range(len(passes))).to(computing.device)
     with computing.precision():
+        tokens = scorer.token_logps(model, batch, scorer.plan(batch))
+    logps: Logps = tokens.float().cpu().numpy()
+    # On a GPU a sum over scattered tokens comes out differently each time; here it does not.
+    return logps if computing.per_token else _sums(logps, batch.lengths.cpu().numpy())
+
+
+def _sums(values: Logps, lengths: npt.NDArray[Any]) -> Logps:
+    """Sums of neighbours, shape (n,), float32."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
+
+
+def _with_values(
+    groups: Sequence[TokenGroup],
+    wanted: npt.NDArray[np.bool_],
+    plan: BlockPlan,
+    values: Mapping[int, Logps],
+    *,
+    per_token: bool,
+) -> Iterator[TokenGroup]:
+    """The groups, the wanted ones with their reference log-probabilities."""
+    responses = plan.responses
+    sums = np.full(len(responses), np.nan, dtype=np.float32)
+    tokens: dict[int, Logps] = {}
+    for number, own in values.items():
+        members = plan.members(number)
+        lengths: Lengths = responses.lengths[members]
+        sums[members] = _sums(own, lengths) if per_token else own
         if per_token:
-            logps = scorer.token_logps(model, batch, scorer.plan(batch))
-        else:
-            logps = scorer.logps(model, batch)
-    widths = batch.lengths if per_token else torch.ones_like(batch.lengths)
-    numbers = [number for i in micro for number in work.members[i]]
-    found = pieces(logps.float().cpu().numpy(), widths.cpu().numpy())
-    return dict(zip(numbers, found, strict=True))
+            tokens |= zip(members.tolist(), pieces(own, lengths), strict=True)
+    for number, group in enumerate(groups):
+        if not wanted[number]:
+            yield group
+            continue
+        which = responses.of_group(number)
+        of_tokens = tuple(tokens[i] for i in which.tolist()) if per_token else None
+        yield replace(group, reference_logps=sums[which], reference_token_logps=of_tokens)
 
 
-def _in_budget(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Neighbours in length together, the longest first; of many rows a step's plan would be slow.
-
-    Args:
-        costs: Tokens of each group.
-        budget: Most tokens of a micro-batch, unless it is a single group.
-    """
-    return pack_costs(sorted(range(len(costs)), key=lambda i: -costs[i]), costs, budget)
-
-
-def _check_finite(values: npt.NDArray[np.float32], group: TokenGroup) -> None:
-    broken = values[~np.isfinite(values)]
-    if len(broken):
-        raise UserError(
-            f"reference: its log-probability of a response of {group.source} is {broken[0]}; "
-            "name a sound model with reference.pretrained=, or compute in float32 "
-            "(trainer.precision=32-true model.dtype=float32)"
-        )
-
-
-def _pass_group(unique: Sequence[tuple[TokenGroup, int]], numbers: Sequence[int]) -> TokenGroup:
-    """Responses of one prompt as a group of which nothing is compared."""
-    first, _ = unique[numbers[0]]
-    chosen: list[Ids] = [unique[n][0].responses[unique[n][1]] for n in numbers]
-    return replace(
-        first,
-        responses=tuple(chosen),
-        ranks=(1,) * len(chosen),
-        reference_logps=None,
-        reference_token_logps=None,
-    )
+def _check_finite(values: Logps, number: int, plan: BlockPlan, cache: ReferenceCache) -> None:
+    if np.isfinite(values).all():
+        return
+    members = plan.members(number)
+    widths = cache.widths(plan.responses.lengths[members])
+    for response, own in zip(members.tolist(), pieces(values, widths), strict=True):
+        broken = own[~np.isfinite(own)]
+        if len(broken):
+            raise UserError(
+                f"reference: its log-probability of a response of "
+                f"{plan.responses.source(response)} is {broken[0]}; name a sound model with "
+                "reference.pretrained=, or compute in float32 (trainer.precision=32-true "
+                "model.dtype=float32)"
+            )

@@ -38,7 +38,7 @@ def reference_facts(
         config: Hash of what its config says of its numbers.
         dtype: In which they are loaded.
         precision: In which it is computed.
-        device: The kind of device.
+        device: From :func:`device_facts`.
         kernel: How a micro-batch is scored.
     """
     return {
@@ -51,6 +51,20 @@ def reference_facts(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def device_facts(device: torch.device, *, threads: int) -> str:
+    """The kind of a device, with what its last bits depend on.
+
+    Args:
+        device: The device.
+        threads: CPU threads of one operation.
+    """
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    return device.type
 
 
 def allowed_changes(

@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpo_lightning.data.controlled import MAX_TOKENS
+from dpo_lightning.data.datamodule import rows_of_steps
+from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import (
@@ -22,12 +26,13 @@ from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_bu
 from dpo_lightning.memory.footprint import Training
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.master_weights import cast_frozen
+from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.reference.spot_check import check_stored
-from dpo_lightning.run.identity import reference_facts
+from dpo_lightning.run.identity import device_facts, reference_facts
 from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.settings.names import DeviceKind
@@ -209,8 +214,8 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         config=models.reference_config,
         dtype=str(prepared.source.dtype),
         precision=computation.name,
-        device=placed.device.type,
-        kernel=models.scorer.kernel,
+        device=device_facts(placed.device, threads=prepared.threads),
+        kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
     )
 
     # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
@@ -232,6 +237,8 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         micro_batch_tokens=placed.budget.tokens,
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
+        needed=_needed(plan, data),
+        threads=prepared.threads if placed.device.type == "cpu" else None,
     )
     train, evaluation = parts
     groups = [*train, *evaluation]
@@ -249,3 +256,22 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         models=replace(models, reference=reference),
         data=replace(data, train=train, eval=evaluation),
     )
+
+
+def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:
+    """True for the groups that a step or an evaluation sees, those of the training first."""
+    seen = rows_of_steps(
+        len(data.train),
+        batch_size=plan.batches.size,
+        steps=plan.schedule.total_steps,
+        seed=plan.seed,
+    )
+    return np.concatenate([seen, np.ones(len(data.eval), dtype=bool)])
+
+
+def _kernel(scorer: Scorer, *, sharded: bool) -> str:
+    """Name of the kernels of a reference pass.
+
+    Ranks that share a model pad all rows of a micro-batch alike, others only those of like widths.
+    """
+    return f"{scorer.kernel}, one width" if sharded and scorer.path == "padded" else scorer.kernel

@@ -54,6 +54,7 @@ class Prepared:
         task: The controlled task, if that is trained on.
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         score: Judges answers, if the settings name a scorer.
+        threads: CPU threads of one operation in the reference pass.
         ranks: The processes that share the models' weights; None where each has its own.
         chat: The chat template; None where no rows go through one.
     """
@@ -66,6 +67,7 @@ class Prepared:
     task: ControlledTask | None
     reference_outcome_logps: Tensor | None
     score: Score | None
+    threads: int
     ranks: Ranks | None = None
     chat: ChatTemplate | None = None
 
@@ -76,6 +78,7 @@ def prepare(
     *,
     hardware: Hardware,
     ranks: Ranks | None,
+    threads: int,
     tokens: Path,
     resolved: dict[str, Any],
     record: RunRecord,
@@ -88,13 +91,14 @@ def prepare(
         rows: The rows that were read, or None for the controlled task.
         hardware: Devices and precision.
         ranks: The processes that share the models' weights; None where each has its own.
+        threads: CPU threads that this process began with.
         tokens: Where token ids of rows are kept.
         resolved: The settings as plain values.
         record: What is known of the run; filled.
         folder: The run's folder, for the rows that are set aside.
     """
     source = _resolve_source(config, hardware)
-    _set_threads(config, source)
+    threads = _set_threads(config, source) or threads
     task = ControlledTask() if rows is None else None
     data = chat = None
     if rows is not None:
@@ -124,16 +128,19 @@ def prepare(
         task=task,
         reference_outcome_logps=reference_logps,
         score=_make_score(config, hardware, judges=ranks is None or ranks.is_first),
+        threads=threads,
         ranks=ranks,
         chat=chat,
     )
 
 
-def _set_threads(config: Config, source: ModelSource) -> None:
+def _set_threads(config: Config, source: ModelSource) -> int | None:
+    """Sets the CPU threads of one operation, and returns them, where the run has a say in it."""
     # The bundled model is too small to share out: threads would only wait for each other.
     threads = config.trainer.threads or (1 if source.bundled else None)
     if threads is not None:
         torch.set_num_threads(threads)
+    return threads
 
 
 def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder) -> None:

@@ -76,7 +76,7 @@ from dpo_lightning.training.checkpoints.files import (
     saved_checkpoints,
 )
 from dpo_lightning.training.devices import take_device
-from dpo_lightning.training.launching import take_over
+from dpo_lightning.training.launching import start_others, take_over
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 
@@ -125,6 +125,8 @@ def run_experiment(
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     trainer = trainer_plan(config)
+    # Lightning shares the cores out over the ranks that it starts; one pass serves any number.
+    threads = torch.get_num_threads()
     ranks = _start_ranks(trainer, children)
     checkpoint = _find_checkpoint(config.resume, folder.path, ranks)
     prepared = prepare(
@@ -132,6 +134,7 @@ def run_experiment(
         rows,
         hardware=hardware,
         ranks=ranks,
+        threads=threads,
         tokens=folders.tokens,
         resolved=resolved,
         record=record,
@@ -386,7 +389,10 @@ def _place(session: _Session, trainer: pl.Trainer) -> Placed:
 
 
 def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
-    """Kernel, shards and reference, in this order: each is computed with the one before."""
+    """Kernel, shards and reference, in this order: each is computed with the one before.
+
+    The other ranks are started ahead of the reference pass, in which they take part.
+    """
     prepared = session.prepared
     models = prepared.models
     if placed.device.type == "cpu":
@@ -397,6 +403,9 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     if fault is not None:
         log.info("attention falls back to the slower kernel: %s", fault)
     prepared = with_shards(prepared, placed.computation)
+    assert session.trainer is not None
+    if models.reference is None:
+        start_others(session.trainer)
     prepared = with_reference(session.plan, prepared, placed)
     reference = prepared.models.reference
     assert reference is not None

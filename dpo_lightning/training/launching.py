@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +30,13 @@ def take_over(trainer: pl.Trainer, children: ChildRanks) -> None:
         trainer.strategy._launcher = _ObservedLauncher(launcher, children)
 
 
+def start_others(trainer: pl.Trainer) -> None:
+    """Starts the other ranks of this machine now, and not when the training begins."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _ObservedLauncher):
+        launcher.start()
+
+
 def _nothing() -> None:
     pass
 
@@ -48,19 +57,34 @@ class _ObservedLauncher(_SubprocessScriptLauncher):
     def __init__(self, launcher: _SubprocessScriptLauncher, children: ChildRanks) -> None:
         super().__init__(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         self._children = children
+        self._port: socket.socket | None = None
+
+    def start(self) -> None:
+        """Starts the other ranks, unless they are there."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if environment.creates_processes_externally:
+            return
+        # Until the ranks meet, no other program is to be given the port.
+        self._port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            self._port.bind(("", environment.main_port))
+        os.environ[PARENT] = str(os.getpid())
+        try:
+            self._call_children_scripts()
+        finally:
+            del os.environ[PARENT]
+        self._children.observe(self.procs)
 
     def launch(
         self, function: Any, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any
     ) -> Any:
         """Starts the other ranks, once, and calls the function."""
-        environment = self.cluster_environment
-        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
-            os.environ[PARENT] = str(os.getpid())
-            try:
-                self._call_children_scripts()
-            finally:
-                del os.environ[PARENT]
-            self._children.observe(self.procs)
+        self.start()
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+        self._children.meet()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)

@@ -75,7 +75,7 @@ def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, row
         ["optimizer.lr=1e-3"],
         ["seed=5"],
         ["data.batch_size=4"],
-        ["data.micro_batch_tokens=128"],
+        ["data.micro_batch_tokens=3000"],
         ["loss.label_smoothing=0.2"],
         [f"data.train={moved}"],
         ["data.split_seed=3"],
@@ -86,13 +86,18 @@ def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, row
     assert counts(train("loss=sft")) == (0, 0)
 
 
-def test_one_more_row_computes_that_row(train, rows, tmp_path):
-    train()
+def test_one_more_row_computes_its_block(train, rows, tmp_path, monkeypatch):
+    """The rows have about 50 tokens each, a block here at most 512."""
+    monkeypatch.setattr("dpo_lightning.reference.blocks._LEAST_BLOCK_TOKENS", 512)
+    budget = "data.micro_batch_tokens=128"
+    train(budget)
     more = tmp_path / "more.jsonl"
     added = {"prompt": "Say", "chosen": " yes", "rejected": " never"}
     more.write_text(rows.read_text() + json.dumps(added) + "\n")
     # A string prompt needs no template; mixed files have both.
-    assert counts(train(f"data.train={more}")) == (25, 1)
+    found, computed = counts(train(budget, f"data.train={more}"))
+    assert found == 25
+    assert 1 <= computed < 20
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class CountingScorer:
 
     def logps(self, model, batch, plan=None):
         while self._most is not None and len(self.seen) >= self._most:
-            time.sleep(1)
+            time.sleep(0.05)
         values, cursor = [], 0
         for shape in batch.segments:
             parts = batch.input_ids[cursor : cursor + sum(shape)].split(list(shape))
@@ -54,12 +54,24 @@ class CountingScorer:
                         file.write(f"{prompt} {response}\n")
         return torch.tensor(values)
 
+    def plan(self, batch):
+        return None
+
+    def token_logps(self, model, batch, plan):
+        """A token has -id and its share of the rest of its response's value."""
+        sums = self.logps(model, batch)
+        ids = torch.zeros(len(sums)).index_add(0, batch.response, batch.targets.float())
+        rest = (sums + ids) / batch.lengths
+        return -batch.targets.float() + rest[batch.response]
+
 
 def expected(group: TokenGroup) -> list[float]:
     return [-int(r.sum()) - int(group.prompt.sum()) / 100 for r in group.responses]
 
 
-def fill(cache: ReferenceCache, *parts: list[TokenGroup], scorer=None, budget: int = 8):
+def fill(
+    cache: ReferenceCache, *parts: list[TokenGroup], scorer=None, budget: int = 8, **more: Any
+):
     stand_in: Any = scorer or CountingScorer()
     return with_reference_logps(
         parts,
@@ -69,6 +81,7 @@ def fill(cache: ReferenceCache, *parts: list[TokenGroup], scorer=None, budget: i
         device=torch.device("cpu"),
         precision=contextlib.nullcontext,
         micro_batch_tokens=budget,
+        **more,
     )
 
 
@@ -114,7 +127,7 @@ def other_file(path: Path) -> None:
 
 
 def poison(path: Path) -> None:
-    """A file whose name fits its content, but whose values are none that a model could give."""
+    """A file whose hash fits its content, but whose values are none that a model could give."""
     part = load_file(path)
     part["logps"][0] = np.nan
     publish_unchecked(path, part)
@@ -127,10 +140,15 @@ def positive(path: Path) -> None:
 
 
 def publish_unchecked(path: Path, part) -> None:
+    """Writes a block's file anew, with the hash that fits whatever it holds."""
     from dpo_lightning.reference.cache import _digest
 
-    path.unlink()
-    save_file(part, path.with_name(f"{_digest(part)}.safetensors"))
+    save_file(part | {"digest": np.frombuffer(_digest(part), dtype=np.uint8)}, path)
+
+
+def values_in(folder: Path) -> dict[str, bytes]:
+    """The bytes of every block's file below a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 MANY = [pair((1, i), (2, i, 0), (3, i, 0)) for i in range(40)]

@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.reference import blocks
 from dpo_lightning.reference.cache import ReferenceCache, response_key
 from dpo_lightning.reference.kinds import CachedReference
 from tests.support.reference_caches import (
@@ -31,6 +33,7 @@ from tests.support.reference_caches import (
     positive,
     rewrite,
     truncate,
+    values_in,
 )
 from tests.support.waiting import until
 
@@ -69,14 +72,40 @@ def test_every_different_response_is_computed_once_and_read_ever_after(tmp_path)
     assert (reference.rows, reference.computed, scorer.seen) == (3, 0, [])
 
 
-def test_one_more_row_computes_that_row(tmp_path):
+def test_one_more_row_computes_its_block(tmp_path, monkeypatch):
+    """The row has eight tokens: in a block of 32 it comes beside three others or less."""
+    monkeypatch.setattr(blocks, "_LEAST_BLOCK_TOKENS", 32)
     cache = ReferenceCache(tmp_path, FACTS)
-    fill(cache, GROUPS)
+    fill(cache, MANY)
     scorer = CountingScorer()
-    parts, reference = fill(cache, [*GROUPS, pair((1, 2), (3, 0), (7, 0))], scorer=scorer)
+    parts, reference = fill(cache, [pair((1, 40), (2, 0, 0), (3, 0, 0)), *MANY], scorer=scorer)
     check(parts)
-    assert (reference.rows, reference.computed) == (4, 1)
-    assert scorer.seen == [((1, 2), (7, 0))]
+    assert reference.rows == 41
+    assert 1 <= reference.computed <= 4
+    assert len(scorer.seen) == 2 * reference.computed
+    assert ((1, 40), (2, 0, 0)) in scorer.seen
+
+
+def test_rows_that_are_not_needed_are_neither_read_nor_given_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "_LEAST_BLOCK_TOKENS", 32)
+    needed = np.zeros(40, dtype=bool)
+    needed[[7, 19]] = True
+    scorer = CountingScorer()
+    [found], reference = fill(ReferenceCache(tmp_path, FACTS), MANY, scorer=scorer, needed=needed)
+    check([[found[7], found[19]]])
+    assert (reference.rows, reference.computed) == (2, 2)
+    assert len(scorer.seen) <= 2 * 2 * 4  # two blocks of four rows or less
+    assert [g.reference_logps is None for g in found] == (~needed).tolist()
+    # The blocks are those of the whole data set: what was read is what a whole pass computes.
+    part = values_in(tmp_path)
+    fill(ReferenceCache(tmp_path / "whole", FACTS), MANY)
+    whole = values_in(tmp_path / "whole")
+    assert len(part) <= 2 < len(whole)
+    assert part.items() <= whole.items()
+    [found], reference = fill(ReferenceCache(tmp_path, FACTS), MANY)
+    check([found])
+    assert reference.rows == 40
+    assert 32 <= reference.computed < 40
 
 
 def test_the_values_go_with_a_micro_batch(tmp_path):
@@ -100,7 +129,7 @@ def test_the_order_of_the_facts_does_not_matter(tmp_path):
     fill(ReferenceCache(tmp_path, FACTS), GROUPS)
     assert fill(ReferenceCache(tmp_path, dict(reversed(FACTS.items()))), GROUPS)[1].computed == 0
     [about] = tmp_path.glob("*/about.json")
-    assert json.loads(about.read_text()) == FACTS
+    assert json.loads(about.read_text()) == FACTS | {"layout": "blocks", "values": "sums"}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +178,27 @@ def test_a_damaged_file_is_computed_again_and_never_used(tmp_path, caplog, damag
 
 def test_a_value_of_another_length_is_none(tmp_path):
     cache = ReferenceCache(tmp_path, FACTS)
-    keys = np.zeros((1, 16), dtype=np.uint8)
-    cache.publish(keys, np.full(1, -2, dtype=np.float32), np.full(1, 3, dtype=np.int32))
-    assert cache.read(keys, np.array([3], dtype=np.int32)).tolist() == [-2]
-    assert np.isnan(cache.read(keys, np.array([4], dtype=np.int32))).all()
+    keys, lengths = np.zeros((1, 16), dtype=np.uint8), np.full(1, 3, dtype=np.int32)
+    cache.publish("block", keys, lengths, np.full(1, -2, dtype=np.float32))
+    assert cache.read("block", keys, lengths).tolist() == [-2]
+    assert cache.read("block", keys, lengths + 1) is None
+
+
+def test_a_cache_of_an_earlier_layout_is_said_and_not_read(tmp_path, caplog):
+    """Its values were computed beside what was missing then, so they may differ in a last bit."""
+    caplog.set_level("INFO")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/about.json").write_text(json.dumps(FACTS))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/about.json").write_text('{"by": "hand"}')
+    assert fill(ReferenceCache(tmp_path, FACTS), GROUPS)[1].computed == 3
+    [said] = [line for line in caplog.messages if "earlier" in line]
+    assert said.startswith(
+        f"reference: {tmp_path / 'earlier'} is of an earlier version and not read"
+    )
+    caplog.clear()
+    fill(ReferenceCache(tmp_path, FACTS), GROUPS)
+    assert caplog.messages == []
 
 
 def test_a_reference_that_gives_no_numbers_is_refused_by_row(tmp_path):
@@ -174,13 +220,13 @@ def failing(code: int, *, attribute: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("attribute", "code"),
-    [("lock", errno.EROFS), ("publish", errno.ENOSPC), ("lock", errno.ENOTSUP)],
+    [("claim", errno.EROFS), ("publish", errno.ENOSPC), ("claim", errno.EDQUOT)],
 )
 def test_a_cache_that_cannot_be_written_is_said_once(
     tmp_path, caplog, monkeypatch, attribute, code
 ):
     failing(code, attribute=attribute, monkeypatch=monkeypatch)
-    parts, reference = fill(ReferenceCache(tmp_path, FACTS), GROUPS, budget=1)
+    parts, reference = fill(ReferenceCache(tmp_path, FACTS), GROUPS)
     check(parts)
     assert reference.computed == 3
     assert caplog.text.count(os.strerror(code)) == 1
@@ -211,9 +257,9 @@ def test_an_interrupted_publish_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     (cache.path).mkdir()
     (cache.path / "about.json").touch()
-    arrays = np.zeros((1, 16), np.uint8), np.full(1, -1, np.float32), np.ones(1, np.int32)
+    arrays = np.zeros((1, 16), np.uint8), np.ones(1, np.int32), np.full(1, -1, np.float32)
     with pytest.raises(OSError, match="No space"):
-        cache.publish(*arrays)
+        cache.publish("block", *arrays)
     assert [path.name for path in cache.path.iterdir()] == ["about.json"]
 
 
@@ -224,7 +270,8 @@ def _fill_in_process(folder: Path, log: Path, results, most: int | None = None) 
     results.put(reference.computed)
 
 
-def test_four_processes_at_once_compute_each_row_once(tmp_path):
+def test_four_processes_at_once_compute_each_row_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "_LEAST_BLOCK_TOKENS", 32)
     context = multiprocessing.get_context("fork")
     results, log = context.Queue(), tmp_path / "log"
     workers = [
@@ -237,27 +284,38 @@ def test_four_processes_at_once_compute_each_row_once(tmp_path):
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    assert computed == [0, 0, 0, 40]
+    assert sum(computed) == 40
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 80
+    fill(ReferenceCache(tmp_path / "alone", FACTS), MANY)
+    assert values_in(tmp_path / "cache") == values_in(tmp_path / "alone")
+    assert [*(tmp_path / "cache").rglob("*.claim")] == []
 
 
-def test_a_killed_filler_leaves_no_lock_and_what_it_published(tmp_path, monkeypatch):
-    """It is killed in the middle, with at most 20 of 40 rows done; nobody is waited for then."""
-    from dpo_lightning.reference import fill as reference
+def test_a_killed_fillers_block_is_taken_over_at_once(tmp_path, monkeypatch, caplog):
+    """It is killed in a block of four rows or less, with 20 of 40 rows or a few more done; nobody waits."""
 
-    def wait() -> None:
-        raise AssertionError("a lock that nobody holds is waited for")
+    def is_stuck() -> bool:
+        claims = [*folder.rglob("*.claim")]
+        time.sleep(0.1)
+        return len(claims) == 1 and claims == [*folder.rglob("*.claim")]
 
-    monkeypatch.setattr(reference, "_PUBLISH_SECONDS", 0.0)
+    caplog.set_level("INFO")
+    monkeypatch.setattr(blocks, "_LEAST_BLOCK_TOKENS", 32)
     context = multiprocessing.get_context("fork")
     log, folder = tmp_path / "log", tmp_path / "cache"
     filler = context.Process(target=_fill_in_process, args=(folder, log, context.Queue(), 40))
     filler.start()
-    until(lambda: len(list(folder.glob("*/*.safetensors"))) >= 2)
+    until(lambda: log.exists() and len(log.read_text().splitlines()) >= 40)
+    until(is_stuck)
     os.kill(filler.pid, signal.SIGKILL)
     filler.join()
-    monkeypatch.setattr(reference, "_say_waiting", wait)
+    [claim] = folder.rglob("*.claim")
+    claim.with_name(f"{claim.stem}.safetensors.{filler.pid}").write_bytes(b"half")
     parts, filled = fill(ReferenceCache(folder, FACTS), MANY)
     check(parts)
-    assert 20 <= filled.computed < 40
+    assert 16 < filled.computed <= 20
+    assert "waiting" not in caplog.text
+    fill(ReferenceCache(tmp_path / "alone", FACTS), MANY)
+    assert values_in(folder) == values_in(tmp_path / "alone")
+    assert [path.name for path in folder.rglob(".*")] == []

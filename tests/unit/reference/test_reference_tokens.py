@@ -24,26 +24,12 @@ from tests.support.reference_caches import (
     flip,
     only_part,
     other_file,
-    pair,
     poison,
     positive,
     publish_unchecked,
     rewrite,
     truncate,
 )
-
-
-class TokenScorer(CountingScorer):
-    """A token has -id and its share of the prompt ids / 100: sums are those of the other."""
-
-    def plan(self, batch):
-        return None
-
-    def token_logps(self, model, batch, plan):
-        sums = self.logps(model, batch)
-        ids = torch.zeros(len(sums)).index_add(0, batch.response, batch.targets.float())
-        rest = (sums + ids) / batch.lengths
-        return -batch.targets.float() + rest[batch.response]
 
 
 def tokens_of(group) -> list[list[float]]:
@@ -56,7 +42,7 @@ def fill(cache: ReferenceCache, *parts, scorer=None, budget: int = 8, per_token:
         parts,
         cache,
         load=lambda: torch.nn.Linear(1, 1),
-        scorer=scorer or TokenScorer(),
+        scorer=scorer or CountingScorer(),
         device=torch.device("cpu"),
         precision=contextlib.nullcontext,
         micro_batch_tokens=budget,
@@ -83,27 +69,17 @@ def cache(tmp_path):
 
 @pytest.mark.parametrize("budget", [1, 8, 100])
 def test_every_different_response_is_computed_once_and_read_ever_after(cache, budget):
-    scorer = TokenScorer()
+    scorer = CountingScorer()
     parts, reference = fill(cache, GROUPS[:2], GROUPS[2:], scorer=scorer, budget=budget)
     check(parts)
     assert [len(part) for part in parts] == [2, 1]
     assert (reference.rows, reference.computed) == (3, 3)
     assert len(scorer.seen) == len(set(scorer.seen)) == 6
 
-    scorer = TokenScorer()
-    parts, reference = fill(cache, GROUPS[::-1], scorer=scorer)
+    scorer = CountingScorer()
+    parts, reference = fill(cache, GROUPS[::-1], scorer=scorer, budget=budget)
     check(parts)
     assert (reference.rows, reference.computed, scorer.seen) == (3, 0, [])
-
-
-def test_one_more_row_computes_that_row(cache):
-    fill(cache, GROUPS)
-    scorer = TokenScorer()
-    more = [GROUPS[0], pair((1, 2), (7, 8, 0), (3, 0)), *GROUPS[1:]]
-    parts, reference = fill(cache, more, scorer=scorer)
-    check(parts)
-    assert (reference.rows, reference.computed) == (4, 1)
-    assert scorer.seen == [((1, 2), (7, 8, 0))]
 
 
 def test_sums_and_tokens_do_not_mix(cache):
@@ -113,22 +89,11 @@ def test_sums_and_tokens_do_not_mix(cache):
     assert {group.reference_token_logps for group in parts[0]} == {None}
     for per_token in (False, True):
         assert fill(cache, GROUPS, per_token=per_token)[1].computed == 0
-    # Sums are where they were before there were tokens, and in the same form.
     assert load_file(only_part(cache))["logps"].shape == (6,)
     tokens = cache.of_tokens()
     assert tokens.path != cache.path
     assert tokens.of_tokens().path == tokens.path
     assert load_file(only_part(tokens))["logps"].shape == (2 * 5 + 3,)
-
-
-def test_files_of_sums_are_named_and_made_of_what_they_were(cache):
-    """Names by the code before there were values per token; a file is named by its content."""
-    keys = np.arange(32, dtype=np.uint8).reshape(2, 16)
-    cache.publish(keys, np.array([-1.5, -2.5], np.float32), np.array([3, 4], np.int32))
-    assert (cache.path.name, only_part(cache).stem) == (
-        "cfd52e218b26da05700665f9be98362d",
-        "a408858634084a1ae3db7ad9e1d3d261",
-    )
 
 
 def test_a_file_of_sums_among_those_of_tokens_is_not_used(cache, caplog):
@@ -197,28 +162,31 @@ def test_a_damaged_file_is_computed_again_and_never_used(cache, caplog, damage):
     assert caplog.text == ""
 
 
-def test_a_response_of_another_length_is_none(cache):
+def test_values_come_back_for_the_very_responses_they_are_of(cache, caplog):
     cache = cache.of_tokens()
     keys = np.arange(32, dtype=np.uint8).reshape(2, 16)
+    lengths = np.array([3, 2], np.int32)
     values = np.array([-1, -2, -3, -4, -5], dtype=np.float32)
-    cache.publish(keys, values, np.array([3, 2], np.int32))
-    assert cache.read(keys[::-1], np.array([2, 3], np.int32)).tolist() == [-4, -5, -1, -2, -3]
-    found = cache.read(keys, np.array([4, 2], np.int32))
-    assert np.isnan(found[:4]).all()
-    assert found[4:].tolist() == [-4, -5]
+    cache.publish("block", keys, lengths, values)
+    assert cache.read("other", keys, lengths) is None
+    assert cache.read("block", keys, lengths).tolist() == [-1, -2, -3, -4, -5]
+    assert caplog.text == ""
+    assert cache.read("block", keys, lengths[::-1]) is None
+    assert "is of other responses" in caplog.text
 
 
 def test_a_file_that_does_not_fit_is_not_written(cache):
     cache = cache.of_tokens()
     with pytest.raises(ValueError, match="different lengths"):
         cache.publish(
-            np.zeros((1, 16), np.uint8), np.full(1, -1, np.float32), np.array([2], np.int32)
+            "block",
+            *(np.zeros((1, 16), np.uint8), np.array([2], np.int32), np.full(1, -1, np.float32)),
         )
     assert not cache.path.exists()
 
 
 def test_a_reference_that_gives_no_numbers_is_refused_by_row(cache, tmp_path):
-    class Broken(TokenScorer):
+    class Broken(CountingScorer):
         def token_logps(self, model, batch, plan):
             values = super().token_logps(model, batch, plan)
             values[-1] = float("nan")

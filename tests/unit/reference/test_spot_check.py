@@ -102,10 +102,12 @@ def test_nothing_read_is_nothing_to_load(tmp_path):
     )  # fmt: skip
 
 
-def test_rows_that_were_there_before_are_told_from_those_computed_now(tmp_path):
+def test_rows_that_were_there_before_are_told_from_those_computed_now(tmp_path, monkeypatch):
+    """The last prompt's seven tokens are a block, and the nine of the other are one."""
+    monkeypatch.setattr("dpo_lightning.reference.blocks._LEAST_BLOCK_TOKENS", 10)
     cache = ReferenceCache(tmp_path, FACTS)
-    fill(cache, GROUPS[2:])
-    _, reference = fill(cache, GROUPS)
+    fill(cache, GROUPS[2:], budget=1)
+    _, reference = fill(cache, GROUPS, budget=1)
     assert (list(reference.read), reference.computed) == ([2], 2)
 
 

@@ -119,7 +119,7 @@ def test_a_sign_of_life_from_another_machine_keeps_the_folder(tmp_path, monkeypa
 
 def test_a_lock_that_a_launcher_took_is_gone_on_with(tmp_path, monkeypatch):
     handle = os.open(tmp_path / LOCK_FILE, os.O_RDWR | os.O_CREAT)
-    assert ownership._flock(handle)
+    assert ownership.try_lock(handle)
     monkeypatch.setenv(ownership.INHERITED_LOCK, str(handle))
     lock = take_folder(tmp_path, print)
     assert lock._handle == handle
