@@ -209,4 +209,6 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
         shared=prepared.models.scorer.shared,
         num_workers=plan.batches.num_workers,
         equal_counts=plan.batches.equal_counts,
+        gathers=prepared.models.scorer.gathers,
+        pinned=placed.device.type == "cuda",
     )
