@@ -24,7 +24,12 @@ from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
-from dpo_lightning.training.checkpoints.writer import PARTS, Checkpoints, DurableCheckpointIO
+from dpo_lightning.training.checkpoints.writer import (
+    PARTS,
+    WRITE_FAILED,
+    Checkpoints,
+    DurableCheckpointIO,
+)
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.preemption import Preemption
 from dpo_lightning.training.ranks import refuse_as_user_error
@@ -156,7 +161,7 @@ def make_trainer(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
-            plugins=[DurableCheckpointIO(manifest, PARTS)],
+            plugins=[DurableCheckpointIO(manifest, PARTS, background=True)],
             enable_progress_bar=_shows_bar(trainer),
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -175,6 +180,17 @@ def _make_strategy(trainer: TrainerPlan) -> Any:
             find_unused_parameters=trainer.find_unused_parameters, timeout=trainer.timeout
         )
     return ShardedStrategy(timeout=trainer.timeout) if trainer.sharded else trainer.strategy
+
+
+def what_is_pending(trainer: pl.Trainer | None, signals: SignalWatch) -> Callable[[], int]:
+    """Asks for what is to end the training on all ranks: a failed write, or a signal's number."""
+    io = None if trainer is None else trainer.strategy.checkpoint_io
+
+    def pending() -> int:
+        failed = isinstance(io, DurableCheckpointIO) and io.has_failed
+        return WRITE_FAILED if failed else signals.received
+
+    return pending
 
 
 def make_module(
