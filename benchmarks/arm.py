@@ -129,17 +129,17 @@ def _take_away(arm: str) -> None:
 
         collate = packing.collate_groups
 
-        def apart(groups: Any, rows: Any) -> Any:
+        def apart(groups: Any, rows: Any, **options: Any) -> Any:
             """Lays each response out behind a prompt of its own: no padding, no sharing."""
             alone = [
                 dataclasses.replace(group, responses=(response,), ranks=(1,), reference_logps=None)
                 for group in groups
                 for response in group.responses
             ]
-            layout = collate(alone, range(len(alone)))
-            whole = collate(groups, rows)
+            layout = collate(alone, range(len(alone)), **options)
+            whole = collate(groups, rows, gathers="none")
             names = ["group", "rank", "weight", "chosen", "rejected", "rows", "best"]
-            names += ["pair_share", "target_margin"]
+            names += ["pair_share", "target_margin", "places"]
             return dataclasses.replace(layout, **{name: getattr(whole, name) for name in names})
 
         packing.collate_groups = apart

@@ -31,8 +31,12 @@ class Size:
 
 
 SIZES = {
+    # 0.1 million parameters: what shows that a program runs.
+    "toy": Size(512, 64, 128, 2, 2, 2),
     # 20 million parameters: what two cores can train.
     "small": Size(8192, 384, 1024, 8, 6, 6),
+    # 0.4 billion: all of its weights are trained on a card of 24 GB.
+    "half": Size(32768, 1024, 4096, 24, 16, 8),
     # 1.2 billion, the shape of Llama 3.2 1B with a smaller vocabulary.
     "1b": Size(32768, 2048, 8192, 16, 32, 8),
     # 7.2 billion, the shape of Llama 3.1 8B with a smaller vocabulary.

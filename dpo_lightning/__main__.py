@@ -33,10 +33,17 @@ def _report(argv: list[str]) -> int:
     return main(argv)
 
 
+def _doctor(argv: list[str]) -> int:
+    from dpo_lightning.run.doctor.command import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
     "report": ("write the report of a sweep again", _report),
+    "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }
 """What each command does, and its function."""
 

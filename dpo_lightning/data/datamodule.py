@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dpo_lightning.data.gathers import Gathers
 from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.processes.lifeline import end_with
@@ -121,6 +122,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         shared: True if the scorer computes a prompt once for all its responses.
         num_workers: Processes that build batches ahead; 0 builds them in the training process.
         equal_counts: True if all ranks take as many micro-batches, as a sharded model needs.
+        gathers: What batches bring along for attention.
+        pinned: True if batches are put into pinned memory, out of which a GPU copies by itself.
     """
 
     def __init__(
@@ -135,6 +138,8 @@ class PreferenceDataModule(pl.LightningDataModule):
         shared: bool,
         num_workers: int,
         equal_counts: bool = False,
+        gathers: Gathers = "buckets",
+        pinned: bool = False,
     ) -> None:
         super().__init__()
         self.train_groups = train_groups
@@ -143,10 +148,12 @@ class PreferenceDataModule(pl.LightningDataModule):
         self.total_steps = total_steps
         self._seed = seed
         self._num_workers = num_workers
+        self._pinned = pinned
         self._share = {
             "micro_batch_tokens": micro_batch_tokens,
             "shared": shared,
             "equal_counts": equal_counts,
+            "gathers": gathers,
         }
 
     @property
@@ -176,6 +183,7 @@ class PreferenceDataModule(pl.LightningDataModule):
             sampler=sampler,
             batch_size=None,  # an item is a batch already
             num_workers=self._num_workers,
+            pin_memory=self._pinned,
             worker_init_fn=functools.partial(begin_worker, parent=os.getpid()),
             persistent_workers=False,
         )

@@ -8,74 +8,40 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo_lightning.data.gathers import Bucket, Bucketed, Gathers, Sequences
 from dpo_lightning.data.greedy import pack_costs
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.data.transit import put_together, taken_apart
+from dpo_lightning.data.transit import Movable
 
-# Scores of one attention call that take about as long as starting another call.
-_CALL_COST = 1 << 14
-# Most scores of one attention call, and so of its mask, unless it is a single sequence.
-_CALL_SCORES = 1 << 24
-
-Self = TypeVar("Self", bound="_Movable")
-
-
-class _Movable:
-    """Moves every tensor (or movable) field of a dataclass to a device."""
-
-    __slots__ = ()
-
-    def to(self: Self, device: torch.device | str, **kwargs: Any) -> Self:
-        values = {}
-        for item in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor | _Movable):
-                value = value.to(device, **kwargs)
-            elif isinstance(value, tuple) and value and isinstance(value[0], _Movable):
-                value = tuple(part.to(device, **kwargs) for part in value)
-            values[item.name] = value
-        return type(self)(**values)
+__all__ = [
+    "Bucket",
+    "GroupBatch",
+    "StepBatch",
+    "collate_groups",
+    "epoch_order",
+    "make_step_batch",
+    "plan_step",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket(_Movable):
-    """Sequences of like lengths, whose attention is one call.
-
-    The queries of a sequence are a prompt, or one response; its keys are that prompt, or the prompt
-    followed by that response. A query sees the keys whose position is not behind its own.
-
-    Attributes:
-        queries: Flat place of each query, shape (B, Q), int64; an unused one holds 0.
-        keys: Flat place of each key, shape (B, K), int64; an unused one holds 0.
-        query_positions: Position of each query in its sequence, shape (B, Q), int64; 0 where
-            unused, so that it sees one key and its softmax is finite.
-        key_positions: Position of each key, shape (B, K), int64; beyond all queries where unused.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class GroupBatch(_Movable):
+class GroupBatch(Movable):
     """A micro-batch of G groups with N responses in T tokens, of which S are scored.
 
     Attributes:
         input_ids: Token ids, shape (T,), int64.
         position_ids: Position of each token in its own sequence, shape (T,), int64.
-        buckets: How attention gathers the tokens into calls.
-        inverse: Place of each flat token among the buckets' queries, laid end to end, shape (T,),
-            int64.
+        bucketed: How attention gathers the tokens into calls; None where it is not to be brought
+            along.
+        sequences: What a kernel for any lengths takes; None the same.
         score_from: Token whose hidden state predicts each scored token, shape (S,), int64. The last
             token of a prompt stands here once for every response.
         targets: The scored token ids, shape (S,), int64.
@@ -93,14 +59,15 @@ class GroupBatch(_Movable):
             where all groups bring theirs along, else None.
         reference_token_logps: Log-probability of each scored token under the reference, shape (S,),
             float32, in the order of ``targets``, where all groups bring theirs along, else None.
+        places: Index of each group in its data set, shape (G,), int64.
         segments: (|P|, |y_1|, ..., |y_K|) of each group, on the host.
         rows: Index of each group in its data set, on the host.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    buckets: tuple[Bucket, ...]
-    inverse: Tensor
+    bucketed: Bucketed | None
+    sequences: Sequences | None
     score_from: Tensor
     targets: Tensor
     response: Tensor
@@ -115,8 +82,25 @@ class GroupBatch(_Movable):
     best: Tensor
     reference_logps: Tensor | None
     reference_token_logps: Tensor | None
+    places: Tensor
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+
+    def in_buckets(self) -> Bucketed:
+        """The buckets that it brings, or new ones, which go to its device in one copy."""
+        if self.bucketed is not None:
+            return self.bucketed
+        return Bucketed.of(self.segments).to(self.input_ids.device)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Gathers of the tokens, one for each call of attention."""
+        return self.in_buckets().buckets
+
+    @property
+    def inverse(self) -> Tensor:
+        """Place of each flat token among the buckets' queries, laid end to end, (T,), int64."""
+        return self.in_buckets().inverse
 
     @property
     def largest_group(self) -> int:
@@ -125,7 +109,7 @@ class GroupBatch(_Movable):
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch(_Movable):
+class StepBatch(Movable):
     """One rank's part of one optimizer step; one Lightning batch.
 
     Attributes:
@@ -147,10 +131,6 @@ class StepBatch(_Movable):
     def counted(self) -> tuple[GroupBatch, ...]:
         """The micro-batches whose groups count."""
         return self.micro_batches[: len(self.micro_batches) - self.fillers]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Goes through the queue of a worker as one tensor for each type."""
-        return put_together, taken_apart(self)
 
 
 def plan_step(
@@ -237,6 +217,7 @@ def make_step_batch(
     micro_batch_tokens: int,
     shared: bool,
     equal_counts: bool = False,
+    gathers: Gathers = "buckets",
 ) -> StepBatch:
     """Builds one rank's part of the step over ``groups[i] for i in rows``.
 
@@ -248,6 +229,7 @@ def make_step_batch(
         micro_batch_tokens: Most tokens of a micro-batch.
         shared: True if a prompt is computed once for its responses; decides what a group costs.
         equal_counts: True if all ranks are to have as many micro-batches; see :func:`plan_step`.
+        gathers: What the micro-batches bring along for attention.
     """
     step = [groups[i] for i in rows]
     costs = [group.tokens if shared else group.padded_tokens for group in step]
@@ -262,7 +244,7 @@ def make_step_batch(
     shortest = min(range(len(costs)), key=lambda i: costs[i])
     return StepBatch(
         micro_batches=tuple(
-            collate_groups([step[i] for i in micro], [rows[i] for i in micro])
+            collate_groups([step[i] for i in micro], [rows[i] for i in micro], gathers=gathers)
             for micro in [*mine, *[[shortest]] * fillers]
         ),
         total_weight=float(sum(group.weight for group in step)),
@@ -272,12 +254,15 @@ def make_step_batch(
     )
 
 
-def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBatch:
+def collate_groups(
+    groups: Sequence[TokenGroup], rows: Sequence[int], *, gathers: Gathers = "buckets"
+) -> GroupBatch:
     """Lays groups out flat.
 
     Args:
         groups: At least one group.
         rows: Index of each group in its data set.
+        gathers: What is brought along for attention.
 
     Example:
         One group with the prompt (7, 8) and the responses (3, 0) and (4, 5, 0) becomes
@@ -300,12 +285,12 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
     flat = _flat(groups)
     pairs = _ranked_pairs(groups)
     ranks = [rank for group in groups for rank in group.ranks]
-    buckets, inverse = _buckets(flat.sequences, tokens=sum(map(len, flat.ids)))
+    segments = tuple((len(g.prompt), *map(len, g.responses)) for g in groups)
     return GroupBatch(
         input_ids=_tensor(np.concatenate(flat.ids)),
         position_ids=_tensor(np.concatenate(flat.positions)),
-        buckets=buckets,
-        inverse=inverse,
+        bucketed=Bucketed.of(segments) if gathers == "buckets" else None,
+        sequences=Sequences.of_segments(segments) if gathers == "sequences" else None,
         score_from=_tensor(np.concatenate(flat.score_from)),
         targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
         response=_tensor(np.concatenate(flat.responses)),
@@ -322,7 +307,8 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         reference_token_logps=_joined(
             [None if (t := g.reference_token_logps) is None else np.concatenate(t) for g in groups]
         ),
-        segments=tuple((len(g.prompt), *map(len, g.responses)) for g in groups),
+        places=_integers(rows),
+        segments=segments,
         rows=tuple(rows),
     )
 
@@ -334,14 +320,12 @@ class _Flat:
     Attributes:
         ids: Token ids of each prompt and response.
         positions: Positions of each.
-        sequences: Place and number of the queries of each, and of the keys before them.
         score_from: Places that predict each response.
         responses: Number of the response, for each of its tokens.
     """
 
     ids: list[npt.NDArray[Any]] = field(default_factory=list)
     positions: list[npt.NDArray[Any]] = field(default_factory=list)
-    sequences: list[tuple[int, int, int, int]] = field(default_factory=list)
     score_from: list[npt.NDArray[Any]] = field(default_factory=list)
     responses: list[npt.NDArray[Any]] = field(default_factory=list)
 
@@ -353,13 +337,11 @@ def _flat(groups: Sequence[TokenGroup]) -> _Flat:
         p = len(group.prompt)
         flat.ids.append(group.prompt)
         flat.positions.append(np.arange(p))
-        flat.sequences.append((start, p, start, 0))
         cursor = start + p
         for response in group.responses:
             r = len(response)
             flat.ids.append(response)
             flat.positions.append(np.arange(p, p + r))
-            flat.sequences.append((cursor, r, start, p))
             source = np.arange(cursor - 1, cursor + r - 1)
             source[0] = start + p - 1
             flat.score_from.append(source)
@@ -402,54 +384,3 @@ def _joined(parts: Sequence[npt.NDArray[np.float32] | None]) -> Tensor | None:
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(array.astype(np.int64, copy=False))
-
-
-def _buckets(
-    sequences: list[tuple[int, int, int, int]], *, tokens: int
-) -> tuple[tuple[Bucket, ...], Tensor]:
-    """Gathers sequences of like lengths into padded rectangles, as few as pay.
-
-    Args:
-        sequences: Place and number of the queries, and of the keys that come before them.
-        tokens: Number of all queries.
-    """
-
-    def size(i: int) -> tuple[int, int]:
-        _, queries, _, before = sequences[i]
-        return queries, before + queries
-
-    parts: list[list[int]] = []
-    widths: list[tuple[int, int]] = []
-    for i in sorted(range(len(sequences)), key=lambda i: (*(-n for n in size(i)[::-1]), i)):
-        queries, keys = size(i)
-        if parts:
-            wide = max(widths[-1][0], queries), max(widths[-1][1], keys)
-            scores = (len(parts[-1]) + 1) * wide[0] * wide[1]
-            apart = len(parts[-1]) * widths[-1][0] * widths[-1][1] + queries * keys + _CALL_COST
-            if scores <= min(apart, _CALL_SCORES):
-                parts[-1].append(i)
-                widths[-1] = wide
-                continue
-        parts.append([i])
-        widths.append((queries, keys))
-    inverse = np.empty(tokens, dtype=np.int64)
-    buckets = []
-    offset = 0
-    for part, (most_queries, most_keys) in zip(parts, widths, strict=True):
-        query_index = np.zeros((len(part), most_queries), dtype=np.int64)
-        key_index = np.zeros((len(part), most_keys), dtype=np.int64)
-        query_positions = np.zeros_like(query_index)
-        key_positions = np.full_like(key_index, tokens)
-        for row, i in enumerate(part):
-            place, n, before, n_before = sequences[i]
-            own = np.arange(place, place + n)
-            query_index[row, :n] = own
-            query_positions[row, :n] = np.arange(n_before, n_before + n)
-            key_index[row, :n_before] = np.arange(before, before + n_before)
-            key_index[row, n_before : n_before + n] = own
-            key_positions[row, : n_before + n] = np.arange(n_before + n)
-            inverse[own] = offset + row * most_queries + np.arange(n)
-        offset += query_index.size
-        tensors = (query_index, key_index, query_positions, key_positions)
-        buckets.append(Bucket(*(_tensor(array) for array in tensors)))
-    return tuple(buckets), _tensor(inverse)

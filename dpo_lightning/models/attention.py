@@ -10,18 +10,17 @@ sliding windows are honoured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
-from dpo_lightning.data.packing import Bucket, GroupBatch, collate_groups
+from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences
+from dpo_lightning.data.packing import GroupBatch, collate_groups
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.models.rope import Part
 
@@ -62,12 +61,28 @@ class AttentionPlan:
         self.batch = batch
         self.order = order
         self.parts = parts
-        self.buckets = batch.buckets
-        self.inverse = batch.inverse
-        self.sequences = Sequences.of(batch) if varlen else None
+        self._bucketed = batch.bucketed
+        self.sequences = (batch.sequences or Sequences.of(batch)) if varlen else None
         self.windows: set[int | None] = set()
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
+
+    @property
+    def bucketed(self) -> Bucketed:
+        """The buckets; made when a layer first asks, where the batch does not bring them."""
+        if self._bucketed is None:
+            self._bucketed = self.batch.in_buckets()
+        return self._bucketed
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Gathers of the tokens, one for each call of attention."""
+        return self.bucketed.buckets
+
+    @property
+    def inverse(self) -> Tensor:
+        """Place of each flat token among the buckets' queries, laid end to end, (T,), int64."""
+        return self.bucketed.inverse
 
     def mask(self, number: int, window: int | None) -> Tensor:
         """Mask of the keys that each query of a bucket sees, shape (B, 1, Q, K), bool."""
@@ -87,55 +102,6 @@ class AttentionPlan:
             whole = bias[:, :, None].expand(-1, heads, shared, -1, -1)
             self._biases[key] = whole.reshape(len(mask) * heads, -1, mask.shape[-1])
         return self._biases[key]
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """A micro-batch as sequences of queries in their flat order, each with keys of its own.
-
-    Attributes:
-        keys: Flat place of each key, sequence after sequence, shape (K,), int64: a prompt's own
-            tokens, or a prompt followed by a response.
-        query_ends: End of each sequence's queries, after a 0, shape (S + 1,), int32.
-        key_ends: The same of the keys.
-        most_queries: Queries of the longest sequence.
-        most_keys: Its keys.
-    """
-
-    keys: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
-    most_queries: int
-    most_keys: int
-
-    @classmethod
-    def of(cls, batch: GroupBatch) -> Sequences:
-        """Makes the sequences from the lengths of prompts and responses, which the host knows."""
-        keys: list[npt.NDArray[np.int64]] = []
-        queries: list[int] = []
-        start = 0
-        for prompt, *responses in batch.segments:
-            own = np.arange(start, start + prompt)
-            keys.append(own)
-            queries.append(prompt)
-            start += prompt
-            for length in responses:
-                keys.append(np.concatenate([own, np.arange(start, start + length)]))
-                queries.append(length)
-                start += length
-        device = batch.input_ids.device
-        lengths = [len(part) for part in keys]
-
-        def ends(counts: list[int]) -> Tensor:
-            return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
-
-        return cls(
-            keys=torch.from_numpy(np.concatenate(keys)).to(device),
-            query_ends=ends(queries),
-            key_ends=ends(lengths),
-            most_queries=max(queries),
-            most_keys=max(lengths),
-        )
 
 
 def _bucket_mask(bucket: Bucket, window: int | None) -> Tensor:

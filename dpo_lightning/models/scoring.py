@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpo_lightning.data.gathers import Gathers
 from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan, varlen_fault
@@ -103,6 +104,13 @@ class Scorer:
     def shared(self) -> bool:
         """True if a prompt is computed once for all its responses."""
         return self.path == "flat"
+
+    @property
+    def gathers(self) -> Gathers:
+        """Gathers that a micro-batch brings along for attention, made before the step."""
+        if self.path == "padded" or self.lengths:
+            return "none"  # its rows are plain ones, or it may be laid out anew
+        return "sequences" if self.varlen else "buckets"
 
     def prepare(self, model: Any) -> None:
         """Switches a transformers model to the attention that this path needs."""

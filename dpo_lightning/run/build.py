@@ -24,7 +24,12 @@ from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
-from dpo_lightning.training.checkpoints.writer import PARTS, Checkpoints, DurableCheckpointIO
+from dpo_lightning.training.checkpoints.writer import (
+    PARTS,
+    WRITE_FAILED,
+    Checkpoints,
+    DurableCheckpointIO,
+)
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.precision import trainer_precision
 from dpo_lightning.training.preemption import Preemption
@@ -157,7 +162,7 @@ def make_trainer(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
-            plugins=[DurableCheckpointIO(manifest, PARTS)],
+            plugins=[DurableCheckpointIO(manifest, PARTS, background=True)],
             enable_progress_bar=_shows_bar(trainer),
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -176,6 +181,17 @@ def _make_strategy(trainer: TrainerPlan) -> Any:
             find_unused_parameters=trainer.find_unused_parameters, timeout=trainer.timeout
         )
     return ShardedStrategy(timeout=trainer.timeout) if trainer.sharded else trainer.strategy
+
+
+def what_is_pending(trainer: pl.Trainer | None, signals: SignalWatch) -> Callable[[], int]:
+    """Asks for what is to end the training on all ranks: a failed write, or a signal's number."""
+    io = None if trainer is None else trainer.strategy.checkpoint_io
+
+    def pending() -> int:
+        failed = isinstance(io, DurableCheckpointIO) and io.has_failed
+        return WRITE_FAILED if failed else signals.received
+
+    return pending
 
 
 def make_module(
@@ -210,4 +226,6 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
         shared=prepared.models.scorer.shared,
         num_workers=plan.batches.num_workers,
         equal_counts=plan.batches.equal_counts,
+        gathers=prepared.models.scorer.gathers,
+        pinned=placed.device.type == "cuda",
     )

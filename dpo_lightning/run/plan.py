@@ -287,9 +287,17 @@ def choose_folders(config: Config, run_dir: Path) -> Folders:
         config: The settings.
         run_dir: The run's folder.
     """
-    named = config.reference.cache_dir or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR
-    cache = Path(named).expanduser()
+    cache = cache_folder(config.reference.cache_dir)
     return Folders(run_dir, run_dir / CHECKPOINTS, cache / "reference", cache / "tokens")
+
+
+def cache_folder(named: str | None) -> Path:
+    """Folder of what is kept for all runs.
+
+    Args:
+        named: ``reference.cache_dir``.
+    """
+    return Path(named or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR).expanduser()
 
 
 def trainer_plan(config: Config) -> TrainerPlan:

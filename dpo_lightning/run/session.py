@@ -43,6 +43,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
 from dpo_lightning.run.folder import RunFolder
@@ -420,8 +421,8 @@ def _build(
     plan, models = session.plan, prepared.models
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
-    signals = session.signals
-    module = make_module(plan, prepared, placed, pending_signal=lambda: signals.received)
+    pending = what_is_pending(session.trainer, session.signals)
+    module = make_module(plan, prepared, placed, pending_signal=pending)
     datamodule = make_data_module(plan, prepared, placed)
     if session.is_first:
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)

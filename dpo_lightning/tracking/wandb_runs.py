@@ -236,19 +236,48 @@ def wandb_mode(mode: str) -> str:
             "wandb: not logged in, so this run is recorded offline (wandb login changes that)",
         )
         return "offline"
-    server = urlparse(wandb.setup().settings.base_url)
-    port = server.port or (443 if server.scheme == "https" else 80)
-    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
-    if through_proxy and server.scheme == "https":
-        return "online"
-    try:
-        socket.create_connection((server.hostname or "", port), timeout=3).close()
-    except OSError:
-        log.log(
-            level, "wandb: %s does not answer, so this run is recorded offline", server.hostname
-        )
+    host, answers = _ask_server(wandb)
+    if not answers:
+        log.log(level, "wandb: %s does not answer, so this run is recorded offline", host)
         return "offline"
     return "online"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """State of the wandb server.
+
+    Attributes:
+        host: Its name.
+        answers: True if it answers, or a proxy stands before it.
+        logged_in: True if there is a key for it.
+    """
+
+    host: str
+    answers: bool
+    logged_in: bool
+
+
+def server_state() -> ServerState:
+    """Asks for the server that runs would be sent to."""
+    import wandb
+
+    host, answers = _ask_server(wandb)
+    return ServerState(host, answers, _logged_in(wandb))
+
+
+def _ask_server(wandb: Any) -> tuple[str, bool]:
+    """Name of the server, and True if it answers."""
+    server = urlparse(wandb.setup().settings.base_url)
+    host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
+    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if through_proxy and server.scheme == "https":
+        return host, True
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError:
+        return host, False
+    return host, True
 
 
 def _logged_in(wandb: Any) -> bool:

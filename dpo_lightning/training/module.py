@@ -189,8 +189,7 @@ class DPOModule(CheckpointedModule):
             if not counts:
                 continue
             self._eval_sums = self._eval_sums + comparison.sums
-            rows = torch.tensor(micro_batch.rows, device=self.device)
-            self.eval_accuracies[rows] = comparison.accuracies
+            self.eval_accuracies[micro_batch.places] = comparison.accuracies
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over every group once, exact over ranks and ragged batches."""

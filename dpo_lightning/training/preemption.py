@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from dpo_lightning.processes.signals import SignalWatch, Stopped
-from dpo_lightning.training.checkpoints.files import checkpoint_path, prune
-from dpo_lightning.training.checkpoints.writer import DurableCheckpointIO, save_now
+from dpo_lightning.training.checkpoints.files import checkpoint_path
+from dpo_lightning.training.checkpoints.writer import is_saved, save_now
 
 
 class Preemption(Callback):
@@ -69,12 +69,7 @@ class Preemption(Callback):
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         path = checkpoint_path(self._folder, trainer.global_step)
-        io = trainer.strategy.checkpoint_io
-        # Rank 0 writes; what it knows counts.
-        saved = isinstance(io, DurableCheckpointIO) and io.last_saved == path
-        if not trainer.strategy.broadcast(saved):
-            save_now(trainer, path)
-            if trainer.is_global_zero:
-                prune(self._folder, newest=path, keep=self._keep)
+        if not is_saved(trainer, path):
+            save_now(trainer, path, keep=self._keep)
         self._signals.notice()
         raise Stopped(signum, f"resume={path} resumes after step {trainer.global_step}")

@@ -38,7 +38,7 @@ def test_the_version(capsys):
         ("trian", "trian: unknown command; did you mean `train`?"),
         ("Train", "Train: unknown command; did you mean `train`?"),
         ("reports", "reports: unknown command; did you mean `report`?"),
-        ("x", "x: unknown command; available: train, preflight, report"),
+        ("x", "x: unknown command; available: train, preflight, report, doctor"),
         ("beta=0.1", "beta=…: a command comes first, such as `python train.py`; available: "),
         ("-m", "-m: a command comes first, such as `python train.py`; available: "),
         ("--cfg", "--cfg: a command comes first"),
@@ -75,6 +75,8 @@ def test_a_command_is_given_the_words_behind_its_name(monkeypatch, name: str):
         (["preflight", "bta=1"], 2, "", "error: bta: unknown key; did you mean `beta`?\n"),
         (["report", "--help"], 0, "usage: python -m dpo_lightning report", ""),
         (["report", "none"], 2, "", "error: none: "),
+        (["doctor", "--help"], 0, "usage: python -m dpo_lightning doctor [--json]", ""),
+        (["doctor", "--jsn"], 2, "", "error: --jsn: `python -m dpo_lightning doctor` takes --json"),
     ],
 )
 def test_commands_answer_from_any_folder_without_torch(tmp_path, words, code, out, err):

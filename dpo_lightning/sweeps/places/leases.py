@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.memory.gpus import Gpu, devices_named, is_slice, list_gpus, short_name
 from dpo_lightning.settings.names import DeviceKind
+
+log = logging.getLogger(__name__)
 
 # More processes on one CPU's memory than this only wait for it; each gets more threads instead.
 _MOST_CPU_SLOTS = 4
@@ -26,7 +29,8 @@ class Lease:
 
     Attributes:
         kind: Their kind.
-        devices: Their names: of CUDA devices what CUDA_VISIBLE_DEVICES takes, else numbers.
+        devices: Their names: of CUDA devices UUIDs, or what else CUDA_VISIBLE_DEVICES takes; else
+            numbers.
     """
 
     kind: DeviceKind
@@ -34,8 +38,8 @@ class Lease:
 
     @property
     def labels(self) -> list[str]:
-        """The devices as a reader knows them, such as ``cuda:3``."""
-        return [f"{self.kind}:{device}" for device in self.devices]
+        """The devices as a reader knows them, such as ``cpu:3`` or ``cuda:GPU-5d5ba0d6``."""
+        return [f"{self.kind}:{short_name(device)}" for device in self.devices]
 
 
 class DevicePool:
@@ -126,38 +130,95 @@ def _chosen_gpus(wanted: Any, gpus: Sequence[str]) -> list[str]:
             if int(number) >= len(gpus):
                 raise UserError(
                     f"hydra.launcher.devices={wanted}: {len(gpus)} CUDA devices are visible "
-                    f"({', '.join(gpus)}), numbered from 0"
+                    f"({', '.join(map(short_name, gpus))}), numbered from 0"
                 )
             chosen.append(gpus[int(number)])
         else:
-            chosen.append(str(number))
+            # As CUDA itself, which knows a device by the beginning of its name.
+            meant = [gpu for gpu in gpus if gpu.startswith(str(number))]
+            chosen.append(meant[0] if len(meant) == 1 else str(number))
+    twice = next((name for name in chosen if chosen.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"hydra.launcher.devices={wanted}: {short_name(twice)} is named twice, and a device "
+            "is one trial's at a time; name it once"
+        )
     return chosen
+
+
+def check_width(width: int, pool: DevicePool) -> None:
+    """Refuses trials for which there are too few devices.
+
+    Args:
+        width: ``trainer.devices``, counted.
+        pool: The devices of their kind.
+
+    Raises:
+        UserError: If they want more than there are, or several where some are slices of a GPU.
+    """
+    there = len(pool.devices)
+    if width > there:
+        raise UserError(
+            f"trainer.devices={width}: the sweep has {there} {pool.kind} devices; lower it, or "
+            f"give it more with hydra.launcher.devices={width}"
+        )
+    slices = [device for device in pool.devices if is_slice(device)]
+    if width > 1 and slices:
+        raise UserError(
+            f"trainer.devices={width}: {short_name(slices[0])} is a slice of a GPU (MIG), and a "
+            "program sees one slice at most; use trainer.devices=1, or name whole GPUs with "
+            "hydra.launcher.devices=[<UUIDs>]"
+        )
 
 
 def visible_gpus(environment: Mapping[str, str] | None = None) -> list[str]:
     """The CUDA devices that a trial could use, as CUDA_VISIBLE_DEVICES names them.
 
-    None where torch is a build without CUDA: there a trial would run on the CPU.
+    UUIDs where ``nvidia-smi`` lists the devices; what is in CUDA_VISIBLE_DEVICES as it is where it
+    does not. None where torch is a build without CUDA: there a trial would run on the CPU.
+
+    Args:
+        environment: The environment; None is this process's.
     """
     environment = os.environ if environment is None else environment
     if not _torch_has_cuda():
         return []
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        names = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
-        # CUDA itself stops at the first name that is none.
-        end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
-        return names[:end]
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [device for gpu in list_gpus() for device in gpu.devices]
+    names = [name.strip() for name in given.split(",")]
+    # CUDA itself stops at the first name that is none.
+    end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    names = names[:end]
+    gpus = list_gpus() if names else []
+    if not gpus:
+        return names
+    if any(map(str.isdecimal, names)):
+        _say_order(gpus, environment)
+    found: list[str] = []
+    for name in names:
+        meant = devices_named(name, gpus)
+        if not meant:
+            log.warning(
+                "CUDA_VISIBLE_DEVICES=%s: nvidia-smi lists no %s, so it and what follows is left "
+                "out, as CUDA does; `nvidia-smi -L` shows what there is",
+                *(given, name),
+            )
+            break
+        found += [device for device in meant if device not in found]
+    return found
+
+
+def _say_order(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> None:
+    """Says which GPU a number means where CUDA and the bus may number them differently."""
+    if environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({g.model for g in gpus}) == 1:
+        return
+    log.warning(
+        "CUDA_VISIBLE_DEVICES=%s: there are several models of GPU, and the numbers are taken in "
+        "the order of the bus, as nvidia-smi shows them; UUIDs (`nvidia-smi -L`), or "
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID, mean the same to every program",
+        environment["CUDA_VISIBLE_DEVICES"],
+    )
 
 
 def _torch_has_cuda() -> bool:

@@ -28,6 +28,7 @@ from dpo_lightning.sweeps.places.claims import Taken, stop_other
 from dpo_lightning.sweeps.places.leases import (
     DevicePool,
     Lease,
+    check_width,
     kind_of_trial,
     make_pool,
     visible_gpus,
@@ -112,12 +113,7 @@ def _make_pools(
     pools: dict[DeviceKind, DevicePool] = {}
     for kind, width in widths.items():
         pools[kind] = make_pool(kind, devices, gpus)
-        there = len(pools[kind].devices)
-        if width > there:
-            raise UserError(
-                f"trainer.devices={width}: the sweep has {there} {kind} devices; lower it, or give "
-                f"it more with hydra.launcher.devices={width}"
-            )
+        check_width(width, pools[kind])
     return pools
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch.utils.data import DataLoader
 
-from dpo_lightning.data import packing
+from dpo_lightning.data import gathers, packing
 from dpo_lightning.data.packing import (
     Bucket,
     GroupBatch,
@@ -177,7 +177,7 @@ def test_buckets_let_each_token_see_what_it_should(groups):
 def test_a_call_is_not_larger_than_allowed(monkeypatch):
     groups = random_groups(30)
     few = collate_groups(groups, range(30))
-    monkeypatch.setattr(packing, "_CALL_SCORES", 1500)
+    monkeypatch.setattr(gathers, "_CALL_SCORES", 1500)
     many = collate_groups(groups, range(30))
     assert len(few.buckets) < len(many.buckets)
     for bucket in many.buckets:
@@ -194,7 +194,7 @@ def test_sequences_of_like_lengths_are_one_call(monkeypatch):
     ]
     batch = collate_groups(groups, range(3))
     assert len(batch.buckets) == 1
-    monkeypatch.setattr(packing, "_CALL_COST", 0)
+    monkeypatch.setattr(gathers, "_CALL_COST", 0)
     batch = collate_groups(groups, range(3))
     shapes = [(*bucket.queries.shape, bucket.keys.shape[1]) for bucket in batch.buckets]
     assert shapes == [(6, 3, 43), (3, 40, 40)]

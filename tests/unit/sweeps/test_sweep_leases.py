@@ -1,5 +1,6 @@
 """Device slots: those of a machine, those of a trial, and the trial's environment."""
 
+import logging
 import os
 import random
 import types
@@ -8,7 +9,13 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.places import leases
-from dpo_lightning.sweeps.places.leases import DevicePool, kind_of_trial, make_pool, visible_gpus
+from dpo_lightning.sweeps.places.leases import (
+    DevicePool,
+    check_width,
+    kind_of_trial,
+    make_pool,
+    visible_gpus,
+)
 
 
 def test_a_lease_is_exclusive_until_it_is_given_back():
@@ -102,6 +109,35 @@ def test_devices_that_are_not_there_are_refused(wanted, gpus, said):
         make_pool("cuda", wanted, gpus)
 
 
+# What nvidia-smi -L lists: two models, and a GPU that is cut into two slices.
+FAST, SLOW, CUT = (f"GPU-{d * 8}-0000-1111-2222-333344445555" for d in "abc")
+SLICES = [f"MIG-{d * 8}-5555-5afc-978f-d2f129440900" for d in "de"]
+A100, L4 = "NVIDIA A100-SXM4-40GB", "NVIDIA L4"
+MIXED = f"""\
+GPU 0: {L4} (UUID: {SLOW})
+GPU 1: {A100} (UUID: {FAST})
+GPU 2: {A100} (UUID: {CUT})
+  MIG 3g.20gb     Device  0: (UUID: {SLICES[0]})
+  MIG 1g.5gb      Device  1: (UUID: {SLICES[1]})
+"""
+ALIKE = f"GPU 0: {L4} (UUID: {SLOW})\nGPU 1: {L4} (UUID: {FAST})\n"
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """A stand-in for the program; called with what it lists, or None for one that fails."""
+    monkeypatch.setattr(leases, "_torch_has_cuda", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def lists(text: str | None) -> None:
+        (tmp_path / "listed").write_text(text or "")
+        said = "echo no driver; exit 9" if text is None else f"cat {tmp_path / 'listed'}"
+        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$1" = -L ] || exit 3\n{said}\n')
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return lists
+
+
 @pytest.mark.parametrize(
     ("visible", "names"),
     [
@@ -112,20 +148,98 @@ def test_devices_that_are_not_there_are_refused(wanted, gpus, said):
         ("0,-1,2", ["0"]),
     ],
 )
-def test_cuda_visible_devices_is_honoured(monkeypatch, visible, names):
-    monkeypatch.setattr(leases, "_torch_has_cuda", lambda: True)
+def test_cuda_visible_devices_is_honoured_where_nobody_lists_them(nvidia_smi, visible, names):
+    nvidia_smi(None)
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": visible}) == names
 
 
-def test_without_the_variable_the_driver_is_asked(monkeypatch, tmp_path):
-    monkeypatch.setattr(leases, "_torch_has_cuda", lambda: True)
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=index ] && printf "0\\n1\\n"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert visible_gpus({}) == ["0", "1"]
-    tool.write_text("#!/bin/sh\necho no driver; exit 9\n")
+def test_without_the_variable_the_driver_is_asked(nvidia_smi):
+    nvidia_smi(ALIKE)
+    assert visible_gpus({}) == [SLOW, FAST]
+    nvidia_smi(None)
     assert visible_gpus({}) == []
+
+
+def test_a_gpu_that_is_cut_is_used_by_its_slices(nvidia_smi):
+    nvidia_smi(MIXED)
+    assert visible_gpus({}) == [SLOW, FAST, *SLICES]
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1,0", [FAST, SLOW]),
+        (f"{FAST},0", [FAST, SLOW]),
+        ("GPU-bbbb", [SLOW]),
+        ("2", SLICES),
+        (f"{CUT},1", [*SLICES, FAST]),
+        (SLICES[1], [SLICES[1]]),
+        (f"MIG-{CUT}/1/0", [f"MIG-{CUT}/1/0"]),
+        ("0,0,1", [SLOW, FAST]),
+        ("1,-1,0", [FAST]),
+    ],
+)
+def test_what_is_visible_is_named_by_uuid(nvidia_smi, visible, names):
+    nvidia_smi(MIXED)
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": visible}) == names
+
+
+@pytest.mark.parametrize("name", ["7", "GPU-ffff", "GPU-", "MIG-"])
+def test_from_a_name_that_is_none_on_nothing_is_visible_and_that_is_said(nvidia_smi, caplog, name):
+    """As in CUDA; the beginning of two UUIDs is the name of neither."""
+    nvidia_smi(MIXED)
+    environment = {"CUDA_VISIBLE_DEVICES": f"1,{name},0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert visible_gpus(environment) == [FAST]
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"CUDA_VISIBLE_DEVICES=1,{name},0: nvidia-smi lists no ")
+
+
+@pytest.mark.parametrize(
+    ("listed", "environment", "said"),
+    [
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0"}, True),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, True),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, False),
+        (MIXED, {"CUDA_VISIBLE_DEVICES": FAST}, False),
+        (MIXED, {}, False),
+        (ALIKE, {"CUDA_VISIBLE_DEVICES": "0"}, False),
+    ],
+)
+def test_a_number_that_may_mean_another_gpu_to_cuda_is_said(
+    nvidia_smi, caplog, listed, environment, said
+):
+    caplog.set_level(logging.WARNING)
+    nvidia_smi(listed)
+    visible_gpus(environment)
+    assert ("in the order of the bus" in caplog.text) == said
+
+
+def test_a_trial_is_given_a_uuid_and_its_reader_the_beginning_of_it(nvidia_smi):
+    nvidia_smi(MIXED)
+    pool = make_pool("cuda", [1, SLICES[1][:9]], visible_gpus({}))
+    assert pool.devices == (FAST, SLICES[1])
+    lease = pool.take(1)
+    assert pool.environment(lease, {})["CUDA_VISIBLE_DEVICES"] == FAST
+    assert lease.labels == ["cuda:GPU-aaaaaaaa"]
+    assert pool.take(1).labels == ["cuda:MIG-eeeeeeee"]
+
+
+def test_a_device_that_is_named_twice_is_refused(nvidia_smi):
+    nvidia_smi(ALIKE)
+    with pytest.raises(UserError, match="GPU-aaaaaaaa is named twice"):
+        make_pool("cuda", [1, FAST], visible_gpus({}))
+
+
+def test_a_trial_on_several_slices_is_refused(nvidia_smi):
+    """A program sees one slice, whatever it is given."""
+    nvidia_smi(MIXED)
+    gpus = visible_gpus({})
+    check_width(1, make_pool("cuda", "auto", gpus))
+    check_width(2, make_pool("cuda", [SLOW, FAST], gpus))
+    with pytest.raises(UserError, match=r"^trainer\.devices=2: MIG-dddddddd is a slice of a GPU"):
+        check_width(2, make_pool("cuda", "auto", gpus))
+    with pytest.raises(UserError, match=r"^trainer\.devices=3: the sweep has 2 cuda devices;"):
+        check_width(3, make_pool("cuda", [SLOW, FAST], gpus))
 
 
 @pytest.mark.parametrize(
