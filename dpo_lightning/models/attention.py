@@ -3,8 +3,8 @@
 A query sees the prompt of its group and the tokens of its own response before it; never a sibling
 response, never another group. The queries of a prompt, or of one response, are a small dense
 problem. On a GPU in half precision a kernel for sequences of any lengths takes all of them at once;
-elsewhere those of like lengths are gathered into one call with a mask. Grouped-query heads and
-sliding windows are honoured.
+elsewhere those of like lengths are gathered into one call with a mask, but for long ones on a CPU
+(``long_attention``). Grouped-query heads and sliding windows are honoured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from transformers import AttentionInterface
 from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences
 from dpo_lightning.data.packing import GroupBatch, collate_groups
 from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.models.device_kinds import kind_of
+from dpo_lightning.models.long_attention import Biases, long_attention, spans_of
 from dpo_lightning.models.rope import Part
 
 GROUP_ATTENTION = "dpo_lightning_groups"
@@ -48,6 +50,8 @@ class AttentionPlan:
 
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
+        spans: The prompts and responses, in order.
+        block_biases: Masks of blocks of long sequences under a window, shared by all layers.
     """
 
     def __init__(
@@ -64,9 +68,13 @@ class AttentionPlan:
         self._bucketed = batch.bucketed
         self.sequences = (batch.sequences or Sequences.of(batch)) if varlen else None
         self.windows: set[int | None] = set()
+        self.spans = spans_of(batch.segments)
+        self.block_biases: Biases = {}
+        self._most_scores = max((span.scores for span in self.spans), default=0)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
+<<<<<<< HEAD
     @property
     def bucketed(self) -> Bucketed:
         """The buckets; made when a layer first asks, where the batch does not bring them."""
@@ -83,6 +91,16 @@ class AttentionPlan:
     def inverse(self) -> Tensor:
         """Place of each flat token among the buckets' queries, laid end to end, (T,), int64."""
         return self.bucketed.inverse
+=======
+    def is_long(self, query: Tensor) -> bool:
+        """True on a CPU if a sequence is so long that its mask is not to be made.
+
+        Args:
+            query: Shape (T, heads, d).
+        """
+        on_cpu = kind_of(query.device) == "cpu"
+        return on_cpu and self._most_scores * query.shape[1] > _MOST_SCORES
+>>>>>>> from_b
 
     def mask(self, number: int, window: int | None) -> Tensor:
         """Mask of the keys that each query of a bucket sees, shape (B, 1, Q, K), bool."""
@@ -161,6 +179,8 @@ def group_attention(
         scaling = query.shape[-1] ** -0.5
     if group_plan.sequences is not None and query.dtype in _HALF:
         return _any_lengths(query, key, value, group_plan.sequences, sliding_window, scaling), None
+    if group_plan.is_long(query):
+        return _on_long(query, key, value, group_plan, sliding_window, scaling), None
     outputs = []
     for number, bucket in enumerate(group_plan.buckets):
         q = _gather(query, bucket.queries)
@@ -198,10 +218,28 @@ def _any_lengths(
     return output[None]
 
 
+def _on_long(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Sequence by sequence, without masks; (T, heads, d) -> (1, T, heads, d)."""
+    output = long_attention(
+        *(query, key, value, plan.spans),
+        window=window,
+        scaling=scaling,
+        biases=plan.block_biases,
+    )
+    return output[None]
+
+
 def _is_small(query: Tensor, key: Tensor) -> bool:
     """True if plain products, which keep the scores for the backward pass, are the faster way."""
     batch, heads, queries, _ = query.shape
-    return query.device.type == "cpu" and batch * heads * queries * key.shape[2] <= _MOST_SCORES
+    return kind_of(query.device) == "cpu" and batch * heads * queries * key.shape[2] <= _MOST_SCORES
 
 
 def _small_attention(

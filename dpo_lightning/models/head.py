@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dpo_lightning.models.device_kinds import kind_of
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -33,7 +35,7 @@ class Limits:
         """Returns the limits of a device."""
         # A CPU takes a large piece of memory anew from the system each time, page by page, which
         # costs more than what is computed in it.
-        return _ON_CPU if device.type == "cpu" else _ELSEWHERE
+        return _ON_CPU if kind_of(device) == "cpu" else _ELSEWHERE
 
     def pieces(self, length: int, width: int) -> list[slice]:
         """Slices of a length, each so short that times the width it has few enough scores."""
