@@ -74,7 +74,6 @@ class AttentionPlan:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
-<<<<<<< HEAD
     @property
     def bucketed(self) -> Bucketed:
         """The buckets; made when a layer first asks, where the batch does not bring them."""
@@ -91,7 +90,7 @@ class AttentionPlan:
     def inverse(self) -> Tensor:
         """Place of each flat token among the buckets' queries, laid end to end, (T,), int64."""
         return self.bucketed.inverse
-=======
+
     def is_long(self, query: Tensor) -> bool:
         """True on a CPU if a sequence is so long that its mask is not to be made.
 
@@ -100,7 +99,6 @@ class AttentionPlan:
         """
         on_cpu = kind_of(query.device) == "cpu"
         return on_cpu and self._most_scores * query.shape[1] > _MOST_SCORES
->>>>>>> from_b
 
     def mask(self, number: int, window: int | None) -> Tensor:
         """Mask of the keys that each query of a bucket sees, shape (B, 1, Q, K), bool."""
