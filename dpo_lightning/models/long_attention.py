@@ -215,7 +215,8 @@ class _LongAttention(torch.autograd.Function):
 
 def _of_queries(rows: Tensor, key_heads: int) -> Tensor:
     """Rows (n, heads, d) -> (key heads, heads of each, n, d), without a copy."""
-    return rows.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
+    grouped: Tensor = rows.unflatten(1, (key_heads, -1))
+    return grouped.permute(1, 2, 0, 3)
 
 
 def _of_keys(rows: Tensor, part: _Part, query: Tensor) -> Tensor:
