@@ -38,6 +38,7 @@ class MemoryEstimate:
         kind: DeviceKind of device.
         device_bytes: Its memory; None where nobody knows.
         devices: How many there are.
+        float16: True if it is computed in, beside which no weights are held in bfloat16.
     """
 
     shape: ModelShape
@@ -45,6 +46,7 @@ class MemoryEstimate:
     kind: DeviceKind
     device_bytes: int | None
     devices: int
+    float16: bool = False
 
     @property
     def footprint(self) -> Footprint:
@@ -224,6 +226,7 @@ def estimate_of(
         kind=kind,
         device_bytes=device_bytes,
         devices=devices,
+        float16=hardware.float16,
     )
 
 
@@ -271,7 +274,7 @@ def remedies(estimate: MemoryEstimate) -> Iterator[tuple[str, int]]:
     if now.whole_gradients:
         options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
-    if now.trained is None:
+    if now.trained is None and not estimate.float16:
         half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
         options["model.dtype=bfloat16"] = half
     if now.shards == 1 and not now.four_bit:

@@ -124,6 +124,7 @@ def _make_budget(
             kind=cast(DeviceKind, device.type),
             device_bytes=memory_of(device),
             devices=world_size,
+            float16=plan.hardware.float16,
         )
         return budget, estimate
 

@@ -249,3 +249,15 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     small = run_train(tmp_path / "small", *TINY, "trainer.accelerator=cpu")
     assert small.code == 2
     assert "trainer.memory_check=warn" in small.result["error"]
+
+
+@pytest.mark.parametrize(("precision", "masters"), [("bf16-mixed", True), ("16-mixed", False)])
+def test_float16_is_autocast_and_is_not_advised_to_hold_bfloat16(precision: str, masters: bool):
+    """One device: float32 weights with copies by autocast, and not masters behind a rounding."""
+    config = Config()
+    config.trainer.precision = precision
+    hardware = decide_hardware(config.trainer, kind="cuda")
+    found = estimate_of(memory_settings(config), hardware, config_of("1B"), device_bytes=GIB)
+    assert (found.training.masters, found.training.autocast) == (masters, not masters)
+    assert found.training.compute_bytes == 2
+    assert ("model.dtype=bfloat16" in dict(remedies(found))) is masters

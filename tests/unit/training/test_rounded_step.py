@@ -174,6 +174,7 @@ def test_a_step_moves_at_most_24_bytes_a_parameter():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("gradient", [BF16, torch.float32])
 def test_the_compiled_step_is_one_kernel_that_moves_those_bytes(gradient):
     """The compiler's own count; the bits are those of the step that is not compiled.
