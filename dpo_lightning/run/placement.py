@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -193,8 +194,17 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
     return replace(prepared, models=sharded)
 
 
-def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepared:
-    """Models and data with the reference in the type that is computed in, or out of the cache."""
+def with_reference(
+    plan: RunPlan, prepared: Prepared, placed: Placed, *, check: Callable[[], None]
+) -> Prepared:
+    """Models and data with the reference in the type that is computed in, or out of the cache.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        placed: Their devices.
+        check: Raises if another rank is gone; called between blocks of the reference pass.
+    """
     models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
     models = replace(models, make_reference=lambda: computation.cast(make_reference()))
@@ -228,6 +238,7 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
         needed=_needed(plan, data),
+        check=check,
         threads=prepared.threads if placed.device.type == "cpu" else None,
     )
     train, evaluation = parts
