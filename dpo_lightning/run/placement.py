@@ -212,14 +212,6 @@ def with_reference(
         if isinstance(models.reference, LiveReference):
             computation.cast(models.reference.model)
         return replace(prepared, models=models)
-    facts = reference_facts(
-        weights=models.reference_weights,
-        config=models.reference_config,
-        dtype=str(prepared.source.dtype),
-        precision=computation.name,
-        device=device_facts(placed.device, threads=prepared.threads),
-        kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
-    )
 
     @functools.cache
     def load() -> Any:
@@ -229,7 +221,7 @@ def with_reference(
 
     parts, reference = with_reference_logps(
         [data.train, data.eval],
-        ReferenceCache(plan.folders.references, facts),
+        _cache(plan, prepared, placed),
         load=load,
         scorer=models.scorer,
         device=placed.device,
@@ -259,6 +251,20 @@ def with_reference(
         models=replace(models, reference=reference),
         data=replace(data, train=train, eval=evaluation),
     )
+
+
+def _cache(plan: RunPlan, prepared: Prepared, placed: Placed) -> ReferenceCache:
+    """The stored values of the reference, as it is computed on this device."""
+    models = prepared.models
+    facts = reference_facts(
+        weights=models.reference_weights,
+        config=models.reference_config,
+        dtype=str(prepared.source.dtype),
+        precision=placed.computation.name,
+        device=device_facts(placed.device, threads=prepared.threads),
+        kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
+    )
+    return ReferenceCache(plan.folders.references, facts)
 
 
 def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:
