@@ -263,9 +263,13 @@ def _score(number: int, micro: int, model: Any, computing: _Computing) -> Logps:
     batch = collate_groups(passes, range(len(passes))).to(computing.device)
     with computing.precision():
         tokens = scorer.token_logps(model, batch, scorer.plan(batch))
-    logps: Logps = tokens.float().cpu().numpy()
-    # On a GPU a sum over scattered tokens comes out differently each time; here it does not.
-    return logps if computing.per_token else _sums(logps, batch.lengths.cpu().numpy())
+    logps = tokens.float().cpu()
+    if not computing.per_token:
+        # As the scorer adds them up; but there a GPU takes another order each time.
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float32)
+        logps = sums.index_add(0, batch.response.cpu(), logps)
+    found: Logps = logps.numpy()
+    return found
 
 
 def _sums(values: Logps, lengths: npt.NDArray[Any]) -> Logps:
