@@ -52,6 +52,10 @@ class Death:
     message: str
 
 
+class RankGoneError(RuntimeError):
+    """Another rank of the run has ended."""
+
+
 class ChildRanks:
     """The ranks that this process started, if any.
 
@@ -104,6 +108,15 @@ class ChildRanks:
             said = str(json.loads(_word_of(self._run_dir, rank).read_text()).get("error") or "")
         message = f"rank {rank}: {said}" if said else f"rank {rank} ended with exit code {code}"
         return Death(code if code in _TYPED else 1, message)
+
+    def check(self) -> None:
+        """Looks whether all are there, for work in which no message to a rank would fail.
+
+        Raises:
+            RankGoneError: If one of them ended badly.
+        """
+        if self.death is not None:
+            raise RankGoneError(self.death.message)
 
     def death_behind(self, error: BaseException) -> Death | None:
         """Finds the end of another rank, if an error of this one is about that."""

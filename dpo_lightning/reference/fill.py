@@ -48,6 +48,10 @@ class Team(Protocol):
         """The value of each rank, on every rank."""
 
 
+def _nothing() -> None:
+    """Checks nothing."""
+
+
 def with_reference_logps(
     parts: Sequence[Sequence[TokenGroup]],
     cache: ReferenceCache,
@@ -61,6 +65,7 @@ def with_reference_logps(
     ranks: Team | None = None,
     needed: npt.NDArray[np.bool_] | None = None,
     threads: int | None = None,
+    check: Callable[[], None] = _nothing,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
     """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
@@ -85,6 +90,7 @@ def with_reference_logps(
         needed: True for the groups that are used, part after part; None: all are. The others are
             given back as they came.
         threads: CPU threads of one operation, on which its last bits may depend; None: as they are.
+        check: Called between blocks; what it raises ends the pass.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -98,7 +104,7 @@ def with_reference_logps(
         Responses.of(groups), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
     )
     own = cache.of_tokens() if per_token else cache
-    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks)
+    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, check)
     with _threads(threads):
         values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
     filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
@@ -135,6 +141,7 @@ class _Computing:
         precision: The context to compute in.
         per_token: True if the tokens of a response have a value each.
         ranks: Those that compute together.
+        check: Called between blocks.
     """
 
     plan: BlockPlan
@@ -144,6 +151,7 @@ class _Computing:
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
     per_token: bool
     ranks: Team | None
+    check: Callable[[], None]
 
     @property
     def size(self) -> int:
@@ -190,6 +198,7 @@ def _read_or_compute(
     progress = _Progress(len(needed), len(values))
     try:
         while len(values) < len(needed):
+            computing.check()
             handed: Handed = computing.ask(lambda: desk.hand_out(computing.size))
             found = _score_blocks(handed.compute, model, computing)
             for number, logps in found.items():
@@ -254,9 +263,13 @@ def _score(number: int, micro: int, model: Any, computing: _Computing) -> Logps:
     batch = collate_groups(passes, range(len(passes))).to(computing.device)
     with computing.precision():
         tokens = scorer.token_logps(model, batch, scorer.plan(batch))
-    logps: Logps = tokens.float().cpu().numpy()
-    # On a GPU a sum over scattered tokens comes out differently each time; here it does not.
-    return logps if computing.per_token else _sums(logps, batch.lengths.cpu().numpy())
+    logps = tokens.float().cpu()
+    if not computing.per_token:
+        # As the scorer adds them up; but there a GPU takes another order each time.
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float32)
+        logps = sums.index_add(0, batch.response.cpu(), logps)
+    found: Logps = logps.numpy()
+    return found
 
 
 def _sums(values: Logps, lengths: npt.NDArray[Any]) -> Logps:

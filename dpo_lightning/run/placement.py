@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -201,8 +202,17 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
     return replace(prepared, models=sharded)
 
 
-def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepared:
-    """Models and data with the reference in the type that is computed in, or out of the cache."""
+def with_reference(
+    plan: RunPlan, prepared: Prepared, placed: Placed, *, check: Callable[[], None]
+) -> Prepared:
+    """Models and data with the reference in the type that is computed in, or out of the cache.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        placed: Their devices.
+        check: Raises if another rank is gone; called between blocks of the reference pass.
+    """
     models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
     models = replace(models, make_reference=lambda: computation.cast(make_reference()))
@@ -210,14 +220,6 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         if isinstance(models.reference, LiveReference):
             computation.cast(models.reference.model)
         return replace(prepared, models=models)
-    facts = reference_facts(
-        weights=models.reference_weights,
-        config=models.reference_config,
-        dtype=str(prepared.source.dtype),
-        precision=computation.name,
-        device=device_facts(placed.device, threads=prepared.threads),
-        kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
-    )
 
     # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
     is_policy = models.starts_from_reference and models.adapters is None
@@ -230,7 +232,7 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
 
     parts, reference = with_reference_logps(
         [data.train, data.eval],
-        ReferenceCache(plan.folders.references, facts),
+        _cache(plan, prepared, placed),
         load=load,
         scorer=models.scorer,
         device=placed.device,
@@ -239,6 +241,7 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
         needed=_needed(plan, data),
+        check=check,
         threads=prepared.threads if placed.device.type == "cpu" else None,
     )
     train, evaluation = parts
@@ -257,6 +260,20 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prepare
         models=replace(models, reference=reference),
         data=replace(data, train=train, eval=evaluation),
     )
+
+
+def _cache(plan: RunPlan, prepared: Prepared, placed: Placed) -> ReferenceCache:
+    """The stored values of the reference, as it is computed on this device."""
+    models = prepared.models
+    facts = reference_facts(
+        weights=models.reference_weights,
+        config=models.reference_config,
+        dtype=str(prepared.source.dtype),
+        precision=placed.computation.name,
+        device=device_facts(placed.device, threads=prepared.threads),
+        kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
+    )
+    return ReferenceCache(plan.folders.references, facts)
 
 
 def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:

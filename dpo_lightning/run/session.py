@@ -407,7 +407,7 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     assert session.trainer is not None
     if models.reference is None:
         start_others(session.trainer)
-    prepared = with_reference(session.plan, prepared, placed)
+    prepared = with_reference(session.plan, prepared, placed, check=session.children.check)
     reference = prepared.models.reference
     assert reference is not None
     session.record.reference = reference_counts(reference.rows, reference.computed)

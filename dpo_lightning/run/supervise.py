@@ -243,6 +243,7 @@ class _Supervisor:
         deadline = time.monotonic() + _GRACE_SECONDS
         while not signals.noticed:
             if time.monotonic() > deadline:  # it waits for the rank that is gone
+                log.error("error: %s", redact(" ".join(death.message.split())))
                 signals.end_now(death.code)
             time.sleep(0.1)
 

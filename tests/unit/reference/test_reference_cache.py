@@ -293,7 +293,7 @@ def test_four_processes_at_once_compute_each_row_once(tmp_path, monkeypatch):
 
 
 def test_a_killed_fillers_block_is_taken_over_at_once(tmp_path, monkeypatch, caplog):
-    """It is killed in a block of four rows or less, with 20 of 40 rows or a few more done."""
+    """It is killed in a block, with 20 of 40 rows done or up to three more; nobody waits."""
 
     def is_stuck() -> bool:
         claims = [*folder.rglob("*.claim")]
