@@ -161,7 +161,12 @@ def commands(*targets: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("target", "folder"), [("bench", ".venv-bench"), ("test-launchers", ".venv-launchers")]
+    ("target", "folder"),
+    [
+        ("bench", ".venv-bench"),
+        ("bench-gpu", ".venv-bench"),
+        ("test-launchers", ".venv-launchers"),
+    ],
 )
 def test_what_needs_more_has_an_environment_of_its_own(target: str, folder: str):
     lines = commands(target)

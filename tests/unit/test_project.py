@@ -73,6 +73,13 @@ def test_pins_and_ranges_are_above_what_is_known_to_be_unsafe(name: str):
         assert str(floor) in ranges[name] or name in ("transformers", "torch")
 
 
+def test_torch_is_new_enough_for_the_kernel_that_attention_calls():
+    """The ``varlen_attn`` of before has no ``enable_gqa``."""
+    [torch] = [r for r in map(Requirement, project()["dependencies"]) if r.name == "torch"]
+    assert not [version for version in ("2.10.0", "2.12.0", "2.12.9") if version in torch.specifier]
+    assert pins()["torch"] in torch.specifier
+
+
 def imports(path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
