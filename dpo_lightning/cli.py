@@ -9,6 +9,7 @@ sweep in this process every trial is checked before the first one starts.
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import DpoLightningError, UserError
+from dpo_lightning.memory.segments import allocate_in_segments
 from dpo_lightning.processes.signals import stop_if_interrupted
 from dpo_lightning.run.folder import (
     RunFolder,
@@ -129,6 +131,7 @@ def _main(argv: list[str]) -> int:
         _show(args, parser)
         return 0
     raise_all(_flag_problems(args))
+    allocate_in_segments(os.environ)
     hydra = make_hydra(args)
     checked = _check(args, hydra)
     stop_if_interrupted()

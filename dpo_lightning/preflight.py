@@ -49,6 +49,7 @@ def _main(argv: list[str]) -> int:
     config = compose_one(rest)
     # Here, because it imports torch: by now every setting is checked.
     from dpo_lightning.models.source import load_model_config
+    from dpo_lightning.training.traced import traced_optimizer
 
     estimate = estimate_of(
         memory_settings(config),
@@ -63,6 +64,7 @@ def _main(argv: list[str]) -> int:
             config=config.model.config,
             config_overrides=config.model.config_overrides,
         ),
+        make_optimizer=traced_optimizer,
         device_bytes=None if gib is None else round(gib * GIB),
     )
     _show(estimate, config)
@@ -90,9 +92,9 @@ def _show(estimate: MemoryEstimate, config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shape, training, found = estimate.shape, estimate.training, estimate.footprint
+    memory, training, found = estimate.memory, estimate.training, estimate.footprint
     console = Console()
-    trained = shape.parameters if training.trained is None else training.trained
+    trained = memory.trained(training)
     table = Table(title="memory of each device", title_justify="left")
     table.add_column("part")
     table.add_column("GiB", justify="right")
@@ -105,8 +107,8 @@ def _show(estimate: MemoryEstimate, config: Config) -> None:
         table.add_row("there are", in_gib(estimate.device_bytes))
     again = ", activation checkpointing" if training.checkpointing else ""
     facts = (
-        f"{config.model.name}: {shape.parameters:,} parameters, {trained:,} trainable",
-        f"{estimate.devices} x {estimate.kind}, strategy {config.strategy.name}, weights in "
+        f"{config.model.name}: {memory.parameters:,} parameters, {trained:,} trainable",
+        f"{estimate.devices} x {training.kind}, strategy {config.strategy.name}, weights in "
         f"{config.model.dtype}, optimizer {training.optimizer}",
         f"micro-batches of up to {training.tokens:,} tokens{again}",
     )

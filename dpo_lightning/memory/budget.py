@@ -1,8 +1,8 @@
 """Budget of tokens that a device holds at once, and the choice of checkpointing.
 
-What one token leaves in memory for the backward pass, against what the device has beside weights,
-gradients and optimizer states (``footprint`` has the formulas). What happens to be free at the
-moment plays no part: the same run on the same machine is split the same way.
+Both follow from traced steps (``step_memory``): as many tokens as the device has room for beside
+weights, gradients and optimizer states. What happens to be free at the moment plays no part: the
+same run on the same machine is split the same way.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from pathlib import Path
 import torch
 
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.memory.footprint import ModelShape, Training, activation_bytes, footprint
+from dpo_lightning.memory.footprint import Training
+from dpo_lightning.memory.step_memory import StepMemory
 
 log = logging.getLogger(__name__)
 
 LEAST_TOKENS = {"cpu": 512, "mps": 1024, "cuda": 1024}
 # Of a GPU's parallelism more than this gains nothing.
 _MOST_TOKENS = {"cpu": 8192, "mps": 8192, "cuda": 65536}
+# From here on a GPU gains less by more tokens than by sending gradients once a step.
+_ENOUGH_TOKENS = 8192
 # On a CPU it takes less than that: beyond its caches only the memory grows, not the speed.
 _CPU_ACTIVATIONS = 1 << 28
-# The rest is for what the estimate leaves out, and for fragments.
-_USABLE = 0.7
+
+ACCEPTED = 0.93
+"""Share of a device that an estimate may come to; the rest is for what no trace knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,47 +45,95 @@ class Budget:
     checkpointing: bool
 
 
-def choose_budget(
-    shape: ModelShape,
-    training: Training,
-    *,
-    kind: str,
-    device_bytes: int | None,
-    longest: int,
-    tokens: int | None,
-    checkpointing: bool | None,
-) -> Budget:
-    """Chooses what the settings leave open.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A device, and what is to be decided for it.
 
-    Args:
-        shape: The model's shape.
-        training: How it is trained; tokens and checkpointing are chosen here.
-        kind: Kind of device: ``cpu``, ``cuda`` or ``mps``.
+    Attributes:
         device_bytes: Memory of the device; None where nobody knows.
         longest: Tokens of the longest group.
         tokens: ``data.micro_batch_tokens``.
         checkpointing: ``model.gradient_checkpointing``.
     """
+
+    device_bytes: int | None
+    longest: int
+    tokens: int | None
+    checkpointing: bool | None
+
+
+def choose_budget(memory: StepMemory, training: Training, room: Room) -> Budget:
+    """Chooses what the settings leave open.
+
+    Args:
+        memory: Of the model's steps.
+        training: How it is trained; tokens and checkpointing are chosen here.
+        room: The device and the settings.
+    """
+    kind = training.kind
     least, most = LEAST_TOKENS[kind], _MOST_TOKENS[kind]
-    if device_bytes is None:
-        return Budget(tokens or most, bool(checkpointing))
-    fixed = footprint(shape, replace(training, tokens=least)).fixed
-    usable = max(0.0, _USABLE * (device_bytes - fixed))
-
-    def fitting(again: bool) -> int:
-        one = activation_bytes(
-            shape, width=training.compute_bytes, checkpointing=again, keys=training.keys
-        )
-        return int(usable / one)
-
+    if room.device_bytes is None:
+        return Budget(room.tokens or most, bool(room.checkpointing))
+    limit = ACCEPTED * room.device_bytes
+    checkpointing = room.checkpointing
     if checkpointing is None:
         # By need alone: computing everything twice costs a third of the speed.
-        checkpointing = fitting(False) < max(longest, tokens or least)
+        needed = max(room.longest, room.tokens or least)
+        checkpointing = _fitting(memory, training, limit, again=False)[0] < needed
+    if room.tokens is not None:
+        return Budget(room.tokens, checkpointing)
+    fitting, liked = _fitting(memory, training, limit, again=checkpointing)
     if kind == "cpu":
-        usable = min(usable, _CPU_ACTIVATIONS)
-    if tokens is None:
-        tokens = min(most, max(least, _power_of_two(fitting(checkpointing))))
+        fitting = min(fitting, liked)
+    tokens = min(most, max(least, _power_of_two(fitting)))
+    # Between the two sizes that were traced, and beyond, not all is linear.
+    while tokens > least and _total(memory, training, tokens, again=checkpointing) > limit:
+        tokens //= 2
     return Budget(tokens, checkpointing)
+
+
+def _fitting(
+    memory: StepMemory, training: Training, limit: float, *, again: bool
+) -> tuple[int, int]:
+    """Tokens that fit, as two small micro-batches show it, and those that a CPU likes."""
+    few = LEAST_TOKENS[training.kind]
+    sizes = few, 4 * few
+    found = [
+        memory.footprint(replace(training, tokens=tokens, checkpointing=again)) for tokens in sizes
+    ]
+    one = max(1.0, (found[1].total - found[0].total) / (sizes[1] - sizes[0]))
+    fitting = few + (limit - found[0].total) / one
+    return max(0, int(fitting)), int(_CPU_ACTIVATIONS / one)
+
+
+def _total(memory: StepMemory, training: Training, tokens: int, *, again: bool) -> int:
+    return memory.footprint(replace(training, tokens=tokens, checkpointing=again)).total
+
+
+def choose_sync(memory: StepMemory, training: Training, room: Room) -> Training:
+    """Decides by memory whether ranks that share weights add up whole gradients over a step.
+
+    They do, as that sends them once, where it costs neither tokens of a micro-batch that a GPU
+    would gain by nor checkpointing.
+
+    Args:
+        memory: Of the model's steps.
+        training: How it is trained.
+        room: The device and the settings.
+    """
+    if training.whole_gradients is not None:
+        return training
+    whole, parts = (replace(training, whole_gradients=value) for value in (True, False))
+    if training.shards == 1:
+        return parts
+    if room.device_bytes is None:
+        return whole
+    with_whole, without = (choose_budget(memory, way, room) for way in (whole, parts))
+    enough = min(without.tokens, _ENOUGH_TOKENS)
+    total = _total(memory, whole, with_whole.tokens, again=with_whole.checkpointing)
+    fits = total <= ACCEPTED * room.device_bytes
+    same = with_whole.tokens >= enough and with_whole.checkpointing <= without.checkpointing
+    return whole if fits and same else parts
 
 
 def _power_of_two(number: int) -> int:
@@ -101,20 +153,6 @@ def memory_of(device: torch.device) -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemTotal:")]
     return 1024 * int(found[0]) if found else None
-
-
-def mean_keys(groups: Sequence[TokenGroup]) -> int:
-    """Keys that a token's query meets, in the mean over all tokens of groups.
-
-    A query of the prompt meets those of the prompt, one of a response those of both.
-    """
-    met = total = 0
-    for group in groups:
-        prompt = len(group.prompt)
-        lengths = [len(response) for response in group.responses]
-        met += prompt * prompt + sum(n * (prompt + n) for n in lengths)
-        total += prompt + sum(lengths)
-    return round(met / max(1, total))
 
 
 def longest_share(costs: Sequence[int], *, batch_size: int, world_size: int) -> int:

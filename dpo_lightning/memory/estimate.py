@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.memory.footprint import Footprint, ModelShape, Training, footprint, in_gib
+from dpo_lightning.memory.footprint import AdapterFacts, Footprint, Training, in_gib
 from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import Config
 
 if TYPE_CHECKING:
-    import torch
-
     from dpo_lightning.memory.budget import Budget
+    from dpo_lightning.memory.step_memory import StepMemory
+    from dpo_lightning.memory.trace import MakeOptimizer
 
 log = logging.getLogger(__name__)
 
 # Where nothing is set: what the other places of the settings would take, too.
 _LORA_RANK = 16
 _DEVICES = 8
-# Of a query, where nothing is known of the data.
-_MOST_KEYS = 512
+# Of a prompt with a response, where nothing is known of the data.
+_LONGEST = 1024
 _EVERY_MICRO_BATCH = "strategy.sync_gradients=micro_batch"
 
 
@@ -33,17 +33,15 @@ class MemoryEstimate:
     """A run's memory on each of its devices.
 
     Attributes:
-        shape: The model's shape.
+        memory: Of the model's steps.
         training: How it is trained.
-        kind: DeviceKind of device.
-        device_bytes: Its memory; None where nobody knows.
+        device_bytes: A device's memory; None where nobody knows.
         devices: How many there are.
         float16: True if it is computed in, beside which no weights are held in bfloat16.
     """
 
-    shape: ModelShape
+    memory: StepMemory
     training: Training
-    kind: DeviceKind
     device_bytes: int | None
     devices: int
     float16: bool = False
@@ -51,12 +49,16 @@ class MemoryEstimate:
     @property
     def footprint(self) -> Footprint:
         """Part by part."""
-        return footprint(self.shape, self.training)
+        return self.memory.footprint(self.training)
 
     @property
     def fits(self) -> bool:
         """True if the run fits, or nobody knows."""
-        return self.device_bytes is None or self.footprint.total <= self.device_bytes
+        from dpo_lightning.memory.budget import ACCEPTED
+
+        if self.device_bytes is None:
+            return True
+        return self.footprint.total <= ACCEPTED * self.device_bytes
 
     def describe(self) -> str:
         """One line, such as ``about 14 of 80 GiB: weights 2.5, optimizer 5.0``."""
@@ -73,12 +75,12 @@ class MemorySettings:
 
     Attributes:
         half_weights: True if the weights are held in bfloat16.
-        optimizer: ``adamw`` or ``adamw_8bit``.
-        lora_rank: Rank of the adapters that are trained; None trains all weights.
-        four_bit: True if the frozen weights beside them are held in 4 bits.
+        optimizer: Name of the optimizer.
+        adapters: The adapters that are trained; None trains all weights.
         live_reference: True if a frozen copy of the model is held.
         sharded: True if the strategy shares the weights out.
-        whole_gradients: True if it then adds up whole gradients until the end of a step.
+        whole_gradients: True if it then adds up whole gradients until the end of a step; None: by
+            the memory.
         tokens: Most tokens of a micro-batch; None: by the memory.
         checkpointing: True if activations are computed again; None: by the memory.
         max_length: Most tokens of a prompt with one response; None: the model's own limit.
@@ -87,11 +89,10 @@ class MemorySettings:
 
     half_weights: bool
     optimizer: str
-    lora_rank: int | None
-    four_bit: bool
+    adapters: AdapterFacts | None
     live_reference: bool
     sharded: bool
-    whole_gradients: bool
+    whole_gradients: bool | None
     tokens: int | None
     checkpointing: bool | None
     max_length: int | None
@@ -100,15 +101,18 @@ class MemorySettings:
 
 def memory_settings(config: Config) -> MemorySettings:
     """The settings that an estimate is made of."""
-    adapters = config.peft.kind == "lora"
+    peft, adapters = config.peft, None
+    if peft.kind == "lora":
+        modules = None if peft.target_modules is None else tuple(peft.target_modules)
+        adapters = AdapterFacts(peft.r, modules, peft.dora, peft.quantization == "nf4")
+    synced = {"step": True, "micro_batch": False}
     return MemorySettings(
         half_weights=config.model.dtype == "bfloat16",
         optimizer=config.optimizer.name,
-        lora_rank=config.peft.r if adapters else None,
-        four_bit=adapters and config.peft.quantization == "nf4",
+        adapters=adapters,
         live_reference=config.reference.kind == "live",
         sharded=config.strategy.name == "fsdp",
-        whole_gradients=config.strategy.sync_gradients == "step",
+        whole_gradients=synced.get(config.strategy.sync_gradients),
         tokens=config.data.micro_batch_tokens,
         checkpointing=config.model.gradient_checkpointing,
         max_length=config.data.max_length,
@@ -118,8 +122,7 @@ def memory_settings(config: Config) -> MemorySettings:
 
 def plan_training(
     settings: MemorySettings,
-    shape: ModelShape,
-    device: torch.device,
+    kind: DeviceKind,
     *,
     devices: int,
     mixed: bool,
@@ -129,50 +132,42 @@ def plan_training(
 
     Args:
         settings: The settings.
-        shape: The model's shape.
-        device: Where it is trained.
+        kind: Kind of device.
         devices: How many take part.
         mixed: True if products are computed in 16 bits.
         float16: True if those are float16, by autocast on a single device too.
     """
-    from dpo_lightning.models.head import Limits
-
-    half, rank = settings.half_weights, settings.lora_rank
+    half, adapters = settings.half_weights, settings.adapters
     sharded = settings.sharded and devices > 1
     alone = devices == 1 and not settings.sharded
-    limits = Limits.of(device)
     return Training(
+        kind=kind,
         weight_bytes=2 if half else 4,
         compute_bytes=2 if half or mixed else 4,
         # The copy in bfloat16 is made once a step by one process, by autocast over several.
-        masters=mixed and alone and not float16 and (rank is not None or not half),
+        masters=mixed and alone and not float16 and (adapters is not None or not half),
         autocast=mixed and (float16 or not alone) and not sharded,
         optimizer=settings.optimizer,
-        trained=None if rank is None else shape.lora_parameters(rank),
-        four_bit=settings.four_bit,
+        adapters=adapters,
         live_reference=settings.live_reference,
         shards=devices if sharded else 1,
         buckets=devices > 1 and not sharded,
-        whole_gradients=sharded and settings.whole_gradients,
+        whole_gradients=settings.whole_gradients if sharded else False,
         tokens=0,
         checkpointing=False,
-        keys=0,
-        head_scores=limits.scores,
-        head_kept=limits.kept,
     )
 
 
-def with_budget(training: Training, budget: Budget, *, longest: int, keys: int) -> Training:
+def with_budget(training: Training, budget: Budget, *, longest: int) -> Training:
     """The same with the largest micro-batch: the budget's, or a longer group alone.
 
     Args:
         training: How the model is trained.
         budget: What the device is given.
         longest: Tokens of the longest group.
-        keys: Keys that a query meets in the mean; counts where attention keeps its scores.
     """
     tokens = max(budget.tokens, longest)
-    return replace(training, tokens=tokens, checkpointing=budget.checkpointing, keys=keys)
+    return replace(training, tokens=tokens, checkpointing=budget.checkpointing)
 
 
 def estimate_of(
@@ -180,6 +175,7 @@ def estimate_of(
     hardware: Hardware,
     model_config: Any,
     *,
+    make_optimizer: MakeOptimizer,
     device_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The estimate by settings and the model's config alone; no data, no weights.
@@ -188,42 +184,33 @@ def estimate_of(
         settings: The settings.
         hardware: The devices.
         model_config: The model's transformers config.
+        make_optimizer: Makes the optimizer of a name, for the trace of a step.
         device_bytes: Memory of a device; None asks it.
     """
     import torch
 
-    from dpo_lightning.memory.budget import choose_budget, memory_of
-    from dpo_lightning.memory.footprint import shape_of_model
-    from dpo_lightning.models.loading import max_positions, meta_model
+    from dpo_lightning.memory.budget import Room, choose_budget, choose_sync, memory_of
+    from dpo_lightning.memory.lengths import GroupLengths
+    from dpo_lightning.memory.step_memory import StepMemory
+    from dpo_lightning.models.loading import max_positions
 
     kind, devices = hardware.kind, hardware.count
     if device_bytes is None and hardware.is_here:
         device_bytes = memory_of(torch.device(kind))
-    shape = shape_of_model(meta_model(model_config))
+    longest = settings.max_length or max_positions(model_config) or _LONGEST
+    memory = StepMemory(
+        model_config, make_optimizer=make_optimizer, lengths=GroupLengths.assumed(longest)
+    )
     training = plan_training(
-        settings,
-        shape,
-        torch.device(kind),
-        devices=devices,
-        mixed=hardware.mixed,
-        float16=hardware.float16,
+        settings, kind, devices=devices, mixed=hardware.mixed, float16=hardware.float16
     )
     # Of data nothing is known yet: the smallest budget that may be chosen is what it takes.
-    budget = choose_budget(
-        shape,
-        training,
-        kind=kind,
-        device_bytes=device_bytes,
-        longest=0,
-        tokens=settings.tokens,
-        checkpointing=settings.checkpointing,
-    )
-    longest = settings.max_length or max_positions(model_config) or budget.tokens
-    keys = min(longest // 2, _MOST_KEYS) if kind == "cpu" else 0
+    room = Room(device_bytes, 0, settings.tokens, settings.checkpointing)
+    training = choose_sync(memory, training, room)
+    budget = choose_budget(memory, training, room)
     return MemoryEstimate(
-        shape=shape,
-        training=with_budget(training, budget, longest=0, keys=keys),
-        kind=kind,
+        memory=memory,
+        training=with_budget(training, budget, longest=0),
         device_bytes=device_bytes,
         devices=devices,
         float16=hardware.float16,
@@ -243,20 +230,23 @@ def check_fits(estimate: MemoryEstimate, mode: str) -> None:
     if mode == "off" or estimate.fits:
         return
     message = too_large(estimate)
-    if mode == "stop" and estimate.kind == "cuda":
+    if mode == "stop" and estimate.training.kind == "cuda":
         raise UserError(f"{message}; if you know better, trainer.memory_check=warn")
     log.warning(message)
 
 
 def too_large(estimate: MemoryEstimate) -> str:
     """The settings that do not fit, and those that would help with what they come to."""
+    from dpo_lightning.memory.budget import ACCEPTED
+
     training = estimate.training
     held = f"model.dtype={'bfloat16' if training.weight_bytes == 2 else 'float32'}"
     options = [f"{name} ({in_gib(size)} GiB)" for name, size in remedies(estimate)]
     advice = f"; what helps, each alone: {', '.join(options)}" if options else ""
     return (
         f"{held} optimizer={training.optimizer} data.micro_batch_tokens={training.tokens} on "
-        f"{estimate.devices} x {estimate.kind}: training takes {estimate.describe()}{advice}"
+        f"{estimate.devices} x {training.kind}: training takes {estimate.describe()}, and may take "
+        f"{ACCEPTED:.0%} of it{advice}"
     )
 
 
@@ -264,25 +254,27 @@ def remedies(estimate: MemoryEstimate) -> Iterator[tuple[str, int]]:
     """Settings that take less, in the order of what they cost, and the bytes with each alone."""
     from dpo_lightning.memory.budget import LEAST_TOKENS
 
-    now, shape, least = estimate.training, estimate.shape, LEAST_TOKENS[estimate.kind]
+    now, least = estimate.training, LEAST_TOKENS[estimate.training.kind]
     options: dict[str, Training] = {}
     if now.tokens > least:
         options[f"data.micro_batch_tokens={least}"] = replace(now, tokens=least)
     options["model.gradient_checkpointing=true"] = replace(now, checkpointing=True)
-    if now.trained is None:
-        options["peft=lora"] = replace(now, trained=shape.lora_parameters(_LORA_RANK))
+    if now.adapters is None:
+        options["peft=lora"] = replace(
+            now, adapters=AdapterFacts(_LORA_RANK), whole_gradients=False
+        )
     if now.whole_gradients:
         options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")
-    if now.trained is None and not estimate.float16:
+    if now.adapters is None and not estimate.float16:
         half = replace(now, weight_bytes=2, compute_bytes=2, masters=False, autocast=False)
         options["model.dtype=bfloat16"] = half
-    if now.shards == 1 and not now.four_bit:
+    if now.shards == 1 and not (now.adapters and now.adapters.four_bit):
         count = estimate.devices if estimate.devices > 1 else _DEVICES
         name = f"strategy=fsdp {_EVERY_MICRO_BATCH} trainer.devices={count}"
         options[name] = replace(now, shards=count, masters=False, autocast=False, buckets=False)
-    total = footprint(shape, now).total
+    total = estimate.footprint.total
     for name, training in options.items():
-        size = footprint(shape, training).total
+        size = estimate.memory.footprint(training).total
         if size < 0.99 * total:
             yield name, size

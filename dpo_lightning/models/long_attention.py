@@ -215,8 +215,8 @@ class _LongAttention(torch.autograd.Function):
 
 def _of_queries(rows: Tensor, key_heads: int) -> Tensor:
     """Rows (n, heads, d) -> (key heads, heads of each, n, d), without a copy."""
-    grouped: Tensor = rows.unflatten(1, (key_heads, -1))
-    return grouped.permute(1, 2, 0, 3)
+    found: Tensor = rows.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
+    return found
 
 
 def _of_keys(rows: Tensor, part: _Part, query: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _add(target: Tensor, found: Tensor, part: _Part) -> None:
     """Adds gradients (key heads, heads of each, n, d) to the rows of their keys."""
-    rows = found.sum(1) if found.shape[1] > 1 else found[:, 0]
+    rows: Tensor = found.sum(1) if found.shape[1] > 1 else found[:, 0]
     rows = rows.transpose(0, 1)
     for keys in part.keys:
         count = keys.stop - keys.start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -207,7 +207,7 @@ def make_module(
         objective=learning.objective,
         beta_plan=learning.beta,
         optimizer=learning.optimizer,
-        steps=learning.steps,
+        steps=replace(learning.steps, sync_every_micro_batch=placed.sync_every_micro_batch),
         starts_from_reference=models.starts_from_reference,
         compute_dtype=placed.computation.master_dtype,
         pending_signal=pending_signal,

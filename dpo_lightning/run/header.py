@@ -30,10 +30,6 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
     devices = f"{placed.world_size} x {device}"
     if plan.trainer.strategy != "auto":
         devices += f", {plan.trainer.strategy}"
-    budget = placed.budget
-    memory = f"{placed.estimate.describe()}; micro-batches of up to {budget.tokens:,} tokens"
-    if budget.checkpointing:
-        memory += ", activation checkpointing"
     facts = {
         "model": f"{prepared.source.name}: {parameters}",
         **({} if models.adapters is None else {"peft": models.adapters.describe()}),
@@ -44,13 +40,26 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
         "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
-        "memory": memory,
+        "memory": _memory(plan, placed),
         "folder": str(plan.folders.run),
     }
     if device == "cpu" and _has_nvidia_gpu():
         why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
         facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
     return facts
+
+
+def _memory(plan: RunPlan, placed: Placed) -> str:
+    """Estimate, tokens of a micro-batch, and what is done to need no more."""
+    budget, training = placed.budget, placed.estimate.training
+    line = f"{placed.estimate.describe()}; micro-batches of up to {budget.tokens:,} tokens"
+    if budget.checkpointing:
+        line += ", activation checkpointing"
+    if training.shards > 1:
+        often = "once a step" if training.whole_gradients else "in every micro-batch"
+        chosen = " (by the memory)" if plan.memory.whole_gradients is None else ""
+        line += f", gradients reduced {often}{chosen}"
+    return line
 
 
 def _chat(prepared: Prepared) -> dict[str, str]:

@@ -22,9 +22,17 @@ from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
 )
-from dpo_lightning.memory.budget import Budget, choose_budget, longest_share, mean_keys, memory_of
+from dpo_lightning.memory.budget import (
+    Budget,
+    Room,
+    choose_budget,
+    choose_sync,
+    longest_share,
+    memory_of,
+)
 from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_budget
 from dpo_lightning.memory.footprint import Training
+from dpo_lightning.memory.lengths import GroupLengths
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.master_weights import cast_frozen
 from dpo_lightning.models.scoring import Scorer
@@ -58,6 +66,11 @@ class Placed:
     budget: Budget
     estimate: MemoryEstimate
 
+    @property
+    def sync_every_micro_batch(self) -> bool:
+        """True if ranks that share weights reduce gradients in every backward pass."""
+        return not self.estimate.training.whole_gradients
+
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a step, for what is computed outside of one."""
         return self.computation.context(self.device)
@@ -77,15 +90,14 @@ def place(plan: RunPlan, prepared: Prepared, trainer: pl.Trainer) -> Placed:
         trainer,
         sharded=plan.trainer.sharded,
         half_weights=memory.half_weights,
-        adapters=memory.lora_rank is not None,
+        adapters=memory.adapters is not None,
     )
     # Beside an adapter most weights are frozen: half of their memory, before they are moved.
     computation.cast(prepared.models.policy)
     device, world_size = trainer.strategy.root_device, trainer.world_size
     training = plan_training(
         memory,
-        prepared.shape,
-        device,
+        cast(DeviceKind, device.type),
         devices=world_size,
         mixed=plan.hardware.mixed,
         float16=plan.hardware.float16,
@@ -106,30 +118,24 @@ def _make_budget(
     groups = [*prepared.data.train, *prepared.data.eval]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
-    keys = mean_keys(groups) if device.type == "cpu" else 0
-    training = replace(training, keys=keys)
+    lengths = GroupLengths.of(groups, shared=shared)
+    memory = prepared.memory.with_lengths(lengths, prepared.models.scorer.path)
+    # Ranks that share the weights have to decide alike, whatever cards they have.
+    ranks, device_bytes = prepared.ranks, memory_of(device)
+    if ranks is not None:
+        device_bytes = ranks.from_first(lambda: memory_of(device))
+    plain = Room(device_bytes, lengths.most, plan.memory.tokens, plan.memory.checkpointing)
 
-    def choose(tokens: int | None) -> tuple[Budget, MemoryEstimate]:
-        budget = choose_budget(
-            prepared.shape,
-            training,
-            kind=device.type,
-            device_bytes=memory_of(device),
-            longest=max(costs),
-            tokens=tokens,
-            checkpointing=plan.memory.checkpointing,
-        )
+    def choose(room: Room) -> tuple[Budget, MemoryEstimate]:
+        way = choose_sync(memory, training, room)
+        budget = choose_budget(memory, way, room)
+        way = with_budget(way, budget, longest=lengths.most)
         estimate = MemoryEstimate(
-            shape=prepared.shape,
-            training=with_budget(training, budget, longest=max(costs), keys=keys),
-            kind=cast(DeviceKind, device.type),
-            device_bytes=memory_of(device),
-            devices=world_size,
-            float16=plan.hardware.float16,
+            memory, way, device_bytes, devices=world_size, float16=plan.hardware.float16
         )
         return budget, estimate
 
-    budget, estimate = choose(plan.memory.tokens)
+    budget, estimate = choose(plain)
     if not plan.learning.coupling:
         return budget, estimate
     needed = longest_share(
@@ -140,7 +146,7 @@ def _make_budget(
     if budget.tokens >= needed:
         return budget, estimate
     if plan.memory.tokens is None:
-        return choose(needed)
+        return choose(replace(plain, tokens=needed))
     raise UserError(
         f"data.micro_batch_tokens={plan.memory.tokens}: {', '.join(plan.learning.coupling)} "
         f"compares all pairs of a step at once, and a step has up to {needed} tokens on a device: "

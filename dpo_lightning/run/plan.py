@@ -349,7 +349,6 @@ def _learning(config: Config, schedule: Schedule) -> LearningPlan:
             log_every_n_steps=schedule.log_every_n_steps,
             max_grad_norm=optimizer.max_grad_norm,
             max_skipped_steps=config.trainer.max_skipped_steps,
-            sync_every_micro_batch=config.strategy.sync_gradients == "micro_batch",
             smaller=smaller_settings(config.model.gradient_checkpointing),
         ),
     )

@@ -19,8 +19,8 @@ from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.memory.estimate import check_fits, estimate_of, memory_settings
-from dpo_lightning.memory.footprint import ModelShape
 from dpo_lightning.memory.hardware import Hardware
+from dpo_lightning.memory.step_memory import StepMemory
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
 from dpo_lightning.models.adapters import LoraSettings, count_parameters
 from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
@@ -37,6 +37,7 @@ from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig
 from dpo_lightning.training.ranks import Ranks
+from dpo_lightning.training.traced import traced_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Prepared:
 
     Attributes:
         source: The model, its tokenizer and limits.
-        shape: The policy's shape, as far as its memory goes.
+        memory: Of the steps of such a policy.
         models: Policy, reference and scorer.
         data: The groups.
         identity: What a checkpoint to resume from must agree with.
@@ -60,7 +61,7 @@ class Prepared:
     """
 
     source: ModelSource
-    shape: ModelShape
+    memory: StepMemory
     models: Models
     data: PreparedData
     identity: dict[str, Any]
@@ -106,7 +107,7 @@ def prepare(
         _set_aside(rows, data, folder)
     # Before anything large is loaded.
     memory = memory_settings(config)
-    estimate = estimate_of(memory, hardware, source.config)
+    estimate = estimate_of(memory, hardware, source.config, make_optimizer=traced_optimizer)
     check_fits(estimate, memory.check)
     models = _load_models(config, source, ranks)
     reference_logps = None
@@ -121,7 +122,7 @@ def prepare(
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
     return Prepared(
         source=source,
-        shape=estimate.shape,
+        memory=estimate.memory,
         models=models,
         data=data,
         identity=identity,

@@ -152,10 +152,10 @@ class StrategyConfig:
         choices=("auto", "ddp", "fsdp"),
     )
     sync_gradients: str = setting(
-        "step",
+        "auto",
         "With fsdp: reduce gradients once a step, or in every micro-batch, which needs no "
-        "memory for whole ones.",
-        choices=("step", "micro_batch"),
+        "memory for whole ones; auto is once a step where the memory allows it.",
+        choices=("auto", "step", "micro_batch"),
     )
     find_unused_parameters: bool = setting(
         False, "With ddp: look for weights that a step leaves unused."

@@ -1,10 +1,15 @@
-"""The table of docs/memory.md, written by the formulas: ``python -m tests.support.memory_page``."""
+"""The tables of docs/memory.md, traced: ``python -m tests.support.memory_page`` prints them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_lightning.memory.footprint import ModelShape, Training, footprint, in_gib
+from transformers import LlamaConfig
+
+from dpo_lightning.memory.footprint import AdapterFacts, Training, in_gib
+from dpo_lightning.memory.lengths import GroupLengths
+from dpo_lightning.memory.step_memory import StepMemory
+from dpo_lightning.training.traced import traced_optimizer
 
 DEVICES = (1, 8, 64)
 TOKENS = 4096
@@ -17,49 +22,46 @@ SHAPES = {
 }
 
 
-def shape(name: str) -> ModelShape:
-    """The shape of a Llama, by hand: four attention and three feed-forward matrices, two norms."""
+def config_of(name: str) -> LlamaConfig:
+    """A Llama of one of the sizes."""
     layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
-    size = hidden // heads
-    sides = [(hidden, hidden), (hidden, key_heads * size), (hidden, key_heads * size),
-             (hidden, hidden), *[(hidden, intermediate)] * 3]  # fmt: skip
-    linear = sum(a * b for a, b in sides)
-    layer = linear + 2 * hidden
-    embeddings = vocabulary * hidden * (1 if name == "1B" else 2)
-    return ModelShape(
-        parameters=layers * layer + embeddings + hidden,
-        layers=layers,
-        layer_parameters=layer,
-        linear_parameters=linear,
-        linear_sides=sum(a + b for a, b in sides),
-        largest=vocabulary * hidden,
-        vocabulary=vocabulary,
-        hidden=hidden,
-        heads=heads,
-        key_heads=key_heads,
-        head_size=size,
-        intermediate=intermediate,
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=name == "1B",
     )
 
 
 FULL = Training(
-    weight_bytes=4, compute_bytes=2, masters=True, autocast=False, optimizer="adamw",
-    trained=None, four_bit=False, live_reference=False, shards=1, buckets=False,
+    kind="cuda",
+    weight_bytes=4,
+    compute_bytes=2,
+    masters=True,
+    autocast=False,
+    optimizer="adamw",
+    adapters=None,
+    live_reference=False,
+    shards=1,
+    buckets=False,
     whole_gradients=False,
-    tokens=TOKENS, checkpointing=True, keys=0, head_scores=1 << 25, head_kept=1 << 27,
-)  # fmt: skip
+    tokens=TOKENS,
+    checkpointing=True,
+)
 
 
-def ways(model: ModelShape) -> dict[str, Training]:
+def ways() -> dict[str, Training]:
     """Ways to train on one device, by their names in the table."""
     half = replace(FULL, weight_bytes=2, masters=False)
-    lora = replace(FULL, trained=model.lora_parameters(RANK))
     return {
         "float32 weights": FULL,
         "bfloat16": half,
         "bfloat16, 8-bit Adam": replace(half, optimizer="adamw_8bit"),
-        "LoRA": lora,
-        "QLoRA": replace(lora, four_bit=True),
+        "LoRA": replace(FULL, adapters=AdapterFacts(RANK)),
+        "QLoRA": replace(FULL, adapters=AdapterFacts(RANK, four_bit=True)),
     }
 
 
@@ -68,15 +70,16 @@ def table() -> list[str]:
     lines = ["| model | trained | " + " | ".join(
         "1 device" if n == 1 else f"{n} devices" for n in DEVICES) + " |",
         "|---|---|" + "---:|" * len(DEVICES)]  # fmt: skip
+    lengths = GroupLengths((512, 256, 256), (512, 256, 256))
     for name in SHAPES:
-        model = shape(name)
-        for way, alone in ways(model).items():
+        memory = StepMemory(config_of(name), make_optimizer=traced_optimizer, lengths=lengths)
+        for way, alone in ways().items():
             cells = []
             for devices in DEVICES:
                 sharded = replace(alone, shards=devices, masters=alone.masters and devices == 1)
-                if alone.trained is not None and devices > 1:  # whole on each: strategy=ddp
-                    sharded = replace(alone, weight_bytes=2, masters=False, buckets=True)
-                cells.append(in_gib(footprint(model, sharded).total))
+                if alone.adapters is not None and devices > 1:  # whole on each: strategy=ddp
+                    sharded = replace(alone, weight_bytes=2, masters=False, buckets=True, shards=1)
+                cells.append(in_gib(memory.footprint(sharded).total))
             lines.append(f"| {name} | {way} | " + " | ".join(cells) + " |")
     return lines
 

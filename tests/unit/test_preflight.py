@@ -1,14 +1,13 @@
 """The message about a run that does not fit, its remedies, and the command that prints it."""
 
 import dataclasses
+import functools
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
-import torch
 from omegaconf import OmegaConf
-from transformers import LlamaConfig
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.budget import Budget
@@ -21,40 +20,47 @@ from dpo_lightning.memory.estimate import (
     remedies,
     with_budget,
 )
-from dpo_lightning.memory.footprint import GIB, footprint
+from dpo_lightning.memory.footprint import GIB, AdapterFacts, Training
 from dpo_lightning.memory.hardware import decide_hardware
+from dpo_lightning.memory.lengths import GroupLengths
+from dpo_lightning.memory.step_memory import StepMemory
 from dpo_lightning.preflight import main
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.schema import CONF, Config
 from dpo_lightning.settings.validation import validate
-from tests.support.budgets import training
-from tests.support.memory_page import SHAPES, shape
+from dpo_lightning.training.traced import traced_optimizer
+from tests.support.memory_page import config_of
+from tests.support.real_steps import step_memory, training
 from tests.support.runs import TINY, run_train
 
-CUDA = torch.device("cuda")
+
+@functools.cache
+def llama_8b() -> StepMemory:
+    return step_memory(config_of("8B"), GroupLengths((512, 256, 256), (512, 256, 256)))
+
+
+def on_gpu(**changes) -> Training:
+    values = {"kind": "cuda", "compute_bytes": 2, "masters": True, "tokens": 4096}
+    return training(**(values | changes))
 
 
 def estimate(**changes) -> MemoryEstimate:
     values = {
-        "shape": shape("8B"), "training": training(tokens=4096), "kind": "cuda",
-        "device_bytes": 80 * GIB, "devices": 1,
+        "memory": llama_8b(), "training": on_gpu(), "device_bytes": 80 * GIB, "devices": 1
     }  # fmt: skip
     return MemoryEstimate(**(values | changes))
-
-
-def config_of(name: str) -> LlamaConfig:
-    layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
-        tie_word_embeddings=name == "1B",
-    )  # fmt: skip
 
 
 def on_large_gpu(config: Config, model: str) -> MemoryEstimate:
     """Training that the settings come to on GPUs of 80 GiB."""
     hardware = decide_hardware(config.trainer, kind="cuda")
-    return estimate_of(memory_settings(config), hardware, config_of(model), device_bytes=80 * GIB)
+    return estimate_of(
+        memory_settings(config),
+        hardware,
+        config_of(model),
+        make_optimizer=traced_optimizer,
+        device_bytes=80 * GIB,
+    )
 
 
 def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
@@ -64,6 +70,7 @@ def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
     assert "\n" not in message
     assert message.startswith("model.dtype=float32 optimizer=adamw data.micro_batch_tokens=4096")
     assert "of 80.0 GiB: weights 15.0, masters 29.9" in message
+    assert "and may take 93% of it; what helps, each alone: " in message
     order = [
         *("data.micro_batch_tokens=1024 (", "model.gradient_checkpointing=true ("),
         *("optimizer=adamw_8bit (", "model.dtype=bfloat16 (", "trainer.memory_check=warn"),
@@ -82,7 +89,7 @@ def test_what_fits_or_is_not_to_be_checked_says_nothing(caplog):
 
 
 def test_a_cpu_is_only_warned_of(caplog):
-    check_fits(estimate(kind="cpu"), "stop")
+    check_fits(estimate(training=training(tokens=600), device_bytes=GIB), "stop")
     assert "training takes about" in caplog.text
     assert "memory_check" not in caplog.text
 
@@ -91,7 +98,7 @@ def test_each_remedy_takes_what_it_says_and_those_that_do_not_help_are_left_out(
     now = estimate()
     found = dict(remedies(now))
     half = dataclasses.replace(now.training, weight_bytes=2, masters=False)
-    assert found["model.dtype=bfloat16"] == footprint(now.shape, half).total
+    assert found["model.dtype=bfloat16"] == now.memory.footprint(half).total
     assert all(size < now.footprint.total for size in found.values())
     small = dataclasses.replace(half, optimizer="adamw_8bit", checkpointing=True, tokens=1024)
     keys = ("model.dtype", "optimizer", "model.gradient_checkpointing", "data.micro_batch_tokens")
@@ -109,12 +116,16 @@ def typed(*words: str) -> Config:
     return validate(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "names"),
     [
         ("", {"peft", "strategy", "optimizer", "model.dtype"}),
         ("trainer.devices=4", {"peft", "strategy", "optimizer", "model.dtype"}),
-        ("trainer.devices=4 strategy=fsdp", {"peft", "strategy.sync_gradients", "model.dtype"}),
+        (
+            "trainer.devices=4 strategy=fsdp strategy.sync_gradients=step",
+            {"peft", "strategy.sync_gradients", "model.dtype"},
+        ),
         ("peft=lora", set()),
         ("model.dtype=bfloat16", {"peft", "strategy", "optimizer"}),
     ],
@@ -150,7 +161,7 @@ def test_each_remedy_can_be_typed_and_takes_what_it_says(words: str, names: set[
         ({"optimizer.name": "adamw_8bit"}, 1, True, {"optimizer": "adamw_8bit"}),
         ({"reference.kind": "live"}, 1, True, {"live_reference": True}),
         ({"strategy.name": "fsdp"}, 8, True,
-         {"shards": 8, "whole_gradients": True, "masters": False, "autocast": False,
+         {"shards": 8, "whole_gradients": None, "masters": False, "autocast": False,
           "buckets": False}),
     ],
 )  # fmt: skip
@@ -159,30 +170,32 @@ def test_settings_come_to_a_way_of_training(changes, devices, mixed, expected):
     for key, value in changes.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
-    found = plan_training(memory_settings(config), shape("1B"), CUDA, devices=devices, mixed=mixed)
+    found = plan_training(memory_settings(config), "cuda", devices=devices, mixed=mixed)
     assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_adapters_of_the_settings_are_counted():
     config = Config()
-    config.peft = SimpleNamespace(kind="lora", r=8, quantization="nf4")
+    config.peft = SimpleNamespace(
+        kind="lora", r=8, quantization="nf4", target_modules=["q_proj"], dora=True
+    )
     config.strategy.sync_gradients = "micro_batch"
     config.strategy.name = "fsdp"
-    found = plan_training(memory_settings(config), shape("1B"), CUDA, devices=8, mixed=True)
-    assert (found.trained, found.four_bit) == (shape("1B").lora_parameters(8), True)
-    assert not found.whole_gradients
+    found = plan_training(memory_settings(config), "cuda", devices=8, mixed=True)
+    assert found.adapters == AdapterFacts(8, ("q_proj",), dora=True, four_bit=True)
+    assert found.whole_gradients is False
 
 
 def test_a_longer_group_is_a_micro_batch_of_its_own():
     budget = Budget(1000, checkpointing=True)
-    assert with_budget(training(), budget, longest=1500, keys=0).tokens == 1500
-    assert with_budget(training(), budget, longest=500, keys=0).checkpointing
+    assert with_budget(training(), budget, longest=1500).tokens == 1500
+    assert with_budget(training(), budget, longest=500).checkpointing
 
 
 def test_an_estimate_needs_no_weights_and_no_gpu():
     config = Config()
     found = on_large_gpu(config, "70B")
-    assert found.shape == shape("70B")
+    assert found.memory.parameters == 70_553_706_496
     assert found.training.masters
     assert found.footprint.total > 1000 * GIB
     assert not found.fits

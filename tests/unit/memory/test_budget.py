@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,58 +14,78 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpo_lightning.data.packing import collate_groups, plan_step
 from dpo_lightning.memory.budget import (
     Budget,
+    Room,
     choose_budget,
+    choose_sync,
     longest_share,
-    mean_keys,
     memory_of,
     say_if_over,
 )
-from dpo_lightning.memory.footprint import shape_of_model
-from dpo_lightning.models.loading import meta_model
+from dpo_lightning.memory.footprint import Footprint, Training
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.objectives.comparison import Logps, compare_responses
 from dpo_lightning.objectives.objective import ObjectiveSettings
-from tests.support.budgets import SHAPE, training
 from tests.support.groups import group
-from tests.support.models import tiny_llama_config
+from tests.support.real_steps import training
 
 GIB = 1 << 30
 
 
-def budget(shape=SHAPE, how=None, **changes) -> Budget:
-    values = {
-        "kind": "cuda", "device_bytes": 80 * GIB, "longest": 1000, "tokens": None,
-        "checkpointing": None,
-    }  # fmt: skip
-    return choose_budget(shape, how or training(), **(values | changes))
+class Linear:
+    """Footprints of 10 GiB and 1 MiB a token, a tenth of that with checkpointing.
+
+    Whole gradients, where ranks share the weights, are ``whole`` GiB more.
+    """
+
+    def __init__(self, fixed: float = 10, token: int = 1 << 20, whole: int = 30) -> None:
+        self.fixed, self.token, self.whole = fixed, token, whole
+
+    def footprint(self, how: Training) -> Footprint:
+        token = self.token // 10 if how.checkpointing else self.token
+        more = self.whole * GIB if how.whole_gradients else 0
+        return Footprint(
+            weights=int(self.fixed * GIB), masters=0, reference=0, gradients=0, optimizer=0,
+            gathered=more, activations=token * how.tokens, device=0,
+        )  # fmt: skip
+
+
+def room(**changes: Any) -> Room:
+    values = {"device_bytes": 80 * GIB, "longest": 1000, "tokens": None, "checkpointing": None}
+    return Room(**(values | changes))
+
+
+def budget(memory: Any = None, *, kind: str = "cuda", **changes: Any) -> Budget:
+    return choose_budget(memory or Linear(), training(kind=kind), room(**changes))
 
 
 def test_a_large_gpu_takes_many_tokens_and_computes_nothing_twice():
-    """1.5 billion weights (head and embeddings apart) of 18 bytes and 0.5 GiB more of gradients.
-
-    80 GiB less 26 GiB, 70% of that, over 1.9 MB a token: 20,500, so 16,384.
-    """
-    assert SHAPE.parameters == 1_498_482_688
-    assert budget() == Budget(tokens=16384, checkpointing=False)
-
-
-def test_what_takes_less_leaves_room_for_more():
-    small = {"device_bytes": 40 * GIB}
-    half = training(weight_bytes=2, masters=False)
-    assert budget(how=half, **small).tokens > budget(**small).tokens
-    adapters = training(trained=SHAPE.lora_parameters(16))
-    assert budget(how=adapters, **small).tokens > budget(**small).tokens
-    assert budget(device_bytes=32 * GIB).tokens < budget().tokens
+    """93% of 80 GiB less 10 GiB hold 65,945 tokens of 1 MiB: 65,536, which is the most; of 40 GiB
+    27.2 GiB hold 27,852: 16,384."""
+    assert budget() == Budget(tokens=65536, checkpointing=False)
+    assert budget(device_bytes=40 * GIB) == Budget(tokens=16384, checkpointing=False)
 
 
 def test_activations_are_computed_again_only_where_they_would_not_fit():
-    """At 29 GiB 1.2 GiB are left for 600 tokens, or for 11,000."""
-    tight = {"device_bytes": 29 * GIB, "longest": 2048}
-    assert budget(**tight) == Budget(tokens=4096, checkpointing=True)
+    """93% of 12 GiB leave 1.16 GiB: 1,187 tokens, or 11,878 with a tenth of the activations."""
+    tight = {"device_bytes": 12 * GIB, "longest": 2048}
+    assert budget(**tight) == Budget(tokens=8192, checkpointing=True)
     assert not budget(**tight, checkpointing=False).checkpointing
     assert budget(checkpointing=True).checkpointing
     # More at once than fits: by need.
-    assert budget(tokens=60000).checkpointing
+    assert budget(device_bytes=40 * GIB, tokens=60000).checkpointing
+
+
+def test_what_is_not_linear_is_traced_before_it_is_chosen():
+    """Beyond 20,000 tokens everything takes twice as much: 32,768 would not fit any more."""
+
+    class Bent(Linear):
+        def footprint(self, how: Training) -> Footprint:
+            found = super().footprint(how)
+            steep = 2 if how.tokens > 20000 else 1
+            return replace(found, activations=steep * found.activations)
+
+    assert budget(device_bytes=50 * GIB).tokens == 32768
+    assert budget(Bent(), device_bytes=50 * GIB).tokens == 16384
 
 
 def test_what_is_set_stays():
@@ -73,16 +95,35 @@ def test_what_is_set_stays():
 
 
 def test_a_cpu_with_room_takes_what_its_caches_like():
-    single = training(compute_bytes=4, masters=False)
-    tiny = shape_of_model(meta_model(tiny_llama_config()))
-    assert budget(tiny, single, kind="cpu") == Budget(tokens=8192, checkpointing=False)
-    assert budget(how=single, kind="cpu") == Budget(tokens=512, checkpointing=False)
+    """Activations of 256 MiB: 8,192 tokens of 32 KiB at most, and 512 of 1 MiB."""
+    assert budget(Linear(token=1 << 14), kind="cpu") == Budget(tokens=8192, checkpointing=False)
+    assert budget(Linear(token=1 << 17), kind="cpu") == Budget(tokens=2048, checkpointing=False)
+    assert budget(kind="cpu") == Budget(tokens=512, checkpointing=False)
     assert memory_of(torch.device("cpu")) > GIB
 
 
-def test_keys_that_a_query_meets():
-    """(5 * 5 + 2 * 7 + 3 * 8 + 4 * 4 + 1 * 5) / (5 + 2 + 3 + 4 + 1) = 84 / 15 = 5.6."""
-    assert mean_keys([group(5, 2, 3), group(4, 1)]) == 6
+@pytest.mark.parametrize(
+    ("memory", "changes", "whole"),
+    [
+        # 30 GiB of whole gradients leave 34 GiB: enough tokens, nothing computed twice.
+        (Linear(), {}, True),
+        # Of 48 GiB they leave 4.6: 4,096 tokens in place of 32,768.
+        (Linear(), {"device_bytes": 48 * GIB}, False),
+        # They leave nothing.
+        (Linear(), {"device_bytes": 40 * GIB}, False),
+        # What is set of tokens and checkpointing fits either way.
+        (Linear(), {"device_bytes": 48 * GIB, "tokens": 2048}, True),
+        (Linear(), {"device_bytes": None}, True),
+    ],
+)
+def test_gradients_are_whole_until_a_step_ends_where_the_memory_allows_it(memory, changes, whole):
+    open_way = training(kind="cuda", shards=8, whole_gradients=None)
+    assert choose_sync(memory, open_way, room(**changes)).whole_gradients is whole
+    for value in (True, False):
+        set_way = replace(open_way, whole_gradients=value)
+        assert choose_sync(memory, set_way, room(**changes)).whole_gradients is value
+    alone = replace(open_way, shards=1)
+    assert choose_sync(memory, alone, room(**changes)).whole_gradients is False
 
 
 def test_the_most_that_a_step_brings_to_a_rank_by_hand():
