@@ -67,6 +67,58 @@ class Bucket(_Movable):
 
 
 @dataclass(frozen=True, slots=True)
+class Sequences(_Movable):
+    """Sequences of queries in their flat order, each with keys of its own.
+
+    Attributes:
+        keys: Flat place of each key, sequence after sequence, shape (K,), int64: a prompt's own
+            tokens, or a prompt followed by a response.
+        query_ends: End of each sequence's queries, after a 0, shape (S + 1,), int32.
+        key_ends: The same of the keys.
+        most_queries: Queries of the longest sequence.
+        most_keys: Its keys.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[tuple[int, ...]]) -> Sequences:
+        """Makes the sequences of a micro-batch from its lengths, on the host.
+
+        Args:
+            segments: (|P|, |y_1|, ..., |y_K|) of each group.
+        """
+        keys: list[npt.NDArray[np.int64]] = []
+        queries: list[int] = []
+        start = 0
+        for prompt, *responses in segments:
+            own = np.arange(start, start + prompt)
+            keys.append(own)
+            queries.append(prompt)
+            start += prompt
+            for length in responses:
+                keys.append(np.concatenate([own, np.arange(start, start + length)]))
+                queries.append(length)
+                start += length
+        lengths = [len(part) for part in keys]
+
+        def ends(counts: list[int]) -> Tensor:
+            return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
+
+        return cls(
+            keys=_tensor(np.concatenate(keys)),
+            query_ends=ends(queries),
+            key_ends=ends(lengths),
+            most_queries=max(queries),
+            most_keys=max(lengths),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GroupBatch(_Movable):
     """A micro-batch of G groups with N responses in T tokens, of which S are scored.
 
@@ -76,6 +128,8 @@ class GroupBatch(_Movable):
         buckets: How attention gathers the tokens into calls.
         inverse: Place of each flat token among the buckets' queries, laid end to end, shape (T,),
             int64.
+        sequences: The tokens as sequences of queries with their keys, for a kernel that takes any
+            lengths.
         score_from: Token whose hidden state predicts each scored token, shape (S,), int64. The last
             token of a prompt stands here once for every response.
         targets: The scored token ids, shape (S,), int64.
@@ -101,6 +155,7 @@ class GroupBatch(_Movable):
     position_ids: Tensor
     buckets: tuple[Bucket, ...]
     inverse: Tensor
+    sequences: Sequences
     score_from: Tensor
     targets: Tensor
     response: Tensor
@@ -301,11 +356,13 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
     pairs = _ranked_pairs(groups)
     ranks = [rank for group in groups for rank in group.ranks]
     buckets, inverse = _buckets(flat.sequences, tokens=sum(map(len, flat.ids)))
+    segments = tuple((len(g.prompt), *map(len, g.responses)) for g in groups)
     return GroupBatch(
         input_ids=_tensor(np.concatenate(flat.ids)),
         position_ids=_tensor(np.concatenate(flat.positions)),
         buckets=buckets,
         inverse=inverse,
+        sequences=Sequences.of_segments(segments),
         score_from=_tensor(np.concatenate(flat.score_from)),
         targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
         response=_tensor(np.concatenate(flat.responses)),
@@ -322,7 +379,7 @@ def collate_groups(groups: Sequence[TokenGroup], rows: Sequence[int]) -> GroupBa
         reference_token_logps=_joined(
             [None if (t := g.reference_token_logps) is None else np.concatenate(t) for g in groups]
         ),
-        segments=tuple((len(g.prompt), *map(len, g.responses)) for g in groups),
+        segments=segments,
         rows=tuple(rows),
     )
 

@@ -55,7 +55,9 @@ def decide_hardware(trainer: TrainerConfig, *, kind: DeviceKind | None = None) -
     own = kind or device_kind(trainer.accelerator)
     is_here = own != "cuda" or torch.cuda.is_available()
     half = own == "cuda" and (
-        kind is not None or (is_here and bool(torch.cuda.is_bf16_supported()))
+        # Emulated, as on a T4 or V100, it is slower than float32.
+        kind is not None
+        or (is_here and bool(torch.cuda.is_bf16_supported(including_emulation=False)))
     )
     if trainer.precision is not None:
         half = trainer.precision != "32-true"

@@ -16,6 +16,7 @@ from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.errors import DivergedError
 from dpo_lightning.files import DIVERGED_FILE
 from dpo_lightning.memory.exhausted import explained
+from dpo_lightning.models.devices import on_device
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import (
@@ -209,7 +210,7 @@ class DPOModule(CheckpointedModule):
             if not counts:
                 continue
             self._eval_sums = self._eval_sums + comparison.sums
-            rows = torch.tensor(micro_batch.rows, device=self.device)
+            rows = on_device(torch.tensor(micro_batch.rows), self.device)
             self.eval_accuracies[rows] = comparison.accuracies
 
     def on_validation_epoch_end(self) -> None:
@@ -325,7 +326,7 @@ class DPOModule(CheckpointedModule):
     @torch.no_grad()
     def _adapted(self, beta: float, margins: Tensor) -> Tensor:
         """Beta of this step by its margins, over all ranks; the step is one micro-batch a rank."""
-        sums = torch.stack([margins.sum(), margins.new_tensor(len(margins))])
+        sums = torch.stack([margins.sum(), margins.new_full((), len(margins))])
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
         margin = beta * total / count.clamp(min=1)
         adapted = adapted_beta(beta, margin, self.margin_average, strength=self.beta_plan.adaptive)

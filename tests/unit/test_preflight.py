@@ -242,7 +242,7 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     # As if it were a GPU with less than that; nothing is loaded then.
     monkeypatch.setattr("dpo_lightning.memory.hardware.device_kind", lambda accelerator: "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("dpo_lightning.memory.budget.memory_of", lambda device: 1 << 20)
     monkeypatch.setattr("dpo_lightning.run.prepare._load_models", lambda *_: 1 / 0)

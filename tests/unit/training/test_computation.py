@@ -100,7 +100,12 @@ def test_a_gpu_with_bfloat16_takes_it(monkeypatch):
     """Unless another device is asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for supported, expected in ((True, "bf16-mixed"), (False, "32-true")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda given=supported: given)
+        # A T4 or a V100 has none, and emulates it where it is asked to.
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, given=supported: including_emulation or given,
+        )
         config = Config()
         assert decide_hardware(config.trainer).precision == expected
         config.trainer.accelerator = "cpu"
