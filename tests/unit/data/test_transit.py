@@ -61,7 +61,7 @@ def test_a_step_arrives_as_it_was_in_a_tensor_for_each_type(batch: StepBatch):
     assert len(batch.micro_batches) > 0
     arrived, tensors = sent(batch)
     assert same(batch, arrived)
-    assert tensors == 2  # whole numbers and float32
+    assert tensors == 3  # whole numbers of two sizes, and float32
 
 
 def test_a_step_without_groups_arrives():

@@ -24,6 +24,12 @@ from tests.support.meta_steps import (
 F32, BF16 = torch.float32, torch.bfloat16
 HALF = {"32-true": F32, "16-mixed": torch.float16}
 
+# Of pairs and of lists, by token and by likelihood.
+_EVERY_PART_OF_A_LOSS = {
+    **{"terms": {"sigmoid": 1.0, "exo_pair": 0.1, "softmax": 0.5}, "rpo_alpha": 0.1},
+    **{"wpo": True, "ld_alpha": 0.5},
+}
+
 RANKS = "bf16-mixed, ranks"
 QUICK = [("llama", precision) for precision in PRECISIONS]
 QUICK += [(name, RANKS) for name in ARCHITECTURES if name != "llama"]
@@ -92,10 +98,9 @@ def test_a_window_of_eight_tokens_reaches_the_kernel(taken, architecture):
     [
         (RANKS, {"path": "padded"}),
         ("bf16-mixed", {"checkpointing": True}),
-        ("bf16-mixed", {"loss": {"terms": {"sigmoid": 1.0, "softmax": 0.5}, "rpo_alpha": 0.1}}),
-        ("bf16-mixed", {"loss": {"terms": {"sigmoid": 1.0}, "wpo": True, "ld_alpha": 0.5}}),
+        ("bf16-mixed", {"loss": _EVERY_PART_OF_A_LOSS}),
     ],
-    ids=["padded", "checkpointing", "listwise", "tokens"],
+    ids=["padded", "checkpointing", "losses"],
 )
 def test_nothing_of_a_step_is_copied_while_the_device_waits(tmp_path, precision, options):
     step = take_meta_steps(tmp_path, "llama", PRECISIONS[precision], **options)
