@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dpo_lightning.data.transit import Movable
 
-Gathers = Literal["buckets", "sequences", "none"]
-"""What a batch brings for attention: what the buckets take, what a kernel for any lengths takes, or
-nothing, for models that see each response as a row of its own."""
+Gathers = Literal["buckets", "sequences", "both", "none"]
+"""What a batch brings for attention: what the buckets take, what a kernel for any lengths takes,
+both where layers differ, or nothing, for models that see each response as a row of its own."""
 
 Segments = Sequence[tuple[int, ...]]
 """(|P|, |y_1|, ..., |y_K|) of each group."""

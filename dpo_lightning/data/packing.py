@@ -289,8 +289,8 @@ def collate_groups(
     return GroupBatch(
         input_ids=_tensor(np.concatenate(flat.ids)),
         position_ids=_tensor(np.concatenate(flat.positions)),
-        bucketed=Bucketed.of(segments) if gathers == "buckets" else None,
-        sequences=Sequences.of_segments(segments) if gathers == "sequences" else None,
+        bucketed=Bucketed.of(segments) if gathers in ("buckets", "both") else None,
+        sequences=(Sequences.of_segments(segments) if gathers in ("sequences", "both") else None),
         score_from=_tensor(np.concatenate(flat.score_from)),
         targets=_tensor(np.concatenate([r for group in groups for r in group.responses])),
         response=_tensor(np.concatenate(flat.responses)),

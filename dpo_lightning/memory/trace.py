@@ -160,7 +160,8 @@ def trace_step(
     autocast = torch.bfloat16 if training.autocast and half else None
     with computing_as(training.kind, autocast):
         scorer = Scorer(path)
-        scorer.varlen = training.kind == "cuda" and half and path == "flat"
+        if training.kind == "cuda" and half and path == "flat":
+            scorer.suppose_kernel()
         model, layers = _built(skeleton, training, scorer)
         reference = _reference(model, training)
         recorded: list[Event] = []

@@ -2,36 +2,31 @@
 
 A query sees the prompt of its group and the tokens of its own response before it; never a sibling
 response, never another group. The queries of a prompt, or of one response, are a small dense
-problem. On a GPU in half precision a kernel for sequences of any lengths takes all of them at once;
-elsewhere those of like lengths are gathered into one call with a mask, but for long ones on a CPU
-(``long_attention``). Grouped-query heads and sliding windows are honoured.
+problem. On a GPU in half precision a kernel for sequences of any lengths takes all of them at once,
+layer by layer, where it takes their heads; elsewhere those of like lengths are gathered into one
+call with a mask, but for long ones on a CPU (``long_attention``). Grouped-query heads and sliding
+windows are honoured.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences
-from dpo_lightning.data.packing import GroupBatch, collate_groups
-from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.models.device_kinds import kind_of
+from dpo_lightning.models.kernel import HeadShape, Kernel, any_lengths, as_computed
 from dpo_lightning.models.long_attention import Biases, long_attention, spans_of
 from dpo_lightning.models.rope import Part
 
 GROUP_ATTENTION = "dpo_lightning_groups"
-
-_HALF = (torch.bfloat16, torch.float16)
-
-# Relative difference of values and gradients that half precision explains.
-_VARLEN_TOLERANCE = 2e-2
 
 # Scores of a call up to which a CPU is faster with plain products than with torch's kernel, whose
 # backward pass takes three to five times as long there.
@@ -43,13 +38,14 @@ class AttentionPlan:
 
     Args:
         batch: The micro-batch.
-        varlen: True if the kernel for any lengths is used where the type allows it.
+        kernel: The kernel for any lengths, for the layers that it takes; None: for none.
         order: Place of each scored token of the data's micro-batch in this one, where that was laid
             out anew; None: it was not.
         parts: Tokens that share the factors of rotary embeddings, where those depend on lengths.
 
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
+        heads: Heads that layers came with, and in how many calls.
         spans: The prompts and responses, in order.
         block_biases: Masks of blocks of long sequences under a window, shared by all layers.
     """
@@ -58,16 +54,18 @@ class AttentionPlan:
         self,
         batch: GroupBatch,
         *,
-        varlen: bool = False,
+        kernel: Kernel | None = None,
         order: Tensor | None = None,
         parts: Sequence[Part] = (),
     ) -> None:
         self.batch = batch
         self.order = order
         self.parts = parts
+        self.kernel = kernel
         self._bucketed = batch.bucketed
-        self.sequences = (batch.sequences or Sequences.of(batch)) if varlen else None
+        self.sequences = None if kernel is None else (batch.sequences or Sequences.of(batch))
         self.windows: set[int | None] = set()
+        self.heads: Counter[HeadShape] = Counter()
         self.spans = spans_of(batch.segments)
         self.block_biases: Biases = {}
         self._most_scores = max((span.scores for span in self.spans), default=0)
@@ -171,49 +169,39 @@ def group_attention(
     if unknown or dropout:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
     group_plan.windows.add(sliding_window)
-    # (T, heads, d): one contiguous row per token makes the gathers cheap.
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    group_plan.heads[HeadShape.of(query, key, value)] += 1
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if group_plan.sequences is not None and query.dtype in _HALF:
-        return _any_lengths(query, key, value, group_plan.sequences, sliding_window, scaling), None
-    if group_plan.is_long(query):
-        return _on_long(query, key, value, group_plan, sliding_window, scaling), None
-    outputs = []
-    for number, bucket in enumerate(group_plan.buckets):
-        q = _gather(query, bucket.queries)
-        k, v = _gather(key, bucket.keys), _gather(value, bucket.keys)
-        attend = _small_attention if _is_small(q, k) else _large_attention
-        output = attend(q, k, v, group_plan, number, sliding_window, scaling)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.index_select(0, group_plan.inverse)[None], None
+    query, key, value = as_computed(query, key, value)
+    kernel, sequences = group_plan.kernel, group_plan.sequences
+    is_taken = kernel is not None and kernel.takes(query, key, value)
+    # (T, heads, d): one contiguous row per token makes the gathers cheap.
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if is_taken:
+        assert sequences is not None
+        return any_lengths(query, key, value, sequences, sliding_window, scaling)[None], None
+    attend = _on_long if group_plan.is_long(query) else _in_buckets
+    return attend(query, key, value, group_plan, sliding_window, scaling)[None], None
 
 
-def _any_lengths(
+def _in_buckets(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sequences: Sequences,
+    plan: AttentionPlan,
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """One call for all sequences; (T, heads, d) -> (1, T, heads, d)."""
-    output = varlen.varlen_attn(
-        query,
-        key.index_select(0, sequences.keys),
-        value.index_select(0, sequences.keys),
-        sequences.query_ends,
-        sequences.key_ends,
-        sequences.most_queries,
-        sequences.most_keys,
-        scale=scaling,
-        # Causal from the last key backwards: a response's first query sees the whole prompt.
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output[None]
+    """One call for each bucket; (T, heads, d) -> (T, heads, d)."""
+    outputs = []
+    for number, bucket in enumerate(plan.buckets):
+        q = _gather(query, bucket.queries)
+        k, v = _gather(key, bucket.keys), _gather(value, bucket.keys)
+        attend = _small_attention if _is_small(q, k) else _large_attention
+        output = attend(q, k, v, plan, number, window, scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.index_select(0, plan.inverse)
 
 
 def _on_long(
@@ -224,14 +212,13 @@ def _on_long(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Sequence by sequence, without masks; (T, heads, d) -> (1, T, heads, d)."""
-    output = long_attention(
+    """Sequence by sequence, without masks; (T, heads, d) -> (T, heads, d)."""
+    return long_attention(
         *(query, key, value, plan.spans),
         window=window,
         scaling=scaling,
         biases=plan.block_biases,
     )
-    return output[None]
 
 
 def _is_small(query: Tensor, key: Tensor) -> bool:
@@ -287,67 +274,6 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (T, heads, d) at index (B, L) -> (B, heads, L, d)."""
     # index_select has a cheaper backward pass than indexing with a tensor.
     return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:]).transpose(1, 2)
-
-
-def varlen_fault(
-    device: torch.device, dtype: torch.dtype, *, heads: int, key_heads: int, size: int
-) -> str | None:
-    """Tries the kernel for any lengths against plain attention in float32.
-
-    Args:
-        device: Device that it will run on.
-        dtype: Type of the queries.
-        heads: Query heads.
-        key_heads: Key heads.
-        size: Entries of a head.
-
-    Returns:
-        Why it cannot be used; None if values and gradients are right, with and without a window.
-    """
-    batch = collate_groups(
-        [_probe_group(*lengths) for lengths in ((70, 9, 33), (5, 1, 2, 80))], [0, 1]
-    )
-    batch = batch.to(device)
-    draw = torch.Generator().manual_seed(0)
-    shapes = [(1, n, len(batch.input_ids), size) for n in (heads, key_heads, key_heads)]
-    inputs = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
-    weights = torch.randn(1, shapes[0][2], heads, size, generator=draw).to(device)
-    try:
-        for window in (None, 7):
-            found = [
-                _with_gradients(inputs, weights, AttentionPlan(batch, varlen=True), window, dtype),
-                _with_gradients(inputs, weights, AttentionPlan(batch), window, torch.float32),
-            ]
-            for one, other in zip(*found, strict=True):
-                difference = ((one.float() - other).norm() / other.norm()).item()
-                if not difference <= _VARLEN_TOLERANCE:
-                    return f"it differs from plain attention by {difference:.2g}"
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        return f"trying it failed ({' '.join(str(error).split())[:120]})"
-    return None
-
-
-def _with_gradients(
-    inputs: list[Tensor],
-    weights: Tensor,
-    plan: AttentionPlan,
-    window: int | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    own = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    query, key, value = own
-    output, _ = group_attention(
-        torch.nn.Identity(), query, key, value, None, sliding_window=window, group_plan=plan
-    )
-    return [output.detach(), *torch.autograd.grad((output.float() * weights).sum(), own)]
-
-
-def _probe_group(prompt: int, *responses: int) -> TokenGroup:
-    def ids(length: int) -> Ids:
-        return np.zeros(length, dtype=np.int32)
-
-    ranks = tuple(range(1, len(responses) + 1))
-    return TokenGroup(ids(prompt), tuple(map(ids, responses)), ranks, 1.0, "probe", "probe")
 
 
 AttentionInterface.register(GROUP_ATTENTION, group_attention)

@@ -105,6 +105,7 @@ def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
         plan = flat.plan(batch)
         assert plan is not None
         actual = flat.token_logps(model, batch, plan)
+        flat.heads = dict(plan.heads)
     except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"trying it failed ({' '.join(str(error).split())[:120]})"
     finally:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpo_lightning.data.packing import GroupBatch, collate_groups
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.models.devices import on_device
 
 Part = tuple[int, Tensor | None]
 """A length of sequences, and which tokens are of those of like factors; None: all are."""
@@ -102,7 +103,7 @@ class RopeLengths:
             start, scored = int(ends[-1]), int(first[-1])
         device = batch.input_ids.device
         laid = collate_groups(groups, [0] * len(groups)).to(device)
-        return laid, torch.from_numpy(np.concatenate(places).argsort()).to(device)
+        return laid, on_device(torch.from_numpy(np.concatenate(places).argsort()), device)
 
     def parts(self, widths: Sequence[tuple[int, int]], device: torch.device) -> tuple[Part, ...]:
         """Tokens in parts of like factors.
@@ -119,7 +120,7 @@ class RopeLengths:
             if len(different) == 1:
                 return ((length, None),)
             mine = np.repeat([own == name for own in names], [count for count, _ in widths])
-            parts.append((length, torch.from_numpy(mine).to(device)))
+            parts.append((length, on_device(torch.from_numpy(mine), device)))
         return tuple(parts)
 
 

@@ -7,10 +7,11 @@ nothing; *padded* is the plain forward pass of any causal language model, one ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,14 +19,16 @@ from torch.nn import functional as F
 from dpo_lightning.data.gathers import Gathers
 from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.packing import GroupBatch
-from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan, varlen_fault
+from dpo_lightning.models.attention import GROUP_ATTENTION, AttentionPlan
+from dpo_lightning.models.devices import is_cuda, on_device
 from dpo_lightning.models.head import (
     LogitsTransform,
     collision_logps,
     token_logps,
     token_logps_and_collisions,
 )
-from dpo_lightning.models.layers import head_sizes, largest
+from dpo_lightning.models.kernel import HeadShape, Kernel, type_fault
+from dpo_lightning.models.kernel_check import varlen_fault
 from dpo_lightning.models.rope import RopeLengths, heed_lengths, lengths_known
 from dpo_lightning.models.sharding import is_sharded, run_whole
 
@@ -57,48 +60,81 @@ class Scorer:
     Args:
         path: The path.
         lengths: Lengths at which the models' rotary embeddings change.
+        heads: Heads of the models' layers, as a forward pass showed them, and of how many each.
 
     Attributes:
         path: The path.
         lengths: Those lengths.
-        varlen: True if the flat path may use the kernel for sequences of any lengths.
+        heads: Those heads.
     """
 
-    def __init__(self, path: ScoringPath, lengths: RopeLengths = _NO_LENGTHS) -> None:
+    def __init__(
+        self,
+        path: ScoringPath,
+        lengths: RopeLengths = _NO_LENGTHS,
+        heads: Mapping[HeadShape, int] | None = None,
+    ) -> None:
         self.path: ScoringPath = path
         self.lengths = lengths
-        self.varlen = False
+        self.heads = dict(heads or {})
+        self._tried: dict[HeadShape, str | None] = {}
+        self._kernel: Kernel | None = None
+        self._wide_scores = False
         self._own_attention: str | None = None
 
     @property
     def kernel(self) -> str:
         """Name of the kernels: two names where the numbers are not the same."""
-        return f"{self.path}, any lengths" if self.varlen else self.path
+        names: list[str] = [self.path]
+        if self._kernel is not None:
+            few = [] if all(fault is None for fault in self._tried.values()) else [self._share()]
+            names += [" in ".join(["any lengths", *few])]
+        return ", ".join([*names, *(["float32 scores"] if self._wide_scores else [])])
 
-    def choose_kernel(self, config: Any, device: torch.device) -> str | None:
-        """Tries the kernel for any lengths where there may be one.
+    @property
+    def attention(self) -> str:
+        """Attention of the policy's layers, in words."""
+        if self.path == "padded":
+            return "the model's own, over padded rows"
+        shared = "prompts shared"
+        faults = "; ".join(dict.fromkeys(f for f in self._tried.values() if f is not None))
+        if self._kernel is None:
+            return f"{shared}, in buckets" + (f" ({faults})" if faults else "")
+        if not faults:
+            return f"{shared}, flash kernel"
+        return f"{shared}, flash kernel in {self._share()} layers, the others in buckets ({faults})"
+
+    def _share(self) -> str:
+        """Layers that the kernel takes, out of all."""
+        taken = [n for shape, n in self.heads.items() if self._tried[shape] is None]
+        return f"{sum(taken)} of {sum(self.heads.values())}"
+
+    def choose_kernel(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Tries the kernel for any lengths where there may be one, with each layer's heads.
 
         Args:
-            config: The model's.
-            device: Device that it will run on.
+            device: Device that the models will run on.
+            dtype: Type that they compute in.
 
         Returns:
-            Why a GPU goes without it.
+            Why layers of a GPU go without it.
         """
-        if self.path != "flat" or device.type != "cuda":
+        self._kernel, self._tried, self._wide_scores = None, {}, False
+        if self.path != "flat" or not is_cuda(device):
             return None
-        config = config.get_text_config()
-        heads = largest(config, "num_attention_heads") or 1
-        key_heads = largest(config, "num_key_value_heads") or heads
-        self.varlen = False
-        for size in head_sizes(config):
-            fault = varlen_fault(
-                device, torch.bfloat16, heads=heads, key_heads=key_heads, size=size
-            )
-            if fault is not None:
-                return fault
-        self.varlen = True
-        return None
+        type_said = type_fault(dtype)
+        self._wide_scores = type_said is None
+        for shape in self.heads:
+            fault = type_said or shape.fault()
+            self._tried[shape] = fault or varlen_fault(device, dtype, shape)
+        if None in self._tried.values():
+            self._kernel = Kernel(self._tried)
+        faults = dict.fromkeys(fault for fault in self._tried.values() if fault is not None)
+        return "; ".join(faults) or None
+
+    def suppose_kernel(self) -> None:
+        """Takes the kernel for any lengths as right wherever it may be used: for a trace."""
+        self._kernel = Kernel({}, untried=None)
 
     @property
     def shared(self) -> bool:
@@ -110,7 +146,9 @@ class Scorer:
         """Gathers that a micro-batch brings along for attention, made before the step."""
         if self.path == "padded" or self.lengths:
             return "none"  # its rows are plain ones, or it may be laid out anew
-        return "sequences" if self.varlen else "buckets"
+        if self._kernel is None:
+            return "buckets"
+        return "both" if any(self._tried.values()) else "sequences"
 
     def prepare(self, model: Any) -> None:
         """Switches a transformers model to the attention that this path needs."""
@@ -143,11 +181,11 @@ class Scorer:
         if self.path != "flat":
             return None
         if not self.lengths:
-            return AttentionPlan(batch, varlen=self.varlen)
+            return AttentionPlan(batch, kernel=self._kernel)
         laid, order = self.lengths.lay_out(batch)
         together = [(sum(own), own[0] + max(own[1:])) for own in laid.segments]
         parts = self.lengths.parts(together, laid.input_ids.device)
-        return AttentionPlan(laid, varlen=self.varlen, order=order, parts=parts)
+        return AttentionPlan(laid, kernel=self._kernel, order=order, parts=parts)
 
     def token_logps(self, model: Any, batch: GroupBatch, plan: AttentionPlan | None) -> Tensor:
         """Log-probability of each scored token, shape (S,), float32."""
@@ -271,7 +309,7 @@ def _padded_scores(
         with lengths_known(rope if lengths else ()):
             scores.append(score(*_rows_logits(model, batch, part)))
         places += [row.scored + t for row in part for t in range(row.length)]
-    order = torch.tensor(places, device=batch.targets.device).argsort()
+    order = on_device(torch.from_numpy(np.argsort(places)), batch.targets.device)
     return tuple(torch.cat(parts).index_select(0, order) for parts in zip(*scores, strict=True))
 
 
@@ -303,9 +341,9 @@ def _rows_logits(model: Any, batch: GroupBatch, rows: list[_Row]) -> tuple[Tenso
             row.response, row.response + row.length
         )
         mask[i, : row.width] = 1
-    mask = mask.to(device)
+    mask = on_device(mask, device)
     logits = model(
-        input_ids=batch.input_ids[index.to(device)],
+        input_ids=batch.input_ids[on_device(index, device)],
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
@@ -313,5 +351,5 @@ def _rows_logits(model: Any, batch: GroupBatch, rows: list[_Row]) -> tuple[Tenso
     owner = [i for i, row in enumerate(rows) for _ in range(row.length)]
     source = [row.prompt_length - 1 + t for row in rows for t in range(row.length)]
     target = [row.scored + t for row in rows for t in range(row.length)]
-    states = logits[torch.tensor(owner, device=device), torch.tensor(source, device=device)]
-    return states.float(), batch.targets[torch.tensor(target, device=device)]
+    rows_of, places, scored = (on_device(torch.tensor(x), device) for x in (owner, source, target))
+    return logits[rows_of, places].float(), batch.targets[scored]

@@ -252,7 +252,7 @@ def _sums(
     rest = 1.0 - best
     return {
         "weight": batch.weight.sum(),
-        "groups": batch.weight.new_tensor(groups),
+        "groups": batch.weight.new_full((), groups),
         "log_z": log_partition(scores, batch.group, groups=groups).sum(),
         "best_share": (best * group_shares(scores, batch.group, groups=groups)).sum(),
         "best": best.sum(),

@@ -113,8 +113,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, accurate at both ends."""
     near = x > -math.log(2)
     # Each branch sees only arguments that it can take, so that no gradient is NaN.
-    small = (-x.where(near, x.new_tensor(-1.0)).expm1()).log()
-    large = (-x.where(~near, x.new_tensor(-1.0)).exp()).log1p()
+    small = (-x.where(near, x.new_full((), -1.0)).expm1()).log()
+    large = (-x.where(~near, x.new_full((), -1.0)).exp()).log1p()
     return small.where(near, large)
 
 

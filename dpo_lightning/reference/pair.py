@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import AdapterFile
 from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.config_numbers import numbers_hash, without_dropout
+from dpo_lightning.models.kernel import HeadShape
 from dpo_lightning.models.kinds import check_kind
 from dpo_lightning.models.loading import (
     check_same_vocabulary,
@@ -175,6 +177,10 @@ class _Hashes:
     reference_config: str
 
 
+_Shared = tuple[ScoringPath, RopeLengths, dict[HeadShape, int], str | None, _Hashes]
+"""What rank 0 tells the others of the policy: facts of its scorer, why it is padded, hashes."""
+
+
 class _Loader:
     """Loads models here, or on rank 0 for all ranks.
 
@@ -203,7 +209,7 @@ class _Loader:
         model = self._model
         loaded: list[tuple[Any, Scorer]] = []
 
-        def load() -> tuple[ScoringPath, RopeLengths, str | None, _Hashes]:
+        def load() -> _Shared:
             policy = _load_policy(model, self._seed)
             if model.quantization is None:
                 _check_fit(policy, name=f"{model.key}={model.source}")
@@ -219,13 +225,13 @@ class _Loader:
                 scorer.prepare(policy)
                 reason = reason or (other.reason and f"the reference's: {other.reason}")
             loaded.append((policy, scorer))
-            return scorer.path, scorer.lengths, reason, hashes
+            return scorer.path, scorer.lengths, scorer.heads, reason, hashes
 
-        path, lengths, reason, hashes = self._ask(load)
+        path, lengths, heads, reason, hashes = self._ask(load)
         if loaded:
             [(policy, scorer)] = loaded
         else:
-            scorer = Scorer(path, lengths)
+            scorer = Scorer(path, lengths, heads)
             policy = meta_model(without_dropout(model.config), dtype=model.dtype)
             scorer.prepare(policy)
         if reason is not None:
@@ -338,7 +344,9 @@ class _Other:
 def _of_both(policy: Scorer, reference: Scorer) -> Scorer:
     """A scorer of two models: on the flat path where both can take it."""
     flat = policy.path == reference.path == "flat"
-    return Scorer("flat" if flat else "padded", policy.lengths | reference.lengths)
+    # Of a layer that both have in the same way there is one.
+    heads = Counter(policy.heads) | Counter(reference.heads)
+    return Scorer("flat" if flat else "padded", policy.lengths | reference.lengths, heads)
 
 
 def _other_reference(model: ModelSource, source: str, revision: str | None) -> _Other:

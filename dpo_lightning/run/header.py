@@ -40,6 +40,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
         "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
+        "attention": models.scorer.attention,
         "memory": _memory(plan, placed),
         "folder": str(plan.folders.run),
     }

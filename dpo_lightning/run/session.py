@@ -33,6 +33,7 @@ from dpo_lightning.memory.budget import say_if_over
 from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.memory.peaks import keep_freed_memory, peak_bytes, reset_peak
+from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.reference.kinds import CachedReference
@@ -125,6 +126,7 @@ def run_experiment(
     folders = choose_folders(config, folder.path)
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
+    settle_attention(hardware.beside)
     trainer = trainer_plan(config)
     # Lightning shares the cores out over the ranks that it starts; one pass serves any number.
     threads = torch.get_num_threads()
@@ -382,6 +384,10 @@ def _place(session: _Session, trainer: pl.Trainer) -> Placed:
     placed = place(plan, prepared, trainer)
     check_fits(placed.estimate, plan.memory.check)
     session.record.memory = {"estimated_bytes": placed.estimate.footprint.parts()}
+    # What the header says of attention.
+    prepared.models.scorer.choose_kernel(
+        placed.device, placed.computation.dtype(prepared.source.dtype)
+    )
     if trainer.is_global_zero:
         text = yaml.safe_dump(plan.names.settings)
         session.folder.put("config.yaml", text.encode)
@@ -390,7 +396,7 @@ def _place(session: _Session, trainer: pl.Trainer) -> Placed:
 
 
 def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
-    """Kernel, shards and reference, in this order: each is computed with the one before.
+    """Shards and reference, in this order: one is computed with the other.
 
     The other ranks are started ahead of the reference pass, in which they take part.
     """
@@ -400,9 +406,6 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
         keep_freed_memory()
     if placed.budget.checkpointing:
         models.policy.activation_checkpointing_enable({"use_reentrant": False})
-    fault = models.scorer.choose_kernel(prepared.source.config, placed.device)
-    if fault is not None:
-        log.info("attention falls back to the slower kernel: %s", fault)
     prepared = with_shards(prepared, placed.computation)
     assert session.trainer is not None
     if models.reference is None:

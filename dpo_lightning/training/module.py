@@ -335,7 +335,7 @@ class DPOModule(CheckpointedModule):
     @torch.no_grad()
     def _adapted(self, beta: float, margins: Tensor) -> Tensor:
         """Beta of this step by its margins, over all ranks; the step is one micro-batch a rank."""
-        sums = torch.stack([margins.sum(), margins.new_tensor(len(margins))])
+        sums = torch.stack([margins.sum(), margins.new_full((), len(margins))])
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
         margin = beta * total / count.clamp(min=1)
         adapted = adapted_beta(beta, margin, self.margin_average, strength=self.beta_plan.adaptive)

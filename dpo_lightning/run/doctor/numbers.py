@@ -14,6 +14,7 @@ from torch import Tensor
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models.head import LogitsTransform, token_logps
+from dpo_lightning.models.kernel import HeadShape
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.run.doctor.checks import Finding
 from dpo_lightning.training.optimizers import OptimizerSettings, make_optimizer
@@ -64,8 +65,10 @@ def check_attention(bench: Bench) -> Finding:
         torch.manual_seed(0)
         model = _make_model(config)
     expected = _scored(model, Scorer("padded"), groups, Bench(torch.device("cpu"), torch.float32))
-    scorer = Scorer("flat")
-    fault = scorer.choose_kernel(config, bench.device)
+    size = config.hidden_size // config.num_attention_heads
+    heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, size, size)
+    scorer = Scorer("flat", heads={heads: config.num_hidden_layers})
+    fault = scorer.choose_kernel(bench.device, bench.dtype)
     actual = _scored(model, scorer, groups, bench)
     most = _LIMITS[bench.dtype]
     pairs = zip(("log-probabilities", "gradients"), expected, actual, most[:2], strict=True)

@@ -18,7 +18,9 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from dpo_lightning.data.datamodule import PreferenceDataModule, _TrainSteps, begin_worker
 from dpo_lightning.data.packing import GroupBatch, StepBatch, make_step_batch
 from dpo_lightning.data.transit import taken_apart
+from dpo_lightning.models import scoring
 from dpo_lightning.models.attention import AttentionPlan
+from dpo_lightning.models.kernel import HeadShape, Kernel
 from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer
 from tests.support.batches import random_groups
@@ -214,14 +216,17 @@ def test_buckets_and_sequences_travel_only_where_they_are_used():
         assert same(micro.in_buckets(), buckets.bucketed), "made when they are asked for"
 
 
-@pytest.mark.parametrize("varlen", [True, False])
-def test_a_plan_takes_what_the_batch_brings_and_makes_nothing(monkeypatch, varlen: bool):
-    [micro] = step(1, gathers="sequences" if varlen else "buckets").micro_batches
+KERNEL = Kernel({}, untried=None)
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, None])
+def test_a_plan_takes_what_the_batch_brings_and_makes_nothing(monkeypatch, kernel: Kernel | None):
+    [micro] = step(1, gathers="buckets" if kernel is None else "sequences").micro_batches
     made: list[GroupBatch] = []
     monkeypatch.setattr(GroupBatch, "in_buckets", made.append)
-    plan = AttentionPlan(micro, varlen=varlen)
+    plan = AttentionPlan(micro, kernel=kernel)
     assert plan.sequences is micro.sequences
-    if not varlen:
+    if kernel is None:
         assert plan.buckets is micro.bucketed.buckets
         assert plan.inverse is micro.bucketed.inverse
     assert not made
@@ -229,24 +234,31 @@ def test_a_plan_takes_what_the_batch_brings_and_makes_nothing(monkeypatch, varle
 
 def test_a_plan_makes_buckets_when_a_layer_asks_and_once():
     [micro] = step(1, gathers="sequences").micro_batches
-    plan = AttentionPlan(micro, varlen=True)
+    plan = AttentionPlan(micro, kernel=KERNEL)
     assert plan.buckets is plan.buckets
     assert same(plan.bucketed, step(1).micro_batches[0].bucketed)
 
 
 @pytest.mark.parametrize(
-    ("path", "varlen", "lengths", "gathers"),
+    ("path", "sizes", "lengths", "gathers"),
     [
-        ("flat", False, RopeLengths(), "buckets"),
-        ("flat", True, RopeLengths(), "sequences"),
-        ("padded", False, RopeLengths(), "none"),
-        ("flat", True, RopeLengths(steps=(8,)), "none"),
+        ("flat", (), RopeLengths(), "buckets"),
+        ("flat", (512,), RopeLengths(), "buckets"),
+        ("flat", (64,), RopeLengths(), "sequences"),
+        # As in Gemma 4: the kernel takes the one kind of layer, and not the other.
+        ("flat", (64, 512), RopeLengths(), "both"),
+        ("padded", (64,), RopeLengths(), "none"),
+        ("flat", (64,), RopeLengths(steps=(8,)), "none"),
     ],
 )
-def test_a_scorer_says_what_batches_bring_for_it(path, varlen, lengths, gathers):
-    scorer = Scorer(path, lengths)
-    scorer.varlen = varlen
+def test_a_scorer_says_what_batches_bring_for_it(monkeypatch, path, sizes, lengths, gathers):
+    """With a kernel that is right where it may be used."""
+    monkeypatch.setattr(scoring, "varlen_fault", lambda *_: None)
+    scorer = Scorer(path, lengths, {HeadShape(4, 2, size, size): 3 for size in sizes})
+    scorer.choose_kernel(torch.device("meta"), torch.bfloat16)
     assert scorer.gathers == gathers
+    [both] = step(1, gathers="both").micro_batches
+    assert None not in (both.bucketed, both.sequences)
 
 
 # Workers ----------------------------------------------------------------------------------------

@@ -294,3 +294,56 @@ def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
         token_logps(states, weight, None, targets, LogitsTransform()).sum().backward()
     assert 1 << 20 < largest.entries <= 1 << 22
     assert weight.numel() < 1 << 22
+
+
+# On CUDA ----------------------------------------------------------------------------------------
+
+
+def unrounded(one, other, *, out_dtype):
+    """A product of half precision as CUDA gives it in float32: summed up in it, and left there."""
+    assert one.dtype == other.dtype
+    assert one.dtype in (torch.bfloat16, torch.float16)
+    assert out_dtype == torch.float32
+    return one.float() @ other.float()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_come_out_in_float32_on_cuda(
+    small_chunks, monkeypatch, dtype, frozen, bias
+):
+    """Values are those of a float32 log-softmax of the same rounded inputs, to 1e-5 nats.
+
+    Rounded products are off by a hundredth and more. Gradients are within the rounding of half
+    precision, 2^-8 for bfloat16, as the probabilities behind them are rounded once.
+    """
+    tensors, targets = inputs(dtype, bias=bias)
+    if frozen:
+        tensors = [tensors[0], *(tensor.detach() for tensor in tensors[1:])]
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    expected = plain(wide, targets, LogitsTransform())
+    weights = torch.linspace(-1, 2, TOKENS)
+    expected_gradients = torch.autograd.grad(
+        (expected * weights.double()).sum(), [t for t in wide if t.requires_grad]
+    )
+
+    rounded = chunked(tensors, targets, LogitsTransform())
+    monkeypatch.setattr(head, "is_cuda", lambda device: True)
+    monkeypatch.setattr(torch, "mm", unrounded)
+    values = chunked(tensors, targets, LogitsTransform())
+    found = torch.autograd.grad((values * weights).sum(), trained)
+    assert (values - expected).abs().max() < 1e-5
+    assert (rounded - expected).abs().max() > (1e-2 if dtype == torch.bfloat16 else 1e-3)
+    for one, other, tensor in zip(found, expected_gradients, trained, strict=True):
+        assert one.dtype == tensor.dtype
+        assert (one.double() - other).norm() / other.norm() < 2**-8
+
+
+def test_a_product_of_float32_states_is_as_it_was_on_cuda(monkeypatch):
+    monkeypatch.setattr(head, "is_cuda", lambda device: True)
+    monkeypatch.setattr(torch, "mm", None)
+    (states, weight), targets = inputs(torch.float32)
+    expected = plain([states, weight], targets, LogitsTransform())
+    torch.testing.assert_close(chunked([states, weight], targets, LogitsTransform()), expected)
