@@ -134,7 +134,6 @@ WRONG: list[tuple[str, list[str]]] = [
     ("seed=1.5", ["seed=1.5", "whole number"]),
     ("loss.label_smoothing=0.5", ["loss.label_smoothing=0.5", "< 0.5"]),
     ("optimizer.schedule=cosin", ["optimizer.schedule=cosin", "optimizer.schedule=cosine?"]),
-    ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "model.dtype=bfloat16"]),
     ("trainer.devices=0", ["trainer.devices=0", "at least 1"]),
     ("trainer.max_time=10m", ["trainer.max_time=10m", "DD:HH:MM:SS"]),
     ("name=${nope}", ["name", "nope"]),
