@@ -48,7 +48,8 @@ def batch():
 
 def test_the_sequences_of_a_micro_batch():
     """A prompt's keys are its own, a response's the prompt's and its own."""
-    found = collate_groups([group(2, 1, 2), group(1, 1)], [0, 1]).sequences
+    groups = [group(2, 1, 2), group(1, 1)]
+    found = collate_groups(groups, [0, 1], gathers="sequences").sequences
     assert isinstance(found, Sequences)
     assert found.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 5, 6]
     assert found.query_ends.tolist() == [0, 2, 3, 5, 6, 7]
