@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MOST_OPERATIONS = 30_000
+"""Operations of a step of two layers; attention, and experts, take two to six thousand. A layer
+that goes from token to token in Python takes more than anybody would wait for."""
+
+
+class TooManyOperationsError(Exception):
+    """A step takes too long to be traced."""
+
 
 class LiveBytes(TorchDispatchMode):
     """Counter of the live bytes on one kind of device, while it is entered.
@@ -22,15 +30,20 @@ class LiveBytes(TorchDispatchMode):
     Args:
         device: Kind of the tensors to count, such as ``meta``.
 
+    Raises:
+        TooManyOperationsError: After :data:`MOST_OPERATIONS`.
+
     Attributes:
         now: Bytes that are alive.
         peak: Most of them since :meth:`begin`.
+        operations: Operations that were looked at.
     """
 
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
+        self.operations = 0
         self._device = device
         self._known: dict[int, Any] = {}
 
@@ -46,6 +59,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise RuntimeError(
+                f"more than {MOST_OPERATIONS:,} operations, as of a loop over tokens"
+            )
         name = func.name()
         known = _SHAPES.get(name)
         if known is not None and args[0].is_meta:

@@ -34,6 +34,10 @@ _SUMS = {
 _SUMS_BY_KIND = {"cuda": _SUMS, "cpu": set[Any](), "mps": set[Any]()}
 
 
+Again = Callable[[], tuple[contextlib.AbstractContextManager[Any], ...]]
+"""The contexts of a forward pass, and of the same in a backward pass."""
+
+
 class _Autocast:
     """State of autocast for meta tensors: its type, None where it is off, and its copies."""
 
@@ -116,7 +120,7 @@ def _kernel(
 
 
 @contextlib.contextmanager
-def computing_as(kind: str, autocast: torch.dtype | None) -> Iterator[None]:
+def computing_as(kind: str, autocast: torch.dtype | None) -> Iterator[Again]:
     """Context in which meta tensors compute as a device does.
 
     Its functions of torch are exchanged for all threads: nothing else may use autocast meanwhile.
@@ -124,6 +128,10 @@ def computing_as(kind: str, autocast: torch.dtype | None) -> Iterator[None]:
     Args:
         kind: ``cpu``, ``cuda`` or ``mps``.
         autocast: Type of the products under autocast; None: there is none.
+
+    Yields:
+        What ``torch.utils.checkpoint`` takes as its ``context_fn``: the backward pass is a call of
+        torch's, inside of which this is off, and layers that are computed again there need it.
     """
     state = _Autocast(autocast)
     is_enabled, dtype_of, context = (
@@ -133,13 +141,13 @@ def computing_as(kind: str, autocast: torch.dtype | None) -> Iterator[None]:
     )
 
     def is_autocast_enabled(*of: str) -> bool:
-        return state.dtype is not None if of == ("meta",) else is_enabled(*of)
+        return state.dtype is not None if of in (("meta",), (kind,)) else is_enabled(*of)
 
     def get_autocast_dtype(of: str) -> torch.dtype:
-        return state.dtype or torch.bfloat16 if of == "meta" else dtype_of(of)
+        return state.dtype or torch.bfloat16 if of in ("meta", kind) else dtype_of(of)
 
     def autocast_of(device_type: str, *args: Any, **named: Any) -> Any:
-        if device_type != "meta":
+        if device_type not in ("meta", kind):
             return context(device_type, *args, **named)
         return state.switched(autocast if named.get("enabled", True) else None)
 
@@ -150,7 +158,7 @@ def computing_as(kind: str, autocast: torch.dtype | None) -> Iterator[None]:
         meta_stands_for(kind),
         _AsDevice(state, kind),
     ):
-        yield
+        yield lambda: (contextlib.nullcontext(), _AsDevice(state, kind))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_lightning.memory.footprint import MIB, Footprint, Training
 from dpo_lightning.memory.guess import guessed_step
 from dpo_lightning.memory.lengths import GroupLengths, Shape
+from dpo_lightning.memory.live import TooManyOperationsError
 from dpo_lightning.memory.timeline import put_together
 from dpo_lightning.memory.trace import (
     MakeOptimizer,
@@ -157,6 +158,8 @@ class StepMemory:
         paths: list[ScoringPath] = [self._path] if self._path else ["flat", "padded"]
         if not getattr(self._model, "_supports_attention_backend", False):
             paths = ["padded"]
+        if self._name in _untraced:
+            return guessed_step(self._model, training, segments)
         fault: Exception | None = None
         for path in paths:
             try:
@@ -171,6 +174,8 @@ class StepMemory:
             except Exception as error:  # whatever a family raises that wants to see numbers
                 fault = fault or error
         assert fault is not None
+        if isinstance(fault, TooManyOperationsError):
+            _untraced.add(self._name)
         text = " ".join(str(fault).split())[:120]
         log.info("the memory of a step cannot be traced (%s): activations are a guess", text)
         return guessed_step(self._model, training, segments)
@@ -178,6 +183,9 @@ class StepMemory:
 
 _traces: dict[Any, StepTrace] = {}
 """Steps that were traced in this process; a run asks for the same one more than once."""
+
+_untraced: set[Any] = set()
+"""Models of which a step takes too long to be traced; it would take as long to find out again."""
 
 
 def _of_device(training: Training, allocated: int) -> int:

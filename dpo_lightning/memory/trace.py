@@ -22,7 +22,7 @@ from dpo_lightning.data.packing import GroupBatch, collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.memory.footprint import AdapterFacts, Training
 from dpo_lightning.memory.live import LiveBytes, nbytes
-from dpo_lightning.memory.meta_step import computing_as
+from dpo_lightning.memory.meta_step import Again, computing_as
 from dpo_lightning.memory.timeline import Event, Recorder
 from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.master_weights import MasterWeights, cast_frozen, cast_parameters
@@ -158,11 +158,11 @@ def trace_step(
     """
     half = training.compute_bytes == 2
     autocast = torch.bfloat16 if training.autocast and half else None
-    with computing_as(training.kind, autocast):
+    with computing_as(training.kind, autocast) as again:
         scorer = Scorer(path)
         if training.kind == "cuda" and half and path == "flat":
             scorer.suppose_kernel()
-        model, layers = _built(skeleton, training, scorer)
+        model, layers = _built(skeleton, training, scorer, again)
         reference = _reference(model, training)
         recorded: list[Event] = []
         with LiveBytes("meta") as live:
@@ -189,7 +189,9 @@ def trace_step(
         )
 
 
-def _built(skeleton: ShortModel, training: Training, scorer: Scorer) -> tuple[Any, list[nn.Module]]:
+def _built(
+    skeleton: ShortModel, training: Training, scorer: Scorer, again: Again
+) -> tuple[Any, list[nn.Module]]:
     """The model as it is trained, in train mode."""
     model, layers = skeleton.small()
     held = torch.bfloat16 if training.weight_bytes == 2 else torch.float32
@@ -202,7 +204,7 @@ def _built(skeleton: ShortModel, training: Training, scorer: Scorer) -> tuple[An
         cast_parameters(model, torch.bfloat16)
     scorer.prepare(model)
     if training.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": again})
     return model.train(), layers
 
 

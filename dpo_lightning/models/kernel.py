@@ -99,7 +99,8 @@ class Kernel:
         """
         types = (query.dtype, key.dtype, value.dtype)
         fault = self.fault(HeadShape.of(query, key, value), *types)
-        if fault is not None and fault not in self._said:
+        # A trace computes nothing, so nothing is slower there.
+        if fault is not None and fault not in self._said and self._untried is not None:
             self._said.add(fault)
             log.warning("attention: a layer goes without the flash kernel and is slower: %s", fault)
         return fault is None

@@ -290,6 +290,7 @@ def test_rows_on_both_sides_of_a_longrope_limit_are_at_ln_2(pairs_file, tmp_path
         assert run.values("train/loss") == pytest.approx([LN_2] * 6, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_write_answers_is_trained_without_them(pairs_file, tmp_path, capfd):
     """Of a hybrid with no attention layer transformers makes no cache."""
     few = tmp_path / "few.jsonl"

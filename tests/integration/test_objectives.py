@@ -53,8 +53,8 @@ def first(tmp_path_factory, cache) -> Run:
     return run
 
 
-# One of each kind: on the margin, without a reference, over a whole step, K-way, a sum.
-QUICK_LOSSES = ("ipo", "simpo", "kto_pair", "plackett_luce", "mpo")
+# Of three kinds: without a reference, K-way, a sum; the slow suite has all.
+QUICK_LOSSES = ("simpo", "plackett_luce", "mpo")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_the_first_losses_are_of_losses_there_are():
     assert {*FIRST} < {*LOSSES}
 
 
+@pytest.mark.slow
 def test_a_sum_of_losses_is_the_sum(tmp_path, cache, first):
     """MPO at the start: 0.8 ln 2 + 0.2 * 2 ln 2 + the likelihood loss."""
     mpo = run_train(tmp_path / "a", *QUICK, "loss=mpo", cache)
@@ -162,6 +163,7 @@ def test_margins_of_rows_reach_their_loss(tmp_path, tiny_model):
     assert other.values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -91,10 +91,10 @@ def test_every_evaluation_group_counts_once_on_two_ranks(tmp_path):
     ("groups", "batch_size", "max_steps", "steps", "epochs"),
     [
         (1, 32, None, 1, 1),  # one group, and more batch than data
-        (5, 4, None, 2, 1),  # the last step is short: 4 + 1
-        (5, 4, 1, 1, 0.5),  # ends under the epoch
+        pytest.param(5, 4, None, 2, 1, marks=pytest.mark.slow),  # the last step is short: 4 + 1
+        pytest.param(5, 4, 1, 1, 0.5, marks=pytest.mark.slow),  # ends under the epoch
         (5, 4, 7, 7, 3.5),  # goes beyond it, three times and a half
-        (1, 1, 3, 3, 3),
+        pytest.param(1, 1, 3, 3, 3, marks=pytest.mark.slow),
     ],
 )
 def test_steps_and_epochs(tmp_path, groups, batch_size, max_steps, steps, epochs):

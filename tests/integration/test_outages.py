@@ -121,6 +121,7 @@ def test_no_login(online, key, tmp_path, monkeypatch):
     assert list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.slow
 def test_wandbs_own_process_dies(tmp_path, monkeypatch, capfd):
     """Whatever it raises, the rows go on into metrics.jsonl, and it is said once."""
     calls = []

@@ -201,6 +201,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_the_best_response(tmp_path):
     assert run.values("train/loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_label_smoothing_acts(tmp_path):
     """At a zero margin both labels cost ln 2; later the smoothed loss is the higher one."""
     plain = run_train(tmp_path / "a", *TINY, "optimizer.lr=0.01")

@@ -270,7 +270,13 @@ def test_float16_is_autocast_and_is_not_advised_to_hold_bfloat16(precision: str,
     config = Config()
     config.trainer.precision = precision
     hardware = decide_hardware(config.trainer, kind="cuda")
-    found = estimate_of(memory_settings(config), hardware, config_of("1B"), device_bytes=GIB)
+    found = estimate_of(
+        memory_settings(config),
+        hardware,
+        config_of("1B"),
+        make_optimizer=traced_optimizer,
+        device_bytes=GIB,
+    )
     assert (found.training.masters, found.training.autocast) == (masters, not masters)
     assert found.training.compute_bytes == 2
     assert ("model.dtype=bfloat16" in dict(remedies(found))) is masters

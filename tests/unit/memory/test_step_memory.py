@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from dpo_lightning.memory import live
 from dpo_lightning.memory.estimate import MemoryEstimate
 from dpo_lightning.memory.footprint import GIB, AdapterFacts, in_gib
 from dpo_lightning.memory.lengths import GroupLengths
@@ -47,6 +48,42 @@ def test_a_traced_peak_is_what_a_real_step_allocates(architecture: str, way: str
     assert found.total == pytest.approx(real, rel=0.07)
     before = found.weights + found.optimizer
     assert found.total - before == pytest.approx(real - before, rel=0.07)
+
+
+IN_HALF = {"compute_bytes": 2, "weight_bytes": 2}
+WITH_AUTOCAST = {"compute_bytes": 2, "autocast": True}
+
+
+@pytest.mark.parametrize("how", [{}, IN_HALF, WITH_AUTOCAST], ids=["float32", "half", "autocast"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name == "llama" else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
+def test_a_step_of_a_gpu_is_traced_with_and_without_checkpointing(caplog, architecture, how):
+    """Layers that are computed again are computed as before, and less of them is kept."""
+    memory = step_memory(config_of(architecture))
+    with caplog.at_level(logging.INFO):
+        whole, again = (
+            memory.footprint(training(kind="cuda", checkpointing=value, **how)).activations
+            for value in (False, True)
+        )
+    assert caplog.messages == []
+    assert 0 < again < 0.6 * whole
+
+
+def test_a_step_of_too_many_operations_is_guessed_and_tried_once(caplog, monkeypatch):
+    monkeypatch.setattr(live, "MOST_OPERATIONS", 100)
+    config = config_of("llama")
+    config.vocab_size = 599  # as no other test has it
+    memory = step_memory(config)
+    with caplog.at_level(logging.INFO):
+        found = [memory.footprint(training(tokens=n)).activations for n in (300, 600)]
+    assert 0 < found[0] < found[1]
+    [said] = caplog.messages
+    assert "more than 100 operations, as of a loop over tokens" in said
 
 
 @pytest.mark.slow

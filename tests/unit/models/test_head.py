@@ -283,7 +283,7 @@ def test_who_does_not_ask_for_collisions_pays_for_none(monkeypatch):
         with_collisions(tensors, targets, LogitsTransform())
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scores_of_a_large_vocabulary_never_stand_all_at_once(frozen: bool):
     """2,048 tokens over 131,072: 268 million scores, of which 4 million stand at a time."""
     n, size, vocabulary = 2048, 8, 131072

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.support.commands import check_command, commands, files, own_place
 from tests.support.properties import examples
 
-quick = settings(suppress_health_check=list(HealthCheck), max_examples=examples(20))
+quick = settings(suppress_health_check=list(HealthCheck), max_examples=examples(12))
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,9 @@ def test_a_trial_takes_as_many_slots_as_it_has_devices(tmp_path):
     [
         ("raise RuntimeError('boom')", "failed", 1),
         ("os.kill(os.getpid(), signal.SIGKILL)", "failed", -9),
-        ("sys.exit(0)", "failed", 0),
-        ("sys.exit(7)", "failed", 7),
-        ("os._exit(137)", "failed", 137),
+        pytest.param("sys.exit(0)", "failed", 0, marks=pytest.mark.slow),
+        pytest.param("sys.exit(7)", "failed", 7, marks=pytest.mark.slow),
+        pytest.param("os._exit(137)", "failed", 137, marks=pytest.mark.slow),
         ("finish('diverged'); sys.exit(3)", "diverged", 3),
         ("finish('stopped'); sys.exit(143)", "stopped", 143),
     ],

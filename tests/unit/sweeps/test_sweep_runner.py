@@ -320,6 +320,7 @@ def test_a_trial_that_is_lost_again_and_again_is_given_up(folder):
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_job_end_together(folder, monkeypatch):
     """The second rank fails: the first one, which would wait for it for ever, is ended."""
     monkeypatch.setattr("dpo_lightning.sweeps.places.runner._OTHER_RANKS_SECONDS", 0.2)

@@ -176,6 +176,7 @@ def test_a_crashed_trial_is_a_new_job_that_goes_on_from_its_checkpoint(tmp_path,
     assert trial.metrics["resumed"] is True
 
 
+@pytest.mark.slow
 def test_max_parallel_and_max_failures(tmp_path, slurm):
     plans = [plan(name, "sys.exit(1)") for name in "abcd"]
     trials, view = run(tmp_path, plans, max_parallel=1, max_failures=1)
@@ -269,6 +270,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, slurm):
     assert (trial.status, trial.folder.name) == ("finished", "a")
 
 
+@pytest.mark.slow
 def test_a_preempted_trial_saves_itself_is_queued_again_and_goes_on(tmp_path, slurm):
     """submitit's signal, as SLURM sends it before a job is preempted or at its limit."""
     act = (

@@ -18,7 +18,8 @@ from tests.support.ranks import on_ranks
 from tests.support.steps import in_turn, pair, plain_logps, take_steps, with_logratios
 
 BETA = 0.5
-START = 2.0**16
+# With a larger one some gradients of these models come close to the limit.
+START = 2.0**10
 
 
 def group(number: int, chosen: float, rejected: float, **changes):
@@ -141,7 +142,7 @@ COMMON = {"steps": 4, "beta": BETA, "lr": 1e-3, "schedule": "linear", "max_grad_
 def test_an_overflow_takes_no_step_and_its_groups_come_again(tmp_path, caplog):
     """Step 2 is tried three times: weights, rates and steps are those of a run without overflows.
 
-    A power of two makes no other bits. The scale is 2^16, halved twice.
+    A power of two makes no other bits. The scale is 2^10, halved twice.
     """
     own, trouble = in_turn(*groups()), Overflows({2: 2})
     with caplog.at_level(logging.INFO):
@@ -160,7 +161,7 @@ def test_an_overflow_takes_no_step_and_its_groups_come_again(tmp_path, caplog):
     said = [record for record in caplog.records if "overflow in float16" in record.message]
     assert len(said) == 2
     assert said[0].message.startswith("step 2:")
-    assert said[1].message.endswith("scaled by 16384")
+    assert said[1].message.endswith("scaled by 256")
     # Rows of the reference are asked for once a step, not once a try.
     assert taken.module.reference.rows == plain.module.reference.rows
 
@@ -193,14 +194,14 @@ def test_a_mean_margin_is_adapted_once_a_step(tmp_path):
 
 
 def test_a_gradient_that_no_scale_would_help_is_the_end(tmp_path):
-    """It is not finite at a scale of 1 either, after 16 halvings of 2^16."""
+    """It is not finite at a scale of 1 either, after 10 halvings of 2^10."""
     plugin = scaled()
     with pytest.raises(DivergedError, match="and the gradient norm is"):
         take_steps(
             tmp_path, in_turn(*groups()), scaled=plugin, callbacks=[Overflows({2: math.inf})],
             **COMMON,
         )  # fmt: skip
-    assert (plugin.skipped, plugin.scale()) == (16, 1.0)
+    assert (plugin.skipped, plugin.scale()) == (10, 1.0)
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path):
