@@ -7,12 +7,12 @@ BENCH := .venv-bench
 LAUNCHERS := .venv-launchers
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder
-SLOW := (slow or docs) and not launchers and not faults
-EVERY := not launchers and not faults
+SLOW := (slow or docs) and not long and not launchers and not faults
+EVERY := not long and not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-docs test-all test-faults test-launchers fuzz coverage docs mutations \
+.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs mutations \
 	check audit bench bench-gpu lock clean
 
 help: ## show these lines
@@ -55,6 +55,9 @@ test-docs: $(READY) ## take each command of the README and of docs/ as far as th
 
 test-all: $(READY) ## run both
 	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)
+
+test-long: $(READY) ## ranks that share a model or a reference pass, compiled steps; a quarter of an hour
+	@$(BIN)/python $(PYTEST) -m long $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python $(PYTEST) -m faults $(ARGS)

@@ -15,7 +15,7 @@ from tests.support.recovery import assert_same_end
 from tests.support.runs import Run, run_train
 from tests.support.warm import run_apart
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # Steps of four groups, the last of one; budgets that make several micro-batches, and ranks with
 # fewer of them than others or none; five evaluation groups for two ranks.

@@ -10,7 +10,7 @@ from tests.support.runs import Run
 from tests.support.shared_passes import BLOCKS, assert_each_once, environment, noted, shares
 from tests.support.warm import start_train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 DDP = ("strategy=ddp", "trainer.devices=2")
 THREE = ("strategy=ddp", "trainer.devices=3")

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 # Seconds that a test may take, where that is more than the limit of the others.
-LONGER = {"slow": 1200, "launchers": 1800, "faults": 3600}
+LONGER = {"slow": 1200, "long": 1800, "launchers": 1800, "faults": 3600}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

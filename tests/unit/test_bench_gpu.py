@@ -155,7 +155,7 @@ def test_that_no_gpu_has_run_it_is_said_until_one_has():
     assert sentence.startswith("No GPU has run this project yet") == (not measured)
 
 
-@pytest.mark.slow  # six processes that train with both programs
+@pytest.mark.long  # six processes that train with both programs
 def test_the_whole_of_it_on_a_model_of_toy_size(tmp_path):
     out = tmp_path / "gpu.json"
     words = ["--device", "cpu", "--minutes", "0", "--threads", "1", "--out", str(out)]

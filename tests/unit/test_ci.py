@@ -187,12 +187,13 @@ def test_the_environment_of_the_tests_has_the_pinned_trl_alone():
 @pytest.mark.parametrize(
     ("target", "marks"),
     [
-        ("test-slow", "(slow or docs) and not launchers and not faults"),
+        ("test-slow", "(slow or docs) and not long and not launchers and not faults"),
         ("test-docs", "docs"),
-        ("test-all", "not launchers and not faults"),
-        ("fuzz", "hypothesis and not launchers and not faults"),
-        ("coverage", "not launchers and not faults"),
+        ("test-all", "not long and not launchers and not faults"),
+        ("fuzz", "hypothesis and not long and not launchers and not faults"),
+        ("coverage", "not long and not launchers and not faults"),
         ("test-faults", "faults"),
+        ("test-long", "long"),
         ("test-launchers", "launchers"),
     ],
 )
@@ -204,6 +205,7 @@ def test_each_command_runs_its_tests(target: str, marks: str):
 def test_the_quick_suite_is_what_pytest_selects_by_itself(pytestconfig):
     [line] = [line for line in commands("test") if "-m pytest" in line]
     assert line.count(" -m ") == 1
-    assert "not slow and not docs and not launchers and not faults" in pytestconfig.getini(
-        "addopts"
+    assert (
+        "not slow and not docs and not long and not launchers and not faults"
+        in pytestconfig.getini("addopts")
     )

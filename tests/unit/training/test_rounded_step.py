@@ -173,7 +173,7 @@ def test_a_step_moves_at_most_24_bytes_a_parameter():
     assert bytes_moved(part(gradient=torch.float32)) == 16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("gradient", [BF16, torch.float32])
 def test_the_compiled_step_is_one_kernel_that_moves_those_bytes(gradient):
