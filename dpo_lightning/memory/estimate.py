@@ -260,9 +260,10 @@ def remedies(estimate: MemoryEstimate) -> Iterator[tuple[str, int]]:
         options[f"data.micro_batch_tokens={least}"] = replace(now, tokens=least)
     options["model.gradient_checkpointing=true"] = replace(now, checkpointing=True)
     if now.adapters is None:
-        options["peft=lora"] = replace(
-            now, adapters=AdapterFacts(_LORA_RANK), whole_gradients=False
-        )
+        alone = now.shards == 1 and not now.buckets
+        # Adapters of one device have float32 copies, also beside weights in bfloat16.
+        masters = alone and now.compute_bytes == 2 and not estimate.float16
+        options["peft=lora"] = replace(now, adapters=AdapterFacts(_LORA_RANK), masters=masters)
     if now.whole_gradients:
         options[_EVERY_MICRO_BATCH] = replace(now, whole_gradients=False)
     options["optimizer=adamw_8bit"] = replace(now, optimizer="adamw_8bit")

@@ -31,12 +31,13 @@ class LiveBytes(TorchDispatchMode):
         device: Kind of the tensors to count, such as ``meta``.
 
     Raises:
-        TooManyOperationsError: After :data:`MOST_OPERATIONS`.
+        TooManyOperationsError: After the most operations.
 
     Attributes:
         now: Bytes that are alive.
         peak: Most of them since :meth:`begin`.
         operations: Operations that were looked at.
+        most: So many are looked at and no more; None: any number.
     """
 
     def __init__(self, device: str) -> None:
@@ -44,6 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.operations = 0
+        self.most: int | None = MOST_OPERATIONS
         self._device = device
         self._known: dict[int, Any] = {}
 
@@ -60,9 +62,9 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.operations += 1
-        if self.operations > MOST_OPERATIONS:
-            raise RuntimeError(
-                f"more than {MOST_OPERATIONS:,} operations, as of a loop over tokens"
+        if self.most is not None and self.operations > self.most:
+            raise TooManyOperationsError(
+                f"more than {self.most:,} operations, as of a loop over tokens"
             )
         name = func.name()
         known = _SHAPES.get(name)

@@ -280,6 +280,7 @@ def _optimizer_step(
 ) -> tuple[dict[int, int], int]:
     """Bytes of each weight's states, and the most that the step takes beside them."""
     optimizer = make_optimizer(training.optimizer, trained)
+    live.most = None  # one of 8 bits goes through a large weight piece by piece
     before = live.now
     live.begin()
     if type(optimizer) is torch.optim.AdamW:

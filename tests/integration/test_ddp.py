@@ -40,6 +40,7 @@ def test_two_ranks_equal_one_process(tmp_path, batch_size: int, groups: int):
     assert len({row["step"] for row in two.rows}) == len(two.values("train/loss"))
 
 
+@pytest.mark.long
 def test_an_adapted_beta_is_that_of_all_ranks(tmp_path):
     """Six groups a step on two ranks: the margins of both make one beta."""
     task = [

@@ -62,7 +62,7 @@ def test_a_run_is_not_resumed_with_another_optimizer(first, then, tmp_path):
     assert "the checkpoint was made with optimizer.name=adamw" in other.result["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_controlled_task_is_learnt_where_the_nearest_rounding_stands_still(tmp_path):
     """At 3e-4 a step is less than half of the last bit of most weights.
 

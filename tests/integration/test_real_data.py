@@ -101,6 +101,7 @@ def test_an_adapter_learns_politeness_and_is_the_policy_in_peft(shared, tmp_path
         assert np.mean(logps) == pytest.approx(reported, rel=1e-5)
 
 
+@pytest.mark.long
 def test_swapped_labels_teach_the_opposite(shared, tmp_path):
     rows = [json.loads(line) for line in (shared / "data" / "politeness.jsonl").open()]
     swapped, original = tmp_path / "swapped.jsonl", tmp_path / "original.jsonl"
@@ -118,6 +119,7 @@ def test_swapped_labels_teach_the_opposite(shared, tmp_path):
     assert run.result["metrics"]["eval/rewards/accuracies"] < 0.3
 
 
+@pytest.mark.long
 def test_a_small_beta_moves_farther(shared, tmp_path):
     distances = []
     for beta in (0.05, 1):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 # Grids -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_grid_over_references_and_seeds_is_pooled(tmp_path):
     done = sweep(
         tmp_path, "reference=auto,none", "seed=1,2", *SMALL, "trainer.max_steps=2",
@@ -84,6 +85,7 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
     assert "different settings" in outputs[0]
 
 
+@pytest.mark.long
 def test_a_sampler_chooses_the_next_trials_by_the_last_ones(tmp_path):
     """Optuna's sweeper, in two batches; a trial that diverges has no value and stops nothing."""
     done = sweep(
@@ -136,6 +138,7 @@ def polite(prompts, answers):
 """
 
 
+@pytest.mark.long
 def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
     (tmp_path / "mine.py").write_text(SCORER)
     done = sweep(

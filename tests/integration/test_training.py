@@ -77,7 +77,7 @@ def test_the_main_job_learns(default_run: Run):
     assert metrics["controlled/optimal_reward"] >= metrics["controlled/reference_reward"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exact_quantities_equal_a_brute_force_over_the_exported_model(default_run: Run):
     """Everything is worked out again from the exported and the bundled folder alone.
 

@@ -77,7 +77,8 @@ def table() -> list[str]:
             cells = []
             for devices in DEVICES:
                 sharded = replace(alone, shards=devices, masters=alone.masters and devices == 1)
-                if alone.adapters is not None and devices > 1:  # whole on each: strategy=ddp
+                whole = alone.adapters is not None and alone.adapters.four_bit
+                if whole and devices > 1:  # on each: strategy=ddp
                     sharded = replace(alone, weight_bytes=2, masters=False, buckets=True, shards=1)
                 cells.append(in_gib(memory.footprint(sharded).total))
             lines.append(f"| {name} | {way} | " + " | ".join(cells) + " |")

@@ -134,7 +134,7 @@ def test_autocast_decides_the_type(long):
     assert output.dtype == torch.bfloat16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("window", [None, pytest.param(4096, marks=pytest.mark.long)])
 def test_a_prompt_of_32k_tokens_takes_less_than_2_gib(window: int | None):
     """With four responses, forward and backward, above the model, in a process of its own."""
