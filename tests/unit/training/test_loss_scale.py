@@ -235,8 +235,8 @@ class Saves(pl.Callback):
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
     """To the bit: the scale, how long it has been right, the count, weights and moments.
 
-    The scale grows every two steps; of an overflow before the checkpoint and one after it, both
-    are counted.
+    The scale grows every two steps; of two overflows before the checkpoint, whose scale is another
+    than at the start, and one after it, all are counted.
     """
     own, path = in_turn(*groups(6)), tmp_path / "step.ckpt"
     how = {"steps": 6, "beta": BETA, "lr": 1e-3}
@@ -253,13 +253,13 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
         )
         return taken, plugin
 
-    whole, plugin = take("whole", Overflows({2: 1, 5: 1}), Saves(path, 3))
+    whole, plugin = take("whole", Overflows({2: 2, 5: 1}), Saves(path, 3))
     resumed, other = take("resumed", Overflows({5: 1}), checkpoint=path)
-    assert torch.load(path, weights_only=True)["Float16Precision"]["skipped"] == 1
+    assert torch.load(path, weights_only=True)["Float16Precision"]["skipped"] == 2
     assert resumed.values("train/loss_scale") == whole.values("train/loss_scale")[3:]
     assert len(set(resumed.values("train/loss_scale"))) > 1
     assert plugin.state_dict() == other.state_dict()
-    assert (plugin.skipped, other.skipped) == (2, 2)
+    assert (plugin.skipped, other.skipped) == (3, 3)
     for name, weight in whole.weights.items():
         assert torch.equal(resumed.weights[name], weight), name
     for kind, moments in whole.moments.items():
