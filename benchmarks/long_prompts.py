@@ -1,8 +1,7 @@
 """One long prompt with several responses on a CPU: peak memory above the model, and CPU seconds.
 
 ``python benchmarks/long_prompts.py --prompt 32768`` scores one group and goes back through it, in
-this process, and prints what it took as JSON. Two checkouts are compared with ``--against`` of
-``run.py``.
+this process, and prints what it took as JSON. In another checkout it says what that one takes.
 """
 
 from __future__ import annotations
@@ -13,13 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-
-def process_memory(name: str) -> int:
-    """A value of /proc/self/status in bytes, such as ``VmRSS`` or ``VmHWM``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    return 0
+from arm import process_memory
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,49 @@ Segments = Sequence[tuple[int, ...]]
 _CALL_COST = 1 << 14
 # Most scores of one attention call, and so of its mask, unless it is a single sequence.
 _CALL_SCORES = 1 << 24
+
+
+class Span(NamedTuple):
+    """A sequence of queries, and the prompt before it.
+
+    Attributes:
+        start: Flat place of the first query.
+        length: Number of the queries.
+        prompt: Flat place of the first key before them.
+        before: Number of those keys; 0 for the queries of a prompt.
+    """
+
+    start: int
+    length: int
+    prompt: int
+    before: int
+
+    @property
+    def scores(self) -> int:
+        """Scores of a head, were all of them computed at once."""
+        return self.length * (self.before + self.length)
+
+
+def spans_of(segments: Segments) -> tuple[Span, ...]:
+    """The prompts and responses of a flat row, in order.
+
+    Args:
+        segments: (|P|, |y_1|, ..., |y_K|) of each group.
+
+    Example:
+        >>> [(s.start, s.length, s.before) for s in spans_of([(3, 1, 2)])]
+        [(0, 3, 0), (3, 1, 3), (4, 2, 3)]
+    """
+    spans = []
+    start = 0
+    for prompt, *responses in segments:
+        first = start
+        spans.append(Span(first, prompt, first, 0))
+        start += prompt
+        for length in responses:
+            spans.append(Span(start, length, first, prompt))
+            start += length
+    return tuple(spans)
 
 
 class _Laid(Protocol):
@@ -77,7 +120,7 @@ class Bucketed(Movable):
     @classmethod
     def of(cls, segments: Segments) -> Bucketed:
         """Gathers sequences of like lengths into padded rectangles, as few as pay."""
-        sequences = _places(segments)
+        sequences = spans_of(segments)
         parts = _like_lengths(sequences)
         tokens = sum(map(sum, segments))
         inverse = np.empty(tokens, dtype=np.int64)
@@ -132,7 +175,7 @@ class Sequences(Movable):
     @classmethod
     def of_segments(cls, segments: Segments) -> Sequences:
         """Makes the sequences from the lengths of prompts and responses, on the host."""
-        places = _places(segments)
+        places = spans_of(segments)
         keys: list[npt.NDArray[np.int64]] = []
         for place, count, before, count_before in places:
             if count_before:
@@ -153,21 +196,7 @@ class Sequences(Movable):
         )
 
 
-def _places(segments: Segments) -> list[tuple[int, int, int, int]]:
-    """Place and number of each sequence's queries, and of the keys that come before them."""
-    found = []
-    start = 0
-    for prompt, *responses in segments:
-        found.append((start, prompt, start, 0))
-        cursor = start + prompt
-        for length in responses:
-            found.append((cursor, length, start, prompt))
-            cursor += length
-        start = cursor
-    return found
-
-
-def _like_lengths(sequences: list[tuple[int, int, int, int]]) -> list[list[int]]:
+def _like_lengths(sequences: Sequence[Span]) -> list[list[int]]:
     """Numbers of the sequences that share a call, longest first."""
 
     def size(i: int) -> tuple[int, int]:

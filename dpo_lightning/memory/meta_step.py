@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from dpo_lightning.memory.live import is_meta
-from dpo_lightning.models.device_kinds import meta_stands_for
+from dpo_lightning.models.devices import meta_stands_for
 
 # What autocast computes in half precision: products.
 _PRODUCTS = {

@@ -10,6 +10,7 @@ windows are honoured.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences
+from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences, Span, spans_of
 from dpo_lightning.data.packing import GroupBatch
-from dpo_lightning.models.device_kinds import kind_of
+from dpo_lightning.models.devices import kind_of
 from dpo_lightning.models.kernel import HeadShape, Kernel, any_lengths, as_computed
-from dpo_lightning.models.long_attention import Biases, long_attention, spans_of
+from dpo_lightning.models.long_attention import Biases, long_attention
 from dpo_lightning.models.rope import Part
 
 GROUP_ATTENTION = "dpo_lightning_groups"
@@ -46,7 +47,6 @@ class AttentionPlan:
     Attributes:
         windows: The sliding windows that layers asked for, ``None`` for full attention.
         heads: Heads that layers came with, and in how many calls.
-        spans: The prompts and responses, in order.
         block_biases: Masks of blocks of long sequences under a window, shared by all layers.
     """
 
@@ -66,9 +66,7 @@ class AttentionPlan:
         self.sequences = None if kernel is None else (batch.sequences or Sequences.of(batch))
         self.windows: set[int | None] = set()
         self.heads: Counter[HeadShape] = Counter()
-        self.spans = spans_of(batch.segments)
         self.block_biases: Biases = {}
-        self._most_scores = max((span.scores for span in self.spans), default=0)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._biases: dict[tuple[int, int | None, int, int, torch.dtype], Tensor] = {}
 
@@ -88,6 +86,15 @@ class AttentionPlan:
     def inverse(self) -> Tensor:
         """Place of each flat token among the buckets' queries, laid end to end, (T,), int64."""
         return self.bucketed.inverse
+
+    @functools.cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The prompts and responses, in order; only a CPU asks for them."""
+        return spans_of(self.batch.segments)
+
+    @functools.cached_property
+    def _most_scores(self) -> int:
+        return max((span.scores for span in self.spans), default=0)
 
     def is_long(self, query: Tensor) -> bool:
         """True on a CPU if a sequence is so long that its mask is not to be made.

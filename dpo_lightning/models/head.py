@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dpo_lightning.models.device_kinds import kind_of
-from dpo_lightning.models.devices import autocast_dtype, is_cuda, without_autocast
+from dpo_lightning.models.devices import autocast_dtype, is_cuda, kind_of, without_autocast
 
 
 @dataclass(frozen=True, slots=True)

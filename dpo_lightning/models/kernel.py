@@ -69,24 +69,25 @@ class Kernel:
 
     Args:
         tried: Heads that it was tried with, and what came of it; None: it was right.
-        untried: The reason against any others; None: they are taken as right, for a trace.
+        supposed: True for a trace: other heads are taken as right, and nothing is said.
     """
 
     def __init__(
         self,
         tried: Mapping[HeadShape, str | None],
         *,
-        untried: str | None = "heads that were not tried",
+        supposed: bool = False,
     ) -> None:
         self._tried = dict(tried)
-        self._untried = untried
+        self._supposed = supposed
         # What the header of a run says of these is not said again.
         self._said = {fault for fault in self._tried.values() if fault is not None}
 
     def fault(self, shape: HeadShape, *dtypes: torch.dtype) -> str | None:
         """Why a call goes to the buckets; None: the kernel takes it."""
+        untried = None if self._supposed else "heads that were not tried"
         of_types = (type_fault(dtype) for dtype in dtypes)
-        faults = (shape.fault(), self._tried.get(shape, self._untried), *of_types)
+        faults = (shape.fault(), self._tried.get(shape, untried), *of_types)
         return next((fault for fault in faults if fault is not None), None)
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -99,8 +100,7 @@ class Kernel:
         """
         types = (query.dtype, key.dtype, value.dtype)
         fault = self.fault(HeadShape.of(query, key, value), *types)
-        # A trace computes nothing, so nothing is slower there.
-        if fault is not None and fault not in self._said and self._untried is not None:
+        if fault is not None and fault not in self._said and not self._supposed:
             self._said.add(fault)
             log.warning("attention: a layer goes without the flash kernel and is slower: %s", fault)
         return fault is None

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dpo_lightning.data.gathers import Span
+from dpo_lightning.models.devices import autocast_dtype
+
 # Queries that meet their window in one call: its mask has so many rows.
 _BLOCK = 512
 
@@ -26,50 +29,6 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 Biases = dict[tuple[int, int, int, int, torch.dtype], Tensor]
 """Masks of blocks as biases, by queries, keys, keys before the first query, window and type."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A sequence of queries, and the prompt before it.
-
-    Attributes:
-        start: Flat place of the first query.
-        length: Number of the queries.
-        prompt: Flat place of the first key before them.
-        before: Number of those keys; 0 for the queries of a prompt.
-    """
-
-    start: int
-    length: int
-    prompt: int
-    before: int
-
-    @property
-    def scores(self) -> int:
-        """Scores of a head, were all of them computed at once."""
-        return self.length * (self.before + self.length)
-
-
-def spans_of(segments: Sequence[Sequence[int]]) -> tuple[Span, ...]:
-    """The prompts and responses of a flat row, in order.
-
-    Args:
-        segments: (|P|, |y_1|, ..., |y_K|) of each group.
-
-    Example:
-        >>> [(s.start, s.length, s.before) for s in spans_of([(3, 1, 2)])]
-        [(0, 3, 0), (3, 1, 3), (4, 2, 3)]
-    """
-    spans = []
-    start = 0
-    for prompt, *responses in segments:
-        first = start
-        spans.append(Span(first, prompt, first, 0))
-        start += prompt
-        for length in responses:
-            spans.append(Span(start, length, first, prompt))
-            start += length
-    return tuple(spans)
 
 
 def long_attention(
@@ -96,10 +55,7 @@ def long_attention(
     Returns:
         Shape (T, heads, e), in the type of the products.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    else:
-        dtype = query.dtype
+    dtype = autocast_dtype(query.device) or query.dtype
     query, key, value = (rows.to(dtype) for rows in (query, key, value))
     size, width = query.shape[-1], value.shape[-1]
     if width != size:  # the kernel knows one size

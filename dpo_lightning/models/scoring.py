@@ -134,7 +134,7 @@ class Scorer:
 
     def suppose_kernel(self) -> None:
         """Takes the kernel for any lengths as right wherever it may be used: for a trace."""
-        self._kernel = Kernel({}, untried=None)
+        self._kernel = Kernel({}, supposed=True)
 
     @property
     def shared(self) -> bool:

@@ -85,7 +85,7 @@ class Float16Precision(Precision):
         if not outcome.loss or (overflows and self.scale() <= _LEAST_SCALE):
             self.scaler.update(self.scale())  # as it was
             return False
-        # One rank's shards may be finite where another's are not.
+        # A norm may be infinite by gradients that are not, or by those of another rank's shards.
         for found in self.scaler._found_inf_per_device(optimizer).values():
             found.fill_(float(overflows))
         self.scaler.update()

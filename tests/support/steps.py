@@ -102,6 +102,7 @@ def take_steps(
     groups: Sequence[TokenGroup],
     *,
     model: Any = None,
+    reference: Any = None,
     eval_groups: Sequence[TokenGroup] = (),
     eval_every: int | None = None,
     steps: int = 1,
@@ -123,6 +124,7 @@ def take_steps(
         folder: Folder for metrics.jsonl.
         groups: Training groups.
         model: The policy; a small Llama where none is given.
+        reference: The reference; None: the groups bring theirs along.
         eval_groups: Evaluation groups.
         eval_every: Steps between two evaluations; None: none but one at the end.
         steps: Of the run.
@@ -156,7 +158,7 @@ def take_steps(
         values["name"] = values.pop("optimizer")
     module = DPOModule(
         policy=model,
-        reference=CachedReference(rows=len(groups), computed=0),
+        reference=reference or CachedReference(rows=len(groups), computed=0),
         scorer=scorer,
         objective=ObjectiveSettings(terms={"sigmoid": 1.0}),
         beta_plan=BetaPlan(start=beta, total_steps=steps, **(plan or {})),

@@ -216,7 +216,7 @@ def test_buckets_and_sequences_travel_only_where_they_are_used():
         assert same(micro.in_buckets(), buckets.bucketed), "made when they are asked for"
 
 
-KERNEL = Kernel({}, untried=None)
+KERNEL = Kernel({}, supposed=True)
 
 
 @pytest.mark.parametrize("kernel", [KERNEL, None])

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
+from dpo_lightning.data.gathers import spans_of
 from dpo_lightning.models import attention, long_attention
 from dpo_lightning.models.attention import AttentionPlan, group_attention
-from dpo_lightning.models.long_attention import spans_of
 from dpo_lightning.models.scoring import Scorer
 from tests.support.batches import batch_of, gradients, make_groups, relative
 from tests.support.groups import group

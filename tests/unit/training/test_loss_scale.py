@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from dpo_lightning.errors import DivergedError
+from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
 from dpo_lightning.training.loss_scale import Float16Precision
+from dpo_lightning.training.outcome import agree
 from tests.support.batches import relative
 from tests.support.models import make_model
 from tests.support.ranks import on_ranks
@@ -162,8 +165,36 @@ def test_an_overflow_takes_no_step_and_its_groups_come_again(tmp_path, caplog):
     assert len(said) == 2
     assert said[0].message.startswith("step 2:")
     assert said[1].message.endswith("scaled by 256")
-    # Rows of the reference are asked for once a step, not once a try.
-    assert taken.module.reference.rows == plain.module.reference.rows
+
+
+def test_rows_of_a_reference_count_once_a_step_and_not_once_a_try(tmp_path):
+    """Four steps of one group, of which the second is tried three times."""
+    scorer = Scorer("flat")
+    frozen = make_model("llama")
+    scorer.prepare(frozen)
+    reference = LiveReference(frozen, scorer)
+    trouble = Overflows({2: 2})
+    take_steps(
+        tmp_path, in_turn(*groups()), reference=reference, scaled=scaled(), callbacks=[trouble],
+        **COMMON,
+    )  # fmt: skip
+    assert trouble.counts[-1] == 3
+    assert (reference.rows, reference.computed) == (4, 4)
+
+
+def test_a_norm_beyond_float32_is_an_overflow_of_finite_gradients():
+    """The squares of four gradients of 1e30 are 1e60 each, and no gradient is infinite."""
+    plugin = scaled()
+    plugin.scaler.scale(torch.ones(()))
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.full((4,), 1e30 * START)
+    plugin.unscale(optimizer)
+    total = torch.nn.utils.clip_grad_norm_([weight], 1e9)
+    outcome = agree(torch.ones(()), total, signal=0, world_size=1)
+    assert (outcome.loss, outcome.gradients) == (True, False)
+    assert plugin.tries_again(optimizer, outcome, said=None)
+    assert (plugin.scale(), plugin.skipped) == (START / 2, 1)
 
 
 def test_a_scale_that_is_too_large_comes_down_by_itself(tmp_path):
