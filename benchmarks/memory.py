@@ -59,7 +59,8 @@ def measure(work: Path, settings: tuple[str, ...], out: Path) -> dict[str, Any]:
     (torch.randn(256, 256, requires_grad=True) @ torch.randn(256, 256)).sum().backward()
     base = process_memory("VmRSS")
     model = [f"model.config={work / 'model'}", f"data.train={work / 'rows.jsonl'}"]
-    code = main([f"hydra.run.dir={out}", *model, *COMMON, *settings])
+    # The second of two environments measures in the folder of the first.
+    code = main([f"hydra.run.dir={out}", "overwrite=true", *model, *COMMON, *settings])
     if code:
         raise SystemExit(code)
     memory = json.loads((out / "result.json").read_text())["memory"]
