@@ -96,13 +96,15 @@ class Scorer:
         """Attention of the policy's layers, in words."""
         if self.path == "padded":
             return "the model's own, over padded rows"
-        shared = "prompts shared"
+        shared, otherwise = "prompts shared", "in batches of like length"
         faults = "; ".join(dict.fromkeys(f for f in self._tried.values() if f is not None))
         if self._kernel is None:
-            return f"{shared}, in buckets" + (f" ({faults})" if faults else "")
+            return f"{shared}, {otherwise}" + (f" ({faults})" if faults else "")
         if not faults:
             return f"{shared}, flash kernel"
-        return f"{shared}, flash kernel in {self._share()} layers, the others in buckets ({faults})"
+        return (
+            f"{shared}, flash kernel in {self._share()} layers, the others {otherwise} ({faults})"
+        )
 
     def _share(self) -> str:
         """Layers that the kernel takes, out of all."""

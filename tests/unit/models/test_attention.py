@@ -252,16 +252,17 @@ LARGE, OTHER = HeadShape(4, 2, 512, 512), HeadShape(8, 8, 64, 64)
         (
             {GOOD: 3, LARGE: 1}, {}, "heads of 512 entries, more than 256",
             "any lengths in 3 of 4",
-            "flash kernel in 3 of 4 layers, the others in buckets (heads of 512 entries, more "
-            "than 256)",
+            "flash kernel in 3 of 4 layers, the others in batches of like length (heads of 512 "
+            "entries, more than 256)",
         ),
         (
             {GOOD: 3, OTHER: 2}, {GOOD: "why"}, "why", "any lengths in 2 of 5",
-            "flash kernel in 2 of 5 layers, the others in buckets (why)",
+            "flash kernel in 2 of 5 layers, the others in batches of like length (why)",
         ),
-        ({GOOD: 1, OTHER: 2}, {GOOD: "a", OTHER: "b"}, "a; b", None, "in buckets (a; b)"),
+        ({GOOD: 1, OTHER: 2}, {GOOD: "a", OTHER: "b"}, "a; b", None,
+         "in batches of like length (a; b)"),
         ({LARGE: 2}, {}, "heads of 512 entries, more than 256", None,
-         "in buckets (heads of 512 entries, more than 256)"),
+         "in batches of like length (heads of 512 entries, more than 256)"),
     ],
 )  # fmt: skip
 def test_a_gpu_tries_the_heads_of_each_layer(monkeypatch, heads, faults, said, name, words):
@@ -276,10 +277,14 @@ def test_a_gpu_tries_the_heads_of_each_layer(monkeypatch, heads, faults, said, n
 def test_float32_is_not_tried_and_a_cpu_never(monkeypatch):
     scorer, fault, asked = choose(monkeypatch, {GOOD: 2}, dtype=F32)
     assert fault == "float32 and not half precision"
-    assert scorer.attention == f"prompts shared, in buckets ({fault})"
+    assert scorer.attention == f"prompts shared, in batches of like length ({fault})"
     assert scorer.kernel == "flat"
     scorer, fault, others = choose(monkeypatch, {GOOD: 2}, device=CPU)
-    assert (fault, scorer.kernel, scorer.attention) == (None, "flat", "prompts shared, in buckets")
+    assert (fault, scorer.kernel, scorer.attention) == (
+        None,
+        "flat",
+        "prompts shared, in batches of like length",
+    )
     assert asked == others == []
     padded = Scorer("padded")
     assert padded.choose_kernel(META, BF16) is None

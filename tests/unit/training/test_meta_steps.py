@@ -115,17 +115,21 @@ def test_nothing_of_a_step_is_copied_while_the_device_waits(tmp_path, precision,
     ("architecture", "precision", "said"),
     [
         ("llama", RANKS, "prompts shared, flash kernel"),
-        ("llama", "32-true", "prompts shared, in buckets (float32 and not half precision)"),
+        (
+            "llama",
+            "32-true",
+            "prompts shared, in batches of like length (float32 and not half precision)",
+        ),
         (
             "gemma4",
             RANKS,
-            "prompts shared, flash kernel in 1 of 2 layers, the others in buckets (heads of 512 "
-            "entries, more than 256)",
+            "prompts shared, flash kernel in 1 of 2 layers, the others in batches of like length "
+            "(heads of 512 entries, more than 256)",
         ),
         (
             "deepseek_v3",
             RANKS,
-            "prompts shared, in buckets (heads of 24 entries with values of 16)",
+            "prompts shared, in batches of like length (heads of 24 entries with values of 16)",
         ),
     ],
 )
