@@ -33,13 +33,3 @@ def largest(config: Any, *names: str) -> int | None:
         if values:
             return values[-1]
     return None
-
-
-def head_sizes(config: Any) -> list[int]:
-    """Entries of a head, each size that layers have, ascending."""
-    own = layer_values(config, "head_dim")
-    if own:
-        return own
-    heads = largest(config, "num_attention_heads")
-    width = largest(config, "hidden_size")
-    return [width // heads] if width and heads else []

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from dpo_lightning.models.layers import head_sizes, largest, layer_values
+from dpo_lightning.models.layers import largest, layer_values
 from dpo_lightning.models.probe import why_unfit
 from tests.support.models import _LLAMA_LIKE, FAMILIES, PADDED_ONLY, VOCABULARY, make_model
 
@@ -58,8 +58,7 @@ def test_entries_of_layers():
         **values, per_layer_config={1: {"head_dim": 16}}, hidden_size_per_layer_input=0,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
-    assert head_sizes(config) == layer_values(config, "head_dim") == [8, 16]
+    assert layer_values(config, "head_dim") == [8, 16]
     plain = transformers.LlamaConfig(**_LLAMA_LIKE)
-    assert head_sizes(plain) == [8]
     assert largest(plain, "n_embd", "hidden_size") == 32
     assert largest(plain, "sliding_window") is None
