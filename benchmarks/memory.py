@@ -26,10 +26,10 @@ COMMON = (
     *("checkpoint.every_n_steps=null", "checkpoint.last=false", "logger=none"),
     "evaluation.every_n_steps=9",
 )
-# glibc's and oneDNN's own variables; a run leaves the first two alone where they are set.
+# Variables of glibc, and of the caches of kernels; a run leaves them alone where they are set.
 LEAN = {
     **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    **{"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "16"},
 }
 # A step of so many groups fills its micro-batches.
 LARGE = ("data.micro_batch_tokens=2048", "data.batch_size=64")

@@ -32,7 +32,12 @@ from dpo_lightning.files import DIVERGED_FILE, write_json
 from dpo_lightning.memory.budget import say_if_over
 from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware
-from dpo_lightning.memory.peaks import keep_freed_memory, peak_bytes, reset_peak
+from dpo_lightning.memory.peaks import (
+    bound_product_caches,
+    keep_freed_memory,
+    peak_bytes,
+    reset_peak,
+)
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
@@ -127,6 +132,8 @@ def run_experiment(
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     settle_attention(hardware.beside)
+    if hardware.kind == "cpu":
+        bound_product_caches()
     trainer = trainer_plan(config)
     # Lightning shares the cores out over the ranks that it starts; one pass serves any number.
     threads = torch.get_num_threads()

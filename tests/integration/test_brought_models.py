@@ -70,6 +70,7 @@ def lora_run(tiny_model, pairs_file, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["model", "."])
 def test_an_adapter_and_the_run_that_made_it(lora_run, pairs_file, tmp_path, capfd, inside):
     said = refusal(capfd, train(tmp_path, pairs_file, lora_run.folder / inside))
@@ -253,7 +254,10 @@ def test_heads_of_several_sizes_are_trained(pairs_file, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "values", "code", "words"),
     [
-        ("Gemma4TextConfig", {"per_layer_config": {1: {"head_dim": 512}}}, 0, "total"),
+        pytest.param(
+            *("Gemma4TextConfig", {"per_layer_config": {1: {"head_dim": 512}}}, 0, "total"),
+            marks=pytest.mark.slow,
+        ),
         ("T5Config", {}, 2, "is an encoder-decoder model"),
         ("LlamaConfig", {"hidden_act": "nonesuch"}, 2, "can be made by its config.json"),
     ],
@@ -271,6 +275,7 @@ def test_the_memory_of_odd_models_is_estimated_or_they_are_refused(
     assert said.err.count("error:") == (code != 0)
 
 
+@pytest.mark.slow
 def test_rows_on_both_sides_of_a_longrope_limit_are_at_ln_2(pairs_file, tmp_path):
     """Each row's loss is that of its own factors; the cache and the first step agree on them."""
     rope = {

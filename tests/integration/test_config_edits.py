@@ -85,6 +85,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     ["rope", *(pytest.param(edit, marks=pytest.mark.slow) for edit in EDITS if edit != "rope")],

@@ -57,6 +57,7 @@ def test_a_cache_of_another_model_is_refused_and_the_remedies_work(tmp_path, cap
     assert onwards.values("train/loss")[-2:] == losses[-2:]
 
 
+@pytest.mark.slow
 def test_a_base_model_beside_its_adapter_is_checked_too(tmp_path, capfd):
     assert run(tmp_path / "first", tmp_path, "peft=lora").code == 0
     spoil(tmp_path)

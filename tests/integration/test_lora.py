@@ -146,6 +146,7 @@ def test_another_adapter_does_not_resume(whole: Run, tmp_path, changed: str, mes
     assert message in refusal(run)
 
 
+@pytest.mark.slow
 def test_a_live_and_a_cached_reference_are_the_same_run(train, tiny_model):
     cached = train()
     live = train("reference=live")
@@ -220,6 +221,7 @@ def test_an_adapter_of_supervised_training_is_start_and_reference(train, tmp_pat
     assert "the checkpoint was made with model=" in refusal(other)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_matrices_and_merges_into_float32_weights(train, tiny_model):
     run = train("trainer.precision=bf16-mixed", "peft.merge=true", "checkpoint.every_n_steps=3",
                 "checkpoint.keep=9")  # fmt: skip
@@ -243,6 +245,7 @@ def test_bfloat16_trains_float32_matrices_and_merges_into_float32_weights(train,
     assert same(again, run)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_what_is_exact_is_of_the_base_in_its_own_type(tmp_path):
     """The base computes in bfloat16; the export stands on the float32 weights it came from."""
     from dpo_lightning.data.controlled import ControlledTask

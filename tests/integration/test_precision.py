@@ -74,6 +74,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole: Run, tmp_path, step: 
         assert torch.equal(value, weights(whole)[name]), name
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_step(whole: Run, single: Run, tmp_path):
     """Other micro-batches round otherwise, by no more than bfloat16 itself differs from float32.
 
@@ -87,6 +88,7 @@ def test_micro_batches_do_not_change_the_step(whole: Run, single: Run, tmp_path)
     assert (np.abs(norms[0] - norms[1]) <= 5e-3 * norms[1] + 2 * rounding).all(), norms
 
 
+@pytest.mark.slow
 def test_a_live_reference_is_rounded_like_the_policy(tmp_path):
     """Otherwise the first loss would hold the rounding of one side alone."""
     run = run_train(tmp_path / "run", *BF16, "reference=live", "trainer.max_steps=2")

@@ -76,6 +76,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(whole, tmp_path, rank: int):
     assert_same_weights(whole, resumed, exact=False)
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
     folder = tmp_path / "run"
     process = start(folder, *SMALL, *LONG, *DISTURBED, disturb="sleep:4:0")

@@ -178,6 +178,7 @@ def test_an_interrupt_is_passed_on_and_raised(monkeypatch):
     assert codes == [130]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_onto_its_base(tmp_path):
     """Of its weights the policy has those of the base; with them it says something else."""
     import torch

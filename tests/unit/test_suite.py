@@ -48,6 +48,7 @@ def run(tmp_path_factory) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_skips_are_counted_by_reason_in_one_line(run):
     assert "skipped: 2 no CUDA; 1 no Chromium" in run
 

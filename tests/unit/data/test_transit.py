@@ -307,7 +307,9 @@ def test_the_open_files_of_a_worker_and_its_trainer_stay_as_many(monkeypatch):
         there.append(batch.tokens)
     assert len(here) == 12
     assert max(here[1:]) - min(here[1:]) <= 2
-    assert max(there[1:]) - min(there[1:]) <= 3, "a worker is two steps ahead"
+    # A worker is two steps ahead, and has more or fewer of them sent off; one file that stays
+    # open of each step would be ten.
+    assert max(there[1:]) - min(there[1:]) <= 6
     assert max(here) - before < 20
 
 

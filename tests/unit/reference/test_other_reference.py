@@ -9,6 +9,7 @@ from tests.support.models import byte_tokenizer
 from tests.support.runs import run_train
 
 
+@pytest.mark.slow
 def test_a_reference_that_cannot_share_prompts_takes_the_policy_along(
     tiny_model, pairs_file, tmp_path, caplog
 ):

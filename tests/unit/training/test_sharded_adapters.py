@@ -112,6 +112,7 @@ def _on_two(rank: int, folder: Path) -> dict[str, Any]:
     return {"taken": found, "policy": logps[0], "reference": logps[1]}
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_and_export_the_same(tmp_path):
     """Losses, gradient norms, weights and moments; the export in PEFT; the base as reference."""
     one, other = on_ranks(_on_two, tmp_path, tmp_path)
