@@ -11,7 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.memory.estimate import MemoryEstimate, check_fits, estimate_of, memory_settings
+from dpo_lightning.memory.estimate import (
+    MemoryEstimate,
+    check_fits,
+    estimate_of,
+    memory_settings,
+    step_memory_of,
+)
 from dpo_lightning.memory.footprint import GIB, in_gib
 from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.run.guard import guarded
@@ -51,20 +57,21 @@ def _main(argv: list[str]) -> int:
     from dpo_lightning.models.source import load_model_config
     from dpo_lightning.training.traced import traced_optimizer
 
+    settings = memory_settings(config)
+    model_config = load_model_config(
+        pretrained=config.model.pretrained,
+        revision=config.model.revision,
+        config=config.model.config,
+        config_overrides=config.model.config_overrides,
+    )
     estimate = estimate_of(
-        memory_settings(config),
+        settings,
         decide_hardware(
             config.trainer,
             kind=None if gib is None else "cuda",
             half_weights=config.model.dtype == "bfloat16",
         ),
-        load_model_config(
-            pretrained=config.model.pretrained,
-            revision=config.model.revision,
-            config=config.model.config,
-            config_overrides=config.model.config_overrides,
-        ),
-        make_optimizer=traced_optimizer,
+        step_memory_of(settings, model_config, make_optimizer=traced_optimizer),
         device_bytes=None if gib is None else round(gib * GIB),
     )
     _show(estimate, config)

@@ -75,6 +75,9 @@ def choose_budget(memory: StepMemory, training: Training, room: Room) -> Budget:
     if room.device_bytes is None:
         return Budget(room.tokens or most, bool(room.checkpointing))
     limit = ACCEPTED * room.device_bytes
+    most_fit = _takes_most(memory, training, room, limit)
+    if most_fit is not None:
+        return most_fit
     checkpointing = room.checkpointing
     if checkpointing is None:
         # By need alone: computing everything twice costs a third of the speed.
@@ -90,6 +93,18 @@ def choose_budget(memory: StepMemory, training: Training, room: Room) -> Budget:
     while tokens > least and _total(memory, training, tokens, again=checkpointing) > limit:
         tokens //= 2
     return Budget(tokens, checkpointing)
+
+
+def _takes_most(memory: StepMemory, training: Training, room: Room, limit: float) -> Budget | None:
+    """As many tokens as a budget may have, where they fit: most small models, by a single trace."""
+    most = _MOST_TOKENS[training.kind]
+    again = bool(room.checkpointing)
+    if room.tokens is not None or (room.checkpointing is None and room.longest > most):
+        return None
+    found = memory.footprint(replace(training, tokens=most, checkpointing=again))
+    fits = found.total <= limit
+    liked = training.kind != "cpu" or found.activations <= _CPU_ACTIVATIONS
+    return Budget(most, again) if fits and liked else None
 
 
 def _fitting(

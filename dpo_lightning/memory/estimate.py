@@ -170,12 +170,53 @@ def with_budget(training: Training, budget: Budget, *, longest: int) -> Training
     return replace(training, tokens=tokens, checkpointing=budget.checkpointing)
 
 
+def step_memory_of(
+    settings: MemorySettings, model_config: Any, *, make_optimizer: MakeOptimizer
+) -> StepMemory:
+    """Memory of a model's steps where nothing is known of the data yet; nothing is traced here.
+
+    Args:
+        settings: The settings.
+        model_config: The model's transformers config.
+        make_optimizer: Makes the optimizer of a name, for the trace of a step.
+    """
+    from dpo_lightning.memory.lengths import GroupLengths
+    from dpo_lightning.memory.step_memory import StepMemory
+    from dpo_lightning.models.loading import max_positions
+
+    longest = settings.max_length or max_positions(model_config) or _LONGEST
+    return StepMemory(
+        model_config, make_optimizer=make_optimizer, lengths=GroupLengths.assumed(longest)
+    )
+
+
+def may_not_load(memory: StepMemory, settings: MemorySettings, hardware: Hardware) -> bool:
+    """True if it is worth a trace ahead of loading that a run may have no room.
+
+    A CPU stops nothing and is warned of with the real data, but for weights that alone are more
+    than it has: loading them would be the end.
+
+    Args:
+        memory: Of the model's steps.
+        settings: The settings.
+        hardware: The devices.
+    """
+    import torch
+
+    from dpo_lightning.memory.budget import ACCEPTED, memory_of
+
+    if hardware.kind != "cpu":
+        return True
+    room = memory_of(torch.device("cpu"))
+    held = memory.parameters * (2 if settings.half_weights else 4)
+    return room is not None and held > ACCEPTED * room
+
+
 def estimate_of(
     settings: MemorySettings,
     hardware: Hardware,
-    model_config: Any,
+    memory: StepMemory,
     *,
-    make_optimizer: MakeOptimizer,
     device_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The estimate by settings and the model's config alone; no data, no weights.
@@ -183,24 +224,16 @@ def estimate_of(
     Args:
         settings: The settings.
         hardware: The devices.
-        model_config: The model's transformers config.
-        make_optimizer: Makes the optimizer of a name, for the trace of a step.
+        memory: Of the model's steps.
         device_bytes: Memory of a device; None asks it.
     """
     import torch
 
     from dpo_lightning.memory.budget import Room, choose_budget, choose_sync, memory_of
-    from dpo_lightning.memory.lengths import GroupLengths
-    from dpo_lightning.memory.step_memory import StepMemory
-    from dpo_lightning.models.loading import max_positions
 
     kind, devices = hardware.kind, hardware.count
     if device_bytes is None and hardware.is_here:
         device_bytes = memory_of(torch.device(kind))
-    longest = settings.max_length or max_positions(model_config) or _LONGEST
-    memory = StepMemory(
-        model_config, make_optimizer=make_optimizer, lengths=GroupLengths.assumed(longest)
-    )
     training = plan_training(
         settings, kind, devices=devices, mixed=hardware.mixed, float16=hardware.float16
     )

@@ -18,7 +18,13 @@ from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
-from dpo_lightning.memory.estimate import check_fits, estimate_of, memory_settings
+from dpo_lightning.memory.estimate import (
+    check_fits,
+    estimate_of,
+    may_not_load,
+    memory_settings,
+    step_memory_of,
+)
 from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.memory.step_memory import StepMemory
 from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
@@ -106,9 +112,10 @@ def prepare(
         data, chat = _prepare_rows(config, rows, source, tokens)
         _set_aside(rows, data, folder)
     # Before anything large is loaded.
-    memory = memory_settings(config)
-    estimate = estimate_of(memory, hardware, source.config, make_optimizer=traced_optimizer)
-    check_fits(estimate, memory.check)
+    settings = memory_settings(config)
+    memory = step_memory_of(settings, source.config, make_optimizer=traced_optimizer)
+    if may_not_load(memory, settings, hardware):
+        check_fits(estimate_of(settings, hardware, memory), settings.check)
     models = _load_models(config, source, ranks)
     reference_logps = None
     if task is not None:
@@ -122,7 +129,7 @@ def prepare(
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
     return Prepared(
         source=source,
-        memory=estimate.memory,
+        memory=memory,
         models=models,
         data=data,
         identity=identity,

@@ -18,6 +18,7 @@ from dpo_lightning.memory.estimate import (
     memory_settings,
     plan_training,
     remedies,
+    step_memory_of,
     with_budget,
 )
 from dpo_lightning.memory.footprint import GIB, AdapterFacts, Training
@@ -53,14 +54,13 @@ def estimate(**changes) -> MemoryEstimate:
 
 def on_large_gpu(config: Config, model: str) -> MemoryEstimate:
     """Training that the settings come to on GPUs of 80 GiB."""
-    hardware = decide_hardware(config.trainer, kind="cuda")
-    return estimate_of(
-        memory_settings(config),
-        hardware,
-        config_of(model),
-        make_optimizer=traced_optimizer,
-        device_bytes=80 * GIB,
-    )
+    return estimate_on(config, model, 80 * GIB)
+
+
+def estimate_on(config: Config, model: str, device_bytes: int) -> MemoryEstimate:
+    settings, hardware = memory_settings(config), decide_hardware(config.trainer, kind="cuda")
+    memory = step_memory_of(settings, config_of(model), make_optimizer=traced_optimizer)
+    return estimate_of(settings, hardware, memory, device_bytes=device_bytes)
 
 
 def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
@@ -269,14 +269,7 @@ def test_float16_is_autocast_and_is_not_advised_to_hold_bfloat16(precision: str,
     """One device: float32 weights with copies by autocast, and not masters behind a rounding."""
     config = Config()
     config.trainer.precision = precision
-    hardware = decide_hardware(config.trainer, kind="cuda")
-    found = estimate_of(
-        memory_settings(config),
-        hardware,
-        config_of("1B"),
-        make_optimizer=traced_optimizer,
-        device_bytes=GIB,
-    )
+    found = estimate_on(config, "1B", GIB)
     assert (found.training.masters, found.training.autocast) == (masters, not masters)
     assert found.training.compute_bytes == 2
     assert ("model.dtype=bfloat16" in dict(remedies(found))) is masters

@@ -88,6 +88,26 @@ def test_what_is_not_linear_is_traced_before_it_is_chosen():
     assert budget(Bent(), device_bytes=50 * GIB).tokens == 16384
 
 
+class Counted(Linear):
+    """Footprints that are counted: each stands for a traced step."""
+
+    asked = 0
+
+    def footprint(self, how: Training) -> Footprint:
+        self.asked += 1
+        return super().footprint(how)
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "tokens"), [("cuda", 1 << 20, 65536), ("cpu", 1024, 8192)]
+)
+def test_where_the_most_tokens_fit_nothing_else_is_traced(kind: str, token: int, tokens: int):
+    """2^16 MiB are 64 GiB beside 10 of 74.4; 8,192 KiB are 8 MiB, of 256 that a CPU likes."""
+    memory = Counted(token=token)
+    assert budget(memory, kind=kind) == Budget(tokens, checkpointing=False)
+    assert memory.asked == 1
+
+
 def test_what_is_set_stays():
     assert budget(tokens=777).tokens == 777
     assert budget(device_bytes=None, kind="mps") == Budget(tokens=8192, checkpointing=False)
