@@ -86,7 +86,7 @@ KERNEL_LAYERS = {name: LAYERS for name in ARCHITECTURES} | {"gemma4": 1, "deepse
 """Layers that the kernel takes in half precision."""
 
 
-# There are no random numbers on meta, so weights in bfloat16 are rounded to the nearest.
+# Rounding by chance is another kernel on a GPU alone: tests of rounded_step have it.
 _OPTIMIZER = OptimizerSettings(
     lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, stochastic_rounding=False
 )

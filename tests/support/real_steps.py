@@ -105,7 +105,8 @@ def allocated(config: Any, how: Training, shapes: Sequence[Sequence[int]]) -> in
     weights and the optimizer's states, which are there before.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dtype = torch.bfloat16 if how.weight_bytes == 2 else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if how.adapters is not None:
         start = LoraSettings(
             r=how.adapters.rank, alpha=8, target_modules=None, rslora=False, dora=False,
