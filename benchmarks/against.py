@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scipy import stats
+from workload import Shape, Size, make_model, make_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,8 +33,19 @@ JOBS = {
         *("data.controlled.train_groups=64", "data.controlled.eval_groups=32"),
         *("trainer.max_steps=1", "evaluation.samples=0"),
     ),
+    # Few tokens beside 30 million weights, so the optimizer's step is most of it.
+    "bfloat16 weights": (
+        *("model.config={work}/model", "data.train={work}/short.jsonl", "model.dtype=bfloat16"),
+        *("data.batch_size=2", "trainer.max_steps=12", "evaluation.samples=0"),
+        *("loss=simpo", "evaluation.partition_samples=0"),
+    ),
+    "prompts of 2,000 tokens": (
+        *("model.config={work}/model", "data.train={work}/long.jsonl", "data.max_length=null"),
+        *("data.batch_size=1", "trainer.max_steps=2", "evaluation.samples=0"),
+        *("evaluation.partition_samples=0", "trainer.precision=32-true"),
+    ),
 }
-"""Settings of each job that is compared."""
+"""Settings of each job that is compared; ``{work}`` has a random model and rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,15 @@ class Ratio:
         mean = statistics.fmean(logs)
         error = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
         return cls(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+
+
+def make_work(work: Path) -> None:
+    """A random Llama of 30 million weights, and short and long rows."""
+    size = Size(4000, 512, 1408, 8, 8, 4)
+    make_model(work / "model", size)
+    make_rows(work / "short.jsonl", Shape(8, 8), count=64, vocabulary=size.vocabulary)
+    shape = Shape(2000, 16)
+    make_rows(work / "long.jsonl", shape, count=4, vocabulary=size.vocabulary, longest=2000)
 
 
 def checkout(commit: str, folder: Path) -> str:
@@ -120,6 +141,7 @@ def compare(commit: str, work: Path, *, rounds: int) -> dict[str, Ratio]:
         rounds: Number of times that each job runs in each tree.
     """
     trees = {"here": ROOT, "there": work / "there"}
+    make_work(work)
     full = checkout(commit, trees["there"])
     print(f"this checkout against {full[:12]}, {rounds} rounds", flush=True)
     ratios = {}
@@ -128,7 +150,7 @@ def compare(commit: str, work: Path, *, rounds: int) -> dict[str, Ratio]:
         for turn in range(rounds + 1):
             for name in sorted(trees, reverse=bool(turn % 2)):
                 run = work / f"{number}-{name}-{turn}"
-                took = spent(trees[name], run, settings)
+                took = spent(trees[name], run, [text.format(work=work) for text in settings])
                 if turn:  # the first fills the disk's cache
                     seconds[name].append(took)
             if losses(work / f"{number}-here-{turn}") != losses(work / f"{number}-there-{turn}"):

@@ -109,12 +109,20 @@ def make_adapter(model: Path) -> Path:
     return folder
 
 
-def make_rows(path: Path, shape: Shape, *, count: int, vocabulary: int, seed: int = 0) -> None:
+def make_rows(
+    path: Path,
+    shape: Shape,
+    *,
+    count: int,
+    vocabulary: int,
+    seed: int = 0,
+    longest: int = LONGEST // 2,
+) -> None:
     """Writes pairs of random words; the response's end token comes on top of its length."""
     draw = np.random.default_rng(seed)
 
     def length(median: int) -> int:
-        return int(np.clip(np.rint(median * np.exp(shape.sigma * draw.normal())), 4, LONGEST // 2))
+        return int(np.clip(np.rint(median * np.exp(shape.sigma * draw.normal())), 4, longest))
 
     def text(tokens: int) -> str:
         # Not the special ones.
