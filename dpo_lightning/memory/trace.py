@@ -166,7 +166,8 @@ def trace_step(
         reference = _reference(model, training)
         recorded: list[Event] = []
         with LiveBytes("meta") as live:
-            live.hold([*model.parameters(), *model.buffers()])
+            for held in (model, reference):
+                live.hold([] if held is None else [*held.parameters(), *held.buffers()])
             masters, trained = _trained(model, training)
             recorder = Recorder(live)
             recorder.watch(layers)
@@ -263,7 +264,8 @@ def _logps(model: Any, scorer: Scorer, batch: GroupBatch, reference: Any) -> Ten
     if reference is None:
         return policy
     with torch.no_grad():
-        return policy - scorer.logps(reference, batch, plan)
+        other = scorer.logps(reference, batch, plan)
+    return policy - other
 
 
 def _batch(segments: Segments) -> GroupBatch:

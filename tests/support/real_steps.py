@@ -1,5 +1,6 @@
 """Steps of small models on a CPU, for comparing what they allocate with what was traced."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"adapters": AdapterFacts(8)},
     "checkpointing": {"checkpointing": True},
+    "live reference": {"live_reference": True},
 }
 
 GROUP = (60, 20, 24)
@@ -113,6 +115,7 @@ def allocated(config: Any, how: Training, shapes: Sequence[Sequence[int]]) -> in
             gaussian=False,
         )  # fmt: skip
         Adapters(model, start, reference=None, dropout=0.0, seed=0, load_base=lambda: model)
+    reference = copy.deepcopy(model).requires_grad_(False).eval() if how.live_reference else None
     scorer = Scorer("flat")
     scorer.prepare(model)
     if how.checkpointing:
@@ -123,7 +126,13 @@ def allocated(config: Any, how: Training, shapes: Sequence[Sequence[int]]) -> in
     micro_batches = [batch(shapes), batch(shapes)]
 
     def logps(micro: GroupBatch) -> torch.Tensor:
-        return scorer.logps(model, micro, scorer.plan(micro))
+        plan = scorer.plan(micro)
+        policy = scorer.logps(model, micro, plan)
+        if reference is None:
+            return policy
+        with torch.no_grad():
+            other = scorer.logps(reference, micro, plan)
+        return policy - other
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.autocast):
@@ -135,6 +144,8 @@ def allocated(config: Any, how: Training, shapes: Sequence[Sequence[int]]) -> in
 
     step()
     held = [*model.parameters(), *model.buffers()]
+    if reference is not None:
+        held += [*reference.parameters(), *reference.buffers()]
     held += [t for state in optimizer.state.values() for t in state.values()]
     fixed = sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()
