@@ -180,7 +180,9 @@ def trace_step(
             states, extra = _optimizer_step(live, training, trained, make_optimizer)
         computed = [p for p in model.parameters() if p.requires_grad]
         behind = dict(zip(map(id, computed), trained, strict=True))
-        parts = _Parts(behind, masters is not None, gradients, states, reference is not None)
+        # With adapters the reference is the model itself.
+        copied = reference is not None and reference is not model
+        parts = _Parts(behind, masters is not None, gradients, states, copied)
         return StepTrace(
             events=tuple(recorded),
             optimizer_peak=extra,
@@ -333,7 +335,7 @@ class _Parts:
                 nbytes([p]) if self.masters else self.gradients.get(id(p), 0) for p in own
             ),
             optimizer=sum(self.states.get(id(p), 0) for p in own),
-            reference=held if self.reference and not frozen else 0,
+            reference=held if self.reference else 0,
         )
 
 
