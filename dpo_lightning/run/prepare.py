@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
@@ -115,6 +116,7 @@ def prepare(
         reference_logps = _outcome_logps(task, models, ranks)
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
+    data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
     _fill(record, source, models, data)
     record.config_hash = config_hash(resolved, hashes)

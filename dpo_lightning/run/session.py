@@ -44,6 +44,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    shows_bar,
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
@@ -70,7 +71,7 @@ from dpo_lightning.tracking.loggers import (
     logger_run_id,
     make_logger,
 )
-from dpo_lightning.tracking.progress import Throughput
+from dpo_lightning.tracking.progress import PassProgress, Throughput
 from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
@@ -410,7 +411,14 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     assert session.trainer is not None
     if models.reference is None:
         start_others(session.trainer)
-    prepared = with_reference(session.plan, prepared, placed, check=session.children.check)
+    bar = shows_bar(session.plan.trainer) and session.is_first
+    prepared = with_reference(
+        session.plan,
+        prepared,
+        placed,
+        check=session.children.check,
+        progress=PassProgress(session.console if bar else None),
+    )
     reference = prepared.models.reference
     assert reference is not None
     session.record.reference = reference_counts(reference.rows, reference.computed)
@@ -467,7 +475,11 @@ def _evaluate(
     session.record.memory["training_peak_bytes"] = peak_bytes(device)
     reset_peak(device)
     session.signals.release()
-    if data.eval_groups and module.last_evaluation != trainer.global_step:
+    seen, accuracies = module.last_evaluation == trainer.global_step, module.eval_accuracies
+    if seen and accuracies is not None:
+        # A checkpoint's may be of another evaluation.max_prompts.
+        seen = len(accuracies) == len(data.eval_groups)
+    if data.eval_groups and not seen:
         trainer.validate(module, datamodule=data, verbose=False)
     session.record.reference = _count_reference_rows(trainer, module)
     if session.prepared.ranks is None:
