@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +32,39 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
     mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT)
+
+
+def give_back_memory() -> None:
+    """Gives the system what the C library keeps of freed memory, which is used by others then.
+
+    Does nothing where the library cannot.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return
+    trim(0)
+
+
+def giving_back(check: Callable[[], None], *, every: int) -> Callable[[], None]:
+    """A check that also gives memory back with every so many calls.
+
+    What is kept are pieces between tensors of many sizes: in a pass over many rows more and more.
+
+    Args:
+        check: Called each time.
+        every: Number of calls.
+    """
+    calls = itertools.count(1)
+
+    def checked() -> None:
+        check()
+        if next(calls) % every == 0:
+            give_back_memory()
+
+    return checked
 
 
 def reset_peak(device: torch.device) -> None:

@@ -32,7 +32,12 @@ from dpo_lightning.files import DIVERGED_FILE, write_json
 from dpo_lightning.memory.budget import say_if_over
 from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware
-from dpo_lightning.memory.peaks import keep_freed_memory, peak_bytes, reset_peak
+from dpo_lightning.memory.peaks import (
+    giving_back,
+    keep_freed_memory,
+    peak_bytes,
+    reset_peak,
+)
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
@@ -84,6 +89,10 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 
 log = logging.getLogger(__name__)
+
+# Blocks of a reference pass after which a CPU's freed memory is given back; each time costs little
+# beside so many.
+_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,11 +421,14 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     if models.reference is None:
         start_others(session.trainer)
     bar = shows_bar(session.plan.trainer) and session.is_first
+    check = session.children.check
+    if placed.device.type == "cpu":
+        check = giving_back(check, every=_BLOCKS)
     prepared = with_reference(
         session.plan,
         prepared,
         placed,
-        check=session.children.check,
+        check=check,
         progress=PassProgress(session.console if bar else None),
     )
     reference = prepared.models.reference
