@@ -59,6 +59,22 @@ def _shows_nothing(done: int, total: int) -> Iterator[Say]:
     yield lambda now: None
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Eyes on a pass.
+
+    Attributes:
+        check: Called between blocks; what it raises ends the pass.
+        progress: Shows how far the pass is.
+    """
+
+    check: Callable[[], None] = _nothing
+    progress: Progress = _shows_nothing
+
+
+_UNWATCHED = Watch()
+
+
 def with_reference_logps(
     parts: Sequence[Sequence[TokenGroup]],
     cache: ReferenceCache,
@@ -72,8 +88,7 @@ def with_reference_logps(
     ranks: Team | None = None,
     needed: npt.NDArray[np.bool_] | None = None,
     threads: int | None = None,
-    check: Callable[[], None] = _nothing,
-    progress: Progress = _shows_nothing,
+    watch: Watch = _UNWATCHED,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
     """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
@@ -98,8 +113,7 @@ def with_reference_logps(
         needed: True for the groups that are used, part after part; None: all are. The others are
             given back as they came.
         threads: CPU threads of one operation, on which its last bits may depend; None: as they are.
-        check: Called between blocks; what it raises ends the pass.
-        progress: Shows how far the pass is.
+        watch: Looks on.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -113,7 +127,7 @@ def with_reference_logps(
         Responses.of(*parts), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
     )
     own = cache.of_tokens() if per_token else cache
-    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, check, progress)
+    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, watch)
     with _threads(threads):
         values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
     filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
@@ -150,8 +164,7 @@ class _Computing:
         precision: The context to compute in.
         per_token: True if the tokens of a response have a value each.
         ranks: Those that compute together.
-        check: Called between blocks.
-        progress: Shows how far the pass is.
+        watch: Looks on.
     """
 
     plan: BlockPlan
@@ -161,8 +174,7 @@ class _Computing:
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
     per_token: bool
     ranks: Team | None
-    check: Callable[[], None]
-    progress: Progress
+    watch: Watch
 
     @property
     def size(self) -> int:
@@ -207,9 +219,9 @@ def _read_or_compute(
     log.info("computing reference log-probs (cached for later runs)")
     model = computing.load().to(computing.device)
     done = plan.count(values)
-    with contextlib.closing(desk), computing.progress(done, plan.count(needed)) as say:
+    with contextlib.closing(desk), computing.watch.progress(done, plan.count(needed)) as say:
         while len(values) < len(needed):
-            computing.check()
+            computing.watch.check()
             handed: Handed = computing.ask(lambda: desk.hand_out(computing.size))
             found = _score_blocks(handed.compute, model, computing)
             for number, logps in found.items():

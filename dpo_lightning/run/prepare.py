@@ -102,7 +102,7 @@ def prepare(
     source = _resolve_source(config, hardware)
     threads = _set_threads(config, source) or threads
     task = ControlledTask() if rows is None else None
-    data = chat = None
+    data = chat = reference_logps = None
     if rows is not None:
         data, chat = _prepare_rows(config, rows, source, tokens)
         _set_aside(rows, data, folder)
@@ -111,7 +111,6 @@ def prepare(
     estimate = estimate_of(memory, hardware, source.config, make_optimizer=traced_optimizer)
     check_fits(estimate, memory.check)
     models = _load_models(config, source, ranks)
-    reference_logps = None
     if task is not None:
         reference_logps = _outcome_logps(task, models, ranks)
         data = _controlled_data(config, task, reference_logps)

@@ -41,6 +41,7 @@ from dpo_lightning.memory.peaks import (
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
+from dpo_lightning.reference.fill import Watch
 from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.run.build import (
     Beginning,
@@ -424,13 +425,8 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     check = session.children.check
     if placed.device.type == "cpu":
         check = giving_back(check, every=_BLOCKS)
-    prepared = with_reference(
-        session.plan,
-        prepared,
-        placed,
-        check=check,
-        progress=PassProgress(session.console if bar else None),
-    )
+    watch = Watch(check, PassProgress(session.console if bar else None))
+    prepared = with_reference(session.plan, prepared, placed, watch=watch)
     reference = prepared.models.reference
     assert reference is not None
     session.record.reference = reference_counts(reference.rows, reference.computed)
