@@ -88,6 +88,7 @@ def test_a_killed_trial_of_a_sweep_leaves_its_blocks_to_the_others(alone, tmp_pa
     ]
     numbers = environment(tmp_path, processes=2, seconds=0.2)
     own = os.environ | {name: value for name, value in numbers.items() if value is not None}
+    own |= {"PYTHONPATH": str(ROOT)}  # where the plugin is
     process = subprocess.Popen(
         command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
