@@ -37,22 +37,34 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Writes a file whole or not at all: staged beside the target, synced, renamed.
+
+    Args:
+        path: The file.
+        data: Its content.
+        lasting: False for what a reader checks and can make anew: it is not synced, and a loss of
+            power may leave a part of it.
 
     Raises:
         OSError: If it cannot be written; what was there stays as it was.
     """
-    staged = stage(path, data)
+    staged = stage(path, data, lasting=lasting)
     try:
         staged.replace(path)
-        sync_folder(path.parent)
+        if lasting:
+            sync_folder(path.parent)
     finally:
         staged.unlink(missing_ok=True)
 
 
-def stage(path: Path, data: bytes) -> Path:
+def stage(path: Path, data: bytes, *, lasting: bool = True) -> Path:
     """Writes and syncs what only a rename puts in its place.
+
+    Args:
+        path: That place.
+        data: Its content.
+        lasting: False if it is not synced.
 
     Returns:
         The staged file.
@@ -65,7 +77,8 @@ def stage(path: Path, data: bytes) -> Path:
         with naming(path), staged.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)

@@ -27,7 +27,8 @@ class PreparedData:
 
     Attributes:
         train: Groups to train on.
-        eval: Groups to evaluate on.
+        eval: Groups that are held out.
+        evaluated: Numbers of those of them that are evaluated on; None: all.
         dropped: Rows that went, by reason.
         changed: Groups that stayed but were cut, by what happened.
         notes: Lines to say once.
@@ -37,17 +38,25 @@ class PreparedData:
 
     train: list[TokenGroup]
     eval: list[TokenGroup]
+    evaluated: list[int] | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     set_aside: list[BadRow] = field(default_factory=list)
     leads: Counter[str] = field(default_factory=Counter)
 
+    def evaluated_groups(self) -> list[TokenGroup]:
+        """The groups to evaluate on."""
+        if self.evaluated is None:
+            return self.eval
+        return [self.eval[number] for number in self.evaluated]
+
     def counts(self) -> dict[str, Any]:
         """The ``data`` entry of ``result.json``."""
         return {
             "train_groups": len(self.train),
             "eval_groups": len(self.eval),
+            "evaluated_groups": len(self.evaluated_groups()),
             "train_pairs": sum(group.pairs for group in self.train),
             "dropped": dict(self.dropped),
             "changed": dict(self.changed),

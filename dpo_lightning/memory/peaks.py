@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import torch
@@ -47,6 +48,39 @@ def bound_product_caches(environment: MutableMapping[str, str] = os.environ) -> 
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         environment.setdefault(name, _PRODUCTS)
+
+
+def give_back_memory() -> None:
+    """Gives the system what the C library keeps of freed memory, which is used by others then.
+
+    Does nothing where the library cannot.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return
+    trim(0)
+
+
+def giving_back(check: Callable[[], None], *, every: int) -> Callable[[], None]:
+    """A check that also gives memory back with every so many calls.
+
+    What is kept are pieces between tensors of many sizes: in a pass over many rows more and more.
+
+    Args:
+        check: Called each time.
+        every: Number of calls.
+    """
+    calls = itertools.count(1)
+
+    def checked() -> None:
+        check()
+        if next(calls) % every == 0:
+            give_back_memory()
+
+    return checked
 
 
 def reset_peak(device: torch.device) -> None:

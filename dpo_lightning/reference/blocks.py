@@ -4,19 +4,25 @@ What a forward pass gives one row depends, in the last bits, on the rows beside 
 together by their content alone: a block is what has the same leading bits of a hash, as many of
 them as make it fit. It is the same whatever the order of the rows, whatever is known already, and
 whoever computes it; another row touches the block that it falls into, and no other.
+
+A run of few steps sees few training rows, from all over the data, and computes their blocks whole:
+so a block has no more than what a device needs to be busy, and never both training and held-out
+rows. A sample of these is in few blocks, as both go by the lots of prompts.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo_lightning.data.held_out import LOTS, lot_of
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.reference.cache import KEY_BYTES, Keys, Lengths, response_key
 
@@ -25,12 +31,14 @@ _PASS_RESPONSES = 16
 
 # Without gradients much more fits on a device at once than a micro-batch of training has.
 _PASS_BUDGET = 4
-# Of a device's parallelism more than this gains nothing.
-_MOST_TOKENS = 1 << 16
-# A block is a file, and a claim: with less in it these would take longer than to compute it.
-_LEAST_BLOCK_TOKENS = 1 << 12
+# Any device is busy with so many tokens; more are rows that a short run computes in vain.
+_MOST_TOKENS = 1 << 14
+# With fewer tokens a CPU computes each slower, and a block, which is a claim and a file, is not
+# worth these.
+_LEAST_BLOCK_TOKENS = 1 << 10
 
 Places = npt.NDArray[np.int64]
+Lots = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,9 @@ class Responses:
         place: Its number in that group, shape (n,).
         keys: Shape (n, 16).
         lengths: Tokens of each, shape (n,).
+        part: Number of the part of the data set that each counts to, shape (n,): of those that
+            have it the last.
+        lots: Lowest lot of the prompts of the groups that have each, shape (n,).
         which: Which of them each response of the groups is, group after group, shape (N,).
         first: Where a group's responses begin in ``which``, shape (groups + 1,).
     """
@@ -52,17 +63,27 @@ class Responses:
     place: Places
     keys: Keys
     lengths: Lengths
+    part: Places
+    lots: Lots
     which: Places
     first: Places
 
     @classmethod
-    def of(cls, groups: Sequence[TokenGroup]) -> Responses:
-        """The responses of groups."""
+    def of(cls, *parts: Sequence[TokenGroup]) -> Responses:
+        """The responses of groups, part after part."""
+        groups = [group for part in parts for group in part]
         data = b"".join(response_key(g.prompt, own) for g in groups for own in g.responses)
         keys = np.frombuffer(data, dtype=np.uint8).reshape(-1, KEY_BYTES)
         counts = np.array([len(group.responses) for group in groups], dtype=np.int64)
         first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         unique, where, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        which = which.reshape(-1)
+        part = np.zeros(len(unique), dtype=np.int64)
+        numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        np.maximum.at(part, which, np.repeat(numbers, counts))
+        lots = np.full(len(unique), LOTS - 1, dtype=np.uint64)
+        of_groups = np.array([lot_of(group.prompt_key) for group in groups], dtype=np.uint64)
+        np.minimum.at(lots, which, np.repeat(of_groups, counts))
         owner = np.repeat(np.arange(len(groups)), counts)[where]
         place = where - first[owner]
         lengths = [
@@ -74,7 +95,9 @@ class Responses:
             place,
             unique,
             np.array(lengths, dtype=np.int32),
-            which.reshape(-1),
+            part,
+            lots,
+            which,
             first,
         )
 
@@ -135,6 +158,10 @@ class BlockPlan:
         block = self.blocks[number]
         return self.order[block.start : block.stop]
 
+    def count(self, numbers: Iterable[int]) -> int:
+        """Responses of some blocks."""
+        return sum(self.blocks[n].stop - self.blocks[n].start for n in numbers)
+
     def passes(self, number: int, micro: int) -> list[TokenGroup]:
         """A micro-batch of a block as groups, of one prompt each, in which nothing is compared."""
         block = self.blocks[number]
@@ -161,12 +188,15 @@ class BlockPlan:
 def pass_tokens(micro_batch_tokens: int) -> int:
     """Most tokens of a forward pass without gradients.
 
-    Powers of two, so that devices and settings that differ a little have the same blocks.
+    As many as a micro-batch of training has, which is what the device likes, or more where these
+    are very few. Powers of two, so that devices and settings that differ a little have the same
+    blocks.
 
     Args:
         micro_batch_tokens: What the device holds at once in training.
     """
-    most = min(_MOST_TOKENS, _PASS_BUDGET * micro_batch_tokens)
+    liked = max(micro_batch_tokens, _LEAST_BLOCK_TOKENS)
+    most = min(_MOST_TOKENS, _PASS_BUDGET * micro_batch_tokens, liked)
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -179,17 +209,18 @@ def plan_blocks(responses: Responses, *, shared: bool, micro_batch_tokens: int) 
         micro_batch_tokens: What the device holds at once in training.
 
     Returns:
-        Blocks of at most :func:`pass_tokens`, or 4,096 tokens if that is more, cut into
-        micro-batches of at most the first; a single response may have more.
+        Blocks of at most :func:`pass_tokens`, or 1,024 tokens if that is more, cut into
+        micro-batches of at most the first; a single response may have more. Each is of one part.
     """
     tree = _Tree(responses, shared=shared)
     budget = pass_tokens(micro_batch_tokens)
     blocks: list[Block] = []
     block_of = np.zeros(len(responses), dtype=np.int64)
-    for start, stop in tree.leaves(0, len(responses), max(budget, _LEAST_BLOCK_TOKENS)):
-        ends = tuple(end for _, end in tree.leaves(start, stop, budget))
-        block_of[tree.order[start:stop]] = len(blocks)
-        blocks.append(Block(_name(responses, tree.order, start, ends), start, ends))
+    for first, last in tree.parts():
+        for start, stop in tree.leaves(first, last, max(budget, _LEAST_BLOCK_TOKENS)):
+            ends = tuple(end for _, end in tree.leaves(start, stop, budget))
+            block_of[tree.order[start:stop]] = len(blocks)
+            blocks.append(Block(_name(responses, tree.order, start, ends), start, ends))
     return BlockPlan(responses, tree.order, blocks, block_of)
 
 
@@ -205,8 +236,9 @@ def _name(responses: Responses, order: Places, start: int, ends: Sequence[int]) 
 class _Tree:
     """Responses in the order of their addresses, whose leading bits decide who is together.
 
-    An address is the length of a prompt's longest sequence, to about a half; a hash of the prompt;
-    the key of the response. So like lengths are together, then the responses of one prompt.
+    An address is the part of the data set; the length of a prompt's longest sequence, to about a
+    half; the prompt's lot; a hash of the prompt; the key of the response. So like lengths are
+    together, then the lowest lots, then the responses of one prompt.
 
     Args:
         responses: The responses.
@@ -218,12 +250,18 @@ class _Tree:
 
     def __init__(self, responses: Responses, *, shared: bool) -> None:
         prompts, prompt_of = _different_prompts(responses)
+        parts = np.zeros(len(prompts), dtype=np.int64)
+        parts[prompt_of] = responses.part
+        lots = np.full(len(prompts), LOTS - 1, dtype=np.uint64)
+        np.minimum.at(lots, prompt_of, responses.lots)
         widths = np.zeros(len(prompts), dtype=np.int64)
         sizes = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         np.maximum.at(widths, prompt_of, sizes[prompt_of] + responses.lengths)
         heads = [
-            (_length_class(width) << 8 * KEY_BYTES) | int.from_bytes(_hash(prompt), "big")
-            for width, prompt in zip(widths.tolist(), prompts, strict=True)
+            (((part << 8 | _length_class(width)) * LOTS + lot) << 8 * KEY_BYTES) | _hash(prompt)
+            for part, width, lot, prompt in zip(
+                parts.tolist(), widths.tolist(), lots.tolist(), prompts, strict=True
+            )
         ]
         keys = (int.from_bytes(key.tobytes(), "big") for key in responses.keys)
         addresses = [
@@ -233,6 +271,7 @@ class _Tree:
         order = sorted(range(len(addresses)), key=addresses.__getitem__)
         self.order: Places = np.array(order, dtype=np.int64)
         self._addresses = [addresses[i] for i in order]
+        self._parts = responses.part[self.order]
         self._prompts = prompt_of[self.order]
         self._sizes = sizes
         self._shared = shared
@@ -248,6 +287,11 @@ class _Tree:
         starts = np.flatnonzero(np.diff(self._prompts, prepend=-1))
         counts = np.diff(np.append(starts, len(self._prompts)))
         return np.arange(len(self._prompts)) - np.repeat(starts, counts)
+
+    def parts(self) -> list[tuple[int, int]]:
+        """The first place of each part, and the one behind its last."""
+        ends = [0, *(np.flatnonzero(np.diff(self._parts)) + 1).tolist(), len(self._parts)]
+        return [*pairwise(ends)]
 
     def leaves(self, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         """Cuts places into parts of at most so many tokens, or of one response.
@@ -284,22 +328,22 @@ def _running(values: Places) -> Places:
 
 
 def _different_prompts(responses: Responses) -> tuple[list[Ids], Places]:
-    """The different prompts, and which each response has, shape (n,)."""
-    numbers: dict[bytes, int] = {}
+    """The different prompts of each part, and which each response has, shape (n,)."""
+    numbers: dict[tuple[int, bytes], int] = {}
     prompts: list[Ids] = []
     which = np.zeros(len(responses), dtype=np.int64)
-    for i in range(len(responses)):
+    for i, part in enumerate(responses.part.tolist()):
         prompt = responses.prompt(i)
-        number = numbers.setdefault(prompt.tobytes(), len(prompts))
+        number = numbers.setdefault((part, prompt.tobytes()), len(prompts))
         if number == len(prompts):
             prompts.append(prompt)
         which[i] = number
     return prompts, which
 
 
-def _hash(prompt: Ids) -> bytes:
+def _hash(prompt: Ids) -> int:
     data = np.ascontiguousarray(prompt, dtype="<i4").tobytes()
-    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=KEY_BYTES).digest(), "big")
 
 
 def _length_class(width: int) -> int:

@@ -33,7 +33,7 @@ _SUFFIX = ".safetensors"
 _ABOUT = "about.json"
 # Says which responses are computed together; a value out of another layout may differ in its last
 # bits, and is none.
-_LAYOUT = "blocks"
+_LAYOUT = "blocks of parts"
 # Rounding may put the log of a probability of 1 this far above 0.
 _ROUNDING = 1e-3
 
@@ -140,7 +140,8 @@ class ReferenceCache:
         self._check(part)
         self._make()
         part["digest"] = np.frombuffer(_digest(part), dtype=np.uint8)
-        write_whole(self._file(name), save(part))
+        # Many and small, and checked by its reader: waiting for the disk would take longer.
+        write_whole(self._file(name), save(part), lasting=False)
 
     def claim(self, name: str) -> WorkClaim | None:
         """Takes the computation of a block on; None while another process has it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -24,10 +23,13 @@ from dpo_lightning.reference.kinds import CachedReference
 
 log = logging.getLogger(__name__)
 
-# How often it is said how far the pass is.
-_SAY_SECONDS = 60.0
-
 T = TypeVar("T")
+
+Say = Callable[[int], None]
+"""Takes how many responses there are by now."""
+
+Progress = Callable[[int, int], contextlib.AbstractContextManager[Say]]
+"""Shows how far a pass is, of which so many responses are there already, and so many needed."""
 
 
 class Team(Protocol):
@@ -52,6 +54,27 @@ def _nothing() -> None:
     """Checks nothing."""
 
 
+@contextlib.contextmanager
+def _shows_nothing(done: int, total: int) -> Iterator[Say]:
+    yield lambda now: None
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Eyes on a pass.
+
+    Attributes:
+        check: Called between blocks; what it raises ends the pass.
+        progress: Shows how far the pass is.
+    """
+
+    check: Callable[[], None] = _nothing
+    progress: Progress = _shows_nothing
+
+
+_UNWATCHED = Watch()
+
+
 def with_reference_logps(
     parts: Sequence[Sequence[TokenGroup]],
     cache: ReferenceCache,
@@ -65,7 +88,7 @@ def with_reference_logps(
     ranks: Team | None = None,
     needed: npt.NDArray[np.bool_] | None = None,
     threads: int | None = None,
-    check: Callable[[], None] = _nothing,
+    watch: Watch = _UNWATCHED,
 ) -> tuple[list[list[TokenGroup]], CachedReference]:
     """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
@@ -75,8 +98,8 @@ def with_reference_logps(
     then computed for this process alone.
 
     Args:
-        parts: Lists of groups, such as the training and the evaluation groups: together the data
-            set that decides the blocks.
+        parts: Lists of groups, such as the training and the held-out groups: together the data
+            set that decides the blocks, each of which is of one part.
         cache: The namespace of this reference.
         load: Makes the frozen model, prepared by ``scorer``; called when rows are missing.
         scorer: Scores micro-batches.
@@ -90,7 +113,7 @@ def with_reference_logps(
         needed: True for the groups that are used, part after part; None: all are. The others are
             given back as they came.
         threads: CPU threads of one operation, on which its last bits may depend; None: as they are.
-        check: Called between blocks; what it raises ends the pass.
+        watch: Looks on.
 
     Returns:
         The lists again, and the reference that reads what the groups now hold.
@@ -101,10 +124,10 @@ def with_reference_logps(
     groups = [group for part in parts for group in part]
     wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
     plan = plan_blocks(
-        Responses.of(groups), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
+        Responses.of(*parts), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
     )
     own = cache.of_tokens() if per_token else cache
-    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, check)
+    computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, watch)
     with _threads(threads):
         values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
     filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
@@ -141,7 +164,7 @@ class _Computing:
         precision: The context to compute in.
         per_token: True if the tokens of a response have a value each.
         ranks: Those that compute together.
-        check: Called between blocks.
+        watch: Looks on.
     """
 
     plan: BlockPlan
@@ -151,7 +174,7 @@ class _Computing:
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
     per_token: bool
     ranks: Team | None
-    check: Callable[[], None]
+    watch: Watch
 
     @property
     def size(self) -> int:
@@ -195,10 +218,10 @@ def _read_or_compute(
         log.info("reference: %s is of an earlier version and not read; it may be deleted", folder)
     log.info("computing reference log-probs (cached for later runs)")
     model = computing.load().to(computing.device)
-    progress = _Progress(len(needed), len(values))
-    try:
+    done = plan.count(values)
+    with contextlib.closing(desk), computing.watch.progress(done, plan.count(needed)) as say:
         while len(values) < len(needed):
-            computing.check()
+            computing.watch.check()
             handed: Handed = computing.ask(lambda: desk.hand_out(computing.size))
             found = _score_blocks(handed.compute, model, computing)
             for number, logps in found.items():
@@ -207,33 +230,9 @@ def _read_or_compute(
             computed += found
             if computing.is_first:
                 desk.publish(found)
-            progress.say(len(values))
-    finally:
-        desk.close()
+            done += plan.count({*handed.read, *found})
+            say(done)
     return values, computed
-
-
-class _Progress:
-    """Says now and then how far the pass is.
-
-    Args:
-        total: Blocks that are needed.
-        begun: Blocks that were there before.
-    """
-
-    def __init__(self, total: int, begun: int) -> None:
-        self._total = total
-        self._begun = begun
-        self._start = self._said = time.monotonic()
-
-    def say(self, done: int) -> None:
-        """Says it, if that is long ago."""
-        now = time.monotonic()
-        if now - self._said < _SAY_SECONDS or done in (self._begun, self._total):
-            return
-        self._said = now
-        left = (now - self._start) / (done - self._begun) * (self._total - done)
-        log.info("reference: %d of %d blocks, %ds left", done, self._total, left)
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def make_session_callbacks(
     own.append(
         Checkpoints(folder, every_n_steps=kept.every_n_steps, keep=kept.keep, last=kept.last)
     )
-    if _shows_bar(plan.trainer):
+    if shows_bar(plan.trainer):
         own.append(Progress(throughput))
     elif plan.trainer.progress:
         own.append(LogProgress(throughput, total_steps=plan.schedule.total_steps))
@@ -120,7 +120,7 @@ def make_session_callbacks(
     return SessionCallbacks(own, samples, curve)
 
 
-def _shows_bar(trainer: TrainerPlan) -> bool:
+def shows_bar(trainer: TrainerPlan) -> bool:
     """Rich draws a bar on a terminal; in a file its control characters would be noise."""
     return trainer.progress and sys.stdout.isatty()
 
@@ -163,7 +163,7 @@ def make_trainer(
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
             plugins=[DurableCheckpointIO(manifest, PARTS, background=True)],
-            enable_progress_bar=_shows_bar(trainer),
+            enable_progress_bar=shows_bar(trainer),
             enable_model_summary=False,
             use_distributed_sampler=False,
             inference_mode=False,
@@ -218,7 +218,7 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
     """The data module of prepared groups."""
     return PreferenceDataModule(
         train_groups=prepared.data.train,
-        eval_groups=prepared.data.eval,
+        eval_groups=prepared.data.evaluated_groups(),
         batch_size=plan.batches.size,
         micro_batch_tokens=placed.budget.tokens,
         total_steps=plan.schedule.total_steps,

@@ -149,7 +149,7 @@ def _signs(
         greedy=greedy,
         samples=samples,
         longest=trained.answering.max_new_tokens,
-        groups=trained.prepared.data.eval,
+        groups=trained.prepared.data.evaluated_groups(),
         accuracies=[] if evaluated is None else evaluated.tolist(),
     )
     return [sign.entry() for sign in find_signs(facts)]
@@ -196,7 +196,7 @@ def _exact(
         with prepared.models.scorer.plain(policy) as plain:
             policy_logps = task.outcome_logps(plain)
         exact = task.report(policy_logps, reference_logps, beta=plan.beta)
-    exact["bayes_accuracy"] = task.bayes_accuracy(prepared.data.eval)
+    exact["bayes_accuracy"] = task.bayes_accuracy(prepared.data.evaluated_groups())
     measured = {f"controlled/{name}": value for name, value in exact.items()}
     entries: dict[str, Any] = {"optimum": task.frontier(reference_logps)}
     if plan.evaluation.population:

@@ -70,7 +70,10 @@ def _chat(prepared: Prepared) -> dict[str, str]:
 
 
 def _counts(data: PreparedData) -> str:
-    counts = [f"{len(data.train):,} training and {len(data.eval):,} evaluation rows"]
+    rows = f"{len(data.train):,} training and {len(data.eval):,} evaluation rows"
+    if data.evaluated is not None:
+        rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
+    counts = [rows]
     for reason, count in data.dropped.items():
         counts.append(f"{count:,} dropped: {DROP_REASONS[reason]}")
     for change, count in data.changed.items():

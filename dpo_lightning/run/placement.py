@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -38,7 +37,7 @@ from dpo_lightning.models.master_weights import cast_frozen
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.reference.cache import ReferenceCache
-from dpo_lightning.reference.fill import with_reference_logps
+from dpo_lightning.reference.fill import Watch, with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.reference.spot_check import check_stored
 from dpo_lightning.run.identity import device_facts, reference_facts
@@ -208,16 +207,14 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
     return replace(prepared, models=sharded)
 
 
-def with_reference(
-    plan: RunPlan, prepared: Prepared, placed: Placed, *, check: Callable[[], None]
-) -> Prepared:
+def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: Watch) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache.
 
     Args:
         plan: The run's.
         prepared: Models and data.
         placed: Their devices.
-        check: Raises if another rank is gone; called between blocks of the reference pass.
+        watch: Looks on the reference pass; raises if another rank is gone.
     """
     models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
@@ -247,7 +244,7 @@ def with_reference(
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
         needed=_needed(plan, data),
-        check=check,
+        watch=watch,
         threads=prepared.threads if placed.device.type == "cpu" else None,
     )
     train, evaluation = parts
@@ -290,7 +287,9 @@ def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:
         steps=plan.schedule.total_steps,
         seed=plan.seed,
     )
-    return np.concatenate([seen, np.ones(len(data.eval), dtype=bool)])
+    evaluated = np.zeros(len(data.eval), dtype=bool)
+    evaluated[slice(None) if data.evaluated is None else data.evaluated] = True
+    return np.concatenate([seen, evaluated])
 
 
 def _kernel(scorer: Scorer, *, sharded: bool) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
@@ -107,7 +108,7 @@ def prepare(
     source = _resolve_source(config, hardware)
     threads = _set_threads(config, source) or threads
     task = ControlledTask() if rows is None else None
-    data = chat = None
+    data = chat = reference_logps = None
     if rows is not None:
         data, chat = _prepare_rows(config, rows, source, tokens)
         _set_aside(rows, data, folder)
@@ -117,11 +118,11 @@ def prepare(
     if may_not_load(memory, settings, hardware):
         check_fits(estimate_of(settings, hardware, memory), settings.check)
     models = _load_models(config, source, ranks)
-    reference_logps = None
     if task is not None:
         reference_logps = _outcome_logps(task, models, ranks)
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
+    data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
     _fill(record, source, models, data)
     record.config_hash = config_hash(resolved, hashes)

@@ -34,6 +34,7 @@ from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.memory.peaks import (
     bound_product_caches,
+    giving_back,
     keep_freed_memory,
     peak_bytes,
     reset_peak,
@@ -41,6 +42,7 @@ from dpo_lightning.memory.peaks import (
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks
 from dpo_lightning.processes.signals import SignalWatch
+from dpo_lightning.reference.fill import Watch
 from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.run.build import (
     Beginning,
@@ -49,6 +51,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    shows_bar,
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
@@ -75,7 +78,7 @@ from dpo_lightning.tracking.loggers import (
     logger_run_id,
     make_logger,
 )
-from dpo_lightning.tracking.progress import Throughput
+from dpo_lightning.tracking.progress import PassProgress, Throughput
 from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
@@ -88,6 +91,10 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 
 log = logging.getLogger(__name__)
+
+# Blocks of a reference pass after which a CPU's freed memory is given back; each time costs little
+# beside so many.
+_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +424,12 @@ def _with_models_in_place(session: _Session, placed: Placed) -> Prepared:
     assert session.trainer is not None
     if models.reference is None:
         start_others(session.trainer)
-    prepared = with_reference(session.plan, prepared, placed, check=session.children.check)
+    bar = shows_bar(session.plan.trainer) and session.is_first
+    check = session.children.check
+    if placed.device.type == "cpu":
+        check = giving_back(check, every=_BLOCKS)
+    watch = Watch(check, PassProgress(session.console if bar else None))
+    prepared = with_reference(session.plan, prepared, placed, watch=watch)
     reference = prepared.models.reference
     assert reference is not None
     session.record.reference = reference_counts(reference.rows, reference.computed)
@@ -474,7 +486,11 @@ def _evaluate(
     session.record.memory["training_peak_bytes"] = peak_bytes(device)
     reset_peak(device)
     session.signals.release()
-    if data.eval_groups and module.last_evaluation != trainer.global_step:
+    seen, accuracies = module.last_evaluation == trainer.global_step, module.eval_accuracies
+    if seen and accuracies is not None:
+        # A checkpoint's may be of another evaluation.max_prompts.
+        seen = len(accuracies) == len(data.eval_groups)
+    if data.eval_groups and not seen:
         trainer.validate(module, datamodule=data, verbose=False)
     session.record.reference = _count_reference_rows(trainer, module)
     if session.prepared.ranks is None:

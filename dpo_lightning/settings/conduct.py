@@ -219,6 +219,13 @@ class EvaluationConfig:
         unit="steps",
         least=1,
     )
+    max_prompts: int | None = setting(
+        2000,
+        "Most held-out rows, each a prompt with its responses, that an evaluation sees: a fixed "
+        "sample, which the rows alone decide; null: all.",
+        unit="prompts",
+        least=1,
+    )
     samples: int = setting(
         128,
         "Answers that the trained policy draws to held-out prompts, for its KL divergence "

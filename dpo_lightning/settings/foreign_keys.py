@@ -75,10 +75,7 @@ _FOLLOWS = _none("the reference stays as it is: one that follows the policy (TR-
 _LOG_LEVEL = _none("libraries are quiet; hydra.verbose=true shows all they say")
 _COMPILE = _none("models are not compiled: rows have many lengths")
 _PARTS = _use("trainer.max_steps=<steps>", "a step is a batch of data.batch_size groups")
-_EVAL_PARTS = _use(
-    "data.eval_fraction=<share>",
-    "all held-out rows are evaluated: hold fewer out, or name a smaller data.eval",
-)
+_EVAL_PARTS = _use("evaluation.max_prompts=<prompts>", "a fixed sample of the held-out rows")
 
 KEYS: dict[str, Answer] = {
     # beta and the loss
@@ -194,7 +191,8 @@ KEYS: dict[str, Answer] = {
     "label_names": _use("data.columns={<field>: <column>}"),
     "length_column_name": _none("lengths are counted by the tokenizer"),
     "n_examples": _use("trainer.max_steps=<steps>", "a step has data.batch_size groups"),
-    "n_eval_examples": _EVAL_PARTS,
+    "n_eval_examples": _same("evaluation.max_prompts=<prompts>"),
+    "max_eval_samples": _same("evaluation.max_prompts=<prompts>"),
     "max_seq_length": _same("data.max_length=<tokens>"),
     "cutoff_len": _same("data.max_length=<tokens>"),
     "max_prompt_length": _use(

@@ -1,17 +1,25 @@
-"""Callbacks: throughput, metrics, progress on a terminal and in a log."""
+"""Throughput, metrics, and progress of a training and of a reference pass."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from dpo_lightning.tracking.loggers import JsonlLogger
 
 log = logging.getLogger(__name__)
+
+# How often a log has a line of a reference pass.
+_SAY_SECONDS = 60.0
 
 
 class Throughput(Callback):
@@ -168,3 +176,62 @@ class LogProgress(Callback):
             self._throughput.pairs_per_second,
             left,
         )
+
+
+class PassProgress:
+    """Progress of a reference pass: a bar on a terminal, else a line of the log now and then.
+
+    Args:
+        console: The terminal of a bar; None: there is none.
+    """
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console
+
+    @contextlib.contextmanager
+    def __call__(self, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a pass.
+
+        Args:
+            done: Responses that are there already.
+            total: All that are needed.
+
+        Yields:
+            Takes how many there are by now.
+        """
+        if self._console is None:
+            yield _PassLines(done, total).say
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("responses"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self._console) as bar:
+            task = bar.add_task("reference", total=total, completed=done)
+            yield lambda now: bar.update(task, completed=now)
+
+
+class _PassLines:
+    """Lines of a pass.
+
+    Args:
+        begun: Responses that were there before.
+        total: All that are needed.
+    """
+
+    def __init__(self, begun: int, total: int) -> None:
+        self._begun = begun
+        self._total = total
+        self._start = self._said = time.monotonic()
+
+    def say(self, done: int) -> None:
+        """Logs a line, if the last one is long ago."""
+        now = time.monotonic()
+        if now - self._said < _SAY_SECONDS or done in (self._begun, self._total):
+            return
+        self._said = now
+        left = (now - self._start) / (done - self._begun) * (self._total - done)
+        log.info("reference: %d of %d responses, %ds left", done, self._total, left)

@@ -1,14 +1,16 @@
 """A reference pass whose processes are killed: the others take over, and the bytes are the same."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.reference_caches import values_in
-from tests.support.runs import Run
+from tests.support.runs import ROOT, Run
 from tests.support.shared_passes import BLOCKS, environment, noted, shares
 from tests.support.waiting import until
 from tests.support.warm import start_train
@@ -71,3 +73,42 @@ def test_a_rank_that_dies_in_the_pass_ends_the_run_in_one_line(tmp_path):
     lines = [line for line in said.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert "rank 1 was ended by SIGKILL" in lines[0]
+
+
+def test_a_killed_trial_of_a_sweep_leaves_its_blocks_to_the_others(alone, tmp_path):
+    """Three trials, two at a time: one is killed in a block, and its run is done by the next sweep.
+
+    Nothing is computed twice but the block that the killed one had in hand.
+    """
+    cache = tmp_path / "cache"
+    command = [
+        *(sys.executable, str(ROOT / "train.py"), "-m", "beta=0.1,0.5,1", "hydra.sweep.dir=sweep"),
+        *("logger=none", "trainer.accelerator=cpu", "hydra.launcher.devices=2"),
+        *("evaluation.samples=0", f"reference.cache_dir={cache}", *BLOCKS),
+    ]
+    numbers = environment(tmp_path, processes=2, seconds=0.2)
+    own = os.environ | {name: value for name, value in numbers.items() if value is not None}
+    own |= {"PYTHONPATH": str(ROOT)}  # where the plugin is
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until(lambda: len(noted(tmp_path)) >= 4)
+    killed = noted(tmp_path)[-1][0]
+    os.kill(killed, signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    # The third trial reads what the second one computed, with the killed one's.
+    assert values_in(cache) == alone
+    names = [name for _, name in noted(tmp_path)]
+    assert len(names) - len({*names}) <= 1
+    assert [*cache.rglob(".*.claim")] == []
+    trials = [path.parent for path in sorted(tmp_path.glob("sweep/*/trial.json"))]
+    statuses = [json.loads((trial / "trial.json").read_text())["status"] for trial in trials]
+    assert sorted(statuses) == ["failed", "finished", "finished"]
+
+    again = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    counts = [Run(0, trial).result["reference"] for trial in trials]
+    assert [count["rows"] for count in counts] == [136] * 3
+    assert counts[statuses.index("failed")]["computed"] == 0
+    assert [name for _, name in noted(tmp_path)] == names

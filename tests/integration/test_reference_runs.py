@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_lightning.data.held_out import choose_evaluated
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.reference.cache import response_key
+from dpo_lightning.run import placement
 from tests.support.runs import TINY, Run, run_train
 
 
@@ -25,6 +30,18 @@ def rows(tmp_path_factory) -> Path:
             }
         )
         for i in range(24)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """200 rows with prompts of their own, some 40 tokens each."""
+    path = tmp_path_factory.mktemp("many") / "many.jsonl"
+    lines = [
+        json.dumps({"prompt": f"Add {i} to", "chosen": f" {i + 1}", "rejected": f" no {i % 7}"})
+        for i in range(200)
     ]
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -78,12 +95,90 @@ def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, row
         ["data.micro_batch_tokens=3000"],
         ["loss.label_smoothing=0.2"],
         [f"data.train={moved}"],
-        ["data.split_seed=3"],
         ["trainer.max_epochs=2"],
     ):
         assert counts(train(*overrides)) == (24, 0), overrides
+    # Blocks are of training rows or of held-out ones, and those of another split are others.
+    assert counts(train("data.split_seed=3"))[1] > 0
     assert counts(train("reference=none")) == (0, 0)
     assert counts(train("loss=sft")) == (0, 0)
+
+
+# Rows that a run needs ----------------------------------------------------------------------------
+
+
+def keys_of(groups: list[TokenGroup]) -> set[bytes]:
+    """Keys of the responses of groups."""
+    return {response_key(group.prompt, own) for group in groups for own in group.responses}
+
+
+def blocks_in(cache: Path) -> list[set[bytes]]:
+    """Keys of the responses of each stored block."""
+    files = cache.glob("reference/*/*.safetensors")
+    return [{key.tobytes() for key in load_file(path)["keys"]} for path in files]
+
+
+def test_a_short_run_computes_only_the_blocks_of_the_rows_that_it_sees(
+    train, many, tmp_path, monkeypatch
+):
+    """200 rows, of which 40 are held out: two steps of 4 rows, and 10 rows that are evaluated.
+
+    A block has at most 128 tokens, which is one row to three; each holds a row that is needed.
+    """
+    monkeypatch.setattr("dpo_lightning.reference.blocks._LEAST_BLOCK_TOKENS", 128)
+    parts: list[list[list[TokenGroup]]] = []
+    real = placement.with_reference_logps
+
+    def noted(own, *args, **more):
+        parts.append(own)
+        return real(own, *args, **more)
+
+    monkeypatch.setattr(placement, "with_reference_logps", noted)
+    few = (
+        *(f"data.train={many}", "data.micro_batch_tokens=128", "data.batch_size=4"),
+        *("evaluation.max_prompts=10", "trainer.max_steps=2"),
+    )
+    run = train(*few)
+    [[training, held_out]] = parts
+    assert (len(training), len(held_out)) == (160, 40)
+    sample = choose_evaluated(held_out, 10)
+    assert sample is not None
+    order = np.random.default_rng([1, 0]).permutation(160)  # seed 1, the first pass
+    wanted = keys_of([*(training[i] for i in order[:8]), *(held_out[i] for i in sample)])
+    stored = blocks_in(tmp_path / "cache")
+    assert all(block & wanted for block in stored)
+    assert wanted <= {key for block in stored for key in block}
+    assert sum(map(len, stored)) <= 2 * 3 * 18
+    assert run.result["reference"] == {"rows": 18, "computed": 18, "cached": 0}
+
+    # The sample is said, and the metrics are exact over it.
+    assert run.result["data"]["eval_groups"] == 40
+    assert run.result["data"]["evaluated_groups"] == 10
+    right = json.loads((run.folder / "evaluation.json").read_text())["accuracies"]
+    assert len(right) == 10
+    assert run.result["metrics"]["eval/rewards/accuracies"] == pytest.approx(np.mean(right))
+
+    # A run that goes on with more steps computes what these need, and what is there stays.
+    onwards = train(*few[:-1], f"resume={run.folder}", "trainer.max_steps=4")
+    more = keys_of([training[i] for i in order[8:16]])
+    assert onwards.result["step"] == 4
+    assert onwards.result["reference"]["rows"] == 26
+    assert 4 <= onwards.result["reference"]["computed"] <= 8
+    again = blocks_in(tmp_path / "cache")
+    assert all(block in again for block in stored)
+    assert all(block & (wanted | more) for block in again)
+    assert wanted | more <= {key for block in again for key in block}
+
+
+@pytest.mark.slow  # reason: two runs of a thing that a unit of a few lines decides
+def test_a_run_that_was_evaluated_on_another_sample_is_evaluated_anew(train, many):
+    few = (f"data.train={many}", "data.batch_size=4", "trainer.max_steps=2")
+    first = train(*few, "evaluation.max_prompts=10", "evaluation.every_n_steps=2")
+    again = train(f"resume={first.folder}", "evaluation.max_prompts=20")
+    for run, count in ((first, 10), (again, 20)):
+        right = json.loads((run.folder / "evaluation.json").read_text())["accuracies"]
+        assert len(right) == count
+        assert run.result["metrics"]["eval/rewards/accuracies"] == pytest.approx(np.mean(right))
 
 
 def test_one_more_row_computes_its_block(train, rows, tmp_path, monkeypatch):
@@ -143,10 +238,6 @@ def test_cached_and_live_references_are_the_same_run(train):
 
 def test_the_cached_numbers_are_the_models(train, tiny_model, tmp_path):
     """Every stored value is a sum over the response's tokens of a plain forward pass."""
-    from safetensors.numpy import load_file
-
-    from dpo_lightning.reference.cache import response_key
-
     source = tmp_path / "plain.jsonl"
     source.write_text('{"prompt": "A b", "chosen": " c d", "rejected": " e!"}\n' * 2)
     train(f"data.train={source}", "data.eval_fraction=0", "data.max_dropped=1")

@@ -71,6 +71,7 @@ def test_train_eval_and_dropped_are_the_rows(tokenizer):
     assert data.counts() == {
         "train_groups": 27,
         "eval_groups": 3,
+        "evaluated_groups": 3,
         "train_pairs": 27,
         "dropped": dict(data.dropped),
         "changed": {},

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.reference.blocks import BlockPlan, Responses, pass_tokens, plan_blocks
 from tests.support.properties import examples
 from tests.support.reference_caches import pair
 
-BUDGET = 2048  # of a training micro-batch: passes and blocks of 8,192 tokens
-BLOCK = 8192
+BUDGET = 2048  # of a training micro-batch: passes and blocks of as many tokens
 
 
-def plan_of(groups, *, shared: bool = True, micro_batch_tokens: int = BUDGET) -> BlockPlan:
-    return plan_blocks(Responses.of(groups), shared=shared, micro_batch_tokens=micro_batch_tokens)
+def plan_of(*parts, shared: bool = True, micro_batch_tokens: int = BUDGET) -> BlockPlan:
+    return plan_blocks(Responses.of(*parts), shared=shared, micro_batch_tokens=micro_batch_tokens)
 
 
 def some_groups(count: int, seed: int = 0) -> list[TokenGroup]:
@@ -78,19 +78,19 @@ def test_every_different_response_is_in_one_block_with_its_prompt():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_micro_batches_keep_to_the_budget_and_blocks_to_theirs(shared):
-    """Passes of 4 x 256 = 1,024 tokens in blocks of 4,096: no response here is longer alone."""
-    plan = plan_of(some_groups(300), shared=shared, micro_batch_tokens=256)
+    """Passes of 4 x 128 = 512 tokens in blocks of 1,024: no response here is longer alone."""
+    plan = plan_of(some_groups(300), shared=shared, micro_batch_tokens=128)
     sizes = []
     for number, block in enumerate(plan.blocks):
         costs = [
             sum(g.tokens if shared else g.padded_tokens for g in plan.passes(number, micro))
             for micro in range(len(block.ends))
         ]
-        assert max(costs) <= 1024
+        assert max(costs) <= 512
         sizes.append(sum(costs))
     # A prompt that two micro-batches share counts once in each.
-    assert max(sizes) <= 4096 + 120 * max(len(block.ends) for block in plan.blocks)
-    assert sum(sizes) / len(sizes) > 1500
+    assert max(sizes) <= 1024 + 120 * max(len(block.ends) for block in plan.blocks)
+    assert sum(sizes) / len(sizes) > 500
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -129,9 +129,9 @@ def test_what_is_needed_changes_no_block():
 
 
 def test_budgets_that_differ_a_little_have_the_same_blocks():
-    """The largest power of two in four micro-batches, and at most 65,536."""
-    assert [pass_tokens(n) for n in (1, 20, 2048, 3000, 4095, 4096, 16384, 1 << 20)] == [
-        4, 64, 8192, 8192, 8192, 16384, 65536, 65536,
+    """The largest power of two in a micro-batch, in four of them up to 1,024; at most 16,384."""
+    assert [pass_tokens(n) for n in (1, 20, 200, 512, 2048, 3000, 4095, 4096, 1 << 20)] == [
+        4, 64, 512, 1024, 2048, 2048, 2048, 4096, 16384,
     ]  # fmt: skip
     groups = some_groups(200)
     assert content(plan_of(groups, micro_batch_tokens=3000)) == content(plan_of(groups))
@@ -183,6 +183,53 @@ def test_like_lengths_are_computed_together():
     for number in range(len(plan.blocks)):
         lengths = {len(g.prompt) for g in plan.passes(number, 0)}
         assert len(lengths) == 1
+
+
+# Parts of a data set ------------------------------------------------------------------------------
+
+
+def test_no_block_is_of_two_parts_and_what_both_have_is_of_the_last():
+    """Training rows need no block that held-out rows are in, but for the rows that both have."""
+    train, held_out = some_groups(150), some_groups(30, seed=1)
+    held_out = [*held_out, train[7]]
+    plan = plan_of(train, held_out)
+    sides = np.array([True] * len(train) + [False] * len(held_out))
+    of_train, of_held_out = ({*plan.needed(own)} for own in (sides, ~sides))
+    alone = {*plan.responses.of_group(7).tolist()}
+    for number in of_train & of_held_out:
+        assert {*plan.members(number).tolist()} & alone
+    assert len(of_train & of_held_out) <= len(alone)
+    assert of_train | of_held_out == {*range(len(plan.blocks))}
+    # The held-out rows have the blocks that they have without any others.
+    assert {plan.blocks[n].name for n in of_held_out} == {*names(plan_of(held_out))}
+    assert {*names(plan_of(train, []))} == {*names(plan_of(train))}
+
+
+def test_a_sample_of_the_held_out_rows_is_in_the_first_blocks_of_each_length():
+    """2,000 pairs, each with a prompt of its own, some 45 tokens long, in blocks of 1,024.
+
+    Of a sample of 500 each class of lengths has the lowest lots: one block of a class may be both
+    of the sample and not, so that 500 / 2,000 of the blocks are needed and few more.
+    """
+    draw = random.Random(0)
+    groups = [
+        replace(
+            pair((number, 1), *(tuple(draw.choices(range(99), k=k)) for k in (20, 23))),
+            prompt_key=f"prompt {number}",
+        )
+        for number in range(2000)
+    ]
+    chosen = choose_evaluated(groups, 500)
+    assert chosen is not None
+    wanted = np.zeros(len(groups), dtype=bool)
+    wanted[chosen] = True
+    plan = plan_of([], groups, micro_batch_tokens=1024)
+    needed = plan.needed(wanted)
+    assert len(plan.blocks) > 80
+    assert len(needed) <= len(plan.blocks) / 4 + 2
+    sampled = {i for number in np.flatnonzero(wanted) for i in plan.responses.of_group(number)}
+    whole = [n for n in needed if {*plan.members(n).tolist()} <= sampled]
+    assert len(needed) - len(whole) <= 1
 
 
 @settings(max_examples=examples(20))

@@ -67,7 +67,8 @@ def test_every_different_response_is_computed_once_and_read_ever_after(tmp_path)
     assert len(scorer.seen) == len(set(scorer.seen)) == 6
 
     scorer = CountingScorer()
-    parts, reference = fill(ReferenceCache(tmp_path, FACTS), GROUPS[::-1], scorer=scorer)
+    turned = (GROUPS[1::-1], GROUPS[2:])
+    parts, reference = fill(ReferenceCache(tmp_path, FACTS), *turned, scorer=scorer)
     check(parts)
     assert (reference.rows, reference.computed, scorer.seen) == (3, 0, [])
 
@@ -129,7 +130,7 @@ def test_the_order_of_the_facts_does_not_matter(tmp_path):
     fill(ReferenceCache(tmp_path, FACTS), GROUPS)
     assert fill(ReferenceCache(tmp_path, dict(reversed(FACTS.items()))), GROUPS)[1].computed == 0
     [about] = tmp_path.glob("*/about.json")
-    assert json.loads(about.read_text()) == FACTS | {"layout": "blocks", "values": "sums"}
+    assert json.loads(about.read_text()) == FACTS | {"layout": "blocks of parts", "values": "sums"}
 
 
 @pytest.mark.parametrize(
@@ -251,10 +252,10 @@ def test_a_file_where_the_folder_should_be(tmp_path, caplog):
 def test_an_interrupted_publish_leaves_nothing(tmp_path, monkeypatch):
     cache = ReferenceCache(tmp_path, FACTS)
 
-    def full(descriptor: int) -> None:
+    def full(self: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "replace", full)
     (cache.path).mkdir()
     (cache.path / "about.json").touch()
     arrays = np.zeros((1, 16), np.uint8), np.ones(1, np.int32), np.full(1, -1, np.float32)

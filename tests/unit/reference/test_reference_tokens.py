@@ -77,7 +77,7 @@ def test_every_different_response_is_computed_once_and_read_ever_after(cache, bu
     assert len(scorer.seen) == len(set(scorer.seen)) == 6
 
     scorer = CountingScorer()
-    parts, reference = fill(cache, GROUPS[::-1], scorer=scorer, budget=budget)
+    parts, reference = fill(cache, GROUPS[1::-1], GROUPS[2:], scorer=scorer, budget=budget)
     check(parts)
     assert (reference.rows, reference.computed, scorer.seen) == (3, 0, [])
 
