@@ -112,11 +112,7 @@ def prepare(
     if rows is not None:
         data, chat = _prepare_rows(config, rows, source, tokens)
         _set_aside(rows, data, folder)
-    # Before anything large is loaded.
-    settings = memory_settings(config)
-    memory = step_memory_of(settings, source.config, make_optimizer=traced_optimizer)
-    if may_not_load(memory, settings, hardware):
-        check_fits(estimate_of(settings, hardware, memory), settings.check)
+    memory = _checked_memory(config, source, hardware)
     models = _load_models(config, source, ranks)
     if task is not None:
         reference_logps = _outcome_logps(task, models, ranks)
@@ -141,6 +137,15 @@ def prepare(
         ranks=ranks,
         chat=chat,
     )
+
+
+def _checked_memory(config: Config, source: ModelSource, hardware: Hardware) -> StepMemory:
+    """Memory of the model's steps; a run without room is stopped before anything large is loaded."""
+    settings = memory_settings(config)
+    memory = step_memory_of(settings, source.config, make_optimizer=traced_optimizer)
+    if may_not_load(memory, settings, hardware):
+        check_fits(estimate_of(settings, hardware, memory), settings.check)
+    return memory
 
 
 def _set_threads(config: Config, source: ModelSource) -> int | None:
