@@ -140,7 +140,7 @@ def prepare(
 
 
 def _checked_memory(config: Config, source: ModelSource, hardware: Hardware) -> StepMemory:
-    """Memory of the model's steps; a run without room is stopped before anything large is loaded."""
+    """Memory of the steps; a run without room for them ends before anything large is loaded."""
     settings = memory_settings(config)
     memory = step_memory_of(settings, source.config, make_optimizer=traced_optimizer)
     if may_not_load(memory, settings, hardware):
