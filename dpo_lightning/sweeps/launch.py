@@ -87,7 +87,7 @@ def launch(
         trials = place_trials(plans, sweep_dir)
         _add(task.trials, trials)
         failures = sum(trial.failed for trial in task.trials)
-        _run_trials(site, plans, trials, sweep_dir, failures=failures)
+        _run_trials(site, plans, trials, sweep_dir, failures=failures, before=first)
     by_hash = {trial.plan.settings_hash: trial for trial in trials}
     return [
         _job_return(cfg, overrides, by_hash[plan.settings_hash])
@@ -117,7 +117,13 @@ def _alone_in(sweep_dir: Path) -> Iterator[None]:
 
 
 def _run_trials(
-    site: Site, plans: Sequence[Plan], trials: list[Trial], sweep_dir: Path, *, failures: int
+    site: Site,
+    plans: Sequence[Plan],
+    trials: list[Trial],
+    sweep_dir: Path,
+    *,
+    failures: int,
+    before: int,
 ) -> None:
     """Runs the trials that wait.
 
@@ -127,6 +133,7 @@ def _run_trials(
         trials: All of the batch.
         sweep_dir: The sweep's folder.
         failures: Trials that have failed before.
+        before: Trials of earlier batches.
     """
     if not any(trial.status == "waiting" for trial in trials):
         with SweepView(trials, Console()):
@@ -141,6 +148,7 @@ def _run_trials(
             STARTED_AS: started_as(),
             TRIAL: "1",
         },
+        before=before,
     )
     most = site.max_failures
     with site.open(work) as place, SweepView(trials, Console()) as view:

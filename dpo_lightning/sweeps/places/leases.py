@@ -71,17 +71,26 @@ class DevicePool:
         free = {*self._free, *lease.devices}
         self._free = [device for device in self.devices if device in free]
 
-    def environment(self, lease: Lease, given: Mapping[str, str]) -> dict[str, str]:
-        """Variables of a trial's environment that limit it to its devices and its share of cores.
+    def environment(self, lease: Lease) -> dict[str, str]:
+        """Variables of a trial's environment that limit it to its devices."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if self.kind == "cuda" else ""}
 
-        Args:
-            lease: The trial's lease.
-            given: The environment it inherits; a thread limit in it is the user's and stays.
-        """
-        visible = ",".join(lease.devices) if self.kind == "cuda" else ""
-        threads = max(1, len(_cores()) // len(self.devices))
-        limits = {name: str(threads) for name in THREAD_LIMITS if name not in given}
-        return {"CUDA_VISIBLE_DEVICES": visible, **limits}
+
+def thread_limits(slots: int, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that give each trial of a sweep its share of the cores.
+
+    They are the same for all of its trials, however many run at a time: the last bits of a result
+    may depend on them.
+
+    Args:
+        slots: Number of trials that run at a time at most.
+        given: The environment that they inherit; a limit in it is the user's and stays.
+    """
+    threads = max(1, len(_cores()) // max(1, slots))
+    limits = {name: str(threads) for name in THREAD_LIMITS}
+    # NumPy starts its threads when it is imported, and a trial has no products for them.
+    limits["OPENBLAS_NUM_THREADS"] = "1"
+    return {name: count for name, count in limits.items() if name not in given}
 
 
 def kind_of_trial(accelerator: str, gpus: Sequence[str]) -> DeviceKind:

@@ -21,8 +21,9 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.processes.groups import clear_group, signal_group
 from dpo_lightning.processes.lifeline import LIFELINE
 from dpo_lightning.processes.ownership import INHERITED_LOCK, LOCK_FILE
+from dpo_lightning.processes.warm import Fork
 from dpo_lightning.settings.names import DeviceKind
-from dpo_lightning.settings.program import importing
+from dpo_lightning.settings.program import RUN, importing
 from dpo_lightning.sweeps.places.base import Attempt, Demand, Ending, Place, Work, check_counts
 from dpo_lightning.sweeps.places.claims import Taken, stop_other
 from dpo_lightning.sweeps.places.leases import (
@@ -31,8 +32,10 @@ from dpo_lightning.sweeps.places.leases import (
     check_width,
     kind_of_trial,
     make_pool,
+    thread_limits,
     visible_gpus,
 )
+from dpo_lightning.sweeps.places.warm_starts import Forked, Process, Spawned, WarmStarts
 from dpo_lightning.sweeps.trials import LOG_FILE, Trial, trial_command
 
 # How long the trial of a sweep that is gone may take to end; its lifeline gives it less.
@@ -102,8 +105,14 @@ class LocalSite:
         for plan in work.plans:
             widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
         pools = _make_pools(widths, self.devices, self._gpus)
-        with open_local(pools, work.program, work.environment) as place:
+        warm = WarmStarts() if self._starts_warm(work) else None
+        with open_local(pools, work.program, work.environment, warm=warm) as place:
             yield place
+
+    def _starts_warm(self, work: Work) -> bool:
+        """True if the imports are saved more than once, in this batch or with those before."""
+        alone = sum(plan.width * plan.nodes == 1 for plan in work.plans)
+        return tuple(work.program) == RUN and alone > 0 and alone + work.before > 1
 
 
 def _make_pools(
@@ -119,7 +128,11 @@ def _make_pools(
 
 @contextmanager
 def open_local(
-    pools: Mapping[DeviceKind, DevicePool], program: Sequence[str], environment: Mapping[str, str]
+    pools: Mapping[DeviceKind, DevicePool],
+    program: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    warm: WarmStarts | None = None,
 ) -> Iterator[LocalProcesses]:
     """A place on this machine, and the pipe by which trials notice its end.
 
@@ -127,10 +140,13 @@ def open_local(
         pools: The devices, by kind; every trial fits into the pool of its kind.
         program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
+        warm: Starts the trials without imports where it can; None starts all cold.
     """
+    given = importing(os.environ | environment)
+    limits = thread_limits(sum(len(pool.devices) for pool in pools.values()), given)
     lifeline, own_end = os.pipe()
     try:
-        yield LocalProcesses(pools, program, environment, lifeline)
+        yield LocalProcesses(pools, program, {**environment, **limits}, lifeline, warm)
     finally:
         os.close(lifeline)
         os.close(own_end)
@@ -144,6 +160,7 @@ class LocalProcesses:
         program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
         lifeline: The end of a pipe that the trials read from.
+        warm: Starts the trials without imports where it can; None starts all cold.
     """
 
     grace_seconds = 30.0
@@ -154,11 +171,13 @@ class LocalProcesses:
         program: Sequence[str],
         environment: Mapping[str, str],
         lifeline: int,
+        warm: WarmStarts | None = None,
     ) -> None:
         self._pools = pools
         self._program = program
         self._environment = environment
         self._lifeline = lifeline
+        self._warm = warm
 
     def fits(self, trial: Trial) -> bool:
         """True if as many devices are free as the trial asks for."""
@@ -186,20 +205,48 @@ class LocalProcesses:
         pool = self._pools[trial.plan.kind]
         lease = pool.take(trial.plan.width)
         assert lease is not None
-        environment = importing(os.environ | self._environment)
-        environment |= pool.environment(lease, environment)
+        environment = importing(os.environ | self._environment) | pool.environment(lease)
+        fork = self._fork(trial, environment)
+        if fork is None:
+            process: Process = self._spawn(trial, environment)
+        else:
+            process = Forked(fork, functools.partial(self._spawn_lost, trial, environment))
+        return _LocalAttempt(process, lease, pool)
+
+    def _fork(self, trial: Trial, environment: Mapping[str, str]) -> Fork | None:
+        """Starts a trial warm, where that comes to the same."""
+        # Of several ranks all but the first start cold, and the first waits for them.
+        if self._warm is None or trial.plan.width * trial.plan.nodes > 1:
+            return None
+        arguments = self._command(trial)[len(self._program) :]
+        lock = _lock(trial.folder)
+        with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
+            handed = {LIFELINE: self._lifeline, INHERITED_LOCK: lock}
+            return self._warm.start(arguments, environment, output=log.fileno(), handed=handed)
+
+    def _spawn_lost(self, trial: Trial, environment: Mapping[str, str]) -> Spawned:
+        """Starts a trial cold that should have been forked."""
+        assert self._warm is not None
+        self._warm.lost()
+        return self._spawn(trial, environment)
+
+    def _spawn(self, trial: Trial, environment: Mapping[str, str]) -> Spawned:
+        """Starts a trial by its own command."""
         lock = _lock(trial.folder)
         with os.fdopen(lock), (trial.folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
-                trial_command(self._program, trial.plan.arguments, trial.folder),
-                env=environment | {LIFELINE: str(self._lifeline), INHERITED_LOCK: str(lock)},
+                self._command(trial),
+                env={**environment, LIFELINE: str(self._lifeline), INHERITED_LOCK: str(lock)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[self._lifeline, lock],
                 process_group=0,
             )
-        return _LocalAttempt(process, lease, pool)
+        return Spawned(process)
+
+    def _command(self, trial: Trial) -> list[str]:
+        return trial_command(self._program, trial.plan.arguments, trial.folder)
 
 
 def _lock(folder: Path) -> int:
@@ -234,7 +281,7 @@ def _lock(folder: Path) -> int:
 
 
 class _LocalAttempt:
-    def __init__(self, process: subprocess.Popen[bytes], lease: Lease, pool: DevicePool) -> None:
+    def __init__(self, process: Process, lease: Lease, pool: DevicePool) -> None:
         self._process = process
         self._lease = lease
         self._pool = pool
@@ -244,21 +291,25 @@ class _LocalAttempt:
         return self._lease.labels
 
     def starts(self) -> int:
-        return 1
+        return 0 if self._process.group is None else 1
 
     def ending(self) -> Ending | None:
-        if self._process.poll() is None:
+        if not self._process.ended():
             return None
-        clear_group(self._process.pid)
+        if self._process.group is not None:
+            clear_group(self._process.group)
         self._pool.give_back(self._lease)
-        return Ending(self._process.returncode)
+        return Ending(self._process.code)
 
     def ask(self) -> None:
-        signal_group(self._process.pid, signal.SIGINT)
+        self._process.withdraw()
+        if self._process.group is not None:
+            signal_group(self._process.group, signal.SIGINT)
 
     def kill(self) -> Ending:
-        if self._process.poll() is None:
-            signal_group(self._process.pid, signal.SIGKILL)
+        self._process.withdraw()
+        if self._process.group is not None and not self._process.ended():
+            signal_group(self._process.group, signal.SIGKILL)
             self._process.wait()
         ending = self.ending()
         assert ending is not None
