@@ -33,7 +33,7 @@ _MESSAGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ForkOrder:
     """A program that a warm process is asked to fork.
 
     Attributes:
@@ -158,7 +158,7 @@ class WarmProcess:
         self.look()
         return self.gone is None
 
-    def start(self, order: Order, descriptors: Sequence[int]) -> Fork:
+    def start(self, order: ForkOrder, descriptors: Sequence[int]) -> Fork:
         """Asks for a program; while modules are imported it waits for that.
 
         Args:
@@ -172,7 +172,7 @@ class WarmProcess:
         with self._lock:
             fork = Fork(self)
             self._count += 1
-            body = {name: getattr(order, name) for name in Order.__slots__}
+            body = {name: getattr(order, name) for name in ForkOrder.__slots__}
             text = json.dumps({"number": self._count, **body}).encode()
             socket.send_fds(self._socket, [text], [*descriptors], socket.MSG_DONTWAIT)
             self._forks[self._count] = fork

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import select
@@ -25,11 +27,12 @@ import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 # As many as a message may hand over.
 _MOST_DESCRIPTORS = 8
 _MESSAGE_BYTES = 1 << 18
+_PR_SET_PDEATHSIG = 1
 # Files by which a process talks to a GPU.
 _DEVICE_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 
@@ -153,6 +156,28 @@ def _write_to(out: int, err: int) -> None:
         os.close(descriptor)
     if said:
         os.write(2, said)
+    # Theirs remember what kind of file they were made for.
+    sys.stdout = _stream(1, sys.stdout)
+    sys.stderr = _stream(2, sys.stderr)
+
+
+def _stream(descriptor: int, like: TextIO) -> TextIO:
+    """A stream as the interpreter makes it, buffered as the environment asks for."""
+    assert isinstance(like, io.TextIOWrapper)
+    unbuffered = like.write_through
+    return io.TextIOWrapper(
+        open(descriptor, "wb", buffering=0 if unbuffered else -1, closefd=False),
+        encoding=like.encoding,
+        errors=like.errors,
+        line_buffering=like.line_buffering or (os.isatty(descriptor) and not unbuffered),
+        write_through=unbuffered,
+    )
+
+
+def _die_with_parent() -> None:
+    """Has the system kill this process when its parent is gone, also while it imports."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # forks have it not
 
 
 def _import_all(modules: Iterable[str]) -> None:
@@ -206,9 +231,8 @@ def main() -> NoReturn:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not sys.flags.safe_path:
         del sys.path[0]  # the folder of this file, whose names are not for importing
-    modules = sys.argv[2:]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    _import_all(modules)
+    _die_with_parent()
+    _import_all(sys.argv[2:])
     server = _Server(connection, interrupt)
     server.say(ready=True)
     order = server.serve()

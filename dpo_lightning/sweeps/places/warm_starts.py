@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Protocol
 
 from dpo_lightning.processes.lifeline import DIE_WITH_PARENT
-from dpo_lightning.processes.warm import Fork, Order, WarmProcess, differing
+from dpo_lightning.processes.warm import Fork, ForkOrder, WarmProcess, differing
 
 log = logging.getLogger(__name__)
 
-# Whatever a run on this machine imports by itself.
-MODULES = ("dpo_lightning.cli", "dpo_lightning.run.supervise", "dpo_lightning.run.session")
+# Whatever a run on this machine imports by itself, in this order.
+MODULES = (
+    "dpo_lightning.run.before_imports",
+    "dpo_lightning.cli",
+    "dpo_lightning.run.supervise",
+    "dpo_lightning.run.session",
+)
 # Read when a device is first used, and none is until a trial does.
 _READ_LATER = frozenset({"CUDA_VISIBLE_DEVICES"})
 
@@ -108,7 +113,8 @@ class Forked:
 
     def withdraw(self) -> None:
         """Sees to it that it does not start if it has not yet."""
-        if self.group is None:
+        if self._cold is None and not self._fork.begun():
+            # Before anything else, as a lost one is started cold.
             self._withdrawn = True
             self._fork.withdraw()
 
@@ -162,7 +168,7 @@ class WarmStarts:
         if read_before or not process.usable:
             self._say(process.gone or f"{', '.join(sorted(read_before))} changed meanwhile")
             return None
-        order = Order(
+        order = ForkOrder(
             argv=["", *arguments],
             changes=changes,
             cwd=str(Path.cwd()),
