@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.memory.estimate import memory_settings
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.program import RUN, STARTED_AS, TRIAL, started_as, typed
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
@@ -232,6 +233,7 @@ def _plan(cfg: DictConfig, config: Config, overrides: Sequence[str], site: Site)
             "command": shlex.join([*typed(), *own]),
         },
         batch_size=config.data.batch_size,
+        memory=repr((memory_settings(config), config.model, config.trainer.precision)),
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.memory.gpus import memory_of_gpus
 from dpo_lightning.processes.groups import clear_group, signal_group
 from dpo_lightning.processes.lifeline import LIFELINE
 from dpo_lightning.processes.ownership import INHERITED_LOCK, LOCK_FILE
@@ -30,13 +31,23 @@ from dpo_lightning.sweeps.places.leases import (
     DevicePool,
     Lease,
     check_width,
+    core_count,
     kind_of_trial,
     make_pool,
     thread_limits,
     visible_gpus,
 )
+from dpo_lightning.sweeps.places.sharing import (
+    MOST_PER_GPU,
+    Shares,
+    estimate_apart,
+    estimated_shares,
+    fixed_shares,
+    most_at_once,
+    say_shared,
+)
 from dpo_lightning.sweeps.places.warm_starts import Forked, Process, Spawned, WarmStarts
-from dpo_lightning.sweeps.trials import LOG_FILE, Trial, trial_command
+from dpo_lightning.sweeps.trials import LOG_FILE, Plan, Trial, trial_command
 
 # How long the trial of a sweep that is gone may take to end; its lifeline gives it less.
 _ENDING_SECONDS = 60.0
@@ -50,10 +61,19 @@ class LocalSite:
         devices: ``auto``, a count or a list.
         max_failures: After more failed trials than this no other is started; None: all are.
         retries: Number of times that a trial that crashed is started again.
+        trials_per_device: Trials on one GPU at a time: ``auto`` or a count.
     """
 
-    def __init__(self, *, devices: Any, max_failures: int | None, retries: int) -> None:
+    def __init__(
+        self,
+        *,
+        devices: Any,
+        max_failures: int | None,
+        retries: int,
+        trials_per_device: Any = "auto",
+    ) -> None:
         self.devices = devices
+        self.per_device = trials_per_device
         self.max_failures = max_failures
         self.retries = retries
 
@@ -74,6 +94,11 @@ class LocalSite:
                 f"hydra.launcher.devices={devices}: must be auto, a count of at least 1, or a list "
                 "of device numbers such as [0,1]"
             )
+        count = self.per_device
+        if not (count == "auto" or (type(count) is int and count > 0)):
+            raise UserError(
+                f"hydra.launcher.trials_per_device={count}: must be auto, or a count of at least 1"
+            )
         options = {"max_failures": self.max_failures, "retries": self.retries}
         check_counts(options, {"max_failures": 0, "retries": 0})
 
@@ -93,6 +118,11 @@ class LocalSite:
             kind = self.kind(demand.accelerator)
             widths[kind] = max(widths.get(kind, 0), demand.width)
         _make_pools(widths, self.devices, self._gpus)
+        if self.per_device not in ("auto", 1) and "cuda" not in widths:
+            raise UserError(
+                f"hydra.launcher.trials_per_device={self.per_device}: is for GPUs, and these "
+                f"trials run on {', '.join(widths)}; use hydra.launcher.devices={self.per_device}"
+            )
 
     def kind(self, accelerator: str) -> DeviceKind:
         """The kind of device that ``trainer.accelerator`` means on this machine."""
@@ -106,8 +136,29 @@ class LocalSite:
             widths[plan.kind] = max(widths.get(plan.kind, 0), plan.width)
         pools = _make_pools(widths, self.devices, self._gpus)
         warm = WarmStarts() if self._starts_warm(work) else None
-        with open_local(pools, work.program, work.environment, warm=warm) as place:
+        shares = self._shares(work.plans, pools)
+        with open_local(pools, work.program, work.environment, warm=warm, shares=shares) as place:
             yield place
+
+    def _shares(
+        self, plans: Sequence[Plan], pools: Mapping[DeviceKind, DevicePool]
+    ) -> dict[str, Shares]:
+        """The part of a GPU that each trial takes, by its hash; all where nothing is said."""
+        if "cuda" not in pools:
+            return {}
+        devices = pools["cuda"].devices
+        on_gpus = [plan for plan in plans if plan.kind == "cuda"]
+        if self.per_device != "auto":
+            shares = fixed_shares(on_gpus, devices, self.per_device)
+        elif len(on_gpus) <= len(devices):
+            return {}
+        else:
+            there = memory_of_gpus()
+            memory = {device: there[device] for device in devices if device in there}
+            most = min(MOST_PER_GPU, max(1, core_count() // len(devices)))
+            shares = estimated_shares(on_gpus, memory, most=most, estimate=estimate_apart)
+        say_shared(devices, shares)
+        return shares
 
     def _starts_warm(self, work: Work) -> bool:
         """True if the imports are saved more than once, in this batch or with those before."""
@@ -133,6 +184,7 @@ def open_local(
     environment: Mapping[str, str],
     *,
     warm: WarmStarts | None = None,
+    shares: Mapping[str, Shares] | None = None,
 ) -> Iterator[LocalProcesses]:
     """A place on this machine, and the pipe by which trials notice its end.
 
@@ -141,12 +193,14 @@ def open_local(
         program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
         warm: Starts the trials without imports where it can; None starts all cold.
+        shares: Part of each device that a trial takes, by its hash; None: all of it.
     """
-    given = importing(os.environ | environment)
-    limits = thread_limits(sum(len(pool.devices) for pool in pools.values()), given)
+    given, parts = importing(os.environ | environment), shares or {}
+    devices = [device for pool in pools.values() for device in pool.devices]
+    limits = thread_limits(sum(most_at_once(device, parts) for device in devices), given)
     lifeline, own_end = os.pipe()
     try:
-        yield LocalProcesses(pools, program, {**environment, **limits}, lifeline, warm)
+        yield LocalProcesses(pools, program, {**environment, **limits}, lifeline, warm, parts)
     finally:
         os.close(lifeline)
         os.close(own_end)
@@ -161,6 +215,7 @@ class LocalProcesses:
         environment: Added to every trial's environment.
         lifeline: The end of a pipe that the trials read from.
         warm: Starts the trials without imports where it can; None starts all cold.
+        shares: Part of each device that a trial takes, by its hash; None: all of it.
     """
 
     grace_seconds = 30.0
@@ -172,7 +227,9 @@ class LocalProcesses:
         environment: Mapping[str, str],
         lifeline: int,
         warm: WarmStarts | None = None,
+        shares: Mapping[str, Shares] | None = None,
     ) -> None:
+        self._shares = shares or {}
         self._pools = pools
         self._program = program
         self._environment = environment
@@ -180,8 +237,9 @@ class LocalProcesses:
         self._warm = warm
 
     def fits(self, trial: Trial) -> bool:
-        """True if as many devices are free as the trial asks for."""
-        return self._pools[trial.plan.kind].has(trial.plan.width)
+        """True if as many devices are free as the trial asks for, or its share of one."""
+        plan = trial.plan
+        return self._pools[plan.kind].has(plan.width, self._shares.get(plan.settings_hash))
 
     def find(self, trial: Trial) -> Attempt | None:
         """Returns None: trials of this machine end with the sweep that started them.
@@ -201,9 +259,9 @@ class LocalProcesses:
         return None
 
     def start(self, trial: Trial) -> Attempt:
-        """Starts a trial on devices that it holds alone until it has ended."""
+        """Starts a trial on devices that it holds until it has ended."""
         pool = self._pools[trial.plan.kind]
-        lease = pool.take(trial.plan.width)
+        lease = pool.take(trial.plan.width, self._shares.get(trial.plan.settings_hash))
         assert lease is not None
         environment = importing(os.environ | self._environment) | pool.environment(lease)
         fork = self._fork(trial, environment)
