@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MOST_PER_GPU = 4
 # Of a GPU's memory, what estimates may come to together; as for one run alone.
 _ACCEPTED = Fraction(93, 100)
-_PROGRAM = ("-m", "dpo_lightning.sweeps.places.needs")
+_PROGRAM = ("-m", "dpo_lightning.run.needs")
 _SECONDS = 600.0
 
 Shares = Mapping[str, Fraction]
