@@ -240,8 +240,8 @@ def test_a_count_gives_equal_parts_to_trials_of_one_gpu():
 
 @pytest.mark.slow  # imports everything in a process of its own
 def test_the_estimate_is_that_of_preflight():
-    from dpo_lightning.settings.compose import ready_hydra
     from dpo_lightning.run.needs import estimated_bytes
+    from dpo_lightning.settings.compose import ready_hydra
 
     words = ("--config-name", "config", "data.micro_batch_tokens=2048", "hydra.mode=RUN")
     more = (*words, "data.micro_batch_tokens=16384")
