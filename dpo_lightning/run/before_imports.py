@@ -1,4 +1,4 @@
-"""What the process that trials are forked from does before it imports what they need.
+"""Preparation of the process that trials are forked from, ahead of what they need.
 
 As a run does: its settings for libraries that read them when they are imported. And other than a
 run, which may: torchao, which transformers imports where it is installed, asks for a device when it
