@@ -58,6 +58,30 @@ def list_gpus() -> list[Gpu]:
     return found
 
 
+def memory_of_gpus() -> dict[str, int]:
+    """Bytes of memory of each GPU that takes several programs at a time, by its UUID.
+
+    None where ``nvidia-smi`` does not say; a slice of a GPU is not among them.
+    """
+    query = "--query-gpu=uuid,memory.total,compute_mode"
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found: dict[str, int] = {}
+    for line in listed.stdout.splitlines():
+        uuid, *rest = (part.strip() for part in line.split(","))
+        if len(rest) == 2 and rest[0].isdecimal() and rest[1] == "Default":
+            found[uuid] = int(rest[0]) << 20
+    return found
+
+
 def devices_named(name: str, gpus: Sequence[Gpu]) -> tuple[str, ...]:
     """The devices that an entry of CUDA_VISIBLE_DEVICES means; none where it means none.
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.memory.estimate import memory_settings
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.program import RUN, STARTED_AS, TRIAL, started_as, typed
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
@@ -87,7 +88,7 @@ def launch(
         trials = place_trials(plans, sweep_dir)
         _add(task.trials, trials)
         failures = sum(trial.failed for trial in task.trials)
-        _run_trials(site, plans, trials, sweep_dir, failures=failures)
+        _run_trials(site, plans, trials, sweep_dir, failures=failures, before=first)
     by_hash = {trial.plan.settings_hash: trial for trial in trials}
     return [
         _job_return(cfg, overrides, by_hash[plan.settings_hash])
@@ -117,7 +118,13 @@ def _alone_in(sweep_dir: Path) -> Iterator[None]:
 
 
 def _run_trials(
-    site: Site, plans: Sequence[Plan], trials: list[Trial], sweep_dir: Path, *, failures: int
+    site: Site,
+    plans: Sequence[Plan],
+    trials: list[Trial],
+    sweep_dir: Path,
+    *,
+    failures: int,
+    before: int,
 ) -> None:
     """Runs the trials that wait.
 
@@ -127,6 +134,7 @@ def _run_trials(
         trials: All of the batch.
         sweep_dir: The sweep's folder.
         failures: Trials that have failed before.
+        before: Trials of earlier batches.
     """
     if not any(trial.status == "waiting" for trial in trials):
         with SweepView(trials, Console()):
@@ -141,6 +149,7 @@ def _run_trials(
             STARTED_AS: started_as(),
             TRIAL: "1",
         },
+        before=before,
     )
     most = site.max_failures
     with site.open(work) as place, SweepView(trials, Console()) as view:
@@ -224,6 +233,7 @@ def _plan(cfg: DictConfig, config: Config, overrides: Sequence[str], site: Site)
             "command": shlex.join([*typed(), *own]),
         },
         batch_size=config.data.batch_size,
+        memory=repr((memory_settings(config), config.model, config.trainer.precision)),
     )
 
 

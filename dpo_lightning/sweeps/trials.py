@@ -51,6 +51,7 @@ class Plan:
         accelerator: ``trainer.accelerator``.
         facts: ``beta``, ``loss``, ``seed`` and ``command``, for a result that it cannot write.
         batch_size: Groups of a step, for the live view.
+        memory: Settings that decide how much memory it takes, as one text.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Plan:
     batch_size: int = 1
     nodes: int = 1
     accelerator: str = "auto"
+    memory: str = ""
 
 
 @dataclass(slots=True)

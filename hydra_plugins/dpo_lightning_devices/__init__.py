@@ -24,6 +24,8 @@ class DevicesLauncherConf:
     max_failures: int | None = None
     # How often a trial that crashed is started again, from its last checkpoint if it has one.
     retries: int = 0
+    # Trials on one GPU at a time. auto: as many as fit by the estimate of their memory, up to 4.
+    trials_per_device: Any = "auto"
 
 
 ConfigStore.instance().store(

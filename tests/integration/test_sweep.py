@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_lightning.processes.lifeline import DIE_WITH_PARENT
+from tests.support.recovery import rows
 from tests.support.runs import ROOT, TINY, Run
 from tests.support.sweeps import FAULTS, SMALL, alive, sweep
 from tests.support.warm import start_train
@@ -31,6 +33,38 @@ def test_a_grid_over_references_and_seeds_is_pooled(tmp_path):
     assert {c["label"] for c in found} == {"reference auto", "reference none"}
     # The evaluation pairs are the same for both seeds, so the error is over groups and seeds.
     assert all(c["value"]["stderr"] is not None for c in found)
+
+
+# Says who its process was started by, when it is imported.
+WHO = """
+import os
+from pathlib import Path
+parent = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+Path(f"started-{os.getpid()}").write_text(parent)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="trials start warm on Linux")
+def test_a_warm_trial_is_the_cold_one_to_the_bit(tmp_path):
+    """Its steps draw from all generators; where nothing may outlive its parent all start cold."""
+    noise = ("plugins=[who,tests.support.recovery]", "trainer.callbacks=[noise]")
+    done = {}
+    for name, environment in (("warm", {}), ("cold", {DIE_WITH_PARENT: "1"})):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "who.py").write_text(WHO)
+        done[name] = sweep(
+            place, "beta=0.1,0.5", *SMALL, *noise, "trainer.max_steps=6", **environment
+        )
+        assert done[name].code == 0, done[name].stdout + done[name].stderr
+        started = [path.read_text() for path in place.glob("started-*")]
+        assert sum("warm_server" in parent for parent in started) == (2 if name == "warm" else 0)
+    for trial in ("beta-0.1", "beta-0.5"):
+        warm, cold = (done[name].trial(trial) for name in ("warm", "cold"))
+        assert rows(warm) == rows(cold)
+        assert warm.result["metrics"] == cold.result["metrics"]
+        weights = [run.folder / "model" / "model.safetensors" for run in (warm, cold)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.faults

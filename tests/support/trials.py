@@ -1,5 +1,6 @@
 """Trials of a sweep that are stand-ins: a line of Python each."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.sweeps.dispatch import Dispatcher
 from dpo_lightning.sweeps.places.leases import DevicePool
 from dpo_lightning.sweeps.places.local import open_local
+from dpo_lightning.sweeps.places.warm_starts import WarmStarts
 from dpo_lightning.sweeps.trials import Plan, Trial, place_trials
 from tests.support.runs import ROOT
 
@@ -68,8 +70,25 @@ def run(
     folder: Path, plans: list[Plan], *, slots: int = 2, **options
 ) -> tuple[list[Trial], Silent]:
     trials, view = place_trials(plans, folder), Silent()
-    settings = {"max_failures": None, "retries": 0, "environment": {}} | options
+    settings = {"max_failures": None, "retries": 0, "environment": {}, "warm": None} | options
     pools: dict[DeviceKind, DevicePool] = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
-    with open_local(pools, stand_in(folder), settings.pop("environment")) as place:
+    environment, warm = settings.pop("environment"), settings.pop("warm")
+    with open_local(pools, stand_in(folder), environment, warm=warm) as place:
         Dispatcher(trials, place=place, view=view, **settings).run()
     return trials, view
+
+
+def warm_stand_in(folder: Path, imports: str = "") -> tuple[WarmStarts, dict[str, str]]:
+    """Starts of stand-ins that are forked, and the environment in which they are found.
+
+    Args:
+        folder: An empty one, or that of :func:`stand_in`.
+        imports: Code that the warm process runs while it imports.
+    """
+    name = f"warm_{folder.name}".replace("-", "_")
+    (folder / f"{name}.py").write_text(
+        f"import runpy, sys\n{imports}\n"
+        f"def main():\n    runpy.run_path({str(folder / 'train.py')!r}, run_name='__main__')\n"
+    )
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return WarmStarts([name], f"{name}:main"), {"PYTHONPATH": path}

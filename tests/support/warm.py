@@ -1,12 +1,7 @@
-"""Warm process: it has imported everything once, and forks the runs that tests start.
+"""Warm process of the tests: runs that they start are forks of it, as the trials of a sweep are.
 
-A run that is started cold spends most of its time in imports. The process is spawned, never forked
-from pytest or xdist, which hold threads; it does no tensor work, and a fork is made only while it
-has one thread: after a product on two torch threads a forked child would hang in its first one.
-A run starts cold where a variable of its environment that a library may read when it is imported
-differs from that of the warm process.
-
-This file is also the program of the warm process: ``python warm.py <socket> <module> …``.
+A run that is started cold spends most of its time in imports. A run starts cold where a variable of
+its environment that a library may read when it is imported differs from that of the warm process.
 """
 
 from __future__ import annotations
@@ -15,32 +10,23 @@ import atexit
 import concurrent.futures
 import contextlib
 import functools
-import gc
-import importlib
-import json
 import os
-import select
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
+
+from dpo_lightning.processes import warm
+from dpo_lightning.sweeps.places import warm_starts
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a run imports, and the functions of tests that are ranks; more is not kept warm.
-MODULES = (
-    "dpo_lightning.cli",
-    "dpo_lightning.run.supervise",
-    "dpo_lightning.run.session",
-    "pytest",
-)
+MODULES = (*warm_starts.MODULES, "pytest")
 
 # Read when they are needed, not when something is imported: they may differ.
 READ_LATER = (
@@ -55,7 +41,7 @@ READ_LATER = (
 LEFT_BEHIND = (
     *("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"),
     *("HYDRA_FULL_ERROR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TORCHINDUCTOR_CACHE_DIR"),
-    *("PYTORCH_NVML_BASED_CUDA_CHECK", "WANDB_SERVICE"),
+    *("PYTORCH_NVML_BASED_CUDA_CHECK", "PYTORCH_ALLOC_CONF", "WANDB_SERVICE"),
 )
 
 
@@ -151,26 +137,18 @@ class WarmRun:
 
 
 class WarmProcess:
-    """The warm process, seen from the process that spawned it.
+    """A warm process, of which each run is known by its process id.
 
     Args:
         modules: Modules that it imports.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.environment = own_environment()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), *modules],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=self.environment | {"PYTHONPATH": _with_root(self.environment)},
-            )
-        self._socket = ours
-        self._codes: dict[int, int] = {}
-        self._answers: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
+        own = self.environment | {"PYTHONPATH": _with_root(self.environment)}
+        # In this process group: Ctrl-C is for the tests and all that they started.
+        self._process = warm.WarmProcess(modules, own, apart=False)
+        self._forks: dict[int, warm.Fork] = {}
 
     def start(self, order: Order, stdout: int, stderr: int) -> int:
         """Has a run forked; returns its process id.
@@ -181,42 +159,36 @@ class WarmProcess:
             stderr: File descriptor that its errors go to.
 
         Raises:
-            RuntimeError: If the warm process refuses, since it has more than one thread.
+            RuntimeError: If the warm process forks none.
         """
-        body = json.dumps({name: getattr(order, name) for name in Order.__slots__}).encode()
-        with self._lock:
-            socket.send_fds(self._socket, [body], [stdout, stderr])
-            while not self._answers:
-                self._receive(block=True)
-            answer = self._answers.pop()
-        if "refused" in answer:
-            raise RuntimeError(f"the warm process forks no run: {answer['refused']}")
-        return int(answer["pid"])
+        asked = warm.ForkOrder(
+            argv=order.argv,
+            changes=warm.differing(order.environment, self._process.environment),
+            cwd=order.cwd,
+            target=order.target,
+            leads="session" if order.session else "nothing",
+            path=order.path,
+        )
+        fork = self._process.start(asked, [stdout, stderr])
+        while not fork.begun():
+            if fork.lost:
+                raise RuntimeError(f"the warm process forks no run: {self._process.gone}")
+            time.sleep(0.005)
+        assert fork.pid is not None
+        self._forks[fork.pid] = fork
+        return fork.pid
 
     def code_of(self, pid: int) -> int | None:
         """The exit code of a run that has ended."""
-        with self._lock:
-            while self._receive(block=False):
-                pass
-            return self._codes.pop(pid, None)
-
-    def _receive(self, *, block: bool) -> bool:
-        if not block and not select.select([self._socket], [], [], 0)[0]:
-            return False
-        data = self._socket.recv(1 << 16)
-        if not data:
-            raise RuntimeError(f"the warm process ended with {self._process.wait()}")
-        message = json.loads(data)
-        if "code" in message:
-            self._codes[message["pid"]] = message["code"]
-        else:
-            self._answers.append(message)
-        return True
+        fork = self._forks[pid]
+        if not fork.ended():
+            return None
+        assert fork.returncode is not None, self._process.gone
+        return fork.returncode
 
     def close(self) -> None:
         """Ends the warm process; runs go on."""
-        self._socket.close()
-        self._process.wait(30)
+        self._process.close()
 
 
 def own_environment() -> dict[str, str]:
@@ -331,102 +303,3 @@ def run_apart(
         raise
     assert process.returncode is not None
     return subprocess.CompletedProcess(list(arguments), process.returncode, out, err)
-
-
-# The program of the warm process ------------------------------------------------------------------
-
-
-def _serve(connection: socket.socket) -> Order | None:
-    """Forks runs as they are asked for; returns in a fork with its order, else None at the end."""
-    children: set[int] = set()
-    while True:
-        readable, _, _ = select.select([connection], [], [], 0.01 if children else None)
-        for pid in [*children]:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                children.discard(pid)
-                code = os.waitstatus_to_exitcode(status)
-                connection.send(json.dumps({"pid": pid, "code": code}).encode())
-        if not readable:
-            continue
-        body, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
-        if not body:
-            return None
-        threads = sum(1 for _ in Path("/proc/self/task").iterdir())
-        if threads > 1:
-            connection.send(json.dumps({"refused": f"{threads} threads"}).encode())
-            continue
-        pid = os.fork()
-        if pid == 0:
-            connection.close()
-            return _become(Order(**json.loads(body)), *descriptors)
-        children.add(pid)
-        connection.send(json.dumps({"pid": pid}).encode())
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _become(order: Order, stdout: int, stderr: int) -> Order:
-    """Takes over the settings of a run that was started by its own command."""
-    if order.session:
-        os.setsid()
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    for descriptor in {stdout, stderr} - {1, 2}:
-        os.close(descriptor)
-    # Theirs are made for what the warm process writes to.
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-    os.environ.clear()
-    os.environ.update(order.environment)
-    os.chdir(order.cwd)
-    sys.argv = order.argv
-    sys.path[:0] = order.path
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    package = sys.modules.get("dpo_lightning")
-    if package is not None:
-        package.STARTED = time.perf_counter()  # type: ignore[attr-defined]
-    return order
-
-
-def _main() -> int:
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Not this file's folder, whose names are those of helpers.
-    del sys.path[0]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
-    # Else the first collection in a fork copies every page that holds an object.
-    gc.collect()
-    gc.freeze()
-    order = _serve(connection)
-    if order is None:
-        return 0
-    _end(_call(order.target))
-
-
-def _call(target: str) -> int:
-    """Calls the function of an order as a program; returns its exit code."""
-    module, _, function = target.partition(":")
-    try:
-        return int(getattr(importlib.import_module(module), function)() or 0)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-
-def _end(code: int) -> NoReturn:
-    """Ends as the interpreter does, without taking modules apart, which takes a second."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -94,12 +94,14 @@ class Work:
         folder: The sweep's folder.
         program: What follows the interpreter, ``-m dpo_lightning train``.
         environment: Added to every trial's environment.
+        before: Number of trials in earlier batches of the sweep.
     """
 
     plans: Sequence[Plan]
     folder: Path
     program: Sequence[str]
     environment: Mapping[str, str]
+    before: int = 0
 
 
 class Site(Protocol):

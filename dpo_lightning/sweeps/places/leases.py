@@ -8,12 +8,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.gpus import Gpu, devices_named, is_slice, list_gpus, short_name
 from dpo_lightning.settings.names import DeviceKind
+from dpo_lightning.sweeps.places.sharing import Shares
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +27,18 @@ THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Devices that one trial holds alone.
+    """Devices that one trial holds, alone or beside others.
 
     Attributes:
         kind: Their kind.
         devices: Their names: of CUDA devices UUIDs, or what else CUDA_VISIBLE_DEVICES takes; else
             numbers.
+        share: The part of each that it holds; all of it alone.
     """
 
     kind: DeviceKind
     devices: tuple[str, ...]
+    share: Fraction = Fraction(1)
 
     @property
     def labels(self) -> list[str]:
@@ -43,7 +47,7 @@ class Lease:
 
 
 class DevicePool:
-    """The devices of one kind, and which of them are free.
+    """The devices of one kind, and what of each is free.
 
     Args:
         kind: Their kind.
@@ -53,35 +57,58 @@ class DevicePool:
     def __init__(self, kind: DeviceKind, devices: Sequence[str]) -> None:
         self.kind: DeviceKind = kind
         self.devices = tuple(devices)
-        self._free = list(devices)
+        self._free = dict.fromkeys(devices, Fraction(1))
 
-    def has(self, width: int) -> bool:
-        """True if ``width`` devices are free."""
-        return width <= len(self._free)
+    def has(self, width: int, shares: Shares | None = None) -> bool:
+        """True if ``width`` devices are free, or the trial's share of one."""
+        return width <= len(self._fitting(width, shares or {}))
 
-    def take(self, width: int) -> Lease | None:
-        """A lease on ``width`` devices, or None while fewer are free."""
-        if not self.has(width):
+    def _fitting(self, width: int, shares: Shares) -> list[str]:
+        """Devices with room; those with most of it first, else in their order."""
+        part = shares if width == 1 else {}
+        found = [device for device in self.devices if part.get(device, 1) <= self._free[device]]
+        return sorted(found, key=lambda device: -self._free[device])
+
+    def take(self, width: int, shares: Shares | None = None) -> Lease | None:
+        """A lease, or None while there is no room.
+
+        Args:
+            width: Number of devices; of several each is taken whole.
+            shares: Part of each device that the trial takes of one; None: all of it.
+        """
+        taken = self._fitting(width, shares or {})[:width]
+        if len(taken) < width:
             return None
-        taken, self._free = self._free[:width], self._free[width:]
-        return Lease(self.kind, tuple(taken))
+        share = (shares or {}).get(taken[0], Fraction(1)) if width == 1 else Fraction(1)
+        for device in taken:
+            self._free[device] -= share
+        return Lease(self.kind, tuple(taken), share)
 
     def give_back(self, lease: Lease) -> None:
         """Ends a lease; the order of the devices stays theirs."""
-        free = {*self._free, *lease.devices}
-        self._free = [device for device in self.devices if device in free]
+        for device in lease.devices:
+            self._free[device] += lease.share
 
-    def environment(self, lease: Lease, given: Mapping[str, str]) -> dict[str, str]:
-        """Variables of a trial's environment that limit it to its devices and its share of cores.
+    def environment(self, lease: Lease) -> dict[str, str]:
+        """Variables of a trial's environment that limit it to its devices."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(lease.devices) if self.kind == "cuda" else ""}
 
-        Args:
-            lease: The trial's lease.
-            given: The environment it inherits; a thread limit in it is the user's and stays.
-        """
-        visible = ",".join(lease.devices) if self.kind == "cuda" else ""
-        threads = max(1, len(_cores()) // len(self.devices))
-        limits = {name: str(threads) for name in THREAD_LIMITS if name not in given}
-        return {"CUDA_VISIBLE_DEVICES": visible, **limits}
+
+def thread_limits(slots: int, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that give each trial of a sweep its share of the cores.
+
+    They are the same for all of its trials, however many run at a time: the last bits of a result
+    may depend on them.
+
+    Args:
+        slots: Number of trials that run at a time at most.
+        given: The environment that they inherit; a limit in it is the user's and stays.
+    """
+    threads = max(1, len(_cores()) // max(1, slots))
+    limits = {name: str(threads) for name in THREAD_LIMITS}
+    # NumPy starts its threads when it is imported, and a trial has no products for them.
+    limits["OPENBLAS_NUM_THREADS"] = "1"
+    return {name: count for name, count in limits.items() if name not in given}
 
 
 def kind_of_trial(accelerator: str, gpus: Sequence[str]) -> DeviceKind:
@@ -231,6 +258,11 @@ def _torch_has_cuda() -> bool:
     except OSError:
         return True  # unknown: nvidia-smi decides
     return re.search(r"^(cuda|hip)\b[^=]*= *['\"]", text, flags=re.MULTILINE) is not None
+
+
+def core_count() -> int:
+    """Number of cores that this process may use."""
+    return len(_cores())
 
 
 def _cores() -> Sequence[int]:

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from dpo_lightning.sweeps.dispatch import Dispatcher
+from dpo_lightning.sweeps.places import leases
 from dpo_lightning.sweeps.places import local as local_processes
 from dpo_lightning.sweeps.places.leases import DevicePool
 from dpo_lightning.sweeps.places.local import open_local
@@ -145,6 +146,18 @@ def test_the_environment_and_the_threads_of_a_trial(tmp_path):
     act = "finish(); assert os.environ['GROUP'] == 'g' and os.getpid() == os.getpgrp()"
     [trial], _ = run(tmp_path, [plan("a", act)], slots=64, environment={"GROUP": "g"})
     assert (trial.status, trial.metrics["threads"]) == ("finished", os.environ["OMP_NUM_THREADS"])
+
+
+def test_threads_do_not_follow_how_many_run(tmp_path, monkeypatch):
+    """Eight cores and four slots are two threads each, for the last trial alone, too."""
+    monkeypatch.setattr(leases, "_cores", lambda: range(8))
+    for name in leases.THREAD_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    plans = [plan(f"t{n}", "finish()") for n in range(5)]
+    trials, _ = run(tmp_path, plans, slots=4)
+    assert [trial.metrics["threads"] for trial in trials] == ["2"] * 5
+    trials, _ = run(tmp_path, [*plans, plan("more", "finish()")], slots=4)
+    assert trials[-1].metrics["threads"] == "2"
 
 
 def test_a_trial_that_an_earlier_command_finishes_meanwhile_is_not_run_again(tmp_path):

@@ -14,6 +14,7 @@ from dpo_lightning.sweeps.places.leases import (
     check_width,
     kind_of_trial,
     make_pool,
+    thread_limits,
     visible_gpus,
 )
 
@@ -46,17 +47,23 @@ def test_whatever_is_taken_and_given_back_no_device_is_held_twice():
     assert pool.take(5).devices == tuple("01234")
 
 
-def test_a_trial_sees_its_gpus_and_its_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(leases, "_cores", lambda: range(8))
+def test_a_trial_sees_its_gpus():
     pool = DevicePool("cuda", ["4", "GPU-abc"])
-    said = pool.environment(pool.take(2), {"MKL_NUM_THREADS": "3"})
-    assert said["CUDA_VISIBLE_DEVICES"] == "4,GPU-abc"
-    assert said["OMP_NUM_THREADS"] == "4"
-    assert "MKL_NUM_THREADS" not in said
+    assert pool.environment(pool.take(2)) == {"CUDA_VISIBLE_DEVICES": "4,GPU-abc"}
     cpus = DevicePool("cpu", ["0", "1", "2"])
-    said = cpus.environment(cpus.take(1), {})
-    assert said["CUDA_VISIBLE_DEVICES"] == ""
-    assert said["OMP_NUM_THREADS"] == "2"
+    assert cpus.environment(cpus.take(1)) == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(
+    ("cores", "slots", "threads"), [(8, 2, "4"), (8, 3, "2"), (2, 4, "1"), (64, 4, "16")]
+)
+def test_each_trial_has_its_share_of_the_cores(monkeypatch, cores, slots, threads):
+    """NumPy would start its threads when it is imported; what the user has set stays."""
+    monkeypatch.setattr(leases, "_cores", lambda: range(cores))
+    limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1"}
+    assert thread_limits(slots, {}) == limits
+    given = {"MKL_NUM_THREADS": "3"}
+    assert thread_limits(slots, given) == {k: v for k, v in limits.items() if k not in given}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,6 @@ def test_many_cores_are_shared_by_four_trials(monkeypatch):
     monkeypatch.setattr(leases, "_cores", lambda: range(64))
     pool = make_pool("cpu", "auto", [])
     assert len(pool.devices) == 4
-    assert pool.environment(pool.take(1), {})["OMP_NUM_THREADS"] == "16"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +225,7 @@ def test_a_trial_is_given_a_uuid_and_its_reader_the_beginning_of_it(nvidia_smi):
     pool = make_pool("cuda", [1, SLICES[1][:9]], visible_gpus({}))
     assert pool.devices == (FAST, SLICES[1])
     lease = pool.take(1)
-    assert pool.environment(lease, {})["CUDA_VISIBLE_DEVICES"] == FAST
+    assert pool.environment(lease)["CUDA_VISIBLE_DEVICES"] == FAST
     assert lease.labels == ["cuda:GPU-aaaaaaaa"]
     assert pool.take(1).labels == ["cuda:MIG-eeeeeeee"]
 
