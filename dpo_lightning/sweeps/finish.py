@@ -39,7 +39,7 @@ def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
     """
     if trials:
         show_end(Console(), trials)
-    finished = all(trial.status == "finished" for trial in trials)
+    finished = all(trial.status in ("finished", "pruned") for trial in trials)
     return _report(sweep) and finished
 
 
