@@ -79,7 +79,10 @@ def measured(place: Path, *, seed: int, beta: float, rate: float) -> dict[str, A
         if code:
             raise SystemExit(f"{folder}: ended with exit code {code}")
     found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    final = json.loads((folder / "result.json").read_text())["metrics"]
+    reward, kl = final["controlled/expected_reward"], final["controlled/kl_policy_reference"]
+    # What the trial was asked for, and how much of what is possible at its KL it has got.
+    return found | {"objective": reward - beta * kl, "gain": final["controlled/gain_ratio"]}
 
 
 def regret(trials: dict[float, dict[str, Any]]) -> dict[str, Any]:
@@ -105,12 +108,17 @@ def regret(trials: dict[float, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def separation(trials: dict[Any, dict[str, Any]], metric: str) -> dict[str, float]:
-    """How far a metric tells trials apart, and whether that is the order of their true reward.
+def separation(trials: dict[Any, dict[str, Any]], metric: str, truth: str) -> dict[str, float]:
+    """How far a metric tells trials apart at the end, and whether that is their true order.
+
+    Args:
+        trials: Of one grid.
+        metric: What is looked at.
+        truth: ``objective``, which trials of one beta are ordered by, or ``gain``.
 
     Returns:
         ``z``, the median over pairs of trials of the paired difference in standard errors, and
-        ``agrees``, the share of pairs that the metric puts into the order of the true reward.
+        ``agrees``, the share of pairs that the metric puts into the true order.
     """
     sign = -1 if metric == LOSS else 1
     distances, agree = [], []
@@ -119,17 +127,17 @@ def separation(trials: dict[Any, dict[str, Any]], metric: str) -> dict[str, floa
         differences = [sign * (x - y) for x, y in zip(a[metric], b[metric], strict=True)]
         mean, error = statistics.fmean(differences), statistics.stdev(differences)
         distances.append(abs(mean) / (error / math.sqrt(len(differences))) if error else 0.0)
-        rewards = statistics.fmean(a[REWARD]) - statistics.fmean(b[REWARD])
-        agree.append(0.5 if mean == 0 else float((mean > 0) == (rewards > 0)))
+        better = trials[one][truth] > trials[other][truth]
+        agree.append(0.5 if mean == 0 else float((mean > 0) == better))
     return {"z": statistics.median(distances), "agrees": statistics.fmean(agree)}
 
 
 def early(trials: dict[Any, dict[str, Any]], metric: str, rung: int) -> float:
-    """True reward that is lost at the end by taking the best trial of a rung, by a metric."""
+    """What is lost of the objective at the end by taking the best trial of a rung, by a metric."""
     sign = -1 if metric == LOSS else 1
-    rewards = {key: statistics.fmean(found[str(STEPS)][REWARD]) for key, found in trials.items()}
     chosen = max(trials, key=lambda key: sign * statistics.fmean(trials[key][str(rung)][metric]))
-    return max(rewards.values()) - rewards[chosen]
+    best: float = max(found["objective"] for found in trials.values())
+    return best - float(trials[chosen]["objective"])
 
 
 def main() -> int:
@@ -151,8 +159,8 @@ def main() -> int:
                 {
                     "seed": seed,
                     "metric": name,
-                    "betas": separation(grid, name),
-                    "rates": separation(rates, name),
+                    "betas": separation(grid, name, "gain"),
+                    "rates": separation(rates, name, "objective"),
                     "lost": {rung: early(rates, name, rung) for rung in (*RUNGS, STEPS)},
                 }
             )
