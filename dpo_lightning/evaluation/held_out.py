@@ -1,4 +1,4 @@
-"""How well the margins of held-out pairs predict which response is the better one, free of beta.
+"""Quality of held-out margins as predictions of the better response, free of beta.
 
 A policy's margins are a score difference of its own scale: beta times the margin is the implicit
 reward, and a larger beta makes smaller margins. So the scale is fitted first. What is left is the

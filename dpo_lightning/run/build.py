@@ -207,7 +207,7 @@ def make_measure(
     answering: Answering,
     signals: SignalWatch,
 ) -> Measure:
-    """What is measured at a rung.
+    """The measure of a run at its rung.
 
     Args:
         plan: The run's.

@@ -208,7 +208,7 @@ def _neighbours(cell: Cell, pool: Sequence[Cell]) -> list[Cell]:
 
 
 def _distance(best: Cell, cell: Cell) -> float:
-    """How far a cell is below the best one, in standard errors of their paired difference.
+    """Distance of a cell below the best one, in standard errors of their paired difference.
 
     Infinite where there is no error to measure by, unless both are equal.
     """

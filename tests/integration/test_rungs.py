@@ -61,7 +61,7 @@ def test_a_trial_that_stops_at_rungs_ends_like_one_that_does_not(tmp_path, monke
 
 
 def test_a_trial_killed_before_its_report_makes_the_same_one(tmp_path, monkeypatch):
-    """What was measured after the checkpoint is measured again from it, to the bit."""
+    """All that was measured after the checkpoint is measured again from it, to the bit."""
     goal = Goal(0, (0.5,), METRIC)
     run = trial(tmp_path / "run", monkeypatch, goal)
     first = read_reports(run.folder, METRIC)
@@ -97,7 +97,7 @@ def test_a_goal_left_in_a_folder_is_no_run_of_ones_own(tmp_path, monkeypatch, wh
     ],
 )
 def test_each_metric_is_that_of_an_evaluation(tmp_path, monkeypatch, metric, extra, count):
-    """What a rung says at step 4 is what a run of four steps under the same schedule ends with.
+    """A rung at step 4 says the same as the end of a run of four steps under the same schedule.
 
     A constant schedule is the same for both.
     """

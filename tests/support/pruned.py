@@ -57,7 +57,7 @@ def make_course(
 
 
 def report(folder: Path, rung: int, score: float, *, total: int = TOTAL) -> None:
-    """What a trial reports at a rung: its score, and items that scatter around it."""
+    """Leaves the report of a trial at a rung: its score, and items that scatter around it."""
     values = tuple(score + (item % 2 - 0.5) / 8 for item in range(ITEMS))
     step = round(SETTINGS.at[rung] * total)
     write_reports(folder, [RungReport(rung, step, total, METRIC, score, values)])
