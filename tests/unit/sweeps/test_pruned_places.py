@@ -1,4 +1,4 @@
-"""Pruned sweeps whose trials are processes of this machine, and jobs of SLURM."""
+"""Pruned sweeps whose trials are processes of this machine, jobs of SLURM, and tasks of Ray."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.sweeps.course import Course
-from dpo_lightning.sweeps.trials import Trial
+from dpo_lightning.sweeps.dispatch import Dispatcher
+from dpo_lightning.sweeps.places.base import Work
+from dpo_lightning.sweeps.places.ray_tasks import RaySite
+from dpo_lightning.sweeps.trials import Trial, place_trials
 from tests.support.fake_slurm import cancel_all
 from tests.support.pruned import SETTINGS, decisions, make_course, plans
 from tests.support.slurm_sweeps import run as run_jobs
 from tests.support.slurm_sweeps import slurm_here
+from tests.support.trials import Silent, stand_in
 from tests.support.trials import run as run_processes
 
 # Stops where it is told to, and reports its beta; the last words come from its checkpoint.
@@ -65,3 +69,19 @@ def test_jobs_stop_at_a_rung_and_the_best_goes_on(tmp_path, monkeypatch):
     finally:
         cancel_all()
     assert_pruned(tmp_path / "sweep", trials)
+
+
+@pytest.mark.launchers
+@pytest.mark.slow  # starts a cluster of Ray
+def test_tasks_of_ray_stop_at_a_rung_and_the_best_goes_on(tmp_path):
+    site = RaySite(
+        address="local", cpus_per_device=1, node_retries=0, max_parallel=None, max_failures=None,
+        retries=0,
+    )  # fmt: skip
+    trials = place_trials(GRID, tmp_path)
+    made = course(tmp_path, trials)
+    with site.open(Work(GRID, tmp_path, stand_in(tmp_path), {"OMP_NUM_THREADS": "1"})) as place:
+        Dispatcher(
+            trials, place=place, max_failures=None, retries=0, view=Silent(), course=made
+        ).run()
+    assert_pruned(tmp_path, trials)
