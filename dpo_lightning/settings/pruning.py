@@ -12,6 +12,7 @@ from dpo_lightning.settings.schema import Config, SweepConfig
 
 _OPTIONS = ("prune_at", "prune_keep", "prune_within", "prune_metric", "budget")
 _JUDGES = ("controlled/expected_reward", "samples/score")
+_FREE_OF_BETA = "eval/fitted_log_loss"
 _WITHOUT_JUDGE = ("loss", "beta", "reference")
 
 
@@ -55,7 +56,7 @@ def pruning_problems(config: Config) -> Iterator[str]:
     if metric is not None and scales_with_beta(metric):
         yield (
             f"sweep.prune_metric={metric}: it scales with beta, so it does not compare trials; use "
-            f"{' or '.join(PRUNE_METRICS)}"
+            f"sweep.prune_metric={_FREE_OF_BETA}"
         )
         return
     yield from _unmeasured(config)
@@ -78,7 +79,10 @@ def _unmeasured(config: Config) -> Iterator[str]:
             yield f"{key} is known of the embedded task alone; leave it out, or data.train="
     elif metric == "samples/score":
         if evaluation.scorer is None:
-            yield f"{key} is a judge's mark: set evaluation.scorer= too"
+            yield (
+                f"{key} is a judge's mark, and evaluation.scorer names none; use "
+                f"sweep.prune_metric={_FREE_OF_BETA}, or name a judge"
+            )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
         yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= above 0"
 
@@ -88,7 +92,7 @@ def metric_of(config: Config) -> str:
     chosen = config.sweep.prune_metric
     if chosen is not None:
         return chosen
-    return "eval/fitted_log_loss" if config.evaluation.scorer is None else "samples/score"
+    return _FREE_OF_BETA if config.evaluation.scorer is None else "samples/score"
 
 
 def prune_settings(configs: Sequence[Config]) -> PruneSettings | None:

@@ -410,7 +410,7 @@ PRUNING = [
     ),
     Row(
         f"{HALVING} sweep.prune_metric=samples/score",
-        "is a judge's mark: set evaluation.scorer= too",
+        "is a judge's mark, and evaluation.scorer names none; use sweep.prune_metric=",
         f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
     ),
     Row(
