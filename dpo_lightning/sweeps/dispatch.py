@@ -24,7 +24,7 @@ _NOT_RETRIED = (2, 3)
 _POLL_SECONDS = 0.1
 
 
-class Course(Protocol):
+class Stages(Protocol):
     """The course of trials that do not simply run to their end."""
 
     def goal(self, trial: Trial) -> Goal | None:
@@ -78,7 +78,7 @@ class Dispatcher:
         max_failures: int | None,
         retries: int,
         view: View,
-        course: Course | None = None,
+        course: Stages | None = None,
     ) -> None:
         self._course = course
         self._queue = [trial for trial in trials if trial.status == "waiting"]
