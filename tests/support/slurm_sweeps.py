@@ -12,7 +12,7 @@ import pytest
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import JobPaths
 
-from dpo_lightning.sweeps.dispatch import Stages, Dispatcher
+from dpo_lightning.sweeps.dispatch import Dispatcher, Stages
 from dpo_lightning.sweeps.places import slurm_jobs, slurm_queue
 from dpo_lightning.sweeps.places.base import Work
 from dpo_lightning.sweeps.places.slurm_site import SlurmSite
