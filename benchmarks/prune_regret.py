@@ -74,9 +74,9 @@ def measured(place: Path, *, seed: int, beta: float, rate: float) -> dict[str, A
     folder = place / f"seed-{seed}_beta-{beta:g}_lr-{rate:g}"
     path = folder / "rungs-of-grid.json"
     if not path.exists() or str(STEPS) not in json.loads(path.read_text()):
-        words = (f"seed={seed}", f"beta={beta}", f"optimizer.lr={rate}", f"hydra.run.dir={folder}")
+        words = [f"seed={seed}", f"beta={beta}", f"optimizer.lr={rate}", f"hydra.run.dir={folder}"]
         if seed not in SEEDS_OF_METRICS:
-            words = (*words, f"data.controlled.eval_groups={FEW}")
+            words.append(f"data.controlled.eval_groups={FEW}")
         code = train([*words, "overwrite=true", *COMMON])
         if code:
             raise SystemExit(f"{folder}: ended with exit code {code}")
