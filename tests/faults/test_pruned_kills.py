@@ -23,7 +23,7 @@ from tests.support.sweeps import alive
 from tests.support.trials import run
 from tests.support.waiting import until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
+pytestmark = pytest.mark.faults
 
 KILLS, STEPS = 10, 12
 GRID = (
@@ -124,7 +124,8 @@ def test_ten_kills_of_stand_ins(tmp_path):
     assert sorted(Counter(ends).items()) == [("finished", 1), ("pruned", 4)]
 
 
-def test_ten_kills(tmp_path):
+@pytest.mark.timeout(7200)
+def test_ten_kills_of_a_pruned_sweep(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait(timeout=3000) == 0, (whole / "log").read_text()
     seed = random.randrange(1000)
