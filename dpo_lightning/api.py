@@ -43,7 +43,8 @@ class Result:
 
     Attributes:
         folder: The run's folder.
-        status: ``finished``, ``stopped``, ``diverged`` or ``failed``.
+        status: ``finished``, ``stopped``, ``diverged`` or ``failed``; of a trial that its sweep
+            stopped early ``pruned``, or ``paused`` while that is not decided.
         exit_code: Of its process: 0 finished, 2 settings or data, 3 diverged, negative for the
             signal that killed it.
         error: Why it did not finish, on one line; None where it did.

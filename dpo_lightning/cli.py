@@ -71,6 +71,7 @@ from dpo_lightning.settings.overrides import (
     raise_all,
 )
 from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.recorded import is_alone
 from dpo_lightning.settings.schema import CONF, Config, LoggerConfig
 from dpo_lightning.settings.validation import validate
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
@@ -226,9 +227,10 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
         configs = check_trials(
             hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
         )
-    from dpo_lightning.sweeps.launch import check_launcher
+    from dpo_lightning.sweeps.launch import check_launcher, check_pruning
 
     check_launcher(cfg.hydra.launcher, configs)
+    check_pruning(cfg, configs)
     if swept:
         # A trial's folder is named by what differs between the trials.
         by_key = {line.key_or_group for line in swept}
@@ -254,6 +256,8 @@ def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]
         )
     if config.sweep.resume is not None:
         raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
+    if config.sweep.prune != "none" and not is_alone():
+        raise UserError(f"sweep.prune={config.sweep.prune} is for a sweep: add -m")
     return with_folder(args, cfg, "run.dir"), config
 
 

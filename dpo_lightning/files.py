@@ -14,6 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 RESULT_FILE = "result.json"
+SWEEP_FILE = "sweep.json"
+PRUNING = "pruning"
+"""Entry of ``sweep.json``: by what a sweep is pruned, and the decision of each rung."""
+
 DIVERGED_FILE = "diverged.json"
 METRICS_FILE = "metrics.jsonl"
 

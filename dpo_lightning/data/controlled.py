@@ -284,6 +284,13 @@ class ControlledTask:
                 high = middle
         return self.optimum(reference_logps, beta=math.exp(high))
 
+    def expected_rewards(self, policy_logps: Tensor) -> list[float]:
+        """The policy's exact expected reward at each prompt."""
+        return [
+            _expectation(logps, rewards)
+            for logps, rewards in zip(policy_logps.double(), self.rewards, strict=True)
+        ]
+
     def report(
         self, policy_logps: Tensor, reference_logps: Tensor, *, beta: float
     ) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.evaluation.answers import SampleAnswers
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
+from dpo_lightning.evaluation.rungs import Measure, RungStop, exact_rewards, held_out, judged
 from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.run.folder import RunFolder
@@ -67,11 +70,13 @@ class SessionCallbacks:
         all: In the order in which the trainer calls them.
         samples: Those of them that collect answers,
         curve: and measure what is exactly true; None but for the controlled task.
+        rung: Ends the run at a rung of its sweep; None where it has none.
     """
 
     all: list[Callback]
     samples: SampleAnswers
     curve: ExactCurve | None
+    rung: RungStop | None
 
 
 def make_session_callbacks(
@@ -116,8 +121,19 @@ def make_session_callbacks(
     if task is not None and reference_logps is not None:
         curve = ExactCurve(task, reference_logps, prepared.models.scorer, beta=plan.beta)
         own.append(curve)
+    rung = None
+    if kept.rung is not None:
+        rung = RungStop(
+            plan.folders.run,
+            folder,
+            kept.rung,
+            total_steps=plan.schedule.total_steps,
+            warmup_steps=plan.schedule.warmup_steps,
+            keep=kept.keep,
+        )
+        own.append(rung)
     own.append(Preemption(signals, folder, keep=kept.keep))
-    return SessionCallbacks(own, samples, curve)
+    return SessionCallbacks(own, samples, curve, rung)
 
 
 def shows_bar(trainer: TrainerPlan) -> bool:
@@ -181,6 +197,49 @@ def _make_strategy(trainer: TrainerPlan) -> Any:
             find_unused_parameters=trainer.find_unused_parameters, timeout=trainer.timeout
         )
     return ShardedStrategy(timeout=trainer.timeout) if trainer.sharded else trainer.strategy
+
+
+def make_measure(
+    plan: RunPlan,
+    prepared: Prepared,
+    *,
+    groups: Sequence[TokenGroup],
+    answering: Answering,
+    signals: SignalWatch,
+) -> Measure:
+    """The measure of a run at its rung.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        groups: Whose prompts are answered.
+        answering: How.
+        signals: Those that stop the run.
+
+    Raises:
+        UserError: If the run has nothing to measure by.
+    """
+    goal = plan.checkpoints.rung
+    assert goal is not None
+    if goal.metric == "controlled/expected_reward":
+        assert prepared.task is not None
+        return exact_rewards(prepared.task, prepared.models.scorer)
+    if goal.metric == "samples/score":
+        assert prepared.score is not None
+        return judged(
+            prepared.models,
+            groups,
+            count=plan.evaluation.samples,
+            seed=plan.seed,
+            answering=answering,
+            score=prepared.score,
+        )
+    if not prepared.data.eval:
+        raise UserError(
+            f"sweep.prune_metric={goal.metric}: no held-out rows to compare trials by; set "
+            "data.eval= or a larger data.eval_fraction="
+        )
+    return held_out(goal.metric, prepared.data.eval, signals)
 
 
 def what_is_pending(trainer: pl.Trainer | None, signals: SignalWatch) -> Callable[[], int]:

@@ -30,12 +30,13 @@ from dpo_lightning.processes.ownership import (
 from dpo_lightning.run.inputs import QUARANTINE_FILE
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.tracking.rungs import RUNGS_FILE
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS, saved_checkpoints
 
 # The outcome of a run, which must not pass for that of another one.
 _OUTCOME = (RESULT_FILE, DIVERGED_FILE, "evaluation.json", "model", "model-merged")
 # Its course, which a run that goes on from a checkpoint continues.
-_COURSE = ("metrics.jsonl", QUARANTINE_FILE, "csv")
+_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv")
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
 _SAVED = ("step-*.ckpt", "step-*.json", ".step-*")

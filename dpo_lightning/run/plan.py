@@ -22,7 +22,9 @@ from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import run_name
 from dpo_lightning.settings.optimizer_group import optimizer_options
+from dpo_lightning.settings.program import TRIAL
 from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.tracking.rungs import Goal, read_goal
 from dpo_lightning.tracking.wandb_runs import LoggerSettings, logger_settings
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS
 from dpo_lightning.training.optimizers import OptimizerSettings
@@ -97,12 +99,14 @@ class CheckpointPlan:
         keep: How many of those stay.
         last: True if there is one more at the end.
         may_change: True if a resumed experiment may have other settings.
+        rung: Rung of its sweep at which the run is saved and stops; None: it runs to its end.
     """
 
     every_n_steps: int | None
     keep: int
     last: bool
     may_change: bool
+    rung: Goal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +261,8 @@ def make_plan(
             keep=config.checkpoint.keep,
             last=config.checkpoint.last,
             may_change=config.resume_changed,
+            # Whoever goes on with a trial by hand means its end.
+            rung=read_goal(folders.run) if TRIAL in os.environ else None,
         ),
         batches=BatchPlan(
             size=config.data.batch_size,

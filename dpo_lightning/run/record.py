@@ -24,7 +24,8 @@ class RunRecord:
     """Facts about a run, as they become known; entries and order are those of ``result.json``.
 
     Attributes:
-        status: ``running``, ``finished``, ``stopped``, ``diverged`` or ``failed``.
+        status: ``running``, ``finished``, ``stopped``, ``diverged`` or ``failed``; of a trial at a
+            rung of its sweep ``paused``, which the sweep makes ``pruned`` if it goes no further.
         error: One line, where it did not finish.
         resumed: From which checkpoint, at which step, with which changes.
         beta: Of the first step.

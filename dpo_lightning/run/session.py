@@ -48,6 +48,7 @@ from dpo_lightning.run.build import (
     Beginning,
     SessionCallbacks,
     make_data_module,
+    make_measure,
     make_module,
     make_session_callbacks,
     make_trainer,
@@ -80,6 +81,7 @@ from dpo_lightning.tracking.loggers import (
 )
 from dpo_lightning.tracking.progress import PassProgress, Throughput
 from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
+from dpo_lightning.tracking.rungs import AtRung
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
     read_manifest,
@@ -166,7 +168,12 @@ def run_experiment(
         groups=len(prepared.data.train),
         resolved=resolved,
     )
-    run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
+    try:
+        run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
+    except AtRung:
+        if ranks is not None:
+            leave_ranks()
+        raise
     if ranks is not None:
         leave_ranks()
 
@@ -224,7 +231,11 @@ def run_session(
         prepared = _with_models_in_place(session, placed)
         module, datamodule, trained = _build(session, prepared, placed, callbacks)
         reset_peak(placed.device)
-        _fit(trainer, module, datamodule, checkpoint)
+        try:
+            _fit(trainer, module, datamodule, checkpoint)
+        except AtRung:
+            session.children.release()  # all ranks end here
+            raise
         _evaluate(session, trainer, module, datamodule)
         _conclude(session, trainer, trained, callbacks)
     if session.is_first:
@@ -443,6 +454,11 @@ def _build(
     plan, models = session.plan, prepared.models
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
+    if callbacks.rung is not None:
+        measure = make_measure(
+            plan, prepared, groups=groups, answering=answering, signals=session.signals
+        )
+        callbacks.rung.ask(measure)
     pending = what_is_pending(session.trainer, session.signals)
     module = make_module(plan, prepared, placed, pending_signal=pending)
     datamodule = make_data_module(plan, prepared, placed)

@@ -43,6 +43,7 @@ from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.tracking.rungs import AtRung
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ class _Outcome:
         code: Its exit code.
         error: What to say of it; None where it finished.
         signum: The signal that stopped it, 0 for none.
+        status: Its word in ``result.json``; None where that follows from the exit code.
     """
 
     code: int
     error: str | None = None
     signum: int = 0
+    status: str | None = None
 
 
 def run(
@@ -154,6 +157,8 @@ class _Supervisor:
         if self._signals.raised and not isinstance(caught, Stopped):
             # An import, or another's code, made an error of its own of it.
             caught = Stopped(self._signals.received)
+        if isinstance(caught, AtRung):
+            return _Outcome(0, status="paused")
         if isinstance(caught, DpoLightningError):
             if self._config.debug.traceback:
                 traceback.print_exc()
@@ -191,7 +196,7 @@ class _Supervisor:
         """
         self._signals.notice()
         code, error, record = outcome.code, outcome.error, self._record
-        record.status = _STATUS.get(code, "failed")
+        record.status = outcome.status or _STATUS.get(code, "failed")
         record.error = None if error is None else redact(" ".join(error.split()))
         record.throughput["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if self._is_rank_zero and not self._write_result():

@@ -21,6 +21,7 @@ from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
 from dpo_lightning.settings.optimizer_group import optimizer_problems
+from dpo_lightning.settings.pruning import pruning_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 
@@ -439,3 +440,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)
+    yield from pruning_problems(config)

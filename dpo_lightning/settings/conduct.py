@@ -5,6 +5,16 @@ from typing import Any
 
 from dpo_lightning.settings.fields import setting
 
+
+def scales_with_beta(metric: str) -> bool:
+    """True for a loss and for what it is made of, by which trials of several betas never compare.
+
+    Args:
+        metric: A name as in ``metrics.jsonl``.
+    """
+    return metric.rpartition("/")[2] in ("loss", "margins", "chosen", "rejected", "log_z")
+
+
 RANKING_METRICS = (
     "controlled/expected_reward",
     "samples/score",
@@ -12,6 +22,18 @@ RANKING_METRICS = (
     "eval/rewards/accuracies",
 )
 """Metrics to rank trials by: none of them scales with beta, and more is better in all."""
+
+RUNG_WARMUPS = 3
+"""No rung of a pruned sweep comes before so many times the warm-up: until then a large learning
+rate looks bad."""
+
+PRUNE_METRICS = {
+    "controlled/expected_reward": 1,
+    "samples/score": 1,
+    "eval/fitted_log_loss": -1,
+    "eval/rewards/accuracies": 1,
+}
+"""Metrics to prune trials by, and 1 where more is better; none of them scales with beta."""
 
 
 @dataclass
@@ -264,6 +286,45 @@ class SweepConfig:
         None,
         "Metric that the report ranks trials by; null: the first of these that the trials have.",
         choices=RANKING_METRICS,
+    )
+    prune: str = setting(
+        "none",
+        "Stop trials early that others leave behind: halving keeps a share of them at each rung.",
+        choices=("none", "halving"),
+    )
+    prune_at: list[float] = setting(
+        [0.125, 0.25, 0.5],
+        "Rungs, as shares of a trial's steps; none comes before three times the warm-up.",
+        unit="shares",
+        expected="shares above 0 and below 1 in rising order, such as [0.125,0.25,0.5]",
+    )
+    prune_keep: float = setting(
+        0.5,
+        "Share of the compared trials that goes on after each rung, at least one.",
+        unit="share",
+        above=0,
+        below=1,
+    )
+    prune_within: list[str] | None = setting(
+        None,
+        "Compare only trials that are equal in these settings; [] compares all. null: "
+        "[loss,beta,reference] without a judge, so that every loss and beta keeps its best "
+        "learning rate, [] with one.",
+        expected="a list of settings, such as [loss,beta]",
+    )
+    prune_metric: str | None = setting(
+        None,
+        "Metric that rungs compare by. null: the judge's mark (samples/score) where there is one, "
+        "else eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own.",
+        expected=f"one of {', '.join(PRUNE_METRICS)}",
+    )
+    budget: float = setting(
+        0.36,
+        "Steps of the pruned sweep, as a share of the whole grid's, within which trials stay that "
+        "are not significantly worse than the best.",
+        unit="share",
+        above=0,
+        most=1,
     )
 
 

@@ -10,6 +10,7 @@ from dpo_lightning.data.dates import is_date
 from dpo_lightning.data.forms import NAMES
 from dpo_lightning.data.source_names import entries
 from dpo_lightning.plugins import READERS, known_optimizers
+from dpo_lightning.settings.conduct import PRUNE_METRICS, scales_with_beta
 from dpo_lightning.settings.keys import is_import_name, settings
 
 
@@ -47,6 +48,10 @@ def _valid_columns(value: dict[str, Any]) -> bool:
     )
 
 
+def _valid_rungs(value: list[float]) -> bool:
+    return len(value) > 0 and value == sorted(set(value)) and all(0 < at < 1 for at in value)
+
+
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.columns": _valid_columns,
@@ -61,6 +66,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "peft.init": lambda value: value in ("kaiming", "gaussian"),
     "peft.target_modules": lambda value: len(value) > 0 and all(value),
     "plugins": lambda value: all(is_import_name(name) for name in value),
+    "sweep.prune_at": _valid_rungs,
+    "sweep.prune_metric": lambda value: value in PRUNE_METRICS or scales_with_beta(value),
+    "sweep.prune_within": lambda value: all(name in settings() for name in value),
     "trainer.devices": _valid_devices,
     "trainer.max_time": _valid_max_time,
 }

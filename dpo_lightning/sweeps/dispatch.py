@@ -17,10 +17,24 @@ from typing import Protocol
 from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.sweeps.places.base import Attempt, Ending, Place
 from dpo_lightning.sweeps.trials import Trial, as_left, judge
+from dpo_lightning.tracking.rungs import Goal, write_goal
 
 # Exit codes after which the same start would end the same way.
 _NOT_RETRIED = (2, 3)
 _POLL_SECONDS = 0.1
+
+
+class Stages(Protocol):
+    """The course of trials that do not simply run to their end."""
+
+    def goal(self, trial: Trial) -> Goal | None:
+        """Where a trial that is started now is to stop; None: at its end."""
+
+    def ended(self, trial: Trial) -> None:
+        """Called when an attempt ended and was judged; may give the trial another state."""
+
+    def released(self) -> Sequence[Trial]:
+        """Called again and again; returns the trials that wait to be started again."""
 
 
 class View(Protocol):
@@ -53,6 +67,7 @@ class Dispatcher:
         max_failures: After more failed trials than this no other is started; None: all are.
         retries: Number of times that a trial that crashed is started again.
         view: Whoever shows it.
+        course: Where trials stop on their way; None: nowhere.
     """
 
     def __init__(
@@ -63,7 +78,9 @@ class Dispatcher:
         max_failures: int | None,
         retries: int,
         view: View,
+        course: Stages | None = None,
     ) -> None:
+        self._course = course
         self._queue = [trial for trial in trials if trial.status == "waiting"]
         self._place = place
         self._max_failures = max_failures
@@ -82,7 +99,7 @@ class Dispatcher:
         """
         before = signal.signal(signal.SIGTERM, _exit_143)
         try:
-            while self._queue or self._running:
+            while self._is_at_work():
                 self._start_what_fits()
                 self._collect()
                 self._view.refresh()
@@ -95,6 +112,12 @@ class Dispatcher:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _is_at_work(self) -> bool:
+        """True if a trial runs or waits, also one that its course has let go on."""
+        if self._course is not None:
+            self._queue += self._course.released()
+        return bool(self._queue or self._running)
 
     def _gave_up(self) -> bool:
         return self._max_failures is not None and self._failures > self._max_failures
@@ -109,6 +132,7 @@ class Dispatcher:
                 self._start(trial)
 
     def _start(self, trial: Trial) -> None:
+        goal = None if self._course is None else self._course.goal(trial)
         attempt = self._place.find(trial)
         if attempt is None and as_left(trial).status == "finished":
             # An earlier command's came to its end since this one looked.
@@ -121,6 +145,7 @@ class Dispatcher:
                 trial.save()
                 # An earlier attempt's must not pass for this one's.
                 (trial.folder / RESULT_FILE).unlink(missing_ok=True)
+                write_goal(trial.folder, goal)
                 attempt = self._place.start(trial)
             running = _Running(trial, attempt)
             self._running.append(running)
@@ -160,6 +185,8 @@ class Dispatcher:
             trial.save()
             return
         judge(trial, ending.exit_code, stopped=stopped, reason=ending.reason)
+        if self._course is not None:
+            self._course.ended(trial)
         again = (
             not (stopped or ending.final)
             and trial.status == "failed"
@@ -169,7 +196,7 @@ class Dispatcher:
         if again:
             trial.status = "waiting"
             self._queue.append(trial)
-        elif trial.status != "finished":
+        elif trial.failed:
             self._failures += 1
         trial.save()
         self._view.ended(trial, again=again)

@@ -14,7 +14,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.sweeps.view import show_end
-from dpo_lightning.tracking.wandb_runs import logger_settings, report_sweep
+from dpo_lightning.tracking.wandb_runs import logger_settings, report_sweep, tag_pruned
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,11 @@ def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
     """
     if trials:
         show_end(Console(), trials)
-    finished = all(trial.status == "finished" for trial in trials)
+    if sweep.logger.name == "wandb":
+        for trial in trials:
+            if trial.status == "pruned":
+                tag_pruned(logger_settings(sweep.logger), trial.folder)
+    finished = all(trial.status in ("finished", "pruned") for trial in trials)
     return _report(sweep) and finished
 
 

@@ -23,8 +23,10 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.memory.estimate import memory_settings
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.program import RUN, STARTED_AS, TRIAL, started_as, typed
+from dpo_lightning.settings.pruning import pool_of, prune_settings
 from dpo_lightning.settings.schema import CONF, RANKING_METRICS, Config
 from dpo_lightning.settings.validation import validate
+from dpo_lightning.sweeps.course import Course
 from dpo_lightning.sweeps.dispatch import Dispatcher
 from dpo_lightning.sweeps.places.base import Demand, Site, Work
 from dpo_lightning.sweeps.places.local import LocalSite
@@ -73,22 +75,29 @@ def launch(
     site.check()
     sweep_dir = Path(str(base.hydra.sweep.dir))
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    composed, demands = [], []
+    composed, configs = [], []
     for number, overrides in enumerate(job_overrides, start=first):
         cfg = context.config_loader.load_sweep_config(base, list(overrides))
         with open_dict(cfg):
             cfg.hydra.job.id = str(number)
             cfg.hydra.job.num = number
         config = validate(cfg, explicit_run_dir=True)
-        demands.append(_demand(config))
+        configs.append(config)
         composed.append((cfg, _plan(cfg, config, overrides, site)))
-    site.check_trials(demands)
+    site.check_trials([_demand(config) for config in configs])
+    pruning = prune_settings(configs)
     plans = [plan for _, plan in composed]
     with _alone_in(sweep_dir):
         trials = place_trials(plans, sweep_dir)
         _add(task.trials, trials)
         failures = sum(trial.failed for trial in task.trials)
-        _run_trials(site, plans, trials, sweep_dir, failures=failures, before=first)
+        course = None
+        if pruning is not None:
+            pools = zip(plans, (pool_of(config, pruning.within) for config in configs), strict=True)
+            by_trial = {plan.settings_hash: pool for plan, pool in pools}
+            course = Course(pruning, trials, by_trial, sweep_dir)
+            course.begin()
+        _run_trials(site, plans, trials, sweep_dir, failures=failures, before=first, course=course)
     by_hash = {trial.plan.settings_hash: trial for trial in trials}
     return [
         _job_return(cfg, overrides, by_hash[plan.settings_hash])
@@ -125,6 +134,7 @@ def _run_trials(
     *,
     failures: int,
     before: int,
+    course: Course | None,
 ) -> None:
     """Runs the trials that wait.
 
@@ -135,8 +145,9 @@ def _run_trials(
         sweep_dir: The sweep's folder.
         failures: Trials that have failed before.
         before: Trials of earlier batches.
+        course: Where they stop on their way; None: nowhere.
     """
-    if not any(trial.status == "waiting" for trial in trials):
+    if not any(trial.status in ("waiting", "paused") for trial in trials):
         with SweepView(trials, Console()):
             return  # it says that all are done
     work = Work(
@@ -160,6 +171,7 @@ def _run_trials(
             max_failures=None if most is None else most - failures,
             retries=site.retries,
             view=view,
+            course=course,
         ).run()
 
 
@@ -197,6 +209,32 @@ def check_launcher(launcher: DictConfig, configs: Sequence[Config]) -> None:
     if site is not None:
         site.check()
         site.check_trials([_demand(config) for config in configs])
+
+
+def check_pruning(cfg: DictConfig, configs: Sequence[Config]) -> None:
+    """Checks before anything is made that a sweep can be pruned as it asks.
+
+    Args:
+        cfg: The sweep's settings.
+        configs: Those of all trials; empty where the sweeper finds them on its way.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if all(config.sweep.prune == "none" for config in configs) and cfg.sweep.prune == "none":
+        return
+    key = "sweep.prune=halving"
+    if find_site(cfg.hydra.launcher) is None:
+        raise UserError(
+            f"{key}: this launcher runs each trial to its end; use hydra/launcher=devices, slurm "
+            "or ray, or sweep.prune=none"
+        )
+    if not configs or OmegaConf.select(cfg, "hydra.sweeper.max_batch_size") is not None:
+        raise UserError(
+            f"{key}: all trials have to be known when the sweep begins; use hydra/sweeper=basic "
+            "without max_batch_size, or sweep.prune=none"
+        )
+    prune_settings(configs)
 
 
 def _demand(config: Config) -> Demand:

@@ -16,7 +16,9 @@ from dpo_lightning.training.checkpoints.files import saved_checkpoints
 TRIAL_FILE = "trial.json"
 LOG_FILE = "trial.log"
 
-Status = Literal["waiting", "running", "finished", "failed", "diverged", "stopped"]
+Status = Literal[
+    "waiting", "running", "paused", "pruned", "finished", "failed", "diverged", "stopped"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,9 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
         how = "the process ended before the run had finished"
     else:
         how = f"ended with exit code {exit_code}"
+    if said == "paused" and exit_code in (0, None):
+        trial.status, trial.error = "paused", None
+        return
     trial.error = (exit_code is None and reason) or result.get("error") or how
     if stopped or said == "stopped":
         trial.status = "stopped"

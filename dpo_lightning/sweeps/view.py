@@ -28,6 +28,8 @@ _STYLES = {
     "failed": "red",
     "diverged": "red",
     "stopped": "yellow",
+    "pruned": "magenta",
+    "paused": "blue",
     "running": "cyan",
     "waiting": "dim",
 }
@@ -161,8 +163,9 @@ class SweepView:
             return
         now = time.monotonic()
         seconds = now - self._began.get(trial.folder.name, now)
-        if trial.status == "finished":
-            self._say(f"{trial.folder.name}  finished in {duration(seconds)}")
+        if trial.status in ("finished", "paused"):
+            how = "finished" if trial.status == "finished" else "reached its rung"
+            self._say(f"{trial.folder.name}  {how} in {duration(seconds)}")
             return
         what = "failed, will be retried" if again else trial.status
         log = trial.folder / LOG_FILE
@@ -245,6 +248,10 @@ def show_end(console: Console, trials: Sequence[Trial]) -> None:
         )
         if trial.status == "waiting":
             notes.append(f"{trial.folder.name}: not started")
+        elif trial.status == "paused":
+            notes.append(f"{trial.folder.name}: waits at its rung for the others")
+        elif trial.status == "pruned":
+            notes.append(f"{trial.folder.name}: {trial.error}")
         elif trial.status != "finished":
             notes.append(f"{trial.folder.name}: {trial.error}; see {_log(trial.folder)}")
     console.print(table)

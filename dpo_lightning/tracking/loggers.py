@@ -21,6 +21,7 @@ from dpo_lightning.tracking.wandb_runs import (
     finish_run,
     note_run,
     start_run,
+    untag_pruned,
 )
 
 log = logging.getLogger(__name__)
@@ -251,6 +252,7 @@ def make_logger(
     if run is None:
         return None
     when_begun(lambda: note_run(folder, run.id))
+    when_begun(lambda: untag_pruned(run, folder))
     # Axes are defined before anything is logged: later, it has no effect on what is there.
     run.define_metric(STEP)
     for prefix in ("train", "eval", "controlled", "samples"):

@@ -26,6 +26,10 @@ _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 120.0
 
 _ID_FILE = Path("wandb", "id.txt")
+_TAGGED = Path("wandb", "pruned")
+
+PRUNED = "pruned"
+"""Tag of the runs of trials that their sweep stopped early."""
 
 _PROJECT = "dpo-lightning"
 # As wandb and transformers read them.
@@ -310,6 +314,41 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
 def _short(path: Path) -> str:
     """A path as one would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def tag_pruned(settings: LoggerSettings, trial: Path) -> None:
+    """Tags the run of a trial that its sweep has pruned; once, and nothing without a run.
+
+    Args:
+        settings: The ``logger`` group of the sweep.
+        trial: The trial's folder, inside the sweep's.
+    """
+    run_id = _run_id(trial, continued=True, other=None)
+    mode = wandb_mode(settings.mode)
+    if run_id is None or mode == "disabled" or (trial / _TAGGED).exists():
+        return
+    group = settings.group or os.environ.get("WANDB_RUN_GROUP") or trial.resolve().parent.name
+    try:
+        run = _init(
+            replace(settings, group=group),
+            _FINISH_SECONDS,
+            mode=mode,
+            id=run_id,
+            dir=trial.absolute(),
+        )
+        run.tags = (*(run.tags or ()), PRUNED)
+        run.finish()
+    except Exception as error:  # of many kinds, and none is worth the end of a sweep
+        log.warning("wandb: %s is not tagged as pruned: %s", trial.name, error)
+        return
+    (trial / _TAGGED).touch()
+
+
+def untag_pruned(run: Any, trial: Path) -> None:
+    """Takes the tag away from the run of a trial that goes on after all."""
+    if (trial / _TAGGED).exists():
+        run.tags = tuple(tag for tag in run.tags or () if tag != PRUNED)
+        (trial / _TAGGED).unlink()
 
 
 def report_sweep(

@@ -306,6 +306,13 @@ class DPOModule(CheckpointedModule):
             self._beta = beta
         return compare_responses(self.objective, batch, logps, beta=beta)
 
+    def logratios(self, batch: GroupBatch) -> Tensor:
+        """Log-ratio of each response, shape (N,); nothing is counted as asked for."""
+        asked = self.reference.rows, self.reference.computed
+        ratios = self._logps(batch).ratios()
+        self.reference.rows, self.reference.computed = asked
+        return ratios
+
     def _logps(self, batch: GroupBatch) -> Logps:
         """Log-probabilities under policy and reference, of tokens where those are needed."""
         plan = self.scorer.plan(batch)

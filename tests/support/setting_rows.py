@@ -392,4 +392,42 @@ DEVICES = [
     Row("-m trainer.num_nodes=2", "trainer.num_nodes=2: the trials", "-m trainer.devices=1"),
 ]
 
-ROWS = [*SOURCES, *MODELS, *OBJECTIVES, *ADAPTERS, *DEVICES]
+HALVING = "sweep.prune=halving"
+PRUNING = [
+    Row(
+        "sweep.prune_keep=0.3",
+        "sweep.prune_keep=0.3: sweep.prune=none prunes nothing; add sweep.prune=halving",
+        f"{HALVING} sweep.prune_keep=0.3",
+    ),
+    Row("sweep.budget=0.5", "sweep.prune=none prunes nothing", f"{HALVING} sweep.budget=0.5"),
+    *(
+        Row(
+            f"{HALVING} sweep.prune_metric={name}",
+            f"sweep.prune_metric={name}: it scales with beta, so it does not compare trials",
+            f"{HALVING} sweep.prune_metric=eval/fitted_log_loss",
+        )
+        for name in ("eval/loss", "train/loss", "eval/rewards/margins", "eval/logratios/margins")
+    ),
+    Row(
+        f"{HALVING} sweep.prune_metric=samples/score",
+        "is a judge's mark, and evaluation.scorer names none; use sweep.prune_metric=",
+        f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
+    ),
+    Row(
+        f"{OWN} {HALVING} sweep.prune_metric=controlled/expected_reward",
+        "is known of the embedded task alone",
+        f"{HALVING} sweep.prune_metric=controlled/expected_reward",
+    ),
+    Row(
+        f"{OWN} {HALVING} data.eval_fraction=0",
+        "needs held-out rows: set data.eval=, or a data.eval_fraction= above 0",
+        f"{OWN} {HALVING} data.eval_fraction=0 data.eval=a.json",
+    ),
+    Row(
+        f"{HALVING} optimizer.warmup=0.4",
+        "no rung of a pruned sweep comes before 3 times the warm-up",
+        f"{HALVING} optimizer.warmup=0.3",
+    ),
+]
+
+ROWS = [*SOURCES, *MODELS, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING]

@@ -12,7 +12,7 @@ import pytest
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import JobPaths
 
-from dpo_lightning.sweeps.dispatch import Dispatcher
+from dpo_lightning.sweeps.dispatch import Dispatcher, Stages
 from dpo_lightning.sweeps.places import slurm_jobs, slurm_queue
 from dpo_lightning.sweeps.places.base import Work
 from dpo_lightning.sweeps.places.slurm_site import SlurmSite
@@ -48,7 +48,12 @@ def slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(
-    folder: Path, plans: list[Plan], *, view: Silent | None = None, **options
+    folder: Path,
+    plans: list[Plan],
+    *,
+    view: Silent | None = None,
+    course: Callable[[Path, list[Trial]], Stages] | None = None,
+    **options,
 ) -> tuple[list[Trial], Silent]:
     sweep_dir = folder / "sweep"
     sweep_dir.mkdir(exist_ok=True)
@@ -61,6 +66,7 @@ def run(
             max_failures=where.max_failures,
             retries=where.retries,
             view=view,
+            course=None if course is None else course(sweep_dir, trials),
         ).run()
     return trials, view
 

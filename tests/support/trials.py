@@ -70,11 +70,13 @@ def run(
     folder: Path, plans: list[Plan], *, slots: int = 2, **options
 ) -> tuple[list[Trial], Silent]:
     trials, view = place_trials(plans, folder), Silent()
+    make_course = options.pop("course", None)
+    course = None if make_course is None else make_course(folder, trials)
     settings = {"max_failures": None, "retries": 0, "environment": {}, "warm": None} | options
     pools: dict[DeviceKind, DevicePool] = {"cpu": DevicePool("cpu", [str(n) for n in range(slots)])}
     environment, warm = settings.pop("environment"), settings.pop("warm")
     with open_local(pools, stand_in(folder), environment, warm=warm) as place:
-        Dispatcher(trials, place=place, view=view, **settings).run()
+        Dispatcher(trials, place=place, view=view, course=course, **settings).run()
     return trials, view
 
 

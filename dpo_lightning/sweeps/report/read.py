@@ -36,7 +36,8 @@ class TrialResult:
         name: Its name for a reader.
         folder: Its folder's name below the sweep's folder.
         overrides: The swept settings, such as ``("beta=0.1", "seed=1")``.
-        status: ``waiting``, ``running``, ``finished``, ``failed``, ``diverged`` or ``stopped``.
+        status: ``waiting``, ``running``, ``paused``, ``pruned``, ``finished``, ``failed``,
+            ``diverged`` or ``stopped``.
         error: Reason why it did not finish, if it gave one.
         result: ``result.json``, empty if there is none.
         rows: The lines of ``metrics.jsonl``.
@@ -225,7 +226,7 @@ def _outcome(about: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, 
         return "failed", error or f"ended without a readable {RESULT_FILE}"
     if status in _FAILED and error is None and about.get("exit_code") is not None:
         error = f"ended with exit code {about['exit_code']}"
-    return status, error if status in _FAILED else None
+    return status, error if status in (*_FAILED, "pruned") else None
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import write_json, write_whole
+from dpo_lightning.files import PRUNING, SWEEP_FILE, read_json, write_json, write_whole
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
@@ -64,7 +64,10 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
     write_whole(folder / PICTURE, picture)
     _write_text(folder / "report.html", html.render(c=content, figures=figures, again=again))
     _write_text(folder / "report.md", markdown.render(c=content, picture=PICTURE, again=again))
-    write_json(folder / "sweep.json", written)
+    # What a pruned sweep decided is its own.
+    kept = {key: value for key, value in read_json(folder / SWEEP_FILE).items() if key == PRUNING}
+    written |= kept
+    write_json(folder / SWEEP_FILE, written)
     return written
 
 

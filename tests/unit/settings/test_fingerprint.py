@@ -54,6 +54,7 @@ def test_what_changes_the_numbers_changes_the_hash(key: str, value: Any) -> None
         ("resume_changed", True),
         ("debug__traceback", True),
         ("sweep__metric", "samples/score"),
+        ("sweep__prune", "halving"),
         ("reference__cache_dir", "/elsewhere"),
         ("trainer__memory_check", "off"),
         # An option of losses that are not used.

@@ -10,9 +10,12 @@ import wandb
 from dpo_lightning.settings.schema import LoggerConfig
 from dpo_lightning.tracking.wandb_runs import (
     logger_settings,
+    note_run,
     ready_for_trials,
     report_sweep,
     start_run,
+    tag_pruned,
+    untag_pruned,
     wandb_mode,
 )
 
@@ -135,3 +138,30 @@ def test_the_report_of_a_sweep_is_in_the_group_of_its_trials(monkeypatch, starte
     report(group="mine")
     assert [asked["group"] for asked in started] == [tmp_path.name, "theirs", "mine"]
     assert {asked["name"] for asked in started} == {f"{tmp_path.name}-report"}
+
+
+def test_a_pruned_trial_is_tagged_once_and_no_longer_when_it_goes_on(monkeypatch, tmp_path):
+    """It is the trial's own run, whose other tags stay; without a run there is nothing to tag."""
+    runs: list[SimpleNamespace] = []
+
+    def init(**arguments: Any) -> Any:
+        run = SimpleNamespace(**arguments)
+        run.tags, run.finish = ("mine",), lambda: None
+        runs.append(run)
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = logger_settings(LoggerConfig(mode="offline"))
+    trial = tmp_path / "sweep" / "beta-0.1"
+    trial.mkdir(parents=True)
+    tag_pruned(settings, trial)
+    assert runs == []
+    note_run(trial, "abc")
+    tag_pruned(settings, trial)
+    tag_pruned(settings, trial)
+    [run] = runs
+    assert (run.id, run.group, run.tags) == ("abc", "sweep", ("mine", "pruned"))
+    untag_pruned(run, trial)
+    assert run.tags == ("mine",)
+    tag_pruned(settings, trial)
+    assert len(runs) == 2
