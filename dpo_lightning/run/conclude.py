@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpo_lightning.data.splits import group_id
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, evaluate_samples
@@ -84,6 +85,7 @@ def conclude(
     evaluation: dict[str, Any] = {"answers": list(answers), "scorer": plan.evaluation.scorer}
     if module.eval_accuracies is not None:
         evaluation["accuracies"] = module.eval_accuracies.tolist()
+        evaluation["groups"] = list(map(group_id, prepared.data.eval))
     measured: dict[str, float] = {}
     failure: UserError | None = None
     evaluation["samples"] = []
@@ -104,6 +106,7 @@ def conclude(
         exact, entries = _exact(plan, prepared, policy, known)
         measured |= exact
         evaluation |= entries
+    evaluation["kl"] = _kl_facts(trained, measured)
     record.metrics |= measured
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
@@ -129,6 +132,21 @@ def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,
     )
+
+
+def _kl_facts(trained: Trained, measured: dict[str, float]) -> dict[str, Any] | None:
+    """Origin of the KL that was measured on answers; None where none were drawn."""
+    if "samples/kl" not in measured:
+        return None
+    return {
+        "direction": "policy || reference",
+        "per_answer": measured["samples/kl"],
+        "per_token": measured["samples/kl_per_token"],
+        "answers": trained.plan.evaluation.samples,
+        "temperature": 1.0,
+        "max_new_tokens": trained.answering.max_new_tokens,
+        "cut_off": measured["samples/cut_off"],
+    }
 
 
 def _signs(

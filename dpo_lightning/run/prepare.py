@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.records import write_quarantine
-from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
+from dpo_lightning.data.splits import PreparedData, data_hash, digest_of, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.memory.estimate import check_fits, estimate_of, memory_settings
@@ -31,7 +31,7 @@ from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.chat import ChatTemplate, choose_template
 from dpo_lightning.run.folder import RunFolder
-from dpo_lightning.run.identity import config_hash, identity_of
+from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
@@ -117,6 +117,7 @@ def prepare(
     assert data is not None
     hashes = _hashes(source, models, data)
     _fill(record, source, models, data)
+    record.basis = basis_of(config, held_out=digest_of(data.eval))
     record.config_hash = config_hash(resolved, hashes)
     numbers = config_numbers(source.config)
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)

@@ -61,6 +61,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "peft.init": lambda value: value in ("kaiming", "gaussian"),
     "peft.target_modules": lambda value: len(value) > 0 and all(value),
     "plugins": lambda value: all(is_import_name(name) for name in value),
+    "sweep.trials": lambda value: isinstance(value, str | list) and len(value) > 0,
     "trainer.devices": _valid_devices,
     "trainer.max_time": _valid_max_time,
 }
