@@ -149,7 +149,8 @@ def _all(means: Array) -> range:
 def _pairwise(covariance: Array) -> Array:
     """Variance of each difference of two."""
     own = covariance.diagonal()
-    found: Array = np.maximum(0.0, own[:, None] + own[None, :] - 2 * covariance)
+    with np.errstate(invalid="ignore"):  # of an infinite one with itself
+        found: Array = np.maximum(0.0, own[:, None] + own[None, :] - 2 * covariance)
     np.fill_diagonal(found, 0.0)
     return found
 

@@ -29,11 +29,13 @@ class Paired:
         values: Of each configuration, shape (seeds, items).
         unit: What an item is.
         spread: What one item may differ by between two configurations.
+        whole: True if no item is missing.
     """
 
     values: tuple[NDArray[np.float64], ...]
     unit: str
     spread: float
+    whole: bool
 
 
 def evidence_of(configurations: Sequence[Configuration], metric: str) -> Evidence:
@@ -50,8 +52,8 @@ def evidence_of(configurations: Sequence[Configuration], metric: str) -> Evidenc
         return from_seeds(np.array([[t.metric(metric) for t in own] for own in trials], float))
     if (found := paired_items(trials, metric)) is not None:
         evidence = from_items(np.stack(found.values), spread=found.spread, unit=found.unit)
-        # The metric weighs items, their differences do not.
-        return replace(evidence, means=means)
+        # The metric weighs items, their differences do not; without all items it is of others.
+        return replace(evidence, means=means) if found.whole else evidence
     errors = [math.inf if value.stderr is None else value.stderr for value in values]
     return unpaired(means, np.array(errors))
 
@@ -88,7 +90,7 @@ def paired_items(trials: Sequence[Sequence[TrialResult]], metric: str) -> Paired
     shared = set(flat[0]).intersection(*flat[1:])
     if len(shared) < max(2.0, _LEAST_SHARED * max(map(len, flat))):
         return None
-    keys = sorted(shared)
+    keys = sorted(key for key in shared if all(math.isfinite(found[key]) for found in flat))
     prompts = {name: place for place, name in enumerate(dict.fromkeys(p for p, _ in keys))}
     if len(prompts) < 2:
         return None
@@ -100,18 +102,18 @@ def paired_items(trials: Sequence[Sequence[TrialResult]], metric: str) -> Paired
         sums = [np.bincount(places, weights=row, minlength=len(prompts)) for row in values]
         found.append(np.array(sums) * len(prompts) / len(keys))
     unit = "held-out rows" if len(prompts) == len(keys) and metric == ACCURACY else _PROMPTS
-    return Paired(tuple(found), unit, 1.0 if metric in SHARES else spread)
+    whole = len(keys) == max(map(len, flat))
+    return Paired(tuple(found), unit, 1.0 if metric in SHARES else spread, whole)
 
 
 def _items(trial: TrialResult, metric: str) -> Items:
-    """Values by prompt and number of the item among those of the prompt; only finite ones."""
+    """Values by prompt and number of the item among those of the prompt; NaN where one has none."""
     values = item_list(trial, metric)
     counts: Counter[str] = Counter()
     found: Items = {}
     names = _names(trial, metric, len(values)) if values else []
     for name, value in zip(names, values, strict=True):
-        if math.isfinite(value):
-            found[name, counts[name]] = value
+        found[name, counts[name]] = value
         counts[name] += 1
     return found
 

@@ -136,6 +136,8 @@ def decide(
     places = [i for i, c in enumerate(ranked) if not any(c is other for other, _ in left_out)]
     if not places:
         return Decision(left_out=left_out, kl_budget=rule.kl_budget)
+    # Of two that are as good, the closer one is the best.
+    places.sort(key=lambda i: (-_mean(ranked[i]), _or_infinite(kls[i])))
     taking = [ranked[i] for i in places]
     evidence = evidence_of(taking, metric)
     bounds = against_best(evidence)
@@ -174,6 +176,14 @@ def decide(
         rows_needed=rows,
         seeds_needed=seeds,
     )
+
+
+def _mean(configuration: Configuration) -> float:
+    return -math.inf if configuration.value is None else configuration.value.mean
+
+
+def _or_infinite(kl: float | None) -> float:
+    return math.inf if kl is None else kl
 
 
 def _usable_kl(configuration: Configuration, kl_metric: str | None) -> float | None:
