@@ -20,6 +20,8 @@ DRAWS = 10_000
 _SEED = 20230529
 # One-sided, of a normal distribution: no bound is closer than that of one comparison.
 _NORMAL_95 = 1.6449
+# What is left of the variance of two that move together is rounding.
+_ROUNDING = 1e-12
 
 Array = NDArray[np.float64]
 
@@ -135,22 +137,22 @@ def against_best(evidence: Evidence, *, draws: int = DRAWS) -> Bounds:
         best=best,
         loss=means[best] - means,
         upper=np.maximum(0.0, above.max(axis=0)) if len(means) > 1 else np.zeros(1),
-        may_be_best=np.array([np.delete(above[i], i).min(initial=0.0) >= 0 for i in _all(means)]),
+        may_be_best=np.array(
+            [np.delete(row, i).min(initial=0.0) >= 0 for i, row in enumerate(above)]
+        ),
         quantile=float(quantiles[best]),
         item_variance=items[best] + evidence.floor,
         seed_variance=seeds[best],
     )
 
 
-def _all(means: Array) -> range:
-    return range(len(means))
-
-
 def _pairwise(covariance: Array) -> Array:
     """Variance of each difference of two."""
     own = covariance.diagonal()
+    both = own[:, None] + own[None, :]
     with np.errstate(invalid="ignore"):  # of an infinite one with itself
-        found: Array = np.maximum(0.0, own[:, None] + own[None, :] - 2 * covariance)
+        found: Array = both - 2 * covariance
+        found = np.where(np.isinf(both) | (found > _ROUNDING * both), found, 0.0)
     np.fill_diagonal(found, 0.0)
     return found
 

@@ -224,7 +224,7 @@ def _edges(group: Sequence[Configuration], best: Configuration, folder: str) -> 
             continue
         low = value == values[0]
         ratio = values[0] / values[1] if low else values[-1] / values[-2]
-        beyond = tuple(float(f"{value * ratio ** (i + 1):.1g}") for i in range(_BEYOND))
+        beyond = tuple(float(f"{value * ratio ** (i + 1):.2g}") for i in range(_BEYOND))
         beyond = tuple(x for x in dict.fromkeys(beyond) if x not in values)
         if beyond:
             found.append(Edge(key, value, low, beyond, _command(best, key, beyond, folder)))

@@ -55,8 +55,8 @@ def _why(decision: Decision, metric: str) -> str:
         within = f" within {decision.kl_budget:g} nats of the reference"
     others = len(decision.candidates) - 1
     if not others:
-        only = "of those that take part" if decision.left_out else "finished"
-        return f"{pick.label} is the only {only} configuration{within}: {name} {top}."
+        only = "configuration left" if decision.left_out else "finished configuration"
+        return f"{pick.label} is the only {only}{within}: {name} {top}."
     if decision.undecided:
         rivals = [c for c in decision.candidates[1:] if c.may_be_best]
         rest = "one other" if len(rivals) == 1 else f"{len(rivals)} others"
