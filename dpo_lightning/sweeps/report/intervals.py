@@ -137,9 +137,7 @@ def against_best(evidence: Evidence, *, draws: int = DRAWS) -> Bounds:
         best=best,
         loss=means[best] - means,
         upper=np.maximum(0.0, above.max(axis=0)) if len(means) > 1 else np.zeros(1),
-        may_be_best=np.array(
-            [np.delete(row, i).min(initial=0.0) >= 0 for i, row in enumerate(above)]
-        ),
+        may_be_best=np.array([(np.delete(row, i) >= 0).all() for i, row in enumerate(above)]),
         quantile=float(quantiles[best]),
         item_variance=items[best] + evidence.floor,
         seed_variance=seeds[best],
