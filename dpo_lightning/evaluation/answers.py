@@ -242,8 +242,7 @@ def evaluate_samples(
     Returns:
         A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
         ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
-        answer with its standard error, ``samples/kl_per_token``, and ``samples/cut_off``, the share
-        of answers that ended at the limit; empty where there is nothing to answer.
+        answer and the share ``samples/cut_off``; empty where there is nothing to answer.
     """
     if not groups or not (count or partition_samples):
         return [], {}
@@ -269,13 +268,8 @@ def evaluate_samples(
             metrics |= _partition(models, reference, begun, answering=answering, seed=seed)
     if not count:
         return [], metrics
-    lengths = [float(len(ids)) for ids in drawn.policy]
-    metrics |= _mean("kl", drawn.divergences) | {"samples/length": statistics.fmean(lengths)}
     cut = cut_off_count(drawn.policy, end_ids(models.policy, answering.tokenizer), answering)
-    metrics |= {
-        "samples/kl_per_token": math.fsum(drawn.divergences) / math.fsum(lengths),
-        "samples/cut_off": cut / len(drawn.policy),
-    }
+    metrics |= drawn.metrics() | {"samples/cut_off": cut / count}
     rows = drawn.rows(answering)
     if score is not None:
         metrics |= _judged(rows, drawn, answering, score, beta=beta)
@@ -297,6 +291,14 @@ class _Drawn:
     policy: list[Ids]
     divergences: list[float] = field(default_factory=list)
     reference: list[Ids] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """KL and length of the policy's answers."""
+        lengths = [float(len(ids)) for ids in self.policy]
+        return _mean("kl", self.divergences) | {
+            "samples/kl_per_token": math.fsum(self.divergences) / math.fsum(lengths),
+            "samples/length": statistics.fmean(lengths),
+        }
 
     def rows(self, answering: Answering) -> list[dict[str, Any]]:
         """A row for each, before anything is judged."""

@@ -83,9 +83,7 @@ def conclude(
     # Lightning takes a model off its device when it is done with it.
     prepared.models.policy.to(trained.device)
     evaluation: dict[str, Any] = {"answers": list(answers), "scorer": plan.evaluation.scorer}
-    if module.eval_accuracies is not None:
-        evaluation["accuracies"] = module.eval_accuracies.tolist()
-        evaluation["groups"] = list(map(group_id, prepared.data.eval))
+    evaluation |= _by_group(trained)
     measured: dict[str, float] = {}
     failure: UserError | None = None
     evaluation["samples"] = []
@@ -132,6 +130,15 @@ def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,
     )
+
+
+def _by_group(trained: Trained) -> dict[str, Any]:
+    """Results of each held-out group, with the groups' names; empty without an evaluation."""
+    accuracies = trained.module.eval_accuracies
+    if accuracies is None:
+        return {}
+    groups = trained.prepared.data.eval
+    return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
 
 
 def _kl_facts(trained: Trained, measured: dict[str, float]) -> dict[str, Any] | None:

@@ -116,8 +116,7 @@ def prepare(
         data = _controlled_data(config, task, reference_logps)
     assert data is not None
     hashes = _hashes(source, models, data)
-    _fill(record, source, models, data)
-    record.basis = basis_of(config, held_out=digest_of(data.eval))
+    _fill(record, config, source, models, data)
     record.config_hash = config_hash(resolved, hashes)
     numbers = config_numbers(source.config)
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
@@ -179,8 +178,11 @@ def _outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) ->
     return outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
 
 
-def _fill(record: RunRecord, source: ModelSource, models: Models, data: PreparedData) -> None:
-    """The entries of model and data."""
+def _fill(
+    record: RunRecord, config: Config, source: ModelSource, models: Models, data: PreparedData
+) -> None:
+    """The entries of model and data, and what its numbers are of."""
+    record.basis = basis_of(config, held_out=digest_of(data.eval))
     parameters, trainable = count_parameters(models.policy)
     record.data = data.counts()
     record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}

@@ -42,7 +42,7 @@ _NOT_IN_A_BLOCK = ("hydra", "sweep", "resume", "plugins")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class GridKey:
     """A key of a block with its values.
 
     Attributes:
@@ -57,7 +57,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class GridBlock:
     """A part of a grid, whose values are crossed with each other alone.
 
     Attributes:
@@ -66,7 +66,7 @@ class Block:
     """
 
     place: str
-    entries: tuple[Entry, ...]
+    entries: tuple[GridKey, ...]
 
     def cells(self) -> list[list[str]]:
         """The settings of each of its trials."""
@@ -80,7 +80,7 @@ class Block:
         return self.place
 
 
-def blocks_of(cfg: DictConfig) -> list[Block]:
+def blocks_of(cfg: DictConfig) -> list[GridBlock]:
     """The blocks that ``sweep.trials`` names or holds; none where it is null.
 
     Args:
@@ -103,7 +103,7 @@ def blocks_of(cfg: DictConfig) -> list[Block]:
     return _read_list(source)
 
 
-def _read_file(name: str) -> list[Block]:
+def _read_file(name: str) -> list[GridBlock]:
     path = Path(name).expanduser()
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -119,7 +119,7 @@ def _read_file(name: str) -> list[Block]:
         raise UserError(f"{path}: cannot be read as YAML; write blocks as `{_EXAMPLE}`") from error
 
 
-def _blocks_of_node(root: yaml.Node | None, path: Path) -> list[Block]:
+def _blocks_of_node(root: yaml.Node | None, path: Path) -> list[GridBlock]:
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise UserError(f"{_place(path, root)}: must be a list of blocks, such as `{_EXAMPLE}`")
     blocks, problems = [], []
@@ -129,7 +129,7 @@ def _blocks_of_node(root: yaml.Node | None, path: Path) -> list[Block]:
                 f"{_place(path, item)}: must be a block of keys and values: `{_EXAMPLE}`"
             )
             continue
-        entries: dict[str, Entry] = {}
+        entries: dict[str, GridKey] = {}
         for key_node, value in item.value:
             key, place = str(getattr(key_node, "value", "")), _place(path, key_node)
             values = value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -141,8 +141,8 @@ def _blocks_of_node(root: yaml.Node | None, path: Path) -> list[Block]:
                 problems.append(f"{place}: {key} has no value; give it one, or leave it out")
             else:
                 lines = with_own_names(f"{key}={_node_text(item)}" for item in values)
-                entries[key] = Entry(key, place, tuple(lines))
-        blocks.append(Block(_place(path, item), tuple(entries.values())))
+                entries[key] = GridKey(key, place, tuple(lines))
+        blocks.append(GridBlock(_place(path, item), tuple(entries.values())))
     raise_all(problems)
     return blocks
 
@@ -163,7 +163,7 @@ def _node_text(node: yaml.Node) -> str:
     return f"{{{','.join(pairs)}}}"
 
 
-def _read_list(source: Sequence[Any]) -> list[Block]:
+def _read_list(source: Sequence[Any]) -> list[GridBlock]:
     blocks, problems = [], []
     for number, item in enumerate(source):
         place = f"{KEY}[{number}]"
@@ -176,8 +176,8 @@ def _read_list(source: Sequence[Any]) -> list[Block]:
             if not values:
                 problems.append(f"{place}.{key} has no value; give it one, or leave it out")
             lines = with_own_names(f"{key}={_value_text(item)}" for item in values)
-            entries.append(Entry(str(key), f"{place}.{key}", tuple(lines)))
-        blocks.append(Block(place, tuple(entries)))
+            entries.append(GridKey(str(key), f"{place}.{key}", tuple(lines)))
+        blocks.append(GridBlock(place, tuple(entries)))
     raise_all(problems)
     return blocks
 
@@ -210,7 +210,7 @@ def _quoted(text: str) -> str:
 
 
 def check_blocks(
-    blocks: Iterable[Block], typed: Sequence[Any], options_of: Callable[[str], list[str]]
+    blocks: Iterable[GridBlock], typed: Sequence[Any], options_of: Callable[[str], list[str]]
 ) -> None:
     """Checks the keys and the choices of blocks; values are judged when they are composed.
 
@@ -232,7 +232,7 @@ def check_blocks(
 
 
 def _entry_problems(
-    entry: Entry, taken: dict[str, str], options_of: Callable[[str], list[str]]
+    entry: GridKey, taken: dict[str, str], options_of: Callable[[str], list[str]]
 ) -> Iterator[str]:
     if secrets := [refusal(key) for key in typed_secrets(list(entry.lines))]:
         yield from secrets

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.settings.blocks import KEY, Block, blocks_of, check_blocks
+from dpo_lightning.settings.blocks import KEY, GridBlock, blocks_of, check_blocks
 from dpo_lightning.settings.compose import by_sweep, compose, is_called, lines_of
 from dpo_lightning.settings.hydra_node import hydra_problems
 from dpo_lightning.settings.overrides import hydra_error, parse_overrides, raise_all
@@ -26,7 +26,7 @@ from dpo_lightning.settings.validation import validate
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class SweepGrid:
     """The trials of a sweep; empty where its sweeper chooses them by itself.
 
     Attributes:
@@ -43,7 +43,7 @@ class _Trial:
     """Settings of a trial, and the block that it is of, if it is of one."""
 
     lines: list[str]
-    block: Block | None = None
+    block: GridBlock | None = None
 
 
 def check_grid(
@@ -54,7 +54,7 @@ def check_grid(
     *,
     in_process: bool,
     explicit_run_dir: bool,
-) -> Grid:
+) -> SweepGrid:
     """Composes and checks every trial of a sweep, before anything is made.
 
     Args:
@@ -87,7 +87,7 @@ def check_grid(
         keys = ",".join(f"'{key}'" for key in sorted({o.key_or_group for o in fixed} - by_key))
         args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
     if not is_grid:
-        return Grid()  # the trials of other sweepers are not known yet
+        return SweepGrid()  # the trials of other sweepers are not known yet
     of_hydra = lines_of([override for override in overrides if override.is_hydra_override()])
     trials = _grid_trials([o for o in overrides if not o.is_hydra_override()], blocks)
     composer = _GridComposer(hydra, args)
@@ -100,7 +100,7 @@ def check_grid(
             place = "" if trial.block is None else f"{trial.block.place_of(str(error))}: "
             problems.append(f"{place}{error}")
     raise_all(problems)
-    return Grid(tuple(trial.lines for trial in trials), tuple(configs))
+    return SweepGrid(tuple(trial.lines for trial in trials), tuple(configs))
 
 
 def _validated(cfg: DictConfig, trial: _Trial, in_process: bool, explicit: bool) -> Config:
@@ -118,7 +118,7 @@ def _blocks(
     overrides: list[Override],
     *,
     is_grid: bool,
-) -> list[Block]:
+) -> list[GridBlock]:
     """The blocks of ``sweep.trials``, their keys checked; none where it is null."""
     blocks = blocks_of(cfg)
     if not blocks:
@@ -137,7 +137,7 @@ def _blocks(
     return blocks
 
 
-def _grid_trials(grid: list[Override], blocks: Sequence[Block]) -> list[_Trial]:
+def _grid_trials(grid: list[Override], blocks: Sequence[GridBlock]) -> list[_Trial]:
     """The trials: what was typed, crossed, and that with each cell of each block.
 
     Raises:

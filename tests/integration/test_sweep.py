@@ -40,7 +40,7 @@ BLOCKS = """
 
 
 def test_a_grid_in_blocks_is_one_sweep_and_is_resumed(tmp_path):
-    """β and learning rate of two objectives: 4 + 2 trials; a cell that is added later runs alone."""
+    """β and learning rate of two objectives: 4 + 2 trials; cells that are added run alone."""
     (tmp_path / "grid.yaml").write_text(BLOCKS)
     words = ["sweep.trials=grid.yaml", *SMALL, "trainer.max_steps=2"]
     done = sweep(tmp_path, *words)
@@ -202,7 +202,7 @@ def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
     assert report["reason"].startswith("No pick by the score of sampled responses")
     origins = [c["kl_origin"] for c in report["configurations"]]
     assert {(o["answers"], o["max_new_tokens"], o["temperature"]) for o in origins} == {(64, 24, 1)}
-    assert all(0 < o["per_token"] and o["cut_off"] > 0.05 for o in origins)
+    assert all(o["per_token"] > 0 and o["cut_off"] > 0.05 for o in origins)
     for result in results:
         metrics = result["metrics"]
         assert 0 <= metrics["samples/win_rate"] <= 1

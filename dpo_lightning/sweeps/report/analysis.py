@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dpo_lightning.sweeps.report.comparable import comparable_parts
 from dpo_lightning.sweeps.report.objectives import Objectives, objectives_of
 from dpo_lightning.sweeps.report.paired import paired_items
-from dpo_lightning.sweeps.report.pick import Decision, Rule, decide
+from dpo_lightning.sweeps.report.pick import PickDecision, PickRule, decide
 from dpo_lightning.sweeps.report.pooling import (
     METRICS,
     REWARD,
@@ -75,7 +75,7 @@ class Analysis:
     comparison: BestTwo | None
     optimum: tuple[tuple[float, float, float | None], ...]
     reference_value: float | None
-    decision: Decision = field(default_factory=Decision)
+    decision: PickDecision = field(default_factory=PickDecision)
     objectives: Objectives = field(default_factory=Objectives)
     of: str = ""
     others: tuple[Analysis, ...] = ()
@@ -91,7 +91,7 @@ class Analysis:
         return tuple(c for c in self.configurations if c.value is not None)
 
 
-def analyse(sweep: Sweep, metric: str | None = None, rule: Rule | None = None) -> Analysis:
+def analyse(sweep: Sweep, metric: str | None = None, rule: PickRule | None = None) -> Analysis:
     """Ranks a sweep and picks a configuration.
 
     Args:
@@ -104,11 +104,11 @@ def analyse(sweep: Sweep, metric: str | None = None, rule: Rule | None = None) -
     """
     parts = comparable_parts(sweep)
     choose_metric(sweep.finished, metric)  # that some trial has it
-    first, *others = [_analyse_part(part, of, metric, rule or Rule()) for of, part in parts]
+    first, *others = [_analyse_part(part, of, metric, rule or PickRule()) for of, part in parts]
     return replace(first, others=tuple(others))
 
 
-def _analyse_part(sweep: Sweep, of: str, metric: str | None, rule: Rule) -> Analysis:
+def _analyse_part(sweep: Sweep, of: str, metric: str | None, rule: PickRule) -> Analysis:
     """Results of trials that may be ranked together."""
     if of and metric is not None and all(t.metric(metric) is None for t in sweep.finished):
         metric = None  # another part has it
@@ -118,7 +118,7 @@ def _analyse_part(sweep: Sweep, of: str, metric: str | None, rule: Rule) -> Anal
     found.sort(key=lambda c: -math.inf if c.value is None else c.value.mean, reverse=True)
     ranked = [c for c in found if c.value is not None]
     reference_value = _reference_value(sweep.finished, metric)
-    decision, reason, comparison = Decision(), _no_pick(sweep), None
+    decision, reason, comparison = PickDecision(), _no_pick(sweep), None
     objectives = Objectives()
     if ranked and metric is not None:
         decision = decide(

@@ -61,7 +61,7 @@ class KlOrigin:
 
     @property
     def axis(self) -> tuple[object, ...]:
-        """What two KLs share that are drawn on one axis."""
+        """Facts that two KLs share which are drawn on one axis."""
         return (self.direction, self.answers, self.temperature, self.max_new_tokens)
 
     def words(self, *, cut: bool = True) -> str:
@@ -172,7 +172,7 @@ def _split(
 
 
 def _basis(trial: TrialResult, *, recorded: bool) -> dict[str, str]:
-    """What a trial's numbers are of, by name, as texts; as recorded, if that is of all trials."""
+    """Model, rows and judge of a trial, as texts; as recorded, if that is of all trials."""
     if recorded:
         found = {name: _text(value) for name, value in trial.section("basis").items()}
     else:
@@ -208,7 +208,7 @@ def _text(value: object) -> str:
 
 
 def _names(bases: Sequence[Mapping[str, str]]) -> list[str]:
-    """What each part is of: the entries in which they differ."""
+    """Names of the parts: the entries in which they differ."""
     keys = list(dict.fromkeys(key for basis in bases for key in basis))
     differing = [key for key in keys if len({basis.get(key, "") for basis in bases}) > 1]
     told = [key for key in differing if key != "held_out"] or differing

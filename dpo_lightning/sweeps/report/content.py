@@ -13,7 +13,7 @@ from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
 from dpo_lightning.sweeps.report.sections import (
     Advice,
-    Table,
+    TextTable,
     advice_of,
     decision_entry,
     headline,
@@ -114,7 +114,7 @@ class ReportContent:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     comparison: str | None
-    tables: tuple[Table, ...]
+    tables: tuple[TextTable, ...]
     advice: tuple[Advice, ...]
     answers: Answers | None
     unfinished: tuple[Unfinished, ...]

@@ -54,7 +54,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class LossBounds:
     """Each configuration against the best, all at once.
 
     Attributes:
@@ -115,8 +115,8 @@ def unpaired(means: Array, stderrs: Array) -> Evidence:
     return Evidence(means, np.diag(np.square(stderrs)))
 
 
-def against_best(evidence: Evidence, *, draws: int = DRAWS) -> Bounds:
-    """Bounds of the losses against the best, which hold all at once in 95% of sweeps.
+def against_best(evidence: Evidence, *, draws: int = DRAWS) -> LossBounds:
+    """LossBounds of the losses against the best, which hold all at once in 95% of sweeps.
 
     Args:
         evidence: Of at least one configuration.
@@ -133,7 +133,7 @@ def against_best(evidence: Evidence, *, draws: int = DRAWS) -> Bounds:
     above = lead + quantiles[:, None] * error
     np.fill_diagonal(above, -math.inf)
     best = int(means.argmax())
-    return Bounds(
+    return LossBounds(
         best=best,
         loss=means[best] - means,
         upper=np.maximum(0.0, above.max(axis=0)) if len(means) > 1 else np.zeros(1),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF, cut_off
-from dpo_lightning.sweeps.report.intervals import Bounds, Evidence, against_best
+from dpo_lightning.sweeps.report.intervals import Evidence, LossBounds, against_best
 from dpo_lightning.sweeps.report.paired import common_seeds, evidence_of, seeds_of
 from dpo_lightning.sweeps.report.pooling import (
     EXACT_KL,
@@ -26,7 +26,7 @@ _MARGIN_OF_GAIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class PickRule:
     """The rule of the pick as it was asked for.
 
     Attributes:
@@ -39,7 +39,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PickCandidate:
     """A configuration against the best.
 
     Attributes:
@@ -60,8 +60,8 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What the bounds of a ranking rest on.
+class PickGround:
+    """Items and seeds that the bounds of a ranking rest on.
 
     Attributes:
         unit: What is paired: held-out rows or prompts; None where nothing is.
@@ -77,7 +77,7 @@ class Ground:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PickDecision:
     """Outcome of the rule.
 
     Attributes:
@@ -98,18 +98,18 @@ class Decision:
     undecided: bool = False
     margin: float = 0.0
     kl_budget: float | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[PickCandidate, ...] = ()
     left_out: tuple[tuple[Configuration, str], ...] = ()
-    ground: Ground = field(default_factory=Ground)
+    ground: PickGround = field(default_factory=PickGround)
     rows_needed: int | None = None
     seeds_needed: int | None = None
 
     @property
-    def eligible(self) -> tuple[Candidate, ...]:
+    def eligible(self) -> tuple[PickCandidate, ...]:
         """Those that may be picked."""
         return tuple(c for c in self.candidates if c.eligible)
 
-    def of(self, configuration: Configuration) -> Candidate | None:
+    def of(self, configuration: Configuration) -> PickCandidate | None:
         """The candidate that a configuration is, None if it takes no part."""
         return next((c for c in self.candidates if c.configuration is configuration), None)
 
@@ -117,11 +117,11 @@ class Decision:
 def decide(
     ranked: Sequence[Configuration],
     metric: str,
-    rule: Rule,
+    rule: PickRule,
     *,
     kl_metric: str | None,
     reference_value: float | None,
-) -> Decision:
+) -> PickDecision:
     """Applies the rule.
 
     Args:
@@ -135,7 +135,7 @@ def decide(
     left_out = _left_out(ranked, metric, rule, kls)
     places = [i for i, c in enumerate(ranked) if not any(c is other for other, _ in left_out)]
     if not places:
-        return Decision(left_out=left_out, kl_budget=rule.kl_budget)
+        return PickDecision(left_out=left_out, kl_budget=rule.kl_budget)
     # Of two that are as good, the closer one is the best.
     places.sort(key=lambda i: (-_mean(ranked[i]), _or_infinite(kls[i])))
     taking = [ranked[i] for i in places]
@@ -145,24 +145,13 @@ def decide(
     margin = rule.margin
     if margin is None:
         margin = _own_margin(metric, evidence.means[bounds.best], reference_value)
-    order = sorted(range(len(taking)), key=lambda i: (bounds.loss[i], i != bounds.best))
-    candidates = tuple(
-        Candidate(
-            configuration=taking[i],
-            loss=float(bounds.loss[i]),
-            upper=float(bounds.upper[i]),
-            eligible=bool(i == bounds.best or bounds.upper[i] <= margin),
-            may_be_best=bool(i == bounds.best or bounds.may_be_best[i]),
-            kl=kls[places[i]],
-        )
-        for i in order
-    )
+    candidates = _candidates(taking, bounds, margin, [kls[i] for i in places])
     alone = sum(c.eligible for c in candidates) == 1 or rule.kl_budget is not None
     undecided = alone and any(c.may_be_best for c in candidates[1:])
     if rule.kl_budget is not None:
         undecided = undecided and not all(c.eligible for c in candidates if c.may_be_best)
     rows, seeds = _needed(evidence, bounds, margin) if undecided else (None, None)
-    return Decision(
+    return PickDecision(
         pick=best if rule.kl_budget is not None else _closest(candidates),
         best=best,
         undecided=undecided,
@@ -170,11 +159,29 @@ def decide(
         kl_budget=rule.kl_budget,
         candidates=candidates,
         left_out=left_out,
-        ground=Ground(
+        ground=PickGround(
             evidence.unit, evidence.items, evidence.seeds, metric.startswith("controlled/")
         ),
         rows_needed=rows,
         seeds_needed=seeds,
+    )
+
+
+def _candidates(
+    taking: Sequence[Configuration], bounds: LossBounds, margin: float, kls: Sequence[float | None]
+) -> tuple[PickCandidate, ...]:
+    """The configurations against the best, that one first."""
+    order = sorted(range(len(taking)), key=lambda i: (bounds.loss[i], i != bounds.best))
+    return tuple(
+        PickCandidate(
+            configuration=taking[i],
+            loss=float(bounds.loss[i]),
+            upper=float(bounds.upper[i]),
+            eligible=bool(i == bounds.best or bounds.upper[i] <= margin),
+            may_be_best=bool(i == bounds.best or bounds.may_be_best[i]),
+            kl=kls[i],
+        )
+        for i in order
     )
 
 
@@ -200,7 +207,7 @@ def _is_cut_off(configuration: Configuration) -> bool:
 
 
 def _left_out(
-    ranked: Sequence[Configuration], metric: str, rule: Rule, kls: Sequence[float | None]
+    ranked: Sequence[Configuration], metric: str, rule: PickRule, kls: Sequence[float | None]
 ) -> tuple[tuple[Configuration, str], ...]:
     """Those that cannot be picked, and why."""
     whole = [c for c in ranked if not (metric in JUDGED and _is_cut_off(c))]
@@ -224,7 +231,7 @@ def _own_margin(metric: str, best: float, reference_value: float | None) -> floa
     return 0.0 if reference_value is None else _MARGIN_OF_GAIN * abs(best - reference_value)
 
 
-def _closest(candidates: Sequence[Candidate]) -> Configuration:
+def _closest(candidates: Sequence[PickCandidate]) -> Configuration:
     """The smallest KL of those that are eligible; an unknown one is not a small one."""
     known = [
         (c.kl, c.loss, place)
@@ -234,7 +241,7 @@ def _closest(candidates: Sequence[Candidate]) -> Configuration:
     return candidates[min(known)[2] if known else 0].configuration
 
 
-def _needed(evidence: Evidence, bounds: Bounds, margin: float) -> tuple[int | None, int | None]:
+def _needed(evidence: Evidence, bounds: LossBounds, margin: float) -> tuple[int | None, int | None]:
     """About how many items, else how many seeds, would decide.
 
     That is: another qualifies, or all others are surely worse, by the losses as observed. The
@@ -255,7 +262,7 @@ def _needed(evidence: Evidence, bounds: Bounds, margin: float) -> tuple[int | No
     return None, _rounded(seeds) if math.isfinite(seeds) else None
 
 
-def _count(evidence: Evidence, bounds: Bounds, i: int, gap: float) -> tuple[float, float]:
+def _count(evidence: Evidence, bounds: LossBounds, i: int, gap: float) -> tuple[float, float]:
     """Items, and seeds, at which so many standard errors are no more than a gap."""
     if gap <= 0:
         return math.inf, math.inf

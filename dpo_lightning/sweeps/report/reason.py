@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF
-from dpo_lightning.sweeps.report.pick import Candidate, Decision
+from dpo_lightning.sweeps.report.pick import PickCandidate, PickDecision
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.text import number_text
 
 _LIMIT = f"{MOST_CUT_OFF:.0%}"
 
 
-def reason_of(decision: Decision, metric: str) -> str:
+def reason_of(decision: PickDecision, metric: str) -> str:
     """The reason of the pick, a few sentences; or why there is none.
 
     Args:
@@ -30,7 +30,7 @@ def reason_of(decision: Decision, metric: str) -> str:
     return " ".join(said)
 
 
-def _no_pick(decision: Decision, metric: str) -> str:
+def _no_pick(decision: PickDecision, metric: str) -> str:
     if decision.kl_budget is not None:
         kls = [c.kl.mean for c, _ in decision.left_out if c.kl is not None]
         least = f", the smallest is {number_text(min(kls))}" if kls else ""
@@ -44,7 +44,7 @@ def _no_pick(decision: Decision, metric: str) -> str:
     )
 
 
-def _why(decision: Decision, metric: str) -> str:
+def _why(decision: PickDecision, metric: str) -> str:
     best, pick = decision.candidates[0], decision.pick
     assert pick is not None
     chosen = decision.of(pick)
@@ -88,7 +88,7 @@ def _why(decision: Decision, metric: str) -> str:
     )
 
 
-def _closer(decision: Decision, best: Candidate, chosen: Candidate, name: str) -> str:
+def _closer(decision: PickDecision, best: PickCandidate, chosen: PickCandidate, name: str) -> str:
     text = (
         f"{chosen.configuration.label}: its {name}, {_value(chosen.configuration)}, is below the "
         f"best, {_value(best.configuration)} of {best.configuration.label}, by at most "
@@ -99,8 +99,8 @@ def _closer(decision: Decision, best: Candidate, chosen: Candidate, name: str) -
     return f"{text}{'' if best.kl is None else f', not {number_text(best.kl)}'}."
 
 
-def _basis(decision: Decision) -> str:
-    """What the bounds rest on, in brackets."""
+def _basis(decision: PickDecision) -> str:
+    """Items and seeds that the bounds rest on, in brackets."""
     if decision.ground.exact and decision.ground.seeds < 2:
         return " (exact for these trials)"
     over = []
@@ -112,7 +112,7 @@ def _basis(decision: Decision) -> str:
     return f" (95% for all {len(decision.candidates)} at once, {paired})"
 
 
-def _what_would_decide(decision: Decision) -> str:
+def _what_would_decide(decision: PickDecision) -> str:
     if decision.rows_needed is not None:
         return (
             f"About {decision.rows_needed:,} {decision.ground.unit} would decide, if the "
@@ -128,7 +128,7 @@ def _what_would_decide(decision: Decision) -> str:
     return "The best are the same in what was measured; no number of rows would tell them apart."
 
 
-def _left_out(decision: Decision) -> list[str]:
+def _left_out(decision: PickDecision) -> list[str]:
     """A sentence for each reason why some take no part."""
     labels: dict[str, list[str]] = {}
     for c, why in decision.left_out:

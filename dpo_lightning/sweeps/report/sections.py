@@ -15,7 +15,7 @@ from dpo_lightning.sweeps.report.text import MISSING, error_text, label_of, numb
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TextTable:
     """A table of texts.
 
     Attributes:
@@ -39,7 +39,7 @@ class Advice:
     command: str
 
 
-def tables_of(analysis: Analysis) -> tuple[Table, ...]:
+def tables_of(analysis: Analysis) -> tuple[TextTable, ...]:
     """The tables below the ranking: objectives, maps, and rankings of what is not comparable."""
     metric = "" if analysis.metric is None else METRICS[analysis.metric]
     found = []
@@ -53,7 +53,7 @@ def tables_of(analysis: Analysis) -> tuple[Table, ...]:
 
 
 def advice_of(analysis: Analysis) -> tuple[Advice, ...]:
-    """What to try next: scales at whose end the best cell of an objective is."""
+    """Steps to try next: scales at whose end the best cell of an objective is."""
     return tuple(
         Advice(_edge_text(objective.name, edge), edge.command)
         for objective in analysis.objectives.rows
@@ -69,7 +69,7 @@ def _edge_text(name: str, edge: Edge) -> str:
     )
 
 
-def _objectives(analysis: Analysis, metric: str) -> Table:
+def _objectives(analysis: Analysis, metric: str) -> TextTable:
     kl = analysis.objectives.kl
     heads = ("objective", "best cell", metric, "KL in nats", "cells tried", "device-hours")
     equal = () if kl is None else (f"{metric} at KL {number_text(kl)}",)
@@ -88,20 +88,20 @@ def _objectives(analysis: Analysis, metric: str) -> Table:
         "At equal KL: on straight lines between an objective's own cells, at the largest KL that "
         "all objectives reach."
     )
-    return Table("Objectives", "" if kl is None else text, (*heads, *equal), tuple(rows))
+    return TextTable("Objectives", "" if kl is None else text, (*heads, *equal), tuple(rows))
 
 
-def _map(name: str, grid: GridMap, metric: str) -> Table:
+def _map(name: str, grid: GridMap, metric: str) -> TextTable:
     heads = ("β", *(f"lr {rate:g}" for rate in grid.rates))
     rows = tuple(
         (f"{beta:g}", *(number_text(value) for value in row))
         for beta, row in zip(grid.betas, grid.cells, strict=True)
     )
     title = f"β and learning rate, {name}"
-    return Table(title, f"The best {metric} of each pair.", heads, rows)
+    return TextTable(title, f"The best {metric} of each pair.", heads, rows)
 
 
-def _other(analysis: Analysis) -> Table:
+def _other(analysis: Analysis) -> TextTable:
     metric = "metric" if analysis.metric is None else METRICS[analysis.metric]
     rows = tuple(
         (
@@ -111,7 +111,7 @@ def _other(analysis: Analysis) -> Table:
         )
         for c in analysis.configurations
     )
-    return Table(
+    return TextTable(
         f"Ranked by itself: {analysis.of}",
         analysis.reason,
         ("settings", metric, "KL in nats"),

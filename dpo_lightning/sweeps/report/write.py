@@ -25,7 +25,7 @@ from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
 from dpo_lightning.sweeps.report.figures import frontier, learning_curves, logratios
-from dpo_lightning.sweeps.report.pick import Rule
+from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.text import code_block, escape_markdown
@@ -56,7 +56,7 @@ def write_report(
         UserError: If there is no sweep in the folder, or no trial has the metric.
     """
     sweep = read_sweep(folder)
-    analysis = analyse(sweep, metric, Rule(margin, kl_budget))
+    analysis = analyse(sweep, metric, PickRule(margin, kl_budget))
     content = make_content(sweep, analysis)
     picture = frontier(analysis)
     curves = {

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dpo_lightning import cli
 from dpo_lightning.errors import UserError
-from dpo_lightning.settings.blocks import Block, blocks_of
+from dpo_lightning.settings.blocks import GridBlock, blocks_of
 from dpo_lightning.settings.compose import compose as composed
 from dpo_lightning.settings.compose import make_hydra, parse_words, ready_hydra, typed_overrides
 from dpo_lightning.settings.grids import check_grid
@@ -20,7 +20,7 @@ from dpo_lightning.settings.overrides import flag_parser, parse_overrides
 from tests.support.properties import examples
 
 
-def read(source: object) -> list[Block]:
+def read(source: object) -> list[GridBlock]:
     return blocks_of(OmegaConf.create({"sweep": {"trials": source}}))
 
 

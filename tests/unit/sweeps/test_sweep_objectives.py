@@ -56,11 +56,11 @@ def test_each_objective_has_its_best_cell_its_cost_and_its_reward_at_equal_kl(tm
 
 
 def test_a_budget_is_the_kl_of_the_comparison_where_it_is_smaller(tmp_path):
-    from dpo_lightning.sweeps.report.pick import Rule
+    from dpo_lightning.sweeps.report.pick import PickRule
 
     cell(tmp_path, "sigmoid", 0.1, 5.0, 6.0)
     cell(tmp_path, "simpo", 2.0, 4.0, 4.0)
-    found = analyse(read_sweep(tmp_path), None, Rule(kl_budget=2.0)).objectives
+    found = analyse(read_sweep(tmp_path), None, PickRule(kl_budget=2.0)).objectives
     # From (0, 1): 1 + 4 * 2 / 6 and 1 + 3 * 2 / 4.
     assert found.kl == 2.0
     assert [row.at_kl for row in found.rows] == pytest.approx([1 + 8 / 6, 2.5])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
-from dpo_lightning.sweeps.report.pick import Rule
+from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.sweep_folders import scored, scored_metrics, write_trial
@@ -16,7 +16,7 @@ KL = "samples/kl"
 
 
 def analysed(sweep, **rule) -> Analysis:
-    return analyse(read_sweep(sweep), None, Rule(**rule))
+    return analyse(read_sweep(sweep), None, PickRule(**rule))
 
 
 def accurate(sweep, beta: float, right: list[float], kl: float | None, *, seed: int = 1, **more):

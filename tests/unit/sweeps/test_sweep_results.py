@@ -10,7 +10,7 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
-from dpo_lightning.sweeps.report.pick import Rule
+from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.read import (
     TrialResult,
     number,
@@ -314,7 +314,7 @@ def test_the_reason_claims_no_more_than_is_known(tmp_path, kls, said):
         metrics = {"samples/score": 1 - i / 100, "samples/score_stderr": 0.02}
         metrics |= {} if kl is None else {"samples/kl": kl}
         write_trial(tmp_path, f"t{i}", f"beta={i + 1}", metrics=metrics)
-    assert said in analyse(read_sweep(tmp_path), None, Rule(margin=0.1)).reason
+    assert said in analyse(read_sweep(tmp_path), None, PickRule(margin=0.1)).reason
 
 
 def test_items_are_paired_only_where_they_are_the_same(tmp_path):
