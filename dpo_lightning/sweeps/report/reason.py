@@ -123,7 +123,7 @@ def _what_would_decide(decision: PickDecision) -> str:
             f"No number of rows would decide alone, as seeds differ too much; about "
             f"{decision.seeds_needed:,} seeds would."
         )
-    if decision.ground.items is None:
+    if decision.ground.items is None and not decision.ground.exact:
         return "Results by held-out row, which could be paired, are missing."
     return "The best are the same in what was measured; no number of rows would tell them apart."
 
