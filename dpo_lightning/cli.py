@@ -42,7 +42,6 @@ from dpo_lightning.settings.compose import (
     ComposedOnce,
     by_sweep,
     check_shown,
-    check_trials,
     compose,
     is_called,
     lines_of,
@@ -62,12 +61,13 @@ from dpo_lightning.settings.folders import (
     is_fixed,
     refuse_links,
 )
+from dpo_lightning.settings.grids import check_grid
 from dpo_lightning.settings.hydra_node import hydra_problems
+from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.overrides import (
     flag_parser,
     hydra_error,
     needs_multirun,
-    parse_overrides,
     raise_all,
 )
 from dpo_lightning.settings.program import typed
@@ -84,6 +84,7 @@ class _Job:
     Args:
         sweep: What is known of the sweep; None for one run.
         in_process: True if the trials of a sweep share this process.
+        grid: Settings of each trial, for the sweeper of blocks.
 
     Attributes:
         subdir: Folder of Hydra's files in that of a run, ``.hydra`` as a rule; None for none.
@@ -92,11 +93,17 @@ class _Job:
     """
 
     def __init__(
-        self, sweep: SweepFacts | None, subdir: str | None = None, *, in_process: bool = True
+        self,
+        sweep: SweepFacts | None,
+        subdir: str | None = None,
+        *,
+        in_process: bool = True,
+        grid: Sequence[list[str]] = (),
     ) -> None:
         self.sweep = sweep
         self.subdir = subdir
         self.in_process = in_process
+        self.grid = grid
         self.codes: list[int] = []
         self.trials: list[Trial] = []
 
@@ -217,32 +224,20 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
             f"resume={cfg.resume} continues one run; resume a sweep with sweep.resume=last or "
             "hydra.sweep.dir=<its folder>"
         )
-    configs: list[Config] = []  # those of other sweepers are not known yet
-    if is_called(cfg.hydra.sweeper, "BasicSweeper"):
-        # The grid may also stand in a file, as hydra.sweeper.params.
-        params = (cfg.hydra.sweeper.params or {}).items()
-        lines = [f"{key}={value}" for key, value in params]
-        overrides = [*parse_overrides(lines, hydra.config_loader), *overrides]
-        fixed, swept = by_sweep(overrides)
-        configs = check_trials(
-            hydra, args, overrides, in_process=in_process, explicit_run_dir=explicit
-        )
+    grid = check_grid(hydra, args, cfg, overrides, in_process=in_process, explicit_run_dir=explicit)
     from dpo_lightning.sweeps.launch import check_launcher, check_pruning
 
-    check_launcher(cfg.hydra.launcher, configs)
-    check_pruning(cfg, configs)
-    if swept:
-        # A trial's folder is named by what differs between the trials.
-        by_key = {line.key_or_group for line in swept}
-        keys = ",".join(f"'{key}'" for key in sorted({o.key_or_group for o in fixed} - by_key))
-        args.overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+    check_launcher(cfg.hydra.launcher, grid.configs)
+    check_pruning(cfg, grid.configs)
     folder = with_folder(args, cfg, "sweep.dir")
     logger = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LoggerConfig), cfg.logger))
     assert isinstance(logger, LoggerConfig)
-    facts = SweepFacts(folder, named=explicit, metric=cfg.sweep.metric, logger=logger)
+    facts = SweepFacts(
+        *(folder, explicit, cfg.sweep.metric, logger, cfg.sweep.margin, cfg.sweep.kl_budget)
+    )
     if in_process:
         args.overrides.append("hydra.output_subdir=null")  # it is written by the run itself
-    return _Checked(_Job(facts, subdir, in_process=in_process), cfg)
+    return _Checked(_Job(facts, subdir, in_process=in_process, grid=grid.trials), cfg)
 
 
 def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]:
@@ -258,6 +253,8 @@ def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]
         raise UserError(f"sweep.resume={config.sweep.resume} is for a sweep: add -m")
     if config.sweep.prune != "none" and not is_alone():
         raise UserError(f"sweep.prune={config.sweep.prune} is for a sweep: add -m")
+    if config.sweep.trials is not None:
+        raise UserError(f"sweep.trials={shown(config.sweep.trials)} is for a sweep: add -m")
     return with_folder(args, cfg, "run.dir"), config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,22 @@ def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> 
             for ids in (group.prompt, *group.responses):
                 digest.update(ids.tobytes())
     return digest.hexdigest()
+
+
+def group_id(group: TokenGroup) -> str:
+    """Name of a group in files, ``<prompt>-<group>``: a hash of its token ids and ranks."""
+    prompt = hashlib.blake2b(group.prompt.tobytes(), digest_size=5)
+    whole = prompt.copy()
+    for ids in group.responses:
+        whole.update(f"{len(ids)};".encode() + ids.tobytes())
+    whole.update(repr(group.ranks).encode())
+    return f"{prompt.hexdigest()}-{whole.hexdigest()}"
+
+
+def digest_of(groups: Iterable[TokenGroup]) -> str:
+    """A hash of a set of groups, in whatever order."""
+    names = " ".join(sorted(map(group_id, groups)))
+    return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
 
 
 def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> None:

@@ -83,6 +83,20 @@ class Answering:
         )
 
 
+def cut_off_count(answers: Sequence[Ids], ends: Sequence[int], answering: Answering) -> int:
+    """Number of answers that ended at the limit and not by themselves.
+
+    Args:
+        answers: Token ids of each answer.
+        ends: Tokens that end an answer.
+        answering: How they were drawn.
+    """
+    if not answering.cuts:
+        return 0
+    limit = answering.max_new_tokens
+    return sum(len(ids) >= limit and int(ids[-1]) not in ends for ids in answers)
+
+
 def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answering) -> str | None:
     """A line to say once where most answers ended at the limit and not by themselves.
 
@@ -91,9 +105,8 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
         ends: Tokens that end an answer.
         answering: How they were drawn.
     """
-    limit = answering.max_new_tokens
-    cut = sum(len(ids) >= limit and int(ids[-1]) not in ends for ids in answers)
-    if not answering.cuts or 2 * cut <= len(answers):
+    limit, cut = answering.max_new_tokens, cut_off_count(answers, ends, answering)
+    if 2 * cut <= len(answers):
         return None
     if answering.positions is not None:
         where = (
@@ -229,7 +242,7 @@ def evaluate_samples(
     Returns:
         A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
         ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
-        answer with its standard error; empty where there is nothing to answer.
+        answer and the share ``samples/cut_off``; empty where there is nothing to answer.
     """
     if not groups or not (count or partition_samples):
         return [], {}
@@ -255,8 +268,8 @@ def evaluate_samples(
             metrics |= _partition(models, reference, begun, answering=answering, seed=seed)
     if not count:
         return [], metrics
-    lengths = [float(len(ids)) for ids in drawn.policy]
-    metrics |= _mean("kl", drawn.divergences) | {"samples/length": statistics.fmean(lengths)}
+    cut = cut_off_count(drawn.policy, end_ids(models.policy, answering.tokenizer), answering)
+    metrics |= drawn.metrics() | {"samples/cut_off": cut / count}
     rows = drawn.rows(answering)
     if score is not None:
         metrics |= _judged(rows, drawn, answering, score, beta=beta)
@@ -278,6 +291,14 @@ class _Drawn:
     policy: list[Ids]
     divergences: list[float] = field(default_factory=list)
     reference: list[Ids] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """KL and length of the policy's answers."""
+        lengths = [float(len(ids)) for ids in self.policy]
+        return _mean("kl", self.divergences) | {
+            "samples/kl_per_token": math.fsum(self.divergences) / math.fsum(lengths),
+            "samples/length": statistics.fmean(lengths),
+        }
 
     def rows(self, answering: Answering) -> list[dict[str, Any]]:
         """A row for each, before anything is judged."""

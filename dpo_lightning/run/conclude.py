@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpo_lightning.data.splits import group_id
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, evaluate_samples
@@ -82,8 +83,7 @@ def conclude(
     # Lightning takes a model off its device when it is done with it.
     prepared.models.policy.to(trained.device)
     evaluation: dict[str, Any] = {"answers": list(answers), "scorer": plan.evaluation.scorer}
-    if module.eval_accuracies is not None:
-        evaluation["accuracies"] = module.eval_accuracies.tolist()
+    evaluation |= _by_group(trained)
     measured: dict[str, float] = {}
     failure: UserError | None = None
     evaluation["samples"] = []
@@ -104,6 +104,7 @@ def conclude(
         exact, entries = _exact(plan, prepared, policy, known)
         measured |= exact
         evaluation |= entries
+    evaluation["kl"] = _kl_facts(trained, measured)
     record.metrics |= measured
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
@@ -129,6 +130,30 @@ def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,
     )
+
+
+def _by_group(trained: Trained) -> dict[str, Any]:
+    """Results of each held-out group, with the groups' names; empty without an evaluation."""
+    accuracies = trained.module.eval_accuracies
+    if accuracies is None:
+        return {}
+    groups = trained.prepared.data.eval
+    return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
+
+
+def _kl_facts(trained: Trained, measured: dict[str, float]) -> dict[str, Any] | None:
+    """Origin of the KL that was measured on answers; None where none were drawn."""
+    if "samples/kl" not in measured:
+        return None
+    return {
+        "direction": "policy || reference",
+        "per_answer": measured["samples/kl"],
+        "per_token": measured["samples/kl_per_token"],
+        "answers": trained.plan.evaluation.samples,
+        "temperature": 1.0,
+        "max_new_tokens": trained.answering.max_new_tokens,
+        "cut_off": measured["samples/cut_off"],
+    }
 
 
 def _signs(

@@ -133,3 +133,21 @@ def identity_of(
         "reference": hashes["reference"],
         "reference.config": hashes["reference_config"],
     }
+
+
+def basis_of(config: Config, *, held_out: str) -> dict[str, Any]:
+    """Model, reference, rows and judge of a run, by which a report knows what it may compare.
+
+    Args:
+        config: The settings.
+        held_out: Digest of the held-out groups.
+    """
+    model, reference, data = config.model, config.reference, config.data
+    return {
+        "model": [model.pretrained or model.config, model.revision],
+        "reference": [reference.pretrained, reference.revision, reference.adapter],
+        "data.train": data.train and [data.train, data.train_split, data.subset, data.revision],
+        "data.eval": data.train and [data.eval, data.eval_split],
+        "held_out": held_out,
+        "judge": config.evaluation.scorer,
+    }

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
-from dpo_lightning.data.splits import PreparedData, data_hash, prepare_rows
+from dpo_lightning.data.splits import PreparedData, data_hash, digest_of, prepare_rows
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.memory.estimate import (
@@ -38,7 +38,7 @@ from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
 from dpo_lightning.run.chat import ChatTemplate, choose_template
 from dpo_lightning.run.folder import RunFolder
-from dpo_lightning.run.identity import config_hash, identity_of
+from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.loss_group import objective_settings
@@ -120,7 +120,7 @@ def prepare(
     assert data is not None
     data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
-    _fill(record, source, models, data)
+    _fill(record, config, source, models, data)
     record.config_hash = config_hash(resolved, hashes)
     numbers = config_numbers(source.config)
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
@@ -191,8 +191,11 @@ def _outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) ->
     return outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
 
 
-def _fill(record: RunRecord, source: ModelSource, models: Models, data: PreparedData) -> None:
-    """The entries of model and data."""
+def _fill(
+    record: RunRecord, config: Config, source: ModelSource, models: Models, data: PreparedData
+) -> None:
+    """The entries of model and data, and what its numbers are of."""
+    record.basis = basis_of(config, held_out=digest_of(data.eval))
     parameters, trainable = count_parameters(models.policy)
     record.data = data.counts()
     record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}

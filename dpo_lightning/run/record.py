@@ -35,6 +35,8 @@ class RunRecord:
         epoch: Passes over the data.
         config_hash: Of what decides the numbers, with data and weights.
         settings_hash: Of the settings alone.
+        basis: Model, reference, rows and judge that the numbers are of: what differs here is not
+            ranked together.
         metrics: Last value of every metric.
         signs: Signs of a training that went wrong: ``name``, ``values`` and what it ``says``.
         reference: Rows whose reference was asked for, computed and found in the cache.
@@ -56,6 +58,7 @@ class RunRecord:
     epoch: float = 0.0
     config_hash: str | None = None
     settings_hash: str
+    basis: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     signs: list[dict[str, Any]] = field(default_factory=list)
     reference: dict[str, int] = field(default_factory=lambda: reference_counts(0, 0))

@@ -6,22 +6,18 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 
 import argparse
 import contextlib
-import copy
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -278,50 +274,6 @@ def compose(hydra: Hydra, args: argparse.Namespace, lines: list[str]) -> DictCon
         raise UserError(hydra_error(error)) from error
 
 
-class _GridComposer:
-    """Composes the trials of a grid; files are merged once for every choice of files.
-
-    Merging them is nearly all of the work, and most trials differ in values alone, which Hydra too
-    sets in what was merged.
-
-    Args:
-        hydra: With the search path of the command line.
-        args: What was typed.
-    """
-
-    def __init__(self, hydra: Hydra, args: argparse.Namespace) -> None:
-        self._hydra = hydra
-        self._args = args
-        self._merged: dict[tuple[str, ...], DictConfig] = {}
-
-    def __call__(self, lines: list[str]) -> DictConfig:
-        """The config of the trial with these overrides; Hydra's node is that of its files.
-
-        Raises:
-            UserError: If they are wrong.
-        """
-        overrides = parse_overrides(lines, self._hydra.config_loader)
-        chooses = [self._chooses_files(override) for override in overrides]
-        files = tuple(itertools.compress(lines_of(overrides), chooses))
-        if files not in self._merged:
-            self._merged[files] = compose(self._hydra, self._args, [*files])
-        cfg = copy.deepcopy(self._merged[files])
-        try:
-            ConfigLoaderImpl._apply_overrides_to_config(
-                [o for o, is_choice in zip(overrides, chooses, strict=True) if not is_choice], cfg
-            )
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(hydra_error(error)) from error
-        return cfg
-
-    def _chooses_files(self, override: Override) -> bool:
-        loader = self._hydra.config_loader
-        assert isinstance(loader, ConfigLoaderImpl)
-        is_group = loader.repository.group_exists(override.key_or_group)
-        is_choice = is_group and not isinstance(override.value(), dict)
-        return is_choice or override.is_hydra_override()
-
-
 def check_shown(args: argparse.Namespace) -> None:
     """Check that what Hydra is asked to show can be composed; values are not judged."""
     if args.config is not None:
@@ -357,42 +309,3 @@ def with_folder(args: argparse.Namespace, cfg: DictConfig, key: str) -> Path:
 def is_called(node: DictConfig, name: str) -> bool:
     """True if the node is of the class of that name."""
     return str(node.get("_target_", "")).endswith(f".{name}")
-
-
-def check_trials(
-    hydra: Hydra,
-    args: argparse.Namespace,
-    grid: list[Override],
-    *,
-    in_process: bool,
-    explicit_run_dir: bool,
-) -> list[Config]:
-    """The settings of every trial of a grid; what is wrong with any of them is raised at once."""
-    of_hydra = [override for override in grid if override.is_hydra_override()]
-    of_task = [override for override in grid if not override.is_hydra_override()]
-    compose = _GridComposer(hydra, args)
-    configs, problems = [], []
-    for trial in _trials(of_task):
-        try:
-            cfg = compose([*lines_of(of_hydra), *trial])
-            raise_all(hydra_problems(cfg.hydra))
-            configs.append(validate(cfg, multirun=in_process, explicit_run_dir=explicit_run_dir))
-        except UserError as error:
-            problems.append(str(error))
-    raise_all(problems)
-    return configs
-
-
-def _trials(grid: list[Override]) -> list[list[str]]:
-    """The settings of each trial of a grid.
-
-    Raises:
-        UserError: If the sweeper knows no such grid, or it is empty.
-    """
-    try:
-        batches = BasicSweeper.split_arguments(grid, max_batch_size=None)
-    except HydraException as error:
-        raise UserError(f"{hydra_error(error)}; hydra/sweeper= names another sweeper") from error
-    if not batches or not batches[0]:
-        raise UserError(f"{' '.join(lines_of(grid))}: nothing is left to run")
-    return [list(trial) for trial in batches[0]]

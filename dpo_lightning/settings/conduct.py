@@ -326,6 +326,26 @@ class SweepConfig:
         above=0,
         most=1,
     )
+    trials: Any | None = setting(
+        None,
+        "Grids in blocks: a YAML file that holds a list of blocks, or the list; each block is the "
+        "product of its own values.",
+        expected="a YAML file of blocks, a list of them",
+    )
+    margin: float | None = setting(
+        None,
+        "Loss against the best, in the ranking metric, that does not matter: among the trials that "
+        "surely lose no more, the report picks the smallest KL. null: 0.02 of an accuracy or a win "
+        "rate, else a hundredth of what the best gains over the reference.",
+        unit="of the metric",
+        least=0,
+    )
+    kl_budget: float | None = setting(
+        None,
+        "Largest KL from the reference of a trial that the report may pick; null: no limit.",
+        unit="nats per answer",
+        above=0,
+    )
 
 
 @dataclass

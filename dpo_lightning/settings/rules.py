@@ -69,6 +69,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "sweep.prune_at": _valid_rungs,
     "sweep.prune_metric": lambda value: value in PRUNE_METRICS or scales_with_beta(value),
     "sweep.prune_within": lambda value: all(name in settings() for name in value),
+    "sweep.trials": lambda value: isinstance(value, str | list) and len(value) > 0,
     "trainer.devices": _valid_devices,
     "trainer.max_time": _valid_max_time,
 }

@@ -1,6 +1,7 @@
 """The schema of all settings, and its registration with Hydra."""
 
 import functools
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -60,3 +61,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("typed", lambda: " ".join(typed()), replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
+    OmegaConf.register_new_resolver("one_of", _one_of, replace=True)
+
+
+def _one_of(name: str, values: DictConfig) -> Any:
+    """The value of a name, for blocks of a grid that depend on a choice."""
+    return values[name]

@@ -65,7 +65,9 @@ def _report(sweep: SweepFacts) -> bool:
 
     again = shlex.join([*typed("report"), str(sweep.folder)])
     try:
-        report = write_report(sweep.folder, metric=sweep.metric)
+        report = write_report(
+            sweep.folder, metric=sweep.metric, margin=sweep.margin, kl_budget=sweep.kl_budget
+        )
     except UserError as error:
         print(f"no report: {error}; `{again}` writes it again", flush=True)
         return True  # the trials are what they are
@@ -74,8 +76,8 @@ def _report(sweep: SweepFacts) -> bool:
         print(f"no report; `{again}` writes it again", flush=True)
         return False
     print(f"report    {sweep.folder / 'report.html'}", flush=True)
-    if report["pick"] is not None:
-        print(f"pick      {report['pick']['reason']}", flush=True)
+    if report["configurations"]:
+        print(f"pick      {report['reason']}", flush=True)
     where = _to_wandb(sweep, report)
     if where is not None:
         print(f"wandb     {where}", flush=True)

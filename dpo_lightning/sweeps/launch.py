@@ -254,7 +254,11 @@ def _plan(cfg: DictConfig, config: Config, overrides: Sequence[str], site: Site)
         for line in cfg.hydra.overrides.hydra
         if not line.lstrip("+~").startswith(_NOT_PASSED_ON)
     ]
-    not_swept = set(cfg.hydra.job.config.override_dirname.exclude_keys)
+    typed_blocks = any(line.startswith("sweep.trials=") for line in overrides)
+    of_experiment = cfg.hydra.runtime.choices.get("experiment") is not None or not typed_blocks
+    if config.sweep.trials is not None and of_experiment:
+        own.append("sweep.trials=null")  # a trial is of one of the blocks that its file holds
+    not_swept = {*cfg.hydra.job.config.override_dirname.exclude_keys, "sweep.trials"}
     return Plan(
         name=str(cfg.hydra.sweep.subdir),
         overrides=tuple(line for line in own if line.lstrip("+~").split("=")[0] not in not_swept),

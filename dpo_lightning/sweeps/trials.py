@@ -29,6 +29,8 @@ class SweepFacts:
         folder: Its folder.
         named: True if the command itself names the folder, so that the same command finds it.
         metric: Metric that its report ranks by; None leaves it to the report.
+        margin: Loss against the best that does not matter; None leaves it to the report.
+        kl_budget: Largest KL of the report's pick; None sets no limit.
         logger: The loggers of its trials.
     """
 
@@ -36,6 +38,8 @@ class SweepFacts:
     named: bool
     metric: str | None
     logger: LoggerConfig
+    margin: float | None = None
+    kl_budget: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

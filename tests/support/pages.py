@@ -37,6 +37,7 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     # What a user would bring.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "grid.yaml").write_text("- {loss: simpo, beta: [2, 10]}\n- {loss: ipo, beta: 1}\n")
     (folder / "more.csv").write_text("prompt,chosen,rejected\na,b,c\n")
     for path in ("shards/1.jsonl", "clone/train.jsonl", "clone/test.jsonl"):
         (folder / path).parent.mkdir(exist_ok=True)

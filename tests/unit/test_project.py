@@ -224,9 +224,7 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
 def test_every_experiment_composes_and_validates(path, tmp_path, monkeypatch):
     # The first one is a template for rows that the user names.
     rows = ["data.train=pairs.jsonl"] if path.stem == "preferences" else []
-    # The README's own tests compose the whole of this one.
-    few = ["beta=0.1,1"] if path.stem == "pref_scan" else []
-    check_command_of_page([f"experiment={path.stem}", *rows, *few], tmp_path, monkeypatch)
+    check_command_of_page([f"experiment={path.stem}", *rows], tmp_path, monkeypatch)
 
 
 def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_path, monkeypatch):

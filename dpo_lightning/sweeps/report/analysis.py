@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.sweeps.report.comparable import comparable_parts
+from dpo_lightning.sweeps.report.objectives import Objectives, objectives_of
+from dpo_lightning.sweeps.report.paired import paired_items
+from dpo_lightning.sweeps.report.pick import PickDecision, PickRule, decide
 from dpo_lightning.sweeps.report.pooling import (
-    ACCURACY,
     METRICS,
     REWARD,
     SCORE,
@@ -18,24 +21,21 @@ from dpo_lightning.sweeps.report.pooling import (
     Configuration,
     choose_kl,
     choose_metric,
-    item_values,
     pool,
 )
-from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows, number, override_key
-from dpo_lightning.sweeps.report.statistics import Choice, Estimate, PairedTest, choose, paired_test
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows, number
+from dpo_lightning.sweeps.report.reason import reason_of
+from dpo_lightning.sweeps.report.statistics import PairedTest, paired_test
 from dpo_lightning.sweeps.report.text import number_text
-
-_UNITS = {SCORE: "samples", WIN_RATE: "samples", ACCURACY: "evaluation groups"}
-_SHAPES_ONLY = ("data.batch_size", "data.micro_batch_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class BestTwo:
-    """The best two configurations, compared item by item or seed by seed.
+    """The best configuration and the pick, else the next one, compared by item or by seed.
 
     Attributes:
-        first: The better one.
-        second: The next.
+        first: The best one.
+        second: The pick, or the next where that is the best.
         unit: Unit of pairing, None where nothing could be paired.
         test: The outcome, None where nothing could be tested.
         sentence: The outcome in words.
@@ -58,9 +58,13 @@ class Analysis:
         configurations: Best first; those without the metric last.
         pick: The chosen one.
         reason: Reason why it was chosen, or why none was.
-        comparison: The best two, None where there are fewer.
+        comparison: The best against the pick, or the next; None where there are fewer.
         optimum: Points (KL, reward, beta) of the closed-form optimum, by KL.
         reference_value: The metric of the reference itself, where it is known.
+        decision: How the pick came about.
+        objectives: The objectives side by side.
+        of: What the trials are of, empty where all of the sweep's are ranked together.
+        others: Results of trials that may not be ranked with these.
     """
 
     metric: str | None
@@ -71,6 +75,10 @@ class Analysis:
     comparison: BestTwo | None
     optimum: tuple[tuple[float, float, float | None], ...]
     reference_value: float | None
+    decision: PickDecision = field(default_factory=PickDecision)
+    objectives: Objectives = field(default_factory=Objectives)
+    of: str = ""
+    others: tuple[Analysis, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -83,39 +91,64 @@ class Analysis:
         return tuple(c for c in self.configurations if c.value is not None)
 
 
-def analyse(sweep: Sweep, metric: str | None = None) -> Analysis:
+def analyse(sweep: Sweep, metric: str | None = None, rule: PickRule | None = None) -> Analysis:
     """Ranks a sweep and picks a configuration.
 
     Args:
-        sweep: The trials.
+        sweep: The trials; those of other rows, models or judges are ranked by themselves.
         metric: One of ``METRICS``; None takes the first that every finished trial has.
+        rule: The rule of the pick; None is the default one.
 
     Raises:
         UserError: If the metric is none of these, or no finished trial has it.
     """
+    parts = comparable_parts(sweep)
+    choose_metric(sweep.finished, metric)  # that some trial has it
+    first, *others = [_analyse_part(part, of, metric, rule or PickRule()) for of, part in parts]
+    return replace(first, others=tuple(others))
+
+
+def _analyse_part(sweep: Sweep, of: str, metric: str | None, rule: PickRule) -> Analysis:
+    """Results of trials that may be ranked together."""
+    if of and metric is not None and all(t.metric(metric) is None for t in sweep.finished):
+        metric = None  # another part has it
     metric = choose_metric(sweep.finished, metric)
     kl_metric = choose_kl(sweep.finished, exact=metric == REWARD)
     found = [c for c in pool(sweep.trials, metric, kl_metric) if c.trials]
     found.sort(key=lambda c: -math.inf if c.value is None else c.value.mean, reverse=True)
-    ranked = [(c, c.value) for c in found if c.value is not None]
-    pick, reason = None, _no_pick(sweep)
+    ranked = [c for c in found if c.value is not None]
+    reference_value = _reference_value(sweep.finished, metric)
+    decision, reason, comparison = PickDecision(), _no_pick(sweep), None
+    objectives = Objectives()
     if ranked and metric is not None:
-        values = [value for _, value in ranked]
-        choice = choose(values, [None if c.kl is None else c.kl.mean for c, _ in ranked])
-        pick = ranked[choice.pick][0]
-        reason = _reason([c for c, _ in ranked], values, choice, metric)
-    comparison = None
-    if len(ranked) > 1 and metric is not None:
-        comparison = _compare(ranked[0], ranked[1], metric)
+        decision = decide(
+            ranked, metric, rule, kl_metric=kl_metric, reference_value=reference_value
+        )
+        reason = reason_of(decision, metric)
+        objectives = objectives_of(
+            ranked,
+            sweep.trials,
+            folder=str(sweep.folder),
+            kl_budget=rule.kl_budget,
+            reference_value=reference_value,
+        )
+        if len(ranked) > 1:
+            first = decision.best or ranked[0]
+            moved = decision.pick is not None and decision.pick is not first
+            rest = [c for c in ranked if c is not first]
+            comparison = _compare(first, decision.pick if moved else rest[0], metric)
     return Analysis(
         metric=metric,
         kl_metric=kl_metric,
         configurations=tuple(found),
-        pick=pick,
+        pick=decision.pick,
         reason=reason,
         comparison=comparison,
         optimum=_optimum(sweep.finished) if metric == REWARD else (),
-        reference_value=_reference_value(sweep.finished, metric),
+        reference_value=reference_value,
+        decision=decision,
+        objectives=objectives,
+        of=of,
     )
 
 
@@ -125,54 +158,11 @@ def _no_pick(sweep: Sweep) -> str:
     return "No finished trial has a metric to rank by."
 
 
-def _reason(
-    ranked: Sequence[Configuration], values: Sequence[Estimate], choice: Choice, metric: str
-) -> str:
-    name = METRICS[metric]
-    best, pick = ranked[choice.best], ranked[choice.pick]
-    top = number_text(values[choice.best].mean)
-    own = number_text(values[choice.pick].mean)
-    stderr = values[choice.best].stderr
-    error = number_text(stderr) if stderr else "0"
-    kl = None if pick.kl is None else number_text(pick.kl.mean)
-    others = len(choice.within) - 1
-    if len(ranked) == 1:
-        text = f"{pick.label} is the only finished configuration: {name} {own}"
-    elif choice.pick != choice.best:
-        text = (
-            f"{pick.label}: its {name}, {own}, is within one standard error ({error}) of the best, "
-            f"{top} of {best.label}, and of the {len(choice.within)} configurations within it, it "
-            f"stays closest to the reference: KL {kl} nats"
-        )
-        if best.kl is not None:
-            text += f", not {number_text(best.kl.mean)}"
-    else:
-        text = f"{pick.label} has the best {name}, {own}"
-        if others and kl is None:
-            text += f"; {_others(others)} within one standard error ({error}) of it, and without "
-            text += "a KL nothing says which is closer to the reference"
-        elif others:
-            known = all(ranked[i].kl is not None for i in choice.within)
-            text += ", and the other" if others == 1 else f", and none of the {others} others"
-            text += f" within one standard error ({error}) of it is"
-            text += f"{' not' if others == 1 else ''}{'' if known else ' known to be'} closer to "
-            text += f"the reference (KL {kl} nats)"
-        elif stderr:
-            text += f", and no other comes within one standard error ({error}) of it"
-    if pick.unfinished:
-        text += f". Of its trials {pick.unfinished} did not finish and do not count"
-    return text + "."
-
-
-def _others(count: int) -> str:
-    return "another is" if count == 1 else f"{count} others are"
-
-
-def _compare(
-    first: tuple[Configuration, Estimate], second: tuple[Configuration, Estimate], metric: str
-) -> BestTwo:
-    one, other = first[0], second[0]
-    gap = first[1].mean - second[1].mean
+def _compare(one: Configuration, other: Configuration | None, metric: str) -> BestTwo:
+    assert other is not None
+    assert one.value is not None
+    assert other.value is not None
+    gap = one.value.mean - other.value.mean
     names = f"{one.label} against {other.label}"
     unit, differences = _differences(one, other, metric)
     if differences is None or unit is None:
@@ -205,29 +195,15 @@ def _differences(
     one: Configuration, other: Configuration, metric: str
 ) -> tuple[str | None, NDArray[np.float64] | None]:
     """Unit of pairing, and the differences: items averaged over seeds, or one value per seed."""
-    if metric in _UNITS and _same_items(one, other, metric):
-        both = item_values([*one.trials, *other.trials], metric)
-        if both is not None:
-            split = len(one.trials)
-            return _UNITS[metric], both[:split].mean(axis=0) - both[split:].mean(axis=0)
+    found = paired_items([list(one.trials), list(other.trials)], metric)
+    if found is not None:
+        ours_by_item, theirs_by_item = found.values
+        return found.unit, ours_by_item.mean(axis=0) - theirs_by_item.mean(axis=0)
     ours, theirs = _by_seed(one, metric), _by_seed(other, metric)
     common = sorted(set(ours) & set(theirs))
     if len(common) < 2:
         return None, None
     return "seeds", np.array([ours[seed] - theirs[seed] for seed in common])
-
-
-def _same_items(one: Configuration, other: Configuration, metric: str) -> bool:
-    """True if item n of one is item n of the other."""
-    if metric == ACCURACY:
-        changed = set(one.settings) ^ set(other.settings)
-        keys = {override_key(line) for line in changed} - set(_SHAPES_ONLY)
-        return not any(key.partition(".")[0] == "data" for key in keys)
-    prompts = {
-        tuple(str(row.get("prompt")) for row in as_rows(trial.evaluation.get("samples")))
-        for trial in (*one.trials, *other.trials)
-    }
-    return len(prompts) == 1
 
 
 def _by_seed(configuration: Configuration, metric: str) -> Mapping[int, float]:

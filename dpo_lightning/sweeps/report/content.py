@@ -11,6 +11,20 @@ from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
+from dpo_lightning.sweeps.report.sections import (
+    Advice,
+    TextTable,
+    advice_of,
+    decision_entry,
+    headline,
+    kl_columns,
+    loss_column,
+    method_of,
+    objectives_entry,
+    origin_of,
+    rankings_entry,
+    tables_of,
+)
 from dpo_lightning.sweeps.report.statistics import Estimate
 from dpo_lightning.sweeps.report.text import (
     MISSING,
@@ -81,7 +95,9 @@ class ReportContent:
         metric: Metric of the ranking, in words.
         columns: Heads of the table behind rank and settings.
         rows: The configurations, best first.
-        comparison: The best two in words, None where there are fewer.
+        comparison: The best against the pick, or the next, in words; None where there are fewer.
+        tables: Tables below the ranking.
+        advice: What to try next.
         answers: Sample answers, None without any.
         unfinished: Trials that failed, still run or wait.
         signs: Trials with signs of a failed training, and these.
@@ -98,6 +114,8 @@ class ReportContent:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     comparison: str | None
+    tables: tuple[TextTable, ...]
+    advice: tuple[Advice, ...]
     answers: Answers | None
     unfinished: tuple[Unfinished, ...]
     signs: tuple[tuple[str, tuple[str, ...]], ...]
@@ -113,14 +131,14 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
         sweep: The trials.
         analysis: The results.
     """
-    pick = analysis.pick
+    pick, reason = headline(analysis)
     counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]
     columns, cells = _columns(analysis)
     return ReportContent(
         title=clean(sweep.folder.resolve().name),
         counts=f"{len(sweep.trials)} trials: {', '.join(counts)}",
         pick=None if pick is None else pick.label,
-        reason=analysis.reason,
+        reason=reason,
         metric="nothing" if analysis.metric is None else METRICS[analysis.metric],
         columns=columns,
         rows=tuple(
@@ -128,12 +146,14 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
                 rank=MISSING if c.value is None else str(rank),
                 label=c.label,
                 cells=cells[rank - 1],
-                picked=c is pick,
+                picked=c is analysis.pick,
                 commands=tuple(_commands(c)),
             )
             for rank, c in enumerate(analysis.configurations, start=1)
         ),
         comparison=None if analysis.comparison is None else analysis.comparison.sentence,
+        tables=tables_of(analysis),
+        advice=advice_of(analysis),
         answers=_answers(analysis),
         unfinished=tuple(
             Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
@@ -164,9 +184,11 @@ def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]
             _estimate(c.value) for c in configurations
         ]
         values["95% interval"] = [_interval(c.value) for c in configurations]
+        values["loss against the best"] = loss_column(analysis)
     values[_head("KL in nats", [c.kl for c in configurations])] = [
         _estimate(c.kl) for c in configurations
     ]
+    values |= kl_columns(analysis)
     if metric != METRICS["eval/rewards/accuracies"]:
         values["held-out accuracy"] = [_estimate(c.accuracy) for c in configurations]
     if metric != METRICS["samples/win_rate"]:
@@ -264,10 +286,7 @@ def _method(analysis: Analysis) -> list[str]:
             f"Configurations are ranked by the {METRICS[analysis.metric]}. Reward margins are not "
             "used: they are β times a log-ratio and grow with β by themselves."
         )
-        said.append(
-            "The pick is the configuration with the smallest KL among those within one standard "
-            "error of the best."
-        )
+    said += method_of(analysis)
     if analysis.kl_metric == EXACT_KL:
         said.append(
             "KL(π‖π_ref), expected rewards and the closed-form optimum are exact: sums over all "
@@ -307,12 +326,21 @@ def _versions(trials: Sequence[TrialResult]) -> str:
 
 def summary(sweep: Sweep, analysis: Analysis) -> dict[str, Any]:
     """The content of ``sweep.json``, for other programs."""
+    pick, reason = headline(analysis)
     return {
         "metric": analysis.metric,
         "kl_metric": analysis.kl_metric,
         "statuses": sweep.status_counts,
-        "pick": None if analysis.pick is None else _pick(analysis, analysis.pick),
-        "configurations": [_configuration(c) for c in analysis.configurations],
+        "pick": None if pick is None else _pick(analysis, pick),
+        "reason": reason,
+        "decision": decision_entry(analysis),
+        "objectives": objectives_entry(analysis),
+        "rankings": rankings_entry([analysis, *analysis.others] if analysis.others else []),
+        "configurations": [
+            _configuration(c) | {"kl_origin": _origin(part, c)}
+            for part in (analysis, *analysis.others)
+            for c in part.configurations
+        ],
         "comparison": _comparison(analysis),
         "optimum": [{"kl": kl, "reward": r, "beta": beta} for kl, r, beta in analysis.optimum],
         "reference_value": analysis.reference_value,
@@ -327,9 +355,15 @@ def _pick(analysis: Analysis, pick: Configuration) -> dict[str, Any]:
         "settings": list(pick.settings),
         "beta": pick.beta,
         "reason": analysis.reason,
+        "undecided": analysis.decision.undecided,
         "trials": [trial.folder for trial in pick.trials],
         "commands": _commands(pick),
     }
+
+
+def _origin(analysis: Analysis, configuration: Configuration) -> dict[str, Any] | None:
+    found = origin_of(analysis, configuration)
+    return None if found is None else asdict(found)
 
 
 def _configuration(configuration: Configuration) -> dict[str, Any]:
@@ -391,6 +425,7 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
     }
 
 
-def report_command(folder: str) -> str:
-    """Command that makes the report again."""
-    return shlex.join([*typed("report"), folder])
+def report_command(folder: str, asked: Mapping[str, object]) -> str:
+    """Command that makes the report again, with what was asked of it."""
+    flags = [f"{flag}={value}" for flag, value in asked.items() if value is not None]
+    return shlex.join([*typed("report"), folder, *flags])

@@ -37,6 +37,12 @@ METRICS = {
 }
 """What trials may be ranked by. Reward margins are not: they grow with beta by themselves."""
 
+SHARES = (ACCURACY, WIN_RATE)
+"""Metrics between 0 and 1."""
+
+JUDGED = (SCORE, WIN_RATE)
+"""Metrics of answers that were drawn, which say nothing of what was cut off."""
+
 _BY_DEFAULT = (REWARD, SCORE, ACCURACY)
 
 
@@ -141,14 +147,17 @@ def pool(
     groups: defaultdict[frozenset[str], list[TrialResult]] = defaultdict(list)
     for trial in trials:
         # The settings that were not swept count too: a folder may hold those of two commands.
-        groups[frozenset(trial.settings) | _words(trial)].append(trial)
+        groups[frozenset(trial.settings) | words_of(trial)].append(trial)
     shared = frozenset.intersection(*groups) if groups else frozenset()
     labels = Counter(label_of(group[0].settings, group[0].beta) for group in groups.values())
+    several = len({group[0].loss for group in groups.values() if group[0].finished}) > 1
     found = []
     for words, group in groups.items():
         label = label_of(group[0].settings, group[0].beta)
         if labels[label] > 1:
             label = label_of(sorted(words - shared), group[0].beta)
+        elif several and not any(override_key(line) == "loss" for line in group[0].settings):
+            label = f"{label}, loss {group[0].loss}"
         finished = tuple(trial for trial in group if trial.finished)
         found.append(
             Configuration(
@@ -166,7 +175,7 @@ def pool(
     return found
 
 
-def _words(trial: TrialResult) -> frozenset[str]:
+def words_of(trial: TrialResult) -> frozenset[str]:
     """Settings of the command line, without the seed and the settings about where to run."""
     try:
         words = shlex.split(trial.command or "")
@@ -212,7 +221,7 @@ def item_values(trials: Sequence[TrialResult], metric: str) -> NDArray[np.float6
 
     Items that any of the trials could not evaluate are left out.
     """
-    rows = [_items(trial, metric) for trial in trials]
+    rows = [item_list(trial, metric) for trial in trials]
     if not rows or len({len(row) for row in rows}) != 1:
         return None
     array = np.array(rows, dtype=np.float64)
@@ -220,7 +229,8 @@ def item_values(trials: Sequence[TrialResult], metric: str) -> NDArray[np.float6
     return array if array.shape[1] > 1 else None
 
 
-def _items(trial: TrialResult, metric: str) -> list[float]:
+def item_list(trial: TrialResult, metric: str) -> list[float]:
+    """The metric of each item in their order, NaN where one has none; empty without items."""
     if metric == ACCURACY:
         found = trial.evaluation.get("accuracies")
         return [_or_nan(value) for value in found] if isinstance(found, list) else []

@@ -43,6 +43,7 @@ class TrialResult:
         rows: The lines of ``metrics.jsonl``.
         evaluation: ``evaluation.json``, empty if there is none.
         log: Its log, relative to the sweep's folder.
+        devices: Number of devices that it ran on.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TrialResult:
     rows: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     log: str | None
+    devices: int = 1
 
     @property
     def finished(self) -> bool:
@@ -210,6 +212,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
         rows=_read_rows(folder / METRICS_FILE, notes),
         evaluation=_read_object(folder / EVALUATION_FILE, notes),
         log=None if log is None else f"{folder.name}/{log}",
+        devices=max(1, len(devices)) if isinstance(devices := about.get("devices"), list) else 1,
     )
 
 

@@ -6,7 +6,6 @@ Items (evaluation groups or sampled prompts) are the same for every seed, so bot
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,21 +53,6 @@ class PairedTest:
     high: float
     p: float
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Outcome of the one-standard-error rule; all are positions in the given list.
-
-    Attributes:
-        best: The largest mean.
-        within: All within one standard error of it, the best included.
-        pick: The one of these with the smallest KL.
-    """
-
-    best: int
-    within: tuple[int, ...]
-    pick: int
 
 
 def over_items(values: ArrayLike) -> Estimate:
@@ -135,20 +119,6 @@ def paired_test(differences: ArrayLike) -> PairedTest:
     )
     p = float(np.clip(test.pvalue, 0, 1))
     return PairedTest(interval.mean, interval.low, interval.high, p, len(array))
-
-
-def choose(values: Sequence[Estimate], kls: Sequence[float | None]) -> Choice:
-    """One-standard-error rule: of those as good as the best, the closest to the reference.
-
-    Args:
-        values: The metric of each, larger is better; at least one.
-        kls: The KL to the reference of each, None where it is unknown.
-    """
-    best = max(range(len(values)), key=lambda i: values[i].mean)
-    floor = values[best].mean - (values[best].stderr or 0.0)
-    within = tuple(i for i, value in enumerate(values) if value.mean >= floor)
-    known = [(kl, -values[i].mean, i) for i in within if (kl := kls[i]) is not None]
-    return Choice(best, within, min(known)[2] if known else best)
 
 
 def _resampled_means(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
 from dpo_lightning.sweeps.report.figures import frontier, learning_curves, logratios
+from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.text import code_block, escape_markdown
@@ -31,12 +34,20 @@ from dpo_lightning.tracking.terminal import outlive_terminal
 PICTURE = "frontier.png"
 
 
-def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
+def write_report(
+    folder: Path,
+    *,
+    metric: str | None = None,
+    margin: float | None = None,
+    kl_budget: float | None = None,
+) -> dict[str, Any]:
     """Reads a sweep, in whatever state it is, and writes its report into its folder.
 
     Args:
         folder: The sweep's folder.
         metric: Metric to rank by; None takes the first of ``METRICS`` that the trials have.
+        margin: Loss against the best that does not matter; None takes one by the metric.
+        kl_budget: Largest KL of the pick, in nats per answer; None sets no limit.
 
     Returns:
         The content of ``sweep.json``; ``pick`` is None where nothing could be picked.
@@ -45,7 +56,7 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
         UserError: If there is no sweep in the folder, or no trial has the metric.
     """
     sweep = read_sweep(folder)
-    analysis = analyse(sweep, metric)
+    analysis = analyse(sweep, metric, PickRule(margin, kl_budget))
     content = make_content(sweep, analysis)
     picture = frontier(analysis)
     curves = {
@@ -57,7 +68,8 @@ def write_report(folder: Path, *, metric: str | None = None) -> dict[str, Any]:
         name: None if data is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
         for name, (data, kind) in curves.items()
     }
-    again = report_command(str(folder))
+    asked = {"--metric": metric, "--margin": margin, "--kl-budget": kl_budget}
+    again = report_command(str(folder), asked)
     html = _environment(escape=True).get_template("report.html")
     markdown = _environment(escape=False).get_template("report.md")
     written = summary(sweep, analysis)
@@ -119,10 +131,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
     parser.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
+    parser.add_argument(
+        "--margin", type=_not_negative, help="loss against the best that does not matter"
+    )
+    parser.add_argument(
+        "--kl-budget", type=_not_negative, help="largest KL of the pick, in nats per answer"
+    )
     arguments = parser.parse_args(argv)
     outlive_terminal()
     try:
-        report = write_report(arguments.folder, metric=arguments.metric)
+        report = write_report(
+            arguments.folder,
+            metric=arguments.metric,
+            margin=arguments.margin,
+            kl_budget=arguments.kl_budget,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -130,6 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return UserError.exit_code
     print(f"report    {arguments.folder / 'report.html'}")
-    if report["pick"] is not None:
-        print(f"pick      {report['pick']['reason']}")
+    if report["configurations"]:
+        print(f"pick      {report['reason']}")
     return 0
+
+
+def _not_negative(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 0")

@@ -76,31 +76,36 @@ def test_a_reward_margin_cannot_be_asked_for(sweep):
         write_report(sweep, metric="samples/score")
 
 
-def test_the_pick_has_the_smallest_kl_within_one_standard_error_of_the_best(sweep):
-    """Standard errors by hand: scores s, s + 2 alternate over 100 prompts, so each mean is s + 1.
+def test_scores_of_the_same_prompts_are_paired(sweep):
+    """Scores s, s + 2 alternate over 100 prompts, so each mean is s + 1, of error 0.1.
 
-    The bootstrap error of a mean of 100 values one above and one below it is 1 / sqrt(100) = 0.1.
-    Means 2.00, 1.95 and 1.80; the second is within 0.1 of the best, the third is not, and the
-    second has the smaller KL of the two.
+    Means 2.00, 1.995 and 1.80, all moving together: the differences are the same everywhere, and
+    their errors are the floor alone, a deviation of 1 over 100 prompts, 0.01. The second loses at
+    most 0.005 + 2 * 0.01, the third more than the margin, a hundredth of the gain of 2, is 0.02.
     """
-    for beta, mean, kl in ((0.1, 2.0, 9.0), (0.3, 1.95, 4.0), (1.0, 1.8, 1.0)):
+    for beta, mean, kl in ((0.1, 2.0, 9.0), (0.3, 1.995, 4.0), (1.0, 1.8, 1.0)):
         scores = [mean - 1 + 2 * (i % 2) for i in range(100)]
         evaluation = scored(scores, [0.0] * 100, [kl] * 100)
         write_trial(
             sweep, f"beta-{beta}", f"beta={beta}",
             metrics=scored_metrics(evaluation), evaluation=evaluation,
         )  # fmt: skip
-    report = write_report(sweep)
+    report = write_report(sweep, margin=0.03)
     assert report["metric"] == "samples/score"
     assert report["configurations"][0]["beta"] == 0.1
     assert report["configurations"][0]["value"]["stderr"] == pytest.approx(0.1, rel=0.1)
     assert report["pick"]["beta"] == 0.3
-    assert "one standard error (0.1" in report["pick"]["reason"]
     assert "KL 4.00 nats" in report["pick"]["reason"]
-    # The scores move together, so the difference of the best two, 0.05, is the same everywhere.
-    assert report["comparison"]["unit"] == "samples"
-    assert report["comparison"]["test"]["difference"] == pytest.approx(0.05)
+    bounds = [c["upper"] for c in report["decision"]["candidates"]]
+    assert 0.005 + 1.6 * 0.01 < bounds[1] < 0.005 + 2 * 0.01
+    assert 0.2 + 1.6 * 0.01 < bounds[2] < 0.2 + 2 * 0.01
+    assert report["comparison"]["unit"] == "held-out prompts"
+    assert report["comparison"]["test"]["difference"] == pytest.approx(0.005)
     assert report["comparison"]["test"]["p"] < 0.001
+    # By itself the margin is a hundredth of the gain, and the second does not keep that.
+    undecided = write_report(sweep)
+    assert undecided["decision"]["margin"] == pytest.approx(0.02)
+    assert (undecided["pick"]["beta"], undecided["pick"]["undecided"]) == (0.1, True)
 
 
 def test_without_a_scorer_the_accuracy_ranks_with_its_bootstrap_interval(sweep):
@@ -151,7 +156,11 @@ def test_settings_that_differ_are_not_pooled(sweep):
             metrics={"eval/rewards/accuracies": 0.5 + i / 10},
         )  # fmt: skip
     labels = [c["label"] for c in write_report(sweep)["configurations"]]
-    assert labels == ["β 0.1, loss ipo", "β 0.1, reference none", "β 0.1, reference auto"]
+    assert labels == [
+        "β 0.1, loss ipo",
+        "β 0.1, reference none, loss sigmoid",
+        "β 0.1, reference auto, loss sigmoid",
+    ]
 
 
 def test_ties_and_missing_kls_still_have_a_pick(sweep):

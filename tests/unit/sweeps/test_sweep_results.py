@@ -10,6 +10,7 @@ import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
+from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.read import (
     TrialResult,
     number,
@@ -262,11 +263,11 @@ def test_settings_of_two_commands_in_one_folder_are_told_apart(tmp_path):
             command=f"python train.py data.train={data} beta=0.1 seed={seed} "
             f"hydra.run.dir={name} resume=auto",
         )  # fmt: skip
-    found = analysed(tmp_path).configurations
-    assert sorted((c.label, len(c.trials)) for c in found) == [
-        ("train x.jsonl", 1),
-        ("train y.jsonl", 2),
-    ]
+    found = analysed(tmp_path)
+    parts = [(part.of, [len(c.trials) for c in part.configurations]) for part in (
+        found, *found.others
+    )]  # fmt: skip
+    assert parts == [("data.train y.jsonl", [2]), ("data.train x.jsonl", [1])]
 
 
 def test_the_kl_error_of_seeds_that_agree_by_chance_is_that_of_their_samples(tmp_path):
@@ -299,21 +300,21 @@ def test_the_metric_is_the_first_that_most_trials_have(tmp_path):
 @pytest.mark.parametrize(
     ("kls", "said"),
     [
-        ((1.0, 2.0), "and the other within one standard error (0.0500) of it is not closer"),
-        ((2.0, 2.0), "and the other within one standard error (0.0500) of it is not closer"),
-        ((1.0, None), "of it is not known to be closer to the reference (KL 1.00 nats)"),
-        ((None, None), "without a KL nothing says which is closer"),
+        ((1.0, 2.0), "of the 2 configurations that lose at most 0.100 (95% for all 2 at once, not "
+         "paired) it is the closest to the reference: KL 1.00 nats"),
+        ((1.0, None), "it is not known to be farther: KL 1.00 nats"),
+        ((None, None), "1 more lose at most 0.100 (95% for all 2 at once, not paired), and without "
+         "a KL nothing says which is closer to the reference"),
         ((2.0, 1.0), "it stays closest to the reference: KL 1.00 nats, not 2.00"),
-        ((1.0, 2.0, 3.0), "and none of the 2 others within one standard error (0.0500) of it is"),
     ],
-)
+)  # fmt: skip
 def test_the_reason_claims_no_more_than_is_known(tmp_path, kls, said):
-    """Scores a hair apart, of one error: all are within it."""
+    """Scores a hair apart: 0.01, of errors 0.02 each, 0.028 of their difference."""
     for i, kl in enumerate(kls):
-        metrics = {"samples/score": 1 - i / 100, "samples/score_stderr": 0.05}
+        metrics = {"samples/score": 1 - i / 100, "samples/score_stderr": 0.02}
         metrics |= {} if kl is None else {"samples/kl": kl}
         write_trial(tmp_path, f"t{i}", f"beta={i + 1}", metrics=metrics)
-    assert said in analysed(tmp_path).reason
+    assert said in analyse(read_sweep(tmp_path), None, PickRule(margin=0.1)).reason
 
 
 def test_items_are_paired_only_where_they_are_the_same(tmp_path):
@@ -327,7 +328,7 @@ def test_items_are_paired_only_where_they_are_the_same(tmp_path):
             metrics=scored_metrics(evaluation), evaluation=evaluation,
         )  # fmt: skip
     found = analysed(tmp_path).comparison
-    assert (found.unit, found.test.count) == ("samples", 3)
+    assert (found.unit, found.test.count) == ("held-out prompts", 3)
     assert found.test.difference == pytest.approx(0.5 / 3)
     evaluation["samples"][1]["prompt"] = "another"
     (tmp_path / "b0.2" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -350,13 +351,15 @@ def test_ties_are_half_a_win(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "paired"), [("data.batch_size", True), ("data.eval", False)])
-def test_accuracies_of_other_data_are_not_paired(tmp_path, key, paired):
+def test_accuracies_of_other_data_are_ranked_by_themselves(tmp_path, key, paired):
     for value, right in ((1, 6), (2, 4)):
         write_trial(
             tmp_path, f"t{value}", f"{key}={value}", metrics={ACCURACY: right / 8},
             evaluation={"accuracies": [1.0] * right + [0.0] * (8 - right)},
         )  # fmt: skip
-    assert (analysed(tmp_path).comparison.test is not None) == paired
+    found = analysed(tmp_path)
+    assert (found.comparison is not None and found.comparison.test is not None) == paired
+    assert len(found.others) == (not paired)
 
 
 def test_the_reference_wins_half_against_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""Bootstraps, the paired test and the one-standard-error rule."""
+"""Bootstraps and the paired test."""
 
 import math
 
@@ -7,7 +7,6 @@ import pytest
 
 from dpo_lightning.sweeps.report.statistics import (
     Estimate,
-    choose,
     moved,
     over_items,
     over_seeds,
@@ -71,28 +70,3 @@ def test_the_paired_test_keeps_its_level():
 def test_all_signs_of_few_differences():
     """Four differences of one sign: 2 of 16 sign patterns are as extreme."""
     assert paired_test([1.0, 2.0, 1.5, 1.2]).p == pytest.approx(2 / 16)
-
-
-@pytest.mark.parametrize(
-    ("values", "kls", "best", "within", "pick"),
-    [
-        # 1.0 with error 0.1: 0.95 is within, 0.85 is not; the second has the smaller KL.
-        ([(1.0, 0.1), (0.95, 0.3), (0.85, 0.3)], [9.0, 5.0, 1.0], 0, (0, 1), 1),
-        # Only the best one's own error counts.
-        ([(1.0, 0.01), (0.95, 9.0)], [9.0, 5.0], 0, (0,), 0),
-        # Exactly on the line.
-        ([(1.0, 0.5), (0.5, 0.0)], [2.0, 1.0], 0, (0, 1), 1),
-        # Exact values have no error.
-        ([(1.0, 0.0), (0.999, 0.0)], [9.0, 1.0], 0, (0,), 0),
-        ([(1.0, None), (0.999, None)], [9.0, 1.0], 0, (0,), 0),
-        # A tie goes to the smaller KL, and among equal KLs to the larger value.
-        ([(1.0, 0.0), (1.0, 0.0)], [2.0, 1.0], 0, (0, 1), 1),
-        ([(0.95, 0.1), (1.0, 0.1)], [2.0, 2.0], 1, (0, 1), 1),
-        # An unknown KL is not a small one.
-        ([(1.0, 0.1), (0.95, 0.1)], [3.0, None], 0, (0, 1), 0),
-        ([(1.0, 0.1), (0.95, 0.1)], [None, None], 0, (0, 1), 0),
-    ],
-)
-def test_the_one_standard_error_rule(values, kls, best, within, pick):
-    found = choose([Estimate(mean, error, None, None) for mean, error in values], kls)
-    assert (found.best, found.within, found.pick) == (best, within, pick)
