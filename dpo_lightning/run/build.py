@@ -239,7 +239,7 @@ def make_measure(
             f"sweep.prune_metric={goal.metric}: no held-out rows to compare trials by; set "
             "data.eval= or a larger data.eval_fraction="
         )
-    return held_out(goal.metric, prepared.data.eval, signals)
+    return held_out(goal.metric, prepared.data.evaluated_groups(), signals)
 
 
 def what_is_pending(trainer: pl.Trainer | None, signals: SignalWatch) -> Callable[[], int]:

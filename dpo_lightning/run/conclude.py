@@ -137,7 +137,7 @@ def _by_group(trained: Trained) -> dict[str, Any]:
     accuracies = trained.module.eval_accuracies
     if accuracies is None:
         return {}
-    groups = trained.prepared.data.eval
+    groups = trained.prepared.data.evaluated_groups()
     return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
 
 

@@ -195,7 +195,7 @@ def _fill(
     record: RunRecord, config: Config, source: ModelSource, models: Models, data: PreparedData
 ) -> None:
     """The entries of model and data, and what its numbers are of."""
-    record.basis = basis_of(config, held_out=digest_of(data.eval))
+    record.basis = basis_of(config, held_out=digest_of(data.evaluated_groups()))
     parameters, trainable = count_parameters(models.policy)
     record.data = data.counts()
     record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}
