@@ -200,8 +200,10 @@ def smoothed(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
 
     def means(of: NDArray[np.float64]) -> NDArray[np.float64]:
         sums = np.concatenate([np.zeros_like(of[..., :1]), np.cumsum(of, axis=-1)], axis=-1)
-        found: NDArray[np.float64] = sums[..., places + ahead + 1] - sums[..., places - reach]
-        return found / window
+        found: NDArray[np.float64] = (
+            sums[..., places + ahead + 1] - sums[..., places - reach]
+        ) / window
+        return found
 
     mean = means(values - centre)
     spread = np.maximum(means((values - centre) ** 2) - mean**2, 0.0)

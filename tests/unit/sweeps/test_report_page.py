@@ -232,7 +232,7 @@ def test_no_label_touches_the_curve_or_leaves_the_figure(drawn):
 
 @pytest.mark.parametrize("shape", [WIDE, NARROW])
 def test_a_long_label_leaves_the_plot_its_width(sweep, shape):
-    """What does not fit beside a point is its number in the table."""
+    """A label too long for its place is its number in the table."""
     long = "data.train=/a/very/long/folder/with/a/name/rows.jsonl"
     trial(sweep, 0.1, kl=4.0, extra=[long])
     trial(sweep, 1.0, kl=1.0, extra=[long])
