@@ -52,9 +52,7 @@ def about(sweep: Sweep) -> About:
 def _facts(trials: Sequence[TrialResult], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     evaluated = _numbers(t.section("data").get("eval_groups") for t in trials)
     batches = _numbers(as_mapping(config.get("data")).get("batch_size") for config in configs)
-    rates = _numbers(
-        max(rates, default=None) for t in trials for rates in [t.series("train/learning_rate")[1]]
-    )
+    rates = _numbers(as_mapping(config.get("optimizer")).get("lr") for config in configs)
     seconds = _numbers(t.section("throughput").get("total_seconds") for t in trials)
     losses = list(dict.fromkeys(t.loss for t in trials if t.loss))
     return [

@@ -18,6 +18,8 @@ from dpo_lightning.sweeps.report.theme import EDGE, TEXT
 _POINT = 6
 # A label that hides more than this share of itself is left out: the table has it.
 _MOST_HIDDEN = 0.5
+# Cost of a label that another point is nearer to than its own.
+_MISTAKEN = 0.3
 # Room between a label and a line that it must not touch, in pixels.
 _ROOM = 2.0
 
@@ -57,10 +59,13 @@ def place_labels(
     written = []
     for label in labels:
         best, least = None, math.inf
+        own = axes.transData.transform((label.x, label.y))
         for place in _PLACES:
             text = _write(axes, label, place)
             box = text.get_window_extent(renderer)
             cost = _cost(box, taken, lines, axes.bbox)
+            if any(_distance(box, other) < _distance(box, own) - 1e-6 for other in places):
+                cost += _MISTAKEN
             if cost < least - 1e-6:
                 if best is not None:
                     best.remove()
@@ -85,6 +90,12 @@ def _cost(box: Bbox, taken: Sequence[Bbox], lines: Sequence[Outline], frame: Bbo
     area = box.width * box.height or 1.0
     hidden = sum(_overlap(box, other) for other in taken)
     return (hidden + area - _overlap(box, frame)) / area
+
+
+def _distance(box: Bbox, point: Sequence[float]) -> float:
+    """Distance of a point from the nearest edge of a label, 0 inside it."""
+    x, y = point
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
 
 def _write(axes: Axes, label: Label, place: tuple[float, float, str, str]) -> Annotation:

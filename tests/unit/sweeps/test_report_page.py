@@ -44,7 +44,9 @@ def told(folder, *, model="stories", rows=986, train="a/b/pairs.jsonl", seconds=
     result["throughput"] |= {"total_seconds": seconds}
     result["step"] = steps
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "config.yaml").write_text(json.dumps({"data": {"train": train, "batch_size": 32}}))
+    (folder / "config.yaml").write_text(
+        json.dumps({"data": {"train": train, "batch_size": 32}, "optimizer": {"lr": 5e-4}})
+    )
 
 
 def trial(sweep, beta, *, seed=1, reward=5.0, kl=1.0, extra=(), **facts):
@@ -74,7 +76,7 @@ def test_the_title_says_what_was_trained(sweep):
     found = about(read_sweep(sweep))
     assert found.title == "stories on pairs.jsonl: 986 rows, 100 steps, seeds 1, 2"
     assert found.facts[:2] == ("109 evaluation rows", "batches of 32 rows")
-    assert found.facts[-1] == "60 s of wall time in all trials"
+    assert found.facts[3:] == ("learning rate 0.0005", "60 s of wall time in all trials")
     write_report(sweep)
     assert f"<h1>{found.title}</h1>" in (sweep / "report.html").read_text()
     assert (sweep / "report.md").read_text().startswith(f"# {found.title}\n")
@@ -228,6 +230,28 @@ def test_no_label_touches_the_curve_or_leaves_the_figure(drawn):
         for text in written:
             assert not path.intersects_bbox(text.get_window_extent(), filled=False)
         assert len(written) >= min(len(drawn), 2)
+
+
+def test_a_label_stands_nearer_to_its_own_point_than_to_another():
+    """Two points side by side, under a curve that leaves the room to their left alone."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 4.2), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set_xlim(0, 6.5)
+        axes.set_ylim(1, 8)
+        points = [(5.62, 7.16), (5.87, 7.06)]
+        labels = [Label(text, *point) for text, point in zip("ab", points, strict=True)]
+        curve = [(x, 2.9 * math.sqrt(x) + 0.35) for x in np.linspace(0, 6.5, 100)]
+        written = place_labels(axes, labels, points=points, curves=[curve])
+        figure.draw_without_rendering()
+        places = [axes.transData.transform(point) for point in points]
+        for number, text in enumerate(written):
+            box = text.get_window_extent()
+            middle = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
+            far = [np.hypot(*(place - middle)) for place in places]
+            assert far[number] == min(far)
+        assert len(written) == 2
 
 
 @pytest.mark.parametrize("shape", [WIDE, NARROW])
