@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.path import Path as Outline
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from dpo_lightning.sweeps.report.theme import EDGE, TEXT
@@ -51,7 +51,6 @@ def place_labels(
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     side = 2 * _POINT * figure.dpi / 72
     places = [axes.transData.transform(point) for point in points]
     taken = [Bbox.from_bounds(x - side / 2, y - side / 2, side, side) for x, y in places]
@@ -62,7 +61,7 @@ def place_labels(
         own = axes.transData.transform((label.x, label.y))
         for place in _PLACES:
             text = _write(axes, label, place)
-            box = text.get_window_extent(renderer)
+            box = extent(text)
             cost = _cost(box, taken, lines, axes.bbox)
             if any(_distance(box, other) < _distance(box, own) - 1e-6 for other in places):
                 cost += _MISTAKEN
@@ -77,9 +76,15 @@ def place_labels(
         if best is not None and least > _MOST_HIDDEN:
             best.remove()
         elif best is not None:
-            taken.append(best.get_window_extent(renderer))
+            taken.append(extent(best))
             written.append(best)
     return written
+
+
+def extent(text: Annotation) -> Bbox:
+    """The box of a label's words, without the line to its point."""
+    text.get_window_extent()  # finds its place
+    return Text.get_window_extent(text)
 
 
 def _cost(box: Bbox, taken: Sequence[Bbox], lines: Sequence[Outline], frame: Bbox) -> float:
