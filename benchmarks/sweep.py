@@ -307,6 +307,8 @@ def ratios(report: dict[str, Any]) -> dict[str, list[float | None]]:
 
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
+    if not report:
+        return "Not measured yet.\n"
     lines = []
     for part in ("tiny", "large"):
         if part in report:
