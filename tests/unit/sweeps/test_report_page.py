@@ -232,6 +232,21 @@ def test_no_label_touches_the_curve_or_leaves_the_figure(drawn):
         assert len(written) >= min(len(drawn), 2)
 
 
+def test_a_label_on_the_curve_stands_elsewhere_or_nowhere(monkeypatch):
+    """The curve runs level, 10 points below the point: through the first place, not the second."""
+    places = ((0.0, -5.0, "center", "top"), (0.0, 9.0, "center", "bottom"))
+    for offered, expected in ((places, [(0.0, 9.0)]), (places[:1], [])):
+        monkeypatch.setattr("dpo_lightning.sweeps.report.labels._PLACES", offered)
+        with rc_context(STYLE):
+            figure = Figure(figsize=(4, 4), dpi=72)
+            FigureCanvasAgg(figure)
+            axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 288), ylim=(0, 288))
+            written = place_labels(
+                axes, [Label("β 1", 100, 100)], points=[(100, 100)], curves=[[(0, 90), (288, 90)]]
+            )
+        assert [text.get_position() for text in written] == expected
+
+
 def test_a_label_stands_nearer_to_its_own_point_than_to_another(monkeypatch):
     """The first place, free as it is, lies 9 points below another point; the second is taken."""
     places = ((-60.0, -9.0, "center", "top"), (9.0, -4.0, "left", "top"))
