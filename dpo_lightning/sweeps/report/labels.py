@@ -52,13 +52,13 @@ def place_labels(
     assert figure is not None
     figure.draw_without_rendering()
     side = 2 * _POINT * figure.dpi / 72
-    places = [axes.transData.transform(point) for point in points]
+    places: list[tuple[float, float]] = [tuple(axes.transData.transform(p)) for p in points]
     taken = [Bbox.from_bounds(x - side / 2, y - side / 2, side, side) for x, y in places]
     lines = [Outline(axes.transData.transform(list(curve))) for curve in curves if len(curve) > 1]
     written = []
     for label in labels:
         best, least = None, math.inf
-        own = axes.transData.transform((label.x, label.y))
+        own = tuple(axes.transData.transform((label.x, label.y)))
         for place in _PLACES:
             text = _write(axes, label, place)
             box = extent(text)
