@@ -13,7 +13,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs mutations \
-	check audit bench bench-gpu lock clean
+	check audit bench bench-gpu bench-sweep lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ bench: $(BENCH)/.ready ## measure speed beside TRL, or beside a commit: make ben
 
 bench-gpu: $(BENCH)/.ready ## measure speed, MFU and memory beside TRL on one GPU, within 30 minutes
 	@$(BENCH)/bin/python benchmarks/gpu.py $(ARGS)
+
+bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit: make bench-sweep ARGS="--against HEAD~1"
+	@$(BENCH)/bin/python benchmarks/sweep.py $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## regenerate constraints.txt in a clean environment

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
+STARTED_AT = time.time()
 
 # Ours, from what everybody does to all there is.
 LADDER = ("padded", "flat", "shared", "cached")
@@ -163,6 +164,7 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
         output_dir=str(arguments.out.with_suffix("")),
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.pairs,
+        per_device_eval_batch_size=arguments.pairs,
         learning_rate=arguments.lr,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
@@ -191,18 +193,29 @@ def trl(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
                 torch.cuda.synchronize()
             meter.times.append(time.time())
 
+    def rows(path: Path) -> Any:
+        return load_dataset("json", data_files=str(path), split="train", cache_dir=arguments.cache)
+
     trainer = DPOTrainer(
         model=model,
         args=config,
-        train_dataset=load_dataset(
-            "json", data_files=str(arguments.ordered), split="train", cache_dir=arguments.cache
-        ),
+        train_dataset=rows(arguments.ordered),
+        eval_dataset=None if arguments.evaluation is None else rows(arguments.evaluation),
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
         callbacks=[Times()],
     )
+    built = time.time()
     trainer.train()
     meter.trained()
-    return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
+    found = {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "built": built,
+    }
+    if arguments.evaluation is not None:
+        begin = time.perf_counter()
+        trainer.evaluate()
+        found["evaluation_seconds"] = time.perf_counter() - begin
+    return found
 
 
 def head(arguments: argparse.Namespace, meter: Meter) -> dict[str, Any]:
@@ -284,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("arm", choices=[*LADDER, *LORA, "trl_default", "trl_tuned", "head"])
     parser.add_argument("--out", type=Path, required=True)
-    for name in ("model", "rows", "ordered", "cache", "adapter"):
+    for name in ("model", "rows", "ordered", "evaluation", "cache", "adapter"):
         parser.add_argument(f"--{name}", type=Path)
     for name in ("steps", "pairs", "threads"):
         parser.add_argument(f"--{name}", type=int, default=1)
@@ -305,6 +318,7 @@ def main() -> None:
         "times": meter.times,
         "peak_bytes": meter.peak,
         "import_seconds": meter.imports,
+        "started": STARTED_AT,
         "total_seconds": time.perf_counter() - STARTED,
     }
     arguments.out.write_text(json.dumps(record | found))

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpo_lightning.settings.program import typed
+from dpo_lightning.sweeps.report.about import about
 from dpo_lightning.sweeps.report.analysis import Analysis
+from dpo_lightning.sweeps.report.answers import Answers, answers_of
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
-from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult
 from dpo_lightning.sweeps.report.sections import (
     Advice,
     TextTable,
@@ -35,10 +37,12 @@ from dpo_lightning.sweeps.report.text import (
     own_words,
     range_text,
 )
-
-# More answers side by side than this cannot be compared by a reader.
-_MOST_COLUMNS = 7
-_MOST_PROMPTS = 6
+from dpo_lightning.sweeps.report.trial_table import (
+    TrialRow,
+    folder_link,
+    trial_rows,
+    wall_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Row:
         cells: Cells under ``Content.columns``.
         picked: True if it is the pick.
         commands: Commands that reproduce its trials.
+        trials: Its trials: a word for each, and the link to its folder.
     """
 
     rank: str
@@ -58,29 +63,18 @@ class Row:
     cells: tuple[str, ...]
     picked: bool
     commands: tuple[str, ...]
+    trials: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A trial that did not finish: its name, status, why, and its log."""
+    """A trial that did not finish: its name, the link to its folder, status, why, and its log."""
 
     name: str
+    link: str
     status: str
     error: str
     log: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Answers to some prompts, side by side.
-
-    Attributes:
-        columns: Label of each that answers, and True if that is the pick.
-        rows: A prompt and the answer of each.
-    """
-
-    columns: tuple[tuple[str, bool], ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,9 @@ class ReportContent:
     """All texts of a report.
 
     Attributes:
-        title: Name of the sweep.
+        title: Model, data, rows, steps and seeds.
+        facts: More that the trials share.
+        folder: Name of the sweep's folder.
         counts: Number of trials of each status.
         pick: The pick's label, None without one.
         reason: Reason why it was picked.
@@ -99,6 +95,7 @@ class ReportContent:
         tables: Tables below the ranking.
         advice: What to try next.
         answers: Sample answers, None without any.
+        trials: All trials.
         unfinished: Trials that failed, still run or wait.
         signs: Trials with signs of a failed training, and these.
         notes: Notes about what could not be read.
@@ -107,6 +104,8 @@ class ReportContent:
     """
 
     title: str
+    facts: tuple[str, ...]
+    folder: str
     counts: str
     pick: str | None
     reason: str
@@ -117,6 +116,7 @@ class ReportContent:
     tables: tuple[TextTable, ...]
     advice: tuple[Advice, ...]
     answers: Answers | None
+    trials: tuple[TrialRow, ...]
     unfinished: tuple[Unfinished, ...]
     signs: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...]
@@ -134,9 +134,12 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
     pick, reason = headline(analysis)
     counts = [f"{count} {status}" for status, count in sweep.status_counts.items()]
     columns, cells = _columns(analysis)
+    shared = about(sweep)
     return ReportContent(
-        title=clean(sweep.folder.resolve().name),
-        counts=f"{len(sweep.trials)} trials: {', '.join(counts)}",
+        title=shared.title,
+        facts=shared.facts,
+        folder=clean(sweep.folder.resolve().name),
+        counts=f"{len(sweep.trials)} trial{'s' * (len(sweep.trials) > 1)}: {', '.join(counts)}",
         pick=None if pick is None else pick.label,
         reason=reason,
         metric="nothing" if analysis.metric is None else METRICS[analysis.metric],
@@ -148,15 +151,17 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
                 cells=cells[rank - 1],
                 picked=c is analysis.pick,
                 commands=tuple(_commands(c)),
+                trials=_trial_links(c),
             )
             for rank, c in enumerate(analysis.configurations, start=1)
         ),
         comparison=None if analysis.comparison is None else analysis.comparison.sentence,
         tables=tables_of(analysis),
         advice=advice_of(analysis),
-        answers=_answers(analysis),
+        answers=answers_of(analysis),
+        trials=trial_rows(sweep),
         unfinished=tuple(
-            Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
+            Unfinished(clean(t.name), folder_link(t), clean(t.status), cut(t.error), t.log)
             for t in sweep.trials
             if not t.finished
         ),
@@ -204,6 +209,7 @@ def _columns(analysis: Analysis) -> tuple[tuple[str, ...], list[tuple[str, ...]]
             c.mean(f"eval/logratios/{name}", f"train/logratios/{name}") for c in configurations
         ]
         values[words] = [number_text(value) for value in found]
+    values["wall time, s"] = [number_text(_seconds(c)) for c in configurations]
     values["pairs/s"] = [number_text(c.pairs_per_second) for c in configurations]
     kept = {name: cells for name, cells in values.items() if set(cells) - {MISSING, ""}}
     return tuple(kept), (
@@ -224,59 +230,24 @@ def _interval(value: Estimate | None) -> str:
     return "" if value is None else range_text(value.low, value.high)
 
 
+def _seconds(configuration: Configuration) -> float | None:
+    """Mean over the seeds of the wall time of a trial."""
+    known = [s for trial in configuration.trials if (s := wall_seconds(trial)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _trial_links(configuration: Configuration) -> tuple[tuple[str, str], ...]:
+    trials = configuration.trials
+    if len(trials) == 1:
+        return (("trial", folder_link(trials[0])),)
+    return tuple(
+        (f"seed {number if trial.seed is None else trial.seed}", folder_link(trial))
+        for number, trial in enumerate(trials, start=1)
+    )
+
+
 def _commands(configuration: Configuration) -> list[str]:
     return [own_words(trial.command) for trial in configuration.trials if trial.command]
-
-
-def _answers(analysis: Analysis) -> Answers | None:
-    """Greedy answers where there are any, else drawn ones; one column per configuration."""
-    shown = _spread(analysis.configurations, analysis.pick)
-    columns = [(c, _texts(c.trials[0])) for c in shown]
-    columns = [(c, texts) for c, texts in columns if texts]
-    if not columns:
-        return None
-    rows = []
-    for prompt, (preferred, reference, _) in columns[0][1].items():
-        if all(prompt in texts for _, texts in columns):
-            own = [cut(texts[prompt][2]) for _, texts in columns]
-            rows.append((cut(prompt, keep_end=True), (cut(preferred), cut(reference), *own)))
-    heads = [("preferred in the data", False), ("reference", False)]
-    heads += [(c.label, c is analysis.pick) for c, _ in columns]
-    return Answers(tuple(heads), tuple(rows[:_MOST_PROMPTS])) if rows else None
-
-
-def _texts(trial: TrialResult) -> dict[str, tuple[str, str, str]]:
-    """Answers of each prompt: the preferred one, the reference's and the policy's."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for kind, own in (("answers", "after"), ("samples", "policy")):
-        for row in as_rows(trial.evaluation.get(kind)):
-            texts = [row.get(name) for name in ("prompt", "preferred", "reference", own)]
-            prompt, preferred, reference, policy = (
-                text if isinstance(text, str) else "" for text in texts
-            )
-            found.setdefault(prompt, (preferred, reference, policy))
-        if found:
-            break
-    return found
-
-
-def _spread(
-    configurations: Sequence[Configuration], pick: Configuration | None
-) -> list[Configuration]:
-    """The pick and others at equal distances, by beta where they have one."""
-    ordered = sorted(
-        (c for c in configurations if c.trials),
-        key=lambda c: (c.beta is None, c.beta or 0.0, c.label),
-    )
-    if len(ordered) <= _MOST_COLUMNS:
-        return ordered
-    last = len(ordered) - 1
-    places = {round(i * last / (_MOST_COLUMNS - 1)) for i in range(_MOST_COLUMNS)}
-    if pick is not None:
-        own = ordered.index(pick)
-        # It takes the place of its nearest neighbour.
-        places = places - {min(places, key=lambda place: abs(place - own))} | {own}
-    return [ordered[place] for place in sorted(places)]
 
 
 def _method(analysis: Analysis) -> list[str]:

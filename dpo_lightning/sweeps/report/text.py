@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.read import is_hydra_word, override_key, override_value
@@ -74,6 +76,13 @@ def range_text(low: float | None, high: float | None) -> str:
     return f"{number_text(low)} to {number_text(high)}"
 
 
+def seconds_text(seconds: float) -> str:
+    """A duration in the unit that a reader would use: ``45 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def clean(text: str) -> str:
     """Removes control characters and halves of characters, which no file can hold."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
@@ -97,6 +106,14 @@ def own_words(command: str) -> str:
         words[:2] = typed()
     kept = [word for word in words if word != "resume=auto" and not is_hydra_word(word)]
     return clean(shlex.join(kept))
+
+
+def address(path: str) -> str:
+    """A relative path as a link; one that is not text, by its bytes as far as it has any."""
+    try:
+        return quote(os.fsencode(path))
+    except UnicodeEncodeError:
+        return quote(path, errors="replace")
 
 
 def escape_markdown(value: object) -> str:

@@ -1,7 +1,7 @@
 """The report of a sweep: ``dpo-lightning report FOLDER`` writes it at any time.
 
 ``report.html`` has everything in itself, ``report.md`` is for a terminal or a pull request,
-``frontier.png`` is the picture and ``sweep.json`` the numbers. Imports no torch.
+``frontier.png`` is the picture, ``sweep.json`` and ``trials.csv`` the numbers. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import hashlib
 import math
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -23,15 +23,21 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import PRUNING, SWEEP_FILE, read_json, write_json, write_whole
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
+from dpo_lightning.sweeps.report.answers import spread
 from dpo_lightning.sweeps.report.content import make_content, report_command, summary
-from dpo_lightning.sweeps.report.figures import frontier, learning_curves, logratios
+from dpo_lightning.sweeps.report.curves import CAPTION, LEARNING, LOGRATIOS, curves
+from dpo_lightning.sweeps.report.figures import frontier, frontier_svg
 from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
-from dpo_lightning.sweeps.report.text import code_block, escape_markdown
+from dpo_lightning.sweeps.report.text import address, code_block, escape_markdown
+from dpo_lightning.sweeps.report.theme import colours_of, variables
+from dpo_lightning.sweeps.report.trial_table import TRIALS_FILE, trials_csv
 from dpo_lightning.tracking.terminal import outlive_terminal
 
 PICTURE = "frontier.png"
+# More curves in a panel than this hide each other.
+_MOST_CURVES = 8
 
 
 def write_report(
@@ -58,29 +64,77 @@ def write_report(
     sweep = read_sweep(folder)
     analysis = analyse(sweep, metric, PickRule(margin, kl_budget))
     content = make_content(sweep, analysis)
-    picture = frontier(analysis)
-    curves = {
-        "frontier": (picture, "image/png"),
-        "learning_curves": (learning_curves(_by_beta(analysis)), "image/svg+xml"),
-        "logratios": (logratios(_by_beta(analysis)), "image/svg+xml"),
-    }
-    figures = {
-        name: None if data is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        for name, (data, kind) in curves.items()
-    }
     asked = {"--metric": metric, "--margin": margin, "--kl-budget": kl_budget}
     again = report_command(str(folder), asked)
-    html = _environment(escape=True).get_template("report.html")
+    environment = _environment(escape=True)
+    script = environment.get_template("sort.js").render()
+    page = environment.get_template("report.html").render(
+        c=content,
+        figures=_figures(analysis),
+        csv=TRIALS_FILE,
+        again=again,
+        script=script,
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    )
     markdown = _environment(escape=False).get_template("report.md")
     written = summary(sweep, analysis)
-    write_whole(folder / PICTURE, picture)
-    _write_text(folder / "report.html", html.render(c=content, figures=figures, again=again))
-    _write_text(folder / "report.md", markdown.render(c=content, picture=PICTURE, again=again))
+    write_whole(folder / PICTURE, frontier(analysis))
+    _write_text(folder / TRIALS_FILE, trials_csv(sweep))
+    _write_text(folder / "report.html", page)
+    _write_text(
+        folder / "report.md",
+        markdown.render(c=content, picture=PICTURE, csv=TRIALS_FILE, again=again),
+    )
     # What a pruned sweep decided is its own.
     kept = {key: value for key, value in read_json(folder / SWEEP_FILE).items() if key == PRUNING}
     written |= kept
     write_json(folder / SWEEP_FILE, written)
     return written
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """The figures of the page and their colours.
+
+    Attributes:
+        wide: The frontier.
+        narrow: The frontier for a phone.
+        learning: Panels of loss and accuracy.
+        logratios: Panels of log-ratios.
+        legend: Labels of the curves and their variables.
+        caption: Words about the curves.
+        light: The page's variables of the light scheme.
+        dark: Those of the dark one.
+    """
+
+    wide: str
+    narrow: str
+    learning: Sequence[str]
+    logratios: Sequence[str]
+    legend: Sequence[tuple[str, str]]
+    caption: str
+    light: str
+    dark: str
+
+
+def _figures(analysis: Analysis) -> _Figures:
+    ordered = _by_beta(analysis)
+    shown = spread(ordered, analysis.pick, most=_MOST_CURVES)
+    # Those that are drawn come first, so that they are told apart however many others there are.
+    colours = colours_of([*shown, *(c for c in ordered if c not in shown)])
+    caption = CAPTION
+    if len(shown) < len(ordered):
+        caption = f"{len(shown)} of {len(ordered)} configurations are drawn. {caption}"
+    return _Figures(
+        wide=frontier_svg(analysis, colours, narrow=False),
+        narrow=frontier_svg(analysis, colours, narrow=True),
+        learning=curves(shown, LEARNING, colours=colours, share=False),
+        logratios=curves(shown, LOGRATIOS, colours=colours, share=True),
+        legend=[(c.label, colours[c.label].name) for c in shown],
+        caption=caption,
+        light=variables(colours, dark=False),
+        dark=variables(colours, dark=True),
+    )
 
 
 def _by_beta(analysis: Analysis) -> list[Configuration]:
@@ -100,16 +154,8 @@ def _environment(*, escape: bool) -> Environment:
         finalize=None if escape else escape_markdown,
     )
     environment.globals["code_block"] = code_block
-    environment.filters["address"] = _address
+    environment.filters["address"] = address
     return environment
-
-
-def _address(path: str) -> str:
-    """A relative path as a link; one that is not text, by its bytes as far as it has any."""
-    try:
-        return quote(os.fsencode(path))
-    except UnicodeEncodeError:
-        return quote(path, errors="replace")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -127,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog=" ".join(typed("report")),
-        description="Writes report.html, report.md, frontier.png and sweep.json of a sweep.",
+        description=f"Writes report.html, report.md, {PICTURE}, {TRIALS_FILE} and sweep.json of a "
+        "sweep.",
     )
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
     parser.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")

@@ -1,20 +1,15 @@
 """The report of a sweep, from folders of files: its ranking, pick, tests, figures and words."""
 
-import base64
 import json
 import math
 import re
-import shutil
-import struct
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.sweeps.report.analysis import analyse
-from dpo_lightning.sweeps.report.figures import smoothed
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.text import error_text, label_of, number_text
 from dpo_lightning.sweeps.report.write import main, write_report
@@ -283,7 +278,8 @@ def test_texts_of_a_data_set_are_no_markup(sweep):
     hostile_sweep(sweep)
     write_report(sweep)
     html = (sweep / "report.html").read_text()
-    assert "<script" not in html
+    # The only script is the page's own, and the page lets no other run.
+    assert html.count("<script") == 1
     assert "&lt;script&gt;" in html
     assert "\x1b" not in html
     assert "y" * 500 not in html
@@ -300,27 +296,11 @@ def test_texts_of_a_data_set_are_no_markup(sweep):
                 assert cells == len(re.findall(r"(?<!\\)\|", lines[number - 1])), line
 
 
-def test_the_page_holds_everything_itself(sweep):
-    reward_trial(sweep, 0.1, 6.0, 5.0)
-    write_report(sweep)
-    html = (sweep / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len([source for source in sources if source.startswith("data:image/")]) == 3
-    assert not [source for source in sources if re.match(r"\w+://|//", source)]
-    assert "url(" not in html
-    png = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", html).group(1))
-    assert png == (sweep / "frontier.png").read_bytes()
-    assert png.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", png[16:24])
-    assert 800 < width < 2000
-    assert 500 < height < 1500
-
-
 def test_the_report_says_the_same_twice(sweep):
     reward_trial(sweep, 0.1, 6.0, 5.0)
     reward_trial(sweep, 1.0, 5.0, 1.0)
     write_report(sweep)
-    names = ("report.html", "report.md", "frontier.png", "sweep.json")
+    names = ("report.html", "report.md", "frontier.png", "sweep.json", "trials.csv")
     first = [(sweep / name).read_bytes() for name in names]
     write_report(sweep)
     assert [(sweep / name).read_bytes() for name in names] == first
@@ -339,7 +319,8 @@ def test_answers_stand_side_by_side_and_commands_reproduce_the_rows(sweep):
         )  # fmt: skip
     report = write_report(sweep)
     line = next(x for x in (sweep / "report.md").read_text().splitlines() if x.startswith("| Hi"))
-    assert line == "| Hi | good | ref | from 0.1 | from 1.0 |"
+    # The recommended one comes first.
+    assert line == "| Hi | from 0.1 | ref | good | from 1.0 |"
     commands = [c["commands"] for c in report["configurations"]]
     assert sorted(commands) == [["python train.py beta=0.1"], ["python train.py beta=1.0"]]
 
@@ -356,23 +337,6 @@ def test_many_configurations_are_drawn_and_few_answers_shown(sweep):
     [head] = [x for x in markdown.splitlines() if x.startswith("| prompt |")]
     assert head.count("β") == 7
     assert "β 0.4 " in head  # the pick is among them
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-def test_a_browser_opens_the_page_without_an_error(sweep, tmp_path):
-    hostile_sweep(sweep)
-    write_report(sweep)
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-    )
-    done = subprocess.run(
-        ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'user'}",
-         f"file://{sweep / 'report.html'}"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert "Learning curves" in done.stdout
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
 
 # The command -------------------------------------------------------------------------------------
@@ -440,25 +404,6 @@ def test_labels_are_short():
     assert label_of(["data.train=/a/very/long/folder/with/a/name/rows.jsonl"], None).endswith(
         "rows.jsonl"
     )
-
-
-def test_smoothing_keeps_lines_and_the_first_step():
-    """A running mean as wide on both sides leaves a straight line as it is.
-
-    200 values, 5 for a fortieth: 3 on each side, so 3 at the end have fewer after than before them.
-    """
-    steps = list(range(200))
-    _, means = smoothed(steps, [3.0 * s for s in steps])
-    np.testing.assert_allclose(means[:-3], [3.0 * s for s in steps[:-3]], atol=1e-9)
-    # The last is the mean of itself and of the 3 before it: 1.5 steps behind.
-    assert means[-1] == pytest.approx(3.0 * (199 - 1.5))
-    noise = np.random.default_rng(0).normal(size=2000)
-    _, means = smoothed(list(range(2000)), noise.tolist())
-    assert means[0] == noise[0]
-    assert np.std(means) < 0.3
-    # No jump at the end, which would look like a run that came apart there.
-    assert np.abs(np.diff(means[-100:])).max() < 0.2
-    assert smoothed([1, 2], [5.0, 6.0])[1] == [5.0, 6.0]
 
 
 def test_the_closed_form_is_only_drawn_for_the_true_reward(sweep):
