@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 RESULT_FILE = "result.json"
 DIVERGED_FILE = "diverged.json"
 METRICS_FILE = "metrics.jsonl"
+INTERPOLATION_FILE = "interpolation.json"
+"""The frontier of one policy, in its run's folder."""
 
 _POLL_SECONDS = 0.2
 
