@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dpo_lightning.objectives.objective import ObjectiveSettings
 
+MOST_LAMBDA = 100.0
+"""Beyond it mixed logits are all but the choice of one token."""
+
 # Their population loss is lowest at pi_ref exp(r / beta) / Z, where labels follow Bradley-Terry or
 # Plackett-Luce with the reward r.
 _OF_REWARDS = ("sigmoid", "robust", "softmax", "plackett_luce")

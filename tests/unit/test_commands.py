@@ -75,6 +75,12 @@ def test_a_command_is_given_the_words_behind_its_name(monkeypatch, name: str):
         (["preflight", "bta=1"], 2, "", "error: bta: unknown key; did you mean `beta`?\n"),
         (["report", "--help"], 0, "usage: python -m dpo_lightning report", ""),
         (["report", "none"], 2, "", "error: none: "),
+        (
+            *(["interpolate", "--help"], 0),
+            *("usage: python -m dpo_lightning interpolate RUN [--betas B,B,…]", ""),
+        ),
+        (["interpolate"], 2, "", "error: no folder: name the folder of one run"),
+        (["interpolate", "none"], 2, "", "error: run=none: no such folder"),
         (["doctor", "--help"], 0, "usage: python -m dpo_lightning doctor [--json]", ""),
         (["doctor", "--jsn"], 2, "", "error: --jsn: `python -m dpo_lightning doctor` takes --json"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_lightning.errors import OutOfMemoryError, UserError
 from dpo_lightning.files import INTERPOLATION_FILE, finite, write_json
+from dpo_lightning.objectives.optimum import MOST_LAMBDA
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.run.finished import export_of
 from dpo_lightning.run.folder import disk_fault
@@ -40,8 +41,8 @@ _SETTINGS = (
     *("plugins", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.batch_size"),
     *("trainer.accelerator", "trainer.threads"),
 )
-# Beyond it logits are all but a choice of one token.
-_MOST_LAMBDA = 100.0
+# With another one the points are of other marks, or other answers, than the run's own metrics.
+_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,9 @@ def _numbers(flag: str, text: str | None, *, least: float | None) -> tuple[float
             number = float(part)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or not (number > 0 or number == least):
-            bound = "> 0" if least is None else f">= {least:g}"
+        most = math.inf if least is None else MOST_LAMBDA
+        if not math.isfinite(number) or not (number > 0 or number == least) or number > most:
+            bound = "> 0" if least is None else f">= {least:g} and <= {most:g}"
             raise UserError(f"{flag}={text}: needs finite numbers {bound}, such as {flag} 0.1,0.5")
         numbers.append(number)
     return tuple(numbers)
@@ -158,6 +160,7 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
 
     try:
         found = interpolate(config, export, betas=words.betas, lambdas=words.lambdas)
+        found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "policy and reference are in memory together, and it does not suffice: lower "

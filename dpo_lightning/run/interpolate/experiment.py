@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from dpo_lightning.data.controlled import MAX_TOKENS, PROMPTS, ControlledTask, word_values
+from dpo_lightning.data.controlled import PROMPTS, ControlledTask
 from dpo_lightning.data.rows import prompt_of_key
-from dpo_lightning.data.tokens import Ids
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import choose_prompts
-from dpo_lightning.evaluation.interpolated import Pair, draw_mixed, score_mixed
+from dpo_lightning.evaluation.interpolated import Pair
 from dpo_lightning.evaluation.one_policy import (
     LAMBDAS,
     MOST_PROMPTS,
     Axis,
     Drawn,
     ExactGains,
-    Mixture,
     decoded_point,
-    gather,
     plan_mixtures,
     weighted_point,
 )
-from dpo_lightning.evaluation.sampling import Precision, answer_prompts, end_ids
+from dpo_lightning.evaluation.sampling import Precision
 from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.models.adapter_files import read_adapter
 from dpo_lightning.models.loading import load_config, load_model, max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
-from dpo_lightning.objectives.optimum import why_no_beta
-from dpo_lightning.plugins import Prompt
+from dpo_lightning.objectives.optimum import MOST_LAMBDA, why_no_beta
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
+from dpo_lightning.run.interpolate.drawing import Drawer, Questions
 from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.prepare import (
     adapter_settings,
@@ -50,47 +46,6 @@ from dpo_lightning.run.prepare import (
 )
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
-
-# Answers of each mixture that are kept to be read.
-_KEPT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Questions:
-    """Prompts, and how answers to them are marked.
-
-    Attributes:
-        ids: Token ids of each.
-        texts: As their rows have them.
-        task: The controlled task, if they are its own.
-        score: The judge, of rows.
-    """
-
-    ids: Sequence[Ids]
-    texts: Sequence[Prompt]
-    task: ControlledTask | None
-    score: Callable[[list[Prompt], list[str]], list[float]] | None
-
-    def judge(
-        self, text: Callable[[Ids], str], owners: Sequence[int]
-    ) -> Callable[[Sequence[Ids]], Sequence[float]] | None:
-        """What marks answers; None where nothing does.
-
-        Args:
-            text: Token ids as text.
-            owners: The prompt of each answer.
-        """
-        if self.task is not None:
-            values = [[0.0, *row] for row in word_values()]
-            return lambda answers: [
-                sum(values[prompt][token] for token in ids.tolist())
-                for prompt, ids in zip(owners, answers, strict=True)
-            ]
-        score = self.score
-        if score is None:
-            return None
-        questions = [self.texts[prompt] for prompt in owners]
-        return lambda answers: score(questions, [text(ids) for ids in answers])
 
 
 def interpolate(
@@ -108,12 +63,7 @@ def interpolate(
         UserError: If a beta is asked of a loss that has none, or data and models are gone.
     """
     no_beta = _why_no_beta(config)
-    if betas and no_beta is not None:
-        raise UserError(
-            f"--betas={','.join(f'{b:g}' for b in betas)}: {no_beta}, so that no place on the way "
-            "is that of a beta; give --lambdas, where 0 is the reference and 1 the policy"
-        )
-    asked = [config.beta / beta for beta in betas] + list(lambdas)
+    asked = [*_places(config, betas, no_beta), *lambdas]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
@@ -122,7 +72,7 @@ def interpolate(
     set_threads(config, source)
     questions = _questions(config, source, hardware, export)
     with _pair(config, source, export, hardware.beside) as pair:
-        drawer = _Drawer(config, source, pair, questions, _precision(hardware))
+        drawer = Drawer(config, source, pair, questions, _precision(hardware))
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
         axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
@@ -144,6 +94,27 @@ def interpolate(
         "notes": _notes(config, no_beta, questions),
         "drawn": drawer.facts(drawn),
     }
+
+
+def _places(config: Config, betas: Sequence[float], no_beta: str | None) -> list[float]:
+    """Places of betas.
+
+    Raises:
+        UserError: If there are none, or one is too far.
+    """
+    typed = f"--betas={','.join(f'{beta:g}' for beta in betas)}"
+    if betas and no_beta is not None:
+        raise UserError(
+            f"{typed}: {no_beta}, so that no place on the way is that of a beta; give --lambdas, "
+            "where 0 is the reference and 1 the policy"
+        )
+    for beta in betas:
+        if config.beta / beta > MOST_LAMBDA:
+            raise UserError(
+                f"{typed}: at β {beta:g} the logits' difference would count "
+                f"{config.beta / beta:g} times; give at least {config.beta / MOST_LAMBDA:g}"
+            )
+    return [config.beta / beta for beta in betas]
 
 
 def _why_no_beta(config: Config) -> str | None:
@@ -176,7 +147,7 @@ def _points(
     return sorted(points, key=lambda p: (p["lambda"], p["method"])), hidden
 
 
-def _notes(config: Config, no_beta: str | None, questions: _Questions) -> list[str]:
+def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[str]:
     """What has to be known to read the points, a sentence each."""
     notes = []
     if no_beta is None:
@@ -247,7 +218,7 @@ def _exported(models: Models, source: ModelSource, export: Path) -> Any:
     return loaded
 
 
-def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> _Questions:
+def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> Questions:
     """Held-out prompts, each once, and their judge."""
     score = make_score(config, hardware, judges=True)
     # Rows that cannot be read were named, and set aside, when the run read them.
@@ -255,7 +226,7 @@ def _questions(config: Config, source: ModelSource, hardware: Hardware, export: 
     if rows is None:
         task = ControlledTask()
         ids = [row.numpy().astype("int32") for row in task.prompt_ids]
-        return _Questions(ids, list(PROMPTS), task, None)
+        return Questions(ids, list(PROMPTS), task, None)
     data, _ = prepare_groups(
         config, rows, source, cache_folder(config.reference.cache_dir) / "tokens"
     )
@@ -268,118 +239,4 @@ def _questions(config: Config, source: ModelSource, hardware: Hardware, export: 
     if not groups:
         raise UserError(f"run={export.parent}: no prompt of its data leaves room for an answer")
     texts = [prompt_of_key(group.prompt_key) for group in groups]
-    return _Questions([group.prompt for group in groups], texts, None, score)
-
-
-# Answers ----------------------------------------------------------------------------------------
-
-
-class _Drawer:
-    """Draws and scores the answers.
-
-    Args:
-        config: The run's settings.
-        source: Its model's source.
-        pair: Policy and reference.
-        questions: The prompts.
-        precision: The context to compute in.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        source: ModelSource,
-        pair: Pair,
-        questions: _Questions,
-        precision: Precision,
-    ) -> None:
-        longest = config.evaluation.max_new_tokens
-        if questions.task is not None:
-            longest = min(longest, MAX_TOKENS)
-        positions = max_positions(source.config)
-        if positions is not None:
-            longest = min(longest, positions - max(map(len, questions.ids)))
-        self._longest = longest
-        self._batch_size = config.evaluation.batch_size
-        self._scorer_name = config.evaluation.scorer
-        self._tokenizer = source.tokenizer
-        self._pair = pair
-        self._questions = questions
-        self._precision = precision
-
-    def draw(self, mixtures: Sequence[Mixture]) -> Drawn:
-        """All answers, with their log-probabilities and marks."""
-        prompts = self._questions.ids
-        answers = [self._answers(mixture) for mixture in mixtures]
-        owners = [
-            prompt
-            for mixture in mixtures
-            for prompt in range(len(prompts))
-            for _ in range(mixture.count)
-        ]
-        _say(f"scoring {len(owners)} answers")
-        return gather(
-            mixtures,
-            answers,
-            score=lambda ids, own: score_mixed(
-                self._pair,
-                [prompts[i] for i in owners],
-                ids,
-                own=own,
-                lambdas=[mixture.lam for mixture in mixtures],
-                pad=self._tokenizer.eos_token_id,
-                precision=self._precision,
-            ),
-            judge=self._questions.judge(self._text, owners),
-            prompts=len(prompts),
-        )
-
-    def _answers(self, mixture: Mixture) -> list[Ids]:
-        """Answers of one mixture, all of one prompt together."""
-        prompts = [ids for ids in self._questions.ids for _ in range(mixture.count)]
-        names = {0.0: "the reference", 1.0: "the policy"}
-        _say(f"drawing {len(prompts)} answers of {names.get(mixture.lam, f'λ {mixture.lam:g}')}")
-        asked: dict[str, Any] = {
-            "max_new_tokens": self._longest,
-            "batch_size": self._batch_size,
-            "seed": mixture.seed,
-            "precision": self._precision,
-        }
-        pair = self._pair
-        if mixture.lam in (0.0, 1.0):  # one of the models alone
-            model = pair.policy if mixture.lam else pair.reference
-            return answer_prompts(model, pair.scorer, self._tokenizer, prompts, **asked)
-        return draw_mixed(pair, self._tokenizer, prompts, mixture.lam, **asked)
-
-    def _text(self, ids: Ids) -> str:
-        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        return text
-
-    def samples(self, drawn: Drawn, number: int) -> list[dict[str, Any]]:
-        """A few answers of a mixture, to different prompts."""
-        first = drawn.of(number).start
-        asked = zip(self._questions.ids, drawn.answers, strict=True)
-        return [
-            {"prompt": self._text(prompt).strip(), "response": self._text(answers[first]).strip()}
-            for prompt, answers in list(asked)[:_KEPT]
-        ]
-
-    def facts(self, drawn: Drawn) -> dict[str, Any]:
-        """How the answers were drawn, and how many were cut off."""
-        ends = end_ids(self._pair.policy, self._tokenizer)
-        own = [drawn.answers[p][drawn.of(1)] for p in range(len(drawn.answers))]
-        cut = [
-            len(ids) >= self._longest and int(ids[-1]) not in ends for part in own for ids in part
-        ]
-        return {
-            "prompts": len(drawn.answers),
-            "answers": {f"{mixture.lam:g}": mixture.count for mixture in drawn.mixtures},
-            "temperature": 1.0,
-            "max_new_tokens": self._longest,
-            "policy_cut_off": sum(cut) / len(cut),
-            "judge": "true reward" if self._questions.task is not None else self._scorer_name,
-        }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return Questions([group.prompt for group in groups], texts, None, score)

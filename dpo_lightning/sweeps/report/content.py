@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis
+from dpo_lightning.sweeps.report.one_policy import PolicyFrontier, policy_frontiers
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows
 from dpo_lightning.sweeps.report.statistics import Estimate
@@ -83,6 +84,7 @@ class ReportContent:
         rows: The configurations, best first.
         comparison: The best two in words, None where there are fewer.
         answers: Sample answers, None without any.
+        one_policy: Frontiers of single policies, for trials that have one.
         unfinished: Trials that failed, still run or wait.
         signs: Trials with signs of a failed training, and these.
         notes: Notes about what could not be read.
@@ -99,6 +101,7 @@ class ReportContent:
     rows: tuple[Row, ...]
     comparison: str | None
     answers: Answers | None
+    one_policy: tuple[PolicyFrontier, ...]
     unfinished: tuple[Unfinished, ...]
     signs: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...]
@@ -135,6 +138,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
         ),
         comparison=None if analysis.comparison is None else analysis.comparison.sentence,
         answers=_answers(analysis),
+        one_policy=policy_frontiers(sweep.finished),
         unfinished=tuple(
             Unfinished(clean(t.name), clean(t.status), cut(t.error), t.log)
             for t in sweep.trials

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from dpo_lightning.sweeps.report.analysis import Analysis
+from dpo_lightning.sweeps.report.one_policy import draw_policies
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import TrialResult
 
@@ -99,6 +100,7 @@ def _draw_frontier(axes: Axes, analysis: Analysis, drawn: Sequence[Configuration
             [0], [analysis.reference_value], "X", color=_DARK, ms=8, label="reference", zorder=3,
             clip_on=False,
         )  # fmt: skip
+    draw_policies(axes, analysis)
     losses = list(dict.fromkeys(c.loss for c in drawn))
     for c in drawn:
         assert c.value is not None

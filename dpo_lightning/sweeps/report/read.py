@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import METRICS_FILE, RESULT_FILE, json_object
+from dpo_lightning.files import INTERPOLATION_FILE, METRICS_FILE, RESULT_FILE, json_object
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -42,6 +42,7 @@ class TrialResult:
         rows: The lines of ``metrics.jsonl``.
         evaluation: ``evaluation.json``, empty if there is none.
         log: Its log, relative to the sweep's folder.
+        interpolation: The frontier of its policy, empty where nobody asked for it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TrialResult:
     rows: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     log: str | None
+    interpolation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -209,6 +211,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
         rows=_read_rows(folder / METRICS_FILE, notes),
         evaluation=_read_object(folder / EVALUATION_FILE, notes),
         log=None if log is None else f"{folder.name}/{log}",
+        interpolation=_read_object(folder / INTERPOLATION_FILE, notes),
     )
 
 

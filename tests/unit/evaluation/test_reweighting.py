@@ -10,6 +10,7 @@ from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.evaluation.one_policy import LAMBDAS, plan_mixtures
 from dpo_lightning.evaluation.reweighting import (
+    PromptEstimates,
     estimate_interpolated,
     over_prompts,
     plain_estimates,
@@ -110,9 +111,17 @@ def test_log_probabilities_of_long_answers_are_taken():
 def test_the_size_is_a_harmonic_mean():
     """A prompt of 8 answers weighs errors as three of 24 do: 2 / (1/8 + 1/24) = 12."""
     found = estimate(torch.zeros(2, 32, 2).double(), [16, 16], 0.5)
-    found = type(found)(None, None, found.kl, found.kl_variance, tensor(8, 24), found.pareto_k)
+    found = PromptEstimates(None, None, found.kl, found.kl_variance, tensor(8, 24), found.pareto_k)
     assert float(found.size) == pytest.approx(12)
     assert not found.trusted
+
+
+@pytest.mark.parametrize(
+    ("ess", "shape", "trusted"), [(14, 0.69, True), (13.9, 0.69, False), (30, 0.7, False)]
+)
+def test_a_point_needs_answers_and_a_light_tail(ess: float, shape: float, trusted: bool):
+    found = PromptEstimates(None, None, tensor(0), tensor(0), tensor(ess), torch.tensor(shape))
+    assert bool(found.trusted) == trusted
 
 
 def test_intervals_by_hand():
