@@ -128,7 +128,7 @@ class Coverage:
 
 
 def coverage(models: Enumerated | Normal, lam: float, *, draws: int, seed: int = 0) -> Coverage:
-    """How often intervals for these prompts have the truth."""
+    """Shares of the redraws in which intervals for these prompts have the truth."""
     reward, kl = models.truth(lam)
     found = []
     for start in range(0, draws, _AT_ONCE):
@@ -144,8 +144,8 @@ def coverage(models: Enumerated | Normal, lam: float, *, draws: int, seed: int =
         found.append(torch.stack([estimates.trusted, *hits]))
     shown, *hit = torch.cat(found, dim=1)
     count = int(shown.sum())
-    shares = [float(h[shown].double().mean()) if count else float("nan") for h in hit]
-    return Coverage(count / draws, *shares, count)
+    own_share, far_share = (float(h[shown].double().mean()) if count else float("nan") for h in hit)
+    return Coverage(count / draws, own_share, far_share, count)
 
 
 def pooled(found: Sequence[Coverage]) -> Coverage:

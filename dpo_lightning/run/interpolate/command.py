@@ -1,4 +1,4 @@
-"""The command ``interpolate``: what was typed, the run's own settings, and what is printed."""
+"""The command ``interpolate``: its words, the run's own settings, and what is printed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=")
 
 @dataclass(frozen=True, slots=True)
 class _Typed:
-    """What was typed.
+    """The words of a command line.
 
     Attributes:
         run: The run's folder.
@@ -92,7 +92,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _read_words(argv: list[str]) -> _Typed:
-    """What was typed, in any order.
+    """The words that were typed, in any order.
 
     Raises:
         UserError: If a word means nothing.

@@ -40,7 +40,7 @@ class Questions:
     def judge(
         self, text: Callable[[Ids], str], owners: Sequence[int]
     ) -> Callable[[Sequence[Ids]], Sequence[float]] | None:
-        """What marks answers; None where nothing does.
+        """A function that marks answers; None where nothing does.
 
         Args:
             text: Token ids as text.
@@ -150,7 +150,7 @@ class Drawer:
         ]
 
     def facts(self, drawn: Drawn) -> dict[str, Any]:
-        """How the answers were drawn, and how many were cut off."""
+        """Facts of the drawing, and the share of the answers that were cut off."""
         ends = end_ids(self._pair.policy, self._tokenizer)
         own = [drawn.answers[p][drawn.of(1)] for p in range(len(drawn.answers))]
         cut = [

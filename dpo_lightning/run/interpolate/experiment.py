@@ -148,7 +148,7 @@ def _points(
 
 
 def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[str]:
-    """What has to be known to read the points, a sentence each."""
+    """Facts that a reader of the points needs, a sentence each."""
     notes = []
     if no_beta is None:
         notes.append(

@@ -66,7 +66,7 @@ def test_a_loss_has_a_beta_exactly_if_it_is_flat_at_the_optimum(name: str):
 
 
 def test_smoothed_labels_move_the_optimum_unless_they_are_accounted_for():
-    """Where 0.2 of the labels are wrong, robust DPO is flat at the optimum of the right ones."""
+    """Robust DPO, where 0.2 of the labels are wrong, is flat at the optimum of the right ones."""
     smoothing = {"label_smoothing": 0.2}
     assert abs(slope("robust", REWARDS, **smoothing)) < 1e-9
     assert why("robust", options=smoothing) is None
