@@ -27,6 +27,12 @@ def _preflight(argv: list[str]) -> int:
     return main(argv)
 
 
+def _interpolate(argv: list[str]) -> int:
+    from dpo_lightning.run.interpolate.command import main
+
+    return main(argv)
+
+
 def _report(argv: list[str]) -> int:
     from dpo_lightning.sweeps.report.write import main
 
@@ -42,6 +48,7 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
+    "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "report": ("write the report of a sweep again", _report),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }

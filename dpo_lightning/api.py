@@ -28,12 +28,12 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.processes.groups import signal_group
 from dpo_lightning.processes.lifeline import LIFELINE, REASON
+from dpo_lightning.run.finished import export_of
 from dpo_lightning.settings.folders import hydra_override
 from dpo_lightning.settings.program import RUN, STARTED_AS, importing, started_as
 
 __all__ = ["Result", "load", "train"]
 
-_EXPORT = "model"
 _MERGED = "model-merged"
 
 
@@ -170,11 +170,7 @@ def load(run: str | Path) -> tuple[Any, Any]:
         UserError: If there is no such run, it left no export, or the export cannot be loaded.
     """
     folder = Path(run)
-    export = folder / _EXPORT
-    if not folder.is_dir():
-        raise UserError(f"run={folder}: no such folder; name a run's, such as outputs/runs/<run>")
-    if not export.is_dir():
-        raise UserError(f"run={folder}: {_why_no_export(folder)}")
+    export = export_of(folder)
     # Here, because they import torch.
     from dpo_lightning.models.adapter_files import CONFIG_FILE
     from dpo_lightning.models.loading import load_tokenizer
@@ -182,16 +178,6 @@ def load(run: str | Path) -> tuple[Any, Any]:
     is_adapter = (export / CONFIG_FILE).is_file()
     policy = _adapted(export, _settings(folder)) if is_adapter else _whole(str(export), "run")
     return policy.eval(), load_tokenizer(str(export), key="run", needs_eos=False)
-
-
-def _why_no_export(folder: Path) -> str:
-    if (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
-        return "it is a sweep's folder; name that of one of its trials"
-    try:
-        status = json.loads((folder / RESULT_FILE).read_text())["status"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return f"no {_EXPORT}/ there, and no {RESULT_FILE}; name the folder of a run that finished"
-    return f"no {_EXPORT}/ there, the run is {status}; resume={folder} brings it to its end"
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:

@@ -20,6 +20,8 @@ PRUNING = "pruning"
 
 DIVERGED_FILE = "diverged.json"
 METRICS_FILE = "metrics.jsonl"
+INTERPOLATION_FILE = "interpolation.json"
+"""The frontier of one policy, in its run's folder."""
 
 _POLL_SECONDS = 0.2
 

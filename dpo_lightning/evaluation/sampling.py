@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def answer_prompts(
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in part], pad)
+            ids, mask = left_padded([prompts[i] for i in part], pad)
             output = _written(
                 model,
                 input_ids=ids.to(model.device),
@@ -122,7 +123,7 @@ def _generation(
     )
 
 
-def _left_padded(sequences: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
+def left_padded(sequences: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
     """Sequences that end together, and which of their places are used; (B, P) int64 each."""
     width = max(map(len, sequences))
     ids = torch.full((len(sequences), width), pad, dtype=torch.int64)
@@ -165,26 +166,70 @@ def sampled_divergences(
     """
     values = [0.0] * len(answers)
     vocabulary = policy.get_output_embeddings().weight.shape[0]
-    order = sorted(range(len(answers)), key=lambda i: -(len(prompts[i]) + len(answers[i])))
     with scorer.plain(policy), scorer.plain(reference), precision():
-        for part in _parts(order, prompts, answers, vocabulary):
-            ids, mask = _left_padded([prompts[i] for i in part], pad)
-            longest = max(len(answers[i]) for i in part)
-            tail = torch.full((len(part), longest), pad, dtype=torch.int64)
-            used = torch.zeros_like(tail)
-            for row, i in enumerate(part):
-                tail[row, : len(answers[i])] = torch.as_tensor(answers[i], dtype=torch.int64)
-                used[row, : len(answers[i])] = 1
-            inputs = torch.cat([ids, tail], dim=1).to(policy.device)
-            seen = torch.cat([mask, used], dim=1).to(policy.device)
-            p = _next_token_logps(policy, inputs, seen, longest)
-            q = _next_token_logps(reference, inputs, seen, longest)
-            # A token that cannot come adds nothing, also where it cannot in the reference either.
-            terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-            divergence = terms.sum(-1) * used.to(p.device)
-            for i, value in zip(part, divergence.sum(1).tolist(), strict=True):
+        for batch in answer_batches(prompts, answers, vocabulary=vocabulary, pad=pad):
+            ids, mask = batch.ids.to(policy.device), batch.mask.to(policy.device)
+            p = next_token_logps(policy, ids, mask, batch.longest)
+            q = next_token_logps(reference, ids, mask, batch.longest)
+            divergence = token_divergences(p, q) * batch.used.to(p.device)
+            for i, value in zip(batch.numbers, divergence.sum(1).tolist(), strict=True):
                 values[i] = value
     return values
+
+
+def token_divergences(p: Tensor, q: Tensor) -> Tensor:
+    """KL of next-token distributions, of their log-probabilities (..., V) -> (...)."""
+    # A token that cannot come adds nothing, also where it cannot in the other one either.
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBatch:
+    """Answers behind their prompts, whose ends of prompts stand in one column.
+
+    Attributes:
+        numbers: Place of each among all answers.
+        ids: Token ids, (B, P + R) int64.
+        mask: 1 where they are used, the same.
+        targets: The answers alone, (B, R) int64.
+        used: 1 where they have a token, the same.
+    """
+
+    numbers: list[int]
+    ids: Tensor
+    mask: Tensor
+    targets: Tensor
+    used: Tensor
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer."""
+        return self.targets.shape[1]
+
+
+def answer_batches(
+    prompts: Sequence[Ids], answers: Sequence[Ids], *, vocabulary: int, pad: int
+) -> Iterator[AnswerBatch]:
+    """Yields all answers in batches of like lengths, as large as their vocabulary scores allow.
+
+    Args:
+        prompts: Token ids of each prompt, shapes (P,).
+        answers: Token ids of each answer, shapes (R,), R >= 1.
+        vocabulary: Scores of a place.
+        pad: Any token id, to stand where nothing is.
+    """
+    order = sorted(range(len(answers)), key=lambda i: -(len(prompts[i]) + len(answers[i])))
+    for part in _parts(order, prompts, answers, vocabulary):
+        ids, mask = left_padded([prompts[i] for i in part], pad)
+        longest = max(len(answers[i]) for i in part)
+        tail = torch.full((len(part), longest), pad, dtype=torch.int64)
+        used = torch.zeros_like(tail)
+        for row, i in enumerate(part):
+            tail[row, : len(answers[i])] = torch.as_tensor(answers[i], dtype=torch.int64)
+            used[row, : len(answers[i])] = 1
+        yield AnswerBatch(
+            part, torch.cat([ids, tail], dim=1), torch.cat([mask, used], dim=1), tail, used
+        )
 
 
 def _parts(
@@ -202,7 +247,7 @@ def _parts(
     return pack(order, start=lambda i: (1, width(i)), join=join)
 
 
-def _next_token_logps(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+def next_token_logps(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     """Log-probabilities of every token at the last ``count`` places, (B, count, V), float32."""
     arguments: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_lightning.errors import StorageError, UserError
-from dpo_lightning.files import DIVERGED_FILE, RESULT_FILE, read_json, stage, sync_folder
+from dpo_lightning.files import (
+    DIVERGED_FILE,
+    INTERPOLATION_FILE,
+    RESULT_FILE,
+    read_json,
+    stage,
+    sync_folder,
+)
 from dpo_lightning.processes.ownership import (
     LOCK_FILE,
     FolderLock,
@@ -34,7 +41,10 @@ from dpo_lightning.tracking.rungs import RUNGS_FILE
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS, saved_checkpoints
 
 # The outcome of a run, which must not pass for that of another one.
-_OUTCOME = (RESULT_FILE, DIVERGED_FILE, "evaluation.json", "model", "model-merged")
+_OUTCOME = (
+    *(RESULT_FILE, DIVERGED_FILE, "evaluation.json", INTERPOLATION_FILE),
+    *("model", "model-merged"),
+)
 # Its course, which a run that goes on from a checkpoint continues.
 _COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv")
 _SETTINGS = "config.yaml"

@@ -105,12 +105,12 @@ def prepare(
         record: What is known of the run; filled.
         folder: The run's folder, for the rows that are set aside.
     """
-    source = _resolve_source(config, hardware)
-    threads = _set_threads(config, source) or threads
+    source = resolve_source(config, hardware)
+    threads = set_threads(config, source) or threads
     task = ControlledTask() if rows is None else None
     data = chat = reference_logps = None
     if rows is not None:
-        data, chat = _prepare_rows(config, rows, source, tokens)
+        data, chat = prepare_groups(config, rows, source, tokens)
         _set_aside(rows, data, folder)
     memory = _checked_memory(config, source, hardware)
     models = _load_models(config, source, ranks)
@@ -132,7 +132,7 @@ def prepare(
         identity=identity,
         task=task,
         reference_outcome_logps=reference_logps,
-        score=_make_score(config, hardware, judges=ranks is None or ranks.is_first),
+        score=make_score(config, hardware, judges=ranks is None or ranks.is_first),
         threads=threads,
         ranks=ranks,
         chat=chat,
@@ -148,7 +148,7 @@ def _checked_memory(config: Config, source: ModelSource, hardware: Hardware) -> 
     return memory
 
 
-def _set_threads(config: Config, source: ModelSource) -> int | None:
+def set_threads(config: Config, source: ModelSource) -> int | None:
     """Sets the CPU threads of one operation, and returns them, where the run has a say in it."""
     # The bundled model is too small to share out: threads would only wait for each other.
     threads = config.trainer.threads or (1 if source.bundled else None)
@@ -204,7 +204,8 @@ def _fill(
 # Building ---------------------------------------------------------------------------------------
 
 
-def _resolve_source(config: Config, hardware: Hardware) -> ModelSource:
+def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
+    """Tokenizer and config of the policy's start, and the types of its weights."""
     model = config.model
     source = resolve_model(
         pretrained=model.pretrained,
@@ -226,9 +227,10 @@ def _resolve_source(config: Config, hardware: Hardware) -> ModelSource:
     return source
 
 
-def _prepare_rows(
+def prepare_groups(
     config: Config, rows: SourceRows, source: ModelSource, tokens: Path
 ) -> tuple[PreparedData, ChatTemplate | None]:
+    """Token groups of the rows, and the chat template that they went through."""
     chat = choose_template(source.tokenizer, rows, config.data)
     for note in chat.notes if chat else ():
         log.info(note)
@@ -272,12 +274,12 @@ def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Mo
             needed=objective_settings(config.loss).uses_reference,
         ),
         seed=config.seed,
-        adapters=_adapter_settings(config, source),
+        adapters=adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
     )
 
 
-def _adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
+def adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
     """Adapter settings with their files read; None where all weights are trained."""
     peft, reference = config.peft, config.reference
     if peft.kind == "none":
@@ -326,7 +328,7 @@ def _same_place(one: str, other: str) -> bool:
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def _make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | None:
+def make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | None:
     """The scorer, before the training: what is wrong with it need not cost one."""
     evaluation = config.evaluation
     if evaluation.scorer is None:

@@ -11,6 +11,7 @@ from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.about import about
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.answers import Answers, answers_of
+from dpo_lightning.sweeps.report.one_policy import PolicyFrontier, policy_frontiers
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult
 from dpo_lightning.sweeps.report.sections import (
@@ -96,6 +97,7 @@ class ReportContent:
         advice: What to try next.
         answers: Sample answers, None without any.
         trials: All trials.
+        one_policy: Frontiers of single policies, for trials that have one.
         unfinished: Trials that failed, still run or wait.
         signs: Trials with signs of a failed training, and these.
         notes: Notes about what could not be read.
@@ -117,6 +119,7 @@ class ReportContent:
     advice: tuple[Advice, ...]
     answers: Answers | None
     trials: tuple[TrialRow, ...]
+    one_policy: tuple[PolicyFrontier, ...]
     unfinished: tuple[Unfinished, ...]
     signs: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...]
@@ -160,6 +163,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
         advice=advice_of(analysis),
         answers=answers_of(analysis),
         trials=trial_rows(sweep),
+        one_policy=policy_frontiers(sweep.finished),
         unfinished=tuple(
             Unfinished(clean(t.name), folder_link(t), clean(t.status), cut(t.error), t.log)
             for t in sweep.trials

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.labels import Label, place_labels
+from dpo_lightning.sweeps.report.one_policy import draw_policies
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.text import address, error_text
 from dpo_lightning.sweeps.report.theme import (
@@ -115,6 +116,7 @@ def _draw_optimum(axes: Axes, analysis: Analysis, drawn: Sequence[Configuration]
             [0], [analysis.reference_value], "X", color=EDGE, ms=8, label="reference", zorder=3,
             clip_on=False,
         )  # fmt: skip
+    draw_policies(axes, analysis)
     axes.set_ylim(low, high)
     right = _right(drawn)
     # Room for the point of the reference; an estimate of a small KL may be below 0.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import METRICS_FILE, RESULT_FILE, json_object
+from dpo_lightning.files import INTERPOLATION_FILE, METRICS_FILE, RESULT_FILE, json_object
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -44,6 +44,7 @@ class TrialResult:
         evaluation: ``evaluation.json``, empty if there is none.
         log: Its log, relative to the sweep's folder.
         devices: Number of devices that it ran on.
+        interpolation: The frontier of its policy, empty where nobody asked for it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TrialResult:
     evaluation: Mapping[str, Any]
     log: str | None
     devices: int = 1
+    interpolation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -213,6 +215,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
         evaluation=_read_object(folder / EVALUATION_FILE, notes),
         log=None if log is None else f"{folder.name}/{log}",
         devices=max(1, len(devices)) if isinstance(devices := about.get("devices"), list) else 1,
+        interpolation=_read_object(folder / INTERPOLATION_FILE, notes),
     )
 
 

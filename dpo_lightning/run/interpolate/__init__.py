@@ -1,0 +1,1 @@
+"""The command ``interpolate``: the frontier of one trained policy."""

@@ -1,0 +1,235 @@
+"""The command ``interpolate``: its words, the run's own settings, and what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_lightning.errors import OutOfMemoryError, UserError
+from dpo_lightning.files import INTERPOLATION_FILE, finite, write_json
+from dpo_lightning.objectives.optimum import MOST_LAMBDA
+from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
+from dpo_lightning.run.finished import export_of
+from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.guard import guarded
+from dpo_lightning.settings.compose import compose_one
+from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.recorded import SETTINGS_FILE
+from dpo_lightning.settings.schema import Config
+
+_HELP = """\
+usage: {program} RUN [--betas B,B,…] [--lambdas L,L,…] [--json] [settings]
+
+The frontier of one policy: reward and KL at other values of beta than the run's own, without
+training. RUN is the folder of a run that finished; its interpolation.json keeps the answer, and
+the report of a sweep shows it.
+
+  --betas    values of beta, such as 0.05,0.1,0.5; for losses whose optimum has one
+  --lambdas  the same by their place: 0 is the reference, 1 the policy, beta is the run's over it
+  --json     print one object, {{"points": [...]}}, and all else on stderr
+
+Settings may be plugins= and those of evaluation: scorer, max_new_tokens, batch_size."""
+
+_SETTINGS = (
+    *("plugins", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.batch_size"),
+    *("trainer.accelerator", "trainer.threads"),
+)
+# With another one the points are of other marks, or other answers, than the run's own metrics.
+_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=")
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """The words of a command line.
+
+    Attributes:
+        run: The run's folder.
+        betas: Under ``--betas``.
+        lambdas: Under ``--lambdas``.
+        as_json: True if one object is printed.
+        settings: The other words.
+    """
+
+    run: Path
+    betas: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    as_json: bool
+    settings: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the frontier of one policy, and keeps it in the run's folder.
+
+    Args:
+        argv: The run's folder, flags and settings; None takes the process's own.
+
+    Returns:
+        0, or 2 where the words, the run or its loss are wrong.
+    """
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    if {"-h", "--help"} & {*argv}:
+        print(_HELP.format(program=" ".join(typed("interpolate"))))
+        return 0
+    words = _read_words(argv)
+    # What libraries and settings say is not the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _interpolate(words)
+    if words.as_json:
+        print(json.dumps(finite(found), indent=2, allow_nan=False))
+    else:
+        _show(found, words.run)
+    return 0
+
+
+def _read_words(argv: list[str]) -> _Typed:
+    """The words that were typed, in any order.
+
+    Raises:
+        UserError: If a word means nothing.
+    """
+    flags: dict[str, str] = {}
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--betas", "--lambdas"):
+            flags[name] = value if equals else next(words, "")
+        elif word != "--json":
+            others.append(word)
+    folders = [word for word in others if "=" not in word and not word.startswith("-")]
+    settings = [word for word in others if word not in folders]
+    program = " ".join(typed("interpolate"))
+    for word in settings:
+        key = word.partition("=")[0]
+        if key not in _SETTINGS:
+            raise UserError(
+                f"{key}: `{program}` takes --betas, --lambdas, --json and {', '.join(_SETTINGS)}; "
+                "all else is what the run was trained with"
+            )
+    if len(folders) != 1:
+        said = ", ".join(folders) or "no folder"
+        raise UserError(f"{said}: name the folder of one run, `{program} outputs/runs/<run>`")
+    return _Typed(
+        Path(folders[0]).expanduser(),
+        betas=_numbers("--betas", flags.get("--betas"), least=None),
+        lambdas=_numbers("--lambdas", flags.get("--lambdas"), least=0.0),
+        as_json="--json" in argv,
+        settings=tuple(settings),
+    )
+
+
+def _numbers(flag: str, text: str | None, *, least: float | None) -> tuple[float, ...]:
+    """The numbers behind a flag; above 0, or from ``least`` on."""
+    if text is None:
+        return ()
+    numbers = []
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        most = math.inf if least is None else MOST_LAMBDA
+        if not math.isfinite(number) or not (number > 0 or number == least) or number > most:
+            bound = "> 0" if least is None else f">= {least:g} and <= {most:g}"
+            raise UserError(f"{flag}={text}: needs finite numbers {bound}, such as {flag} 0.1,0.5")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def _interpolate(words: _Typed) -> dict[str, Any]:
+    export = export_of(words.run)
+    recorded = words.run / SETTINGS_FILE
+    if not recorded.is_file():
+        raise UserError(f"run={words.run}: its {SETTINGS_FILE} is gone, which says what it is of")
+    config = compose_one(["--config", str(recorded), *words.settings])
+    _check_loss(config, words.run)
+    # Here, because they import torch: by now every setting is checked.
+    import torch
+
+    from dpo_lightning.run.interpolate.experiment import interpolate
+
+    try:
+        found = interpolate(config, export, betas=words.betas, lambdas=words.lambdas)
+        found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            "policy and reference are in memory together, and it does not suffice: lower "
+            "evaluation.batch_size=, or compute on a CPU with trainer.accelerator=cpu"
+        ) from error
+    try:
+        write_json(words.run / INTERPOLATION_FILE, found)
+    except OSError as error:
+        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
+    return found
+
+
+def _check_loss(config: Config, run: Path) -> None:
+    """Refuses losses that compare with nothing.
+
+    Raises:
+        UserError: If this is one.
+    """
+    objective = objective_settings(config.loss)
+    names = ",".join(objective.terms)
+    if not objective.uses_reference:
+        others = [name for name, loss in PAIRWISE_LOSSES.items() if loss.uses_reference]
+        raise UserError(
+            f"run={run}: loss={names} compares with no reference, so there is no way between the "
+            f"two that a beta could name; name a run of {', '.join(others)} or a loss on groups"
+        )
+    if config.reference.kind == "none":
+        raise UserError(
+            f"run={run}: it was trained with reference=none, so there is no way between policy and "
+            "reference that a beta could name; name a run with one"
+        )
+
+
+def _show(found: Mapping[str, Any], run: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    points = found["points"]
+    table = Table(title=f"frontier of {run}", title_justify="left")
+    exact = any(point.get("gain_ratio") is not None for point in points)
+    columns = ["beta", "lambda"] if found["axis"] == "beta" else ["lambda"]
+    for name in (*columns, "method", "reward", "KL", "answers worth"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    if exact:
+        table.add_column("gain/closed form", justify="right")
+    for point in points:
+        cells = [_number(point[name]) for name in columns]
+        cells += [point["method"], *(_mean(point, name) for name in ("reward", "kl"))]
+        cells.append(_number(point["ess"]))
+        table.add_row(*cells, *([_number(point.get("gain_ratio"))] if exact else []))
+    console = Console()
+    console.print(table)
+    for hidden in found["not_shown"]:
+        name = found["axis"]
+        where = _number(hidden[name])
+        print(f"not shown: {name} {where} by weights, as {hidden['why']}")
+    for note in found["notes"]:
+        print(note)
+    print(f"kept in {run / INTERPOLATION_FILE}")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _mean(point: Mapping[str, Any], name: str) -> str:
+    value, interval = point[name], point[f"{name}_interval"]
+    if value is None:
+        return "–"
+    low, high = interval
+    # Of one prompt nothing is known of others.
+    return f"{value:.2f} ±{(high - low) / 2:.2f}" if math.isfinite(high - low) else f"{value:.2f}"

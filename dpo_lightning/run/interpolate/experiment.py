@@ -1,0 +1,242 @@
+"""The frontier of one policy, from its run's settings: models, prompts, answers, points."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dpo_lightning.data.controlled import PROMPTS, ControlledTask
+from dpo_lightning.data.rows import prompt_of_key
+from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.answers import choose_prompts
+from dpo_lightning.evaluation.interpolated import Pair
+from dpo_lightning.evaluation.one_policy import (
+    LAMBDAS,
+    MOST_PROMPTS,
+    Axis,
+    Drawn,
+    ExactGains,
+    decoded_point,
+    plan_mixtures,
+    weighted_point,
+)
+from dpo_lightning.evaluation.sampling import Precision
+from dpo_lightning.memory.hardware import Hardware, decide_hardware
+from dpo_lightning.models.adapter_files import read_adapter
+from dpo_lightning.models.loading import load_config, load_model, max_positions
+from dpo_lightning.models.source import ModelSource
+from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.objectives.optimum import MOST_LAMBDA, why_no_beta
+from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
+from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
+from dpo_lightning.run.interpolate.drawing import Drawer, Questions
+from dpo_lightning.run.plan import cache_folder
+from dpo_lightning.run.prepare import (
+    adapter_settings,
+    make_score,
+    prepare_groups,
+    resolve_source,
+    set_threads,
+)
+from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.schema import Config
+
+
+def interpolate(
+    config: Config, export: Path, *, betas: Sequence[float], lambdas: Sequence[float]
+) -> dict[str, Any]:
+    """The frontier of one policy, as plain values.
+
+    Args:
+        config: The run's settings.
+        export: The policy that it left, or its adapter.
+        betas: Values of beta that are asked for.
+        lambdas: The same by their place.
+
+    Raises:
+        UserError: If a beta is asked of a loss that has none, or data and models are gone.
+    """
+    no_beta = _why_no_beta(config)
+    asked = [*_places(config, betas, no_beta), *lambdas]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
+    prefer_cache_without_network(config)
+    source = resolve_source(config, hardware)
+    set_threads(config, source)
+    questions = _questions(config, source, hardware, export)
+    with _pair(config, source, export, hardware.beside) as pair:
+        drawer = Drawer(config, source, pair, questions, _precision(hardware))
+        mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
+        drawn = drawer.draw(mixtures)
+        axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
+        points, hidden = _points(drawn, sorted({*(asked or LAMBDAS)}), axis)
+        if questions.task is not None:
+            gains = ExactGains.of(questions.task, pair)
+            for point in points:
+                point["gain_ratio"] = gains.gain_ratio(point["lambda"], point["method"])
+    for number, mixture in enumerate(mixtures):
+        for point in points:
+            if point["method"] == "decoded" and point["lambda"] == mixture.lam:
+                point["samples"] = drawer.samples(drawn, number)
+    return {
+        "axis": "lambda" if no_beta is not None else "beta",
+        "loss": ",".join(objective_settings(config.loss).terms),
+        "beta": config.beta,
+        "points": points,
+        "not_shown": hidden,
+        "notes": _notes(config, no_beta, questions),
+        "drawn": drawer.facts(drawn),
+    }
+
+
+def _places(config: Config, betas: Sequence[float], no_beta: str | None) -> list[float]:
+    """Places of betas.
+
+    Raises:
+        UserError: If there are none, or one is too far.
+    """
+    typed = f"--betas={','.join(f'{beta:g}' for beta in betas)}"
+    if betas and no_beta is not None:
+        raise UserError(
+            f"{typed}: {no_beta}, so that no place on the way is that of a beta; give --lambdas, "
+            "where 0 is the reference and 1 the policy"
+        )
+    for beta in betas:
+        if config.beta / beta > MOST_LAMBDA:
+            raise UserError(
+                f"{typed}: at β {beta:g} the logits' difference would count "
+                f"{config.beta / beta:g} times; give at least {config.beta / MOST_LAMBDA:g}"
+            )
+    return [config.beta / beta for beta in betas]
+
+
+def _why_no_beta(config: Config) -> str | None:
+    loss = config.loss
+    plan = BetaPlan(
+        start=config.beta,
+        end=loss.beta_end,
+        schedule=loss.beta_schedule,
+        adaptive=loss.adaptive_beta,
+    )
+    return why_no_beta(objective_settings(loss), changes=plan.changes)
+
+
+def _points(
+    drawn: Drawn, lambdas: Sequence[float], axis: Axis
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Points that are shown, in the order of their places, and those that are not."""
+    points, hidden = [], []
+    for number, mixture in enumerate(drawn.mixtures):
+        if mixture.lam in (0.0, *lambdas):
+            points.append(decoded_point(drawn, number, axis))
+    for lam in lambdas:
+        if lam == 0:
+            continue  # its own answers say all
+        point, why = weighted_point(drawn, lam, axis)
+        if why is None:
+            points.append(point)
+        else:
+            hidden.append(point | {"why": why})
+    return sorted(points, key=lambda p: (p["lambda"], p["method"])), hidden
+
+
+def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[str]:
+    """Facts that a reader of the points needs, a sentence each."""
+    notes = []
+    if no_beta is None:
+        notes.append(
+            f"β is {config.beta:g}/λ. It is exact only if the policy is the optimum "
+            f"π_ref·exp(r/β)/Z at β = {config.beta:g}, and training comes close to it at best."
+        )
+    else:
+        notes.append(f"The axis is λ, not β: {no_beta}. 0 is the reference, 1 the policy.")
+    if questions.task is None:
+        notes.append("Intervals are of prompts like these; those within are of these alone.")
+    else:
+        notes.append("There are no other prompts than these, so intervals are of answers alone.")
+        notes.append("The gain is of the exact policies, over the closed form's at the same KL.")
+    if questions.task is None and questions.score is None:
+        notes.append("No judge: evaluation.scorer= names one, and the points have a reward.")
+    return notes
+
+
+# Models and prompts -----------------------------------------------------------------------------
+
+
+def _precision(hardware: Hardware) -> Precision:
+    """The context that the run computed in, on the device that is here."""
+    if not hardware.mixed or hardware.precision == "bf16-true":
+        return contextlib.nullcontext
+    half = torch.float16 if hardware.float16 else torch.bfloat16
+    return lambda: torch.autocast(hardware.beside.type, dtype=half)
+
+
+@contextlib.contextmanager
+def _pair(
+    config: Config, source: ModelSource, export: Path, device: torch.device
+) -> Iterator[Pair]:
+    """Policy and reference on the device; of an adapter both are one model."""
+    reference = config.reference
+    adapters = adapter_settings(config, source)
+    if adapters is not None:
+        trained = read_adapter(str(export), key="run")
+        adapters = replace(adapters, start=trained, dropout=0.0)
+    models = load_models(
+        source,
+        ReferenceSettings(
+            kind="auto",
+            pretrained=reference.pretrained,
+            revision=reference.revision,
+            needed=True,
+        ),
+        seed=config.seed,
+        adapters=adapters,
+    )
+    policy = models.policy if adapters is not None else _exported(models, source, export)
+    policy = policy if source.quantization is not None else policy.to(device)
+    policy.requires_grad_(False).eval()
+    if adapters is None and reference.pretrained is None:
+        # What it started as is loaded already.
+        yield Pair(policy, models.policy.requires_grad_(False).eval().to(device), models.scorer)
+        return
+    with models.reference_model(device) as frozen:
+        yield Pair(policy, frozen, models.scorer)
+
+
+def _exported(models: Models, source: ModelSource, export: Path) -> Any:
+    loaded = load_model(
+        str(export), load_config(str(export), key="run"), key="run", dtype=source.dtype
+    )
+    models.scorer.prepare(loaded)
+    return loaded
+
+
+def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> Questions:
+    """Held-out prompts, each once, and their judge."""
+    score = make_score(config, hardware, judges=True)
+    # Rows that cannot be read were named, and set aside, when the run read them.
+    rows = read_sources(config, export.parent, when_begun=lambda write: None)
+    if rows is None:
+        task = ControlledTask()
+        ids = [row.numpy().astype("int32") for row in task.prompt_ids]
+        return Questions(ids, list(PROMPTS), task, None)
+    data, _ = prepare_groups(
+        config, rows, source, cache_folder(config.reference.cache_dir) / "tokens"
+    )
+    positions = max_positions(source.config)
+    groups = choose_prompts(
+        data.eval or data.train,
+        count=MOST_PROMPTS,
+        max_tokens=min(source.max_length, positions or source.max_length),
+    )
+    if not groups:
+        raise UserError(f"run={export.parent}: no prompt of its data leaves room for an answer")
+    texts = [prompt_of_key(group.prompt_key) for group in groups]
+    return Questions([group.prompt for group in groups], texts, None, score)
