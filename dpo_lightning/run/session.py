@@ -31,7 +31,7 @@ from dpo_lightning.evaluation.answers import COLUMNS, SHOWN
 from dpo_lightning.files import DIVERGED_FILE, write_json
 from dpo_lightning.memory.budget import say_if_over
 from dpo_lightning.memory.estimate import check_fits
-from dpo_lightning.memory.hardware import decide_hardware
+from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.memory.peaks import (
     bound_product_caches,
     giving_back,
@@ -140,9 +140,7 @@ def run_experiment(
     folders = choose_folders(config, folder.path)
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
-    settle_attention(hardware.beside)
-    if hardware.kind == "cpu":
-        bound_product_caches()
+    _settle_libraries(hardware)
     trainer = trainer_plan(config)
     # Lightning shares the cores out over the ranks that it starts; one pass serves any number.
     threads = torch.get_num_threads()
@@ -176,6 +174,13 @@ def run_experiment(
         raise
     if ranks is not None:
         leave_ranks()
+
+
+def _settle_libraries(hardware: Hardware) -> None:
+    """Settings of torch's kernels, ahead of the first product."""
+    settle_attention(hardware.beside)
+    if hardware.kind == "cpu":
+        bound_product_caches()
 
 
 def _start_ranks(trainer: TrainerPlan, children: ChildRanks) -> Ranks | None:

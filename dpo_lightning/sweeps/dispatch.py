@@ -28,7 +28,7 @@ class Stages(Protocol):
     """The course of trials that do not simply run to their end."""
 
     def goal(self, trial: Trial) -> Goal | None:
-        """Where a trial that is started now is to stop; None: at its end."""
+        """Step at which a trial that is started now is to stop; None: at its end."""
 
     def ended(self, trial: Trial) -> None:
         """Called when an attempt ended and was judged; may give the trial another state."""

@@ -18,7 +18,9 @@ def bench():
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import sweep  # type: ignore[import-not-found]
+        import sweep_results  # type: ignore[import-not-found]
 
+        sweep.results = sweep_results
         yield sweep
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -62,7 +64,7 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
         "tiny": part(tiny),
         "large": part(runs, **more, model={"layers": 8, "hidden": 384}),
     }
-    found = {name: value for name, (value, *_) in bench.ratios(report).items()}
+    found = {name: value for name, (value, *_) in bench.results.ratios(report).items()}
     assert found == pytest.approx(
         {
             "eight tiny trials over the older commit": 0.5,
@@ -73,7 +75,7 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
             "pruned over TRL tuned, one β after the other": 1 / 12,
         }
     )
-    table = bench.table(report)
+    table = bench.results.table(report)
     assert "| here | 2 | 15.0 | 3.0 |" in table
     assert "| TRL tuned, 8 runs | 1 | 1080.0 | – |" in table
     assert "there is abcdabcdabcd" in table
@@ -154,10 +156,12 @@ def test_a_sweep_is_timed_with_all_its_processes_and_only_whole(tmp_path, status
 def test_the_page_has_the_table_of_what_is_kept(bench):
     file = BENCHMARKS / "results" / "sweep.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    assert bench.ratios(kept) == kept.get("ratios", {})
+    assert bench.results.ratios(kept) == kept.get("ratios", {})
     page = (BENCHMARKS / "README.md").read_text()
-    begin, end = (page.index(mark) for mark in bench.MARKS)
-    assert page[begin + len(bench.MARKS[0]) : end].strip() == bench.table(kept).strip()
+    begin, end = (page.index(mark) for mark in bench.results.MARKS)
+    assert (
+        page[begin + len(bench.results.MARKS[0]) : end].strip() == bench.results.table(kept).strip()
+    )
 
 
 def test_a_toy_does_not_overwrite_what_was_measured(bench, monkeypatch):

@@ -24,12 +24,13 @@ from dpo_lightning.files import PRUNING, SWEEP_FILE, read_json, write_json, writ
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.answers import spread
-from dpo_lightning.sweeps.report.content import make_content, report_command, summary
+from dpo_lightning.sweeps.report.content import make_content, report_command
 from dpo_lightning.sweeps.report.curves import CAPTION, LEARNING, LOGRATIOS, curves
 from dpo_lightning.sweeps.report.figures import frontier, frontier_svg
 from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
+from dpo_lightning.sweeps.report.sweep_file import summary
 from dpo_lightning.sweeps.report.text import address, code_block, escape_markdown
 from dpo_lightning.sweeps.report.theme import colours_of, variables
 from dpo_lightning.sweeps.report.trial_table import TRIALS_FILE, trials_csv
