@@ -92,10 +92,13 @@ def test_a_killed_trial_of_a_sweep_leaves_its_blocks_to_the_others(alone, tmp_pa
     process = subprocess.Popen(
         command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until(lambda: len(noted(tmp_path)) >= 4)
-    killed = noted(tmp_path)[-1][0]
-    os.kill(killed, signal.SIGKILL)
-    said, _ = process.communicate(timeout=300)
+    try:
+        until(lambda: len(noted(tmp_path)) >= 4)
+        killed = noted(tmp_path)[-1][0]
+        os.kill(killed, signal.SIGKILL)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 1, said
     # The third trial reads what the second one computed, with the killed one's.
     assert values_in(cache) == alone
