@@ -334,9 +334,8 @@ class SweepConfig:
     )
     margin: float | None = setting(
         None,
-        "Loss against the best, in the ranking metric, that does not matter: among the trials that "
-        "surely lose no more, the report picks the smallest KL. null: 0.02 of an accuracy or a win "
-        "rate, else a hundredth of what the best gains over the reference.",
+        "Loss against the best that does not matter, in the ranking metric: the pick is the "
+        "smallest KL among trials that surely lose no more. null: 0.02, or 1% of the best's gain.",
         unit="of the metric",
         least=0,
     )

@@ -699,7 +699,7 @@ def test_a_trial_of_a_grid_is_checked_with_what_hydra_composes(
         return validate(cfg, **options)
 
     monkeypatch.setattr(cli, "validate", judged)
-    monkeypatch.setattr("dpo_lightning.settings.compose.validate", judged)
+    monkeypatch.setattr("dpo_lightning.settings.grids.validate", judged)
     arguments = ["-m", "hydra/launcher=basic", *typed.split()]
     assert cli.main(arguments) == 0
     # The second half is composed by Hydra's own sweeper, trial by trial.

@@ -42,6 +42,7 @@ def evaluation(run: Run) -> dict:
     return json.loads((run.folder / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_mean_of_samples_has_the_error_of_a_sample(run):
     """The errors of 10 answers, by hand.
 

@@ -329,7 +329,7 @@ def test_a_cache_whose_disk_is_full(tiny_model, rows, tmp_path, monkeypatch, cap
     from dpo_lightning.data import token_cache
     from dpo_lightning.reference import cache as reference_cache
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, lasting: bool = True) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(tmp_path / "cache"))

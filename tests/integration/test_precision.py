@@ -96,6 +96,7 @@ def test_a_live_reference_is_rounded_like_the_policy(tmp_path):
     assert np.isfinite(run.values("train/loss")).all()
 
 
+@pytest.mark.slow
 def test_weights_held_in_bfloat16_have_no_masters(tmp_path):
     run = run_train(tmp_path / "run", *BF16, "model.dtype=bfloat16", "trainer.max_steps=2")
     assert run.code == 0

@@ -181,6 +181,7 @@ def test_a_run_that_was_evaluated_on_another_sample_is_evaluated_anew(train, man
         assert run.result["metrics"]["eval/rewards/accuracies"] == pytest.approx(np.mean(right))
 
 
+@pytest.mark.slow
 def test_one_more_row_computes_its_block(train, rows, tmp_path, monkeypatch):
     """The rows have about 50 tokens each, a block here at most 512."""
     monkeypatch.setattr("dpo_lightning.reference.blocks._LEAST_BLOCK_TOKENS", 512)
@@ -265,6 +266,7 @@ def test_a_cache_that_is_no_folder_costs_a_warning(train, tmp_path, caplog):
     assert "reference.cache_dir=" in log
 
 
+@pytest.mark.slow
 def test_the_embedded_task_is_cached_too(tmp_path):
     cache = f"reference.cache_dir={tmp_path / 'cache'}"
     first = run_train(tmp_path / "a", *TINY, cache)

@@ -42,6 +42,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(whole: Run, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_in_its_own_folder_no_row_is_lost_or_there_twice(whole: Run, tmp_path):
     """The evaluation of step 4 is done again after its rows were taken away."""
     first = run_train(tmp_path / "run", *LONG)
@@ -84,6 +85,7 @@ def test_a_checkpoint_reads_without_running_anything_in_it(whole: Run):
     assert {name.partition(".")[0] for name in state["state_dict"]} == {"policy"}
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_refused_by_name_or_said_in_the_result(whole: Run, tmp_path):
     resume = (f"resume={checkpoint(whole, 6)}", "beta=0.5", "loss=ipo")
     refused = run_train(tmp_path / "a", *LONG, *resume)

@@ -59,6 +59,7 @@ def test_that_nothing_was_skipped_is_said():
     assert said == ["skipped: none"]
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_ends_with_its_stack(run, pytestconfig):
     assert float(pytestconfig.getini("timeout")) == 300
     assert [line for line in run if "Failed: Timeout (>0.5s)" in line]

@@ -56,6 +56,7 @@ def _evaluate_on_two(rank: int, folder) -> list[float]:
     return taken.module.eval_accuracies.tolist()
 
 
+@pytest.mark.slow
 def test_each_rank_has_the_accuracies_of_all(tmp_path):
     """Five groups are shared by two ranks; each has a 0 where the other had the group."""
     for found in on_ranks(_evaluate_on_two, tmp_path, tmp_path):
