@@ -56,7 +56,7 @@ test-docs: $(READY) ## take each command of the README and of docs/ as far as th
 test-all: $(READY) ## run both
 	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)
 
-test-long: $(READY) ## ranks that share a model or a reference pass, compiled steps; a quarter of an hour
+test-long: $(READY) ## several ranks, compiled steps, whole sweeps, online wandb; twenty minutes
 	@$(BIN)/python $(PYTEST) -m long $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("batch_size", "groups"),
-    [(4, 21), (1, 5)],
+    [(4, 21), pytest.param(1, 5, marks=pytest.mark.long)],
     ids=["the last step has one group", "one group a step"],
 )
 def test_two_ranks_equal_one_process(tmp_path, batch_size: int, groups: int):

@@ -269,6 +269,7 @@ def test_checkpointing_and_small_budgets_do_not_change_the_run(train):
         assert split.values(name) == pytest.approx(whole.values(name), rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     task = [

@@ -316,6 +316,7 @@ def test_a_plugin_named_by_an_experiment_file(elsewhere):
     assert run.result["loss"] == "squared"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_adding_a_loss_inside_as_contributing_says(tmp_path):
     """One function, in a copy of the project; the first loss is (2 - 0)^2."""

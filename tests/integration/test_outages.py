@@ -63,6 +63,7 @@ def train_apart(folder: Path, *overrides: str) -> tuple[Run, str]:
     return Run(done.returncode, folder), done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["works"], indirect=True)
 def test_a_server_that_works(online, server, tmp_path):
@@ -99,6 +100,7 @@ def test_a_server_that_is_lost_on_the_way(online, server, tmp_path):
     assert f"wandb sync {path.parent}" in said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", pytest.param("auto", marks=pytest.mark.faults)])
 def test_no_server(online, mode, tmp_path, monkeypatch):
@@ -109,6 +111,7 @@ def test_no_server(online, mode, tmp_path, monkeypatch):
     assert len(losses(run)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, pytest.param("not a key", marks=pytest.mark.faults)])
 def test_no_login(online, key, tmp_path, monkeypatch):

@@ -79,6 +79,7 @@ def counts(run: Run) -> tuple[int, int]:
     return reference["rows"], reference["computed"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_beta_rate_seed_batch_folder_or_loss_computes_nothing(train, rows, tmp_path):
     first = train()
@@ -173,8 +174,9 @@ def test_a_short_run_computes_only_the_blocks_of_the_rows_that_it_sees(
 @pytest.mark.slow  # reason: two runs of a thing that a unit of a few lines decides
 def test_a_run_that_was_evaluated_on_another_sample_is_evaluated_anew(train, many):
     few = (f"data.train={many}", "data.batch_size=4", "trainer.max_steps=2")
-    first = train(*few, "evaluation.max_prompts=10", "evaluation.every_n_steps=2")
-    again = train(f"resume={first.folder}", "evaluation.max_prompts=20")
+    few = (*few, "evaluation.every_n_steps=2")
+    first = train(*few, "evaluation.max_prompts=10")
+    again = train(*few, f"resume={first.folder}", "evaluation.max_prompts=20")
     for run, count in ((first, 10), (again, 20)):
         right = json.loads((run.folder / "evaluation.json").read_text())["accuracies"]
         assert len(right) == count
@@ -196,6 +198,7 @@ def test_one_more_row_computes_its_block(train, rows, tmp_path, monkeypatch):
     assert 1 <= computed < 20
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_changed_weight_template_type_or_length_computes_anew(
     train, tiny_model, tmp_path, monkeypatch

@@ -145,6 +145,7 @@ def test_too_little_memory_is_one_line_with_what_to_turn(tmp_path, monkeypatch):
         assert part in error, part
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "code", "status"),

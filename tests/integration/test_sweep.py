@@ -73,6 +73,7 @@ BLOCKS = """
 """
 
 
+@pytest.mark.long
 def test_a_grid_in_blocks_is_one_sweep_and_is_resumed(tmp_path):
     """β and learning rate of two objectives: 4 + 2 trials; cells that are added run alone."""
     (tmp_path / "grid.yaml").write_text(BLOCKS)
@@ -180,6 +181,7 @@ def test_a_sampler_chooses_the_next_trials_by_the_last_ones(tmp_path):
 # The experiments ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_frontier_of_a_short_sweep(tmp_path):
     """KL falls as beta grows, and every point is on or under the closed-form curve."""
     done = sweep(

@@ -208,6 +208,7 @@ def test_a_run_and_its_memory(bin_folder, tmp_path):
     assert "74,624 parameters" in estimate.stdout
 
 
+@pytest.mark.long
 def test_two_processes_of_one_run(bin_folder, tmp_path):
     words = ["strategy=ddp", "trainer.devices=2", "hydra.run.dir=run", *SHORT]
     done = run(bin_folder / "dpo-lightning", "train", *words, cwd=tmp_path)

@@ -41,6 +41,7 @@ def forked(warm: WarmProcess, target: str, folder: Path, *argv: str) -> WarmRun:
     return WarmRun(warm, pid, None, None)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_warm_run_is_the_cold_one_to_the_bit(tmp_path):
     warm = run_apart(f"hydra.run.dir={tmp_path / 'warm'}", *TASK)

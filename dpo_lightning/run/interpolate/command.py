@@ -151,7 +151,9 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
     recorded = words.run / SETTINGS_FILE
     if not recorded.is_file():
         raise UserError(f"run={words.run}: its {SETTINGS_FILE} is gone, which says what it is of")
-    config = compose_one(["--config", str(recorded), *words.settings])
+    # Answers are drawn here whatever the run itself drew, and there may be a judge of them.
+    drawing = "evaluation.samples=16"
+    config = compose_one(["--config", str(recorded), drawing, *words.settings])
     _check_loss(config, words.run)
     # Here, because they import torch: by now every setting is checked.
     import torch

@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+# Beside items the variance of few seeds has no exact distribution, and the draws cover a little
+# less than they say: in simulated sweeps of two seeds 93 to 94% at 95. Seeds alone are exact.
+_LEVEL_OF_BOTH = 0.97
 DRAWS = 10_000
 _SEED = 20230529
 # One-sided, of a normal distribution: no bound is closer than that of one comparison.
@@ -168,8 +171,9 @@ def _quantiles(evidence: Evidence, items: Array, draws: int) -> Array:
     weights, vectors = np.linalg.eigh(known)
     root = vectors * np.sqrt(np.maximum(0.0, weights))
     shift = rng.standard_normal((draws, count)) @ root.T
-    seeds = None
+    seeds, level = None, LEVEL
     if evidence.seed_means is not None:
+        level = _LEVEL_OF_BOTH if known.any() else LEVEL
         number = len(evidence.seed_means)
         centred = evidence.seed_means - evidence.seed_means.mean(axis=0)
         multipliers = rng.standard_normal((draws, number, number)) / math.sqrt(number - 1)
@@ -183,5 +187,5 @@ def _quantiles(evidence: Evidence, items: Array, draws: int) -> Array:
             variance = variance + gaps.var(axis=1, ddof=1) / seeds.shape[1]
         # Two that are the same in every item and seed have no error, and no gap.
         scale = np.where(variance > 0, 1 / np.sqrt(np.where(variance > 0, variance, 1.0)), 0.0)
-        found[j] = np.quantile(((shift[:, [j]] - shift) * scale).max(axis=1), LEVEL)
+        found[j] = np.quantile(((shift[:, [j]] - shift) * scale).max(axis=1), level)
     return np.maximum(found, _NORMAL_95)

@@ -199,7 +199,9 @@ def test_answers_drawn_on_the_way_make_a_point_known():
 
 @pytest.mark.slow  # a thousand redraws of ten points, twice
 @pytest.mark.parametrize("prompts", [8, 64])
-@pytest.mark.parametrize("kl", [2.5, 10, 20, 40])
+@pytest.mark.parametrize(
+    "kl", [2.5, *(pytest.param(kl, marks=pytest.mark.long) for kl in (10, 20, 40))]
+)
 def test_shown_points_of_normal_log_ratios_are_covered(kl: float, prompts: int):
     """With policy and reference alone, and with what the command draws beside them."""
     mixtures = plan_mixtures(LAMBDAS, prompts=prompts, seed=0)

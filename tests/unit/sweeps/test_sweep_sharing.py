@@ -238,6 +238,7 @@ def test_a_count_gives_equal_parts_to_trials_of_one_gpu():
     assert shares == {one.settings_hash: {A: Fraction(1, 3), B: Fraction(1, 3)} for one in made}
 
 
+@pytest.mark.long
 @pytest.mark.slow  # imports everything in a process of its own
 def test_the_estimate_is_that_of_preflight():
     from dpo_lightning.run.needs import estimated_bytes
