@@ -384,7 +384,16 @@ NEEDS: dict[str, list[str]] = {
 FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize("choice", FILES)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        # Other groups are small, and most are chosen by some experiment.
+        name
+        if name.startswith(("experiment=", "data="))
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in FILES
+    ],
+)
 def test_every_file_composes_and_is_valid(choice: str, monkeypatch) -> None:
     # Installed or not, the packages of the extras are looked for and not imported.
     monkeypatch.setattr("dpo_lightning.settings.combinations.find_spec", lambda package: True)

@@ -76,7 +76,13 @@ def test_the_accuracy_is_the_mean_of_its_groups(run):
     assert sum(accuracies) / 40 == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("metric", ["samples/score", "samples/win_rate", "eval/rewards/accuracies"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *("samples/score", pytest.param("samples/win_rate", marks=pytest.mark.slow)),
+        pytest.param("eval/rewards/accuracies", marks=pytest.mark.slow),
+    ],
+)
 def test_a_report_has_the_errors_of_the_items(run, metric):
     """A bootstrap over n items: their spread over sqrt(n), as of all there are, so n and not n - 1.
 

@@ -208,7 +208,7 @@ class _FullFile:
 OPEN = Path.open
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("torn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_full_disk_under_metrics(tmp_path, monkeypatch, capfd, torn):
     """The second and third row do not fit; the fourth write has all three, none torn, in order."""
     disk = Full(2, 3, torn=torn)
