@@ -250,6 +250,7 @@ def elsewhere(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
     """The first loss is (3 - 0)^2 for both the loss and its option, swept beside another."""

@@ -44,6 +44,7 @@ Path(f"started-{os.getpid()}").write_text(parent)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="trials start warm on Linux")
 def test_a_warm_trial_is_the_cold_one_to_the_bit(tmp_path):
     """Its steps draw from all generators; where nothing may outlive its parent all start cold."""

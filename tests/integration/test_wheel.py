@@ -191,6 +191,7 @@ def test_settings_are_answered_without_torch(bin_folder, place):
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_run_and_its_memory(bin_folder, tmp_path):
     """Files of one's own are found by --config-dir, and outputs/ is where one stands."""
     (tmp_path / "own" / "experiment").mkdir(parents=True)
@@ -238,6 +239,7 @@ def test_a_sweep_and_its_report(bin_folder, tmp_path):
     assert re.search(r"^report +sweep/report\.html$", again.stdout, flags=re.M)
 
 
+@pytest.mark.long
 def test_from_python(bin_folder, tmp_path):
     code = (
         "from dpo_lightning.api import load, train\n"

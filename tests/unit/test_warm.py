@@ -58,6 +58,7 @@ def test_a_warm_run_is_the_cold_one_to_the_bit(tmp_path):
     assert runs[0].result["metrics"] == runs[1].result["metrics"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_variable_that_is_read_at_import_starts_cold(tmp_path):
     process = start_train("--help", stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "2"})

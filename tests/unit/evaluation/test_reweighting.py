@@ -198,7 +198,7 @@ def test_answers_drawn_on_the_way_make_a_point_known():
 
 
 @pytest.mark.slow  # a thousand redraws of ten points, twice
-@pytest.mark.parametrize("prompts", [8, 64])
+@pytest.mark.parametrize("prompts", [8, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "kl", [2.5, *(pytest.param(kl, marks=pytest.mark.long) for kl in (10, 20, 40))]
 )
