@@ -14,13 +14,10 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.memory.estimate import (
     MemoryEstimate,
     check_fits,
-    estimate_of,
-    memory_settings,
-    step_memory_of,
 )
 from dpo_lightning.memory.footprint import GIB, in_gib
-from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.run.guard import guarded
+from dpo_lightning.run.needs import estimate_for
 from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
@@ -53,25 +50,9 @@ def _main(argv: list[str]) -> int:
         return 0
     gib, rest = _taken_out("--gib", argv)
     config = compose_one(rest)
-    # Here, because it imports torch: by now every setting is checked.
-    from dpo_lightning.models.source import load_model_config
-    from dpo_lightning.training.traced import traced_optimizer
-
-    settings = memory_settings(config)
-    model_config = load_model_config(
-        pretrained=config.model.pretrained,
-        revision=config.model.revision,
-        config=config.model.config,
-        config_overrides=config.model.config_overrides,
-    )
-    estimate = estimate_of(
-        settings,
-        decide_hardware(
-            config.trainer,
-            kind=None if gib is None else "cuda",
-            half_weights=config.model.dtype == "bfloat16",
-        ),
-        step_memory_of(settings, model_config, make_optimizer=traced_optimizer),
+    estimate = estimate_for(
+        config,
+        None if gib is None else "cuda",
         device_bytes=None if gib is None else round(gib * GIB),
     )
     _show(estimate, config)

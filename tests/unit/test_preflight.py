@@ -15,6 +15,7 @@ from dpo_lightning.memory.estimate import (
     MemoryEstimate,
     check_fits,
     estimate_of,
+    may_not_load,
     memory_settings,
     plan_training,
     remedies,
@@ -273,3 +274,20 @@ def test_float16_is_autocast_and_is_not_advised_to_hold_bfloat16(precision: str,
     assert (found.training.masters, found.training.autocast) == (masters, not masters)
     assert found.training.compute_bytes == 2
     assert ("model.dtype=bfloat16" in dict(remedies(found))) is masters
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "asked"),
+    [
+        ("cuda", 1, True),
+        ("cpu", 232, False),
+        ("cpu", 233, True),
+    ],
+)
+def test_ahead_of_loading_a_cpu_is_asked_of_its_weights_alone(monkeypatch, kind, weights, asked):
+    """93% of 1,000 bytes are 930: room for 232 weights of 4 bytes and not for 233."""
+    monkeypatch.setattr("dpo_lightning.memory.budget.memory_of", lambda _: 1000)
+    config = Config()
+    hardware = decide_hardware(config.trainer, kind=kind)
+    memory = SimpleNamespace(parameters=weights)
+    assert may_not_load(memory, memory_settings(config), hardware) is asked
