@@ -1,6 +1,5 @@
-"""Chromium without a display, spoken to over two pipes: pages opened, measured and photographed."""
+"""Chromium without a display, spoken to over two pipes: pages opened and measured."""
 
-import base64
 import json
 import os
 import shlex
@@ -80,10 +79,6 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def photograph(self, path: Path) -> None:
-        """Writes a picture of what the window shows."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
 @contextmanager
