@@ -80,6 +80,7 @@ def test_an_adapter_and_the_run_that_made_it(lora_run, pairs_file, tmp_path, cap
     trained(run_train(tmp_path / "followed", *words))
 
 
+@pytest.mark.slow
 def test_a_runs_folder_names_the_model_in_it(tiny_model, pairs_file, tmp_path, capfd):
     run = train(tmp_path, pairs_file, tiny_model)
     said = refusal(capfd, train(tmp_path, pairs_file, run.folder))
@@ -119,6 +120,7 @@ def test_a_git_lfs_pointer_is_told_from_a_file(folder, pairs_file, tmp_path, cap
     assert f"`git lfs pull` in {folder}" in said
 
 
+@pytest.mark.slow
 def test_a_gguf_file_and_a_folder_of_one(tmp_path, pairs_file, capfd):
     (tmp_path / "gguf").mkdir()
     path = tmp_path / "gguf" / "m.gguf"
@@ -162,6 +164,7 @@ def test_weights_without_a_place_are_said(pairs_file, tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
@@ -223,6 +226,7 @@ def test_an_unknown_rope_is_named(folder, pairs_file, tmp_path, capfd):
     assert "rope_type spiral" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

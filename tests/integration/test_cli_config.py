@@ -454,6 +454,7 @@ def test_flags_may_stand_among_the_settings(recorder: Recorder) -> None:
     assert [config.seed for config, *_ in recorder.starts] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_failing_trial_does_not_stop_the_others(
     recorder: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -676,6 +677,7 @@ def test_the_settings_of_a_run_are_composed_once(
     assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == ["beta=0.2", "name=mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typed",
     [

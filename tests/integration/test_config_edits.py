@@ -107,6 +107,7 @@ def test_the_reference_of_an_edited_config_is_never_the_others(
     assert alone.result["reference"]["cached"] == alone.result["reference"]["rows"]
 
 
+@pytest.mark.slow
 def test_a_moved_folder_of_another_version_is_the_same_model(
     base, shared_cache, pairs_file, tmp_path
 ):

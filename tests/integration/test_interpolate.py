@@ -150,6 +150,7 @@ def test_losses_without_a_reference_are_refused_by_name(run, capsys, tmp_path):
     assert "it was trained with reference=none" in refusal(capsys, alone)
 
 
+@pytest.mark.slow
 def test_losses_of_another_optimum_have_no_beta(run, capsys, tmp_path):
     folder = changed(run, tmp_path / "run", "name: sigmoid", "name: hinge")
     said = refusal(capsys, folder, "--betas=1")

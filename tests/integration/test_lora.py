@@ -135,6 +135,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole: Run, tmp_path, step: 
     assert same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [("peft.r=8", "peft.r=4, this run has peft.r=8"), ("peft=none", "resume with the same"),

@@ -43,6 +43,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole, tmp_path):
         assert torch.equal(value, weights(run)[name]), name
 
 
+@pytest.mark.slow
 def test_the_losses_are_close_to_those_of_float32(whole, tmp_path):
     _, run = whole
     single = run_train(tmp_path / "run", *COMMON)
@@ -50,6 +51,7 @@ def test_the_losses_are_close_to_those_of_float32(whole, tmp_path):
     assert run.values("train/learning_rate") == single.values("train/learning_rate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [(EIGHT, ("optimizer=adamw",)), pytest.param((), EIGHT, marks=pytest.mark.slow)],

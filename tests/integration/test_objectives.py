@@ -91,6 +91,7 @@ def test_a_sum_of_losses_is_the_sum(tmp_path, cache, first):
     assert mpo.values("train/loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_likelihood_term_is_added(tmp_path, cache, first):
     with_term = run_train(tmp_path / "a", *QUICK, "loss.rpo_alpha=0.3", cache)
     sft = run_train(tmp_path / "b", *QUICK, "loss=sft", cache)
@@ -131,6 +132,7 @@ def test_an_adapted_beta_follows_the_margins_and_a_resume_goes_on(tmp_path, cach
     assert again.values("train/loss")[-1] == whole.values("train/loss")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -276,6 +278,7 @@ def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
     assert sorted(counts) == [0, 2 * 16 + 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -87,6 +87,7 @@ def test_every_evaluation_group_counts_once_on_two_ranks(tmp_path):
         assert (2 * n * accuracy) == pytest.approx(round(2 * n * accuracy), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "batch_size", "max_steps", "steps", "epochs"),
     [

@@ -243,6 +243,7 @@ def test_a_full_disk_under_the_log(tmp_path, capfd, monkeypatch):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "model", "evaluation.json"])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, capfd, monkeypatch, name):
     from dpo_lightning.run import conclude as conclusion

@@ -212,6 +212,7 @@ def test_files_call_nothing(text, place, canary, capfd):
     one_line(capfd)
 
 
+@pytest.mark.slow
 def test_the_installed_launchers_and_sweepers_stay(place, capfd):
     for choice in ("hydra/launcher=basic", "hydra/launcher=devices"):
         assert cli.main(["-m", "beta=1,2", choice, "hydra.sweep.dir=s"]) == 0, capfd.readouterr()

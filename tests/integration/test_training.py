@@ -239,6 +239,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
     assert [row["step"] for row in again.rows if "train/loss" in row] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, capsys):
     run = run_train(tmp_path / "a", *TINY, "trainer.max_steps=2")
     other = run_train(
@@ -274,6 +275,7 @@ def test_a_diverged_run_stops_before_the_step(tmp_path):
     assert not (run.folder / "model").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_in_between_and_limits(tmp_path):
     run = run_train(
         tmp_path / "run",
@@ -288,6 +290,7 @@ def test_evaluation_in_between_and_limits(tmp_path):
     assert run.result["epoch"] == pytest.approx(5 / 6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_is_on_while_training(tmp_path, monkeypatch):
     """One step of one micro-batch: each of the two layers computes its attention once more."""
     from transformers import AttentionInterface

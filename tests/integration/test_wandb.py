@@ -85,6 +85,7 @@ def test_csv_and_none(tmp_path):
     assert none.code == csv.code == 0
 
 
+@pytest.mark.slow
 def test_a_service_that_a_parent_has_started_elsewhere(tmp_path, monkeypatch):
     """wandb's children take their parent's service, which has a current folder of its own."""
     code = (

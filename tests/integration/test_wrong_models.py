@@ -86,6 +86,7 @@ def code_from_outside(folder):
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -152,6 +153,7 @@ def test_a_reference_with_another_vocabulary(tiny_model, pairs_file, tmp_path, c
     assert "another vocabulary" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model.pretrained", "reference.pretrained", "model.tokenizer"])
 def test_the_hub_out_of_reach(tiny_model, pairs_file, tmp_path, capfd, key):
     arguments = {"model.pretrained": str(tiny_model)} | {key: "nobody/nothing"}
@@ -177,6 +179,7 @@ def test_overrides_of_a_config(tiny_model, pairs_file, tmp_path, capfd):
     assert "hidden_size" in said
 
 
+@pytest.mark.slow
 def test_a_random_model_takes_overrides(tiny_model, pairs_file, tmp_path):
     run = run_train(
         tmp_path / "run",

@@ -141,6 +141,7 @@ print(spent.cpu >= 0.3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "said"), [("pruned", "True"), ("failed", "7 of 8 trials ended")]
 )

@@ -142,6 +142,7 @@ sum(i * i for i in range(300_000))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "said"), [("0.5", False), ("0.25", True)])
 def test_both_trees_run_in_turns_and_other_losses_are_said(
     tmp_path, monkeypatch, capsys, loss: str, said: bool

@@ -246,6 +246,7 @@ def test_what_kernels_of_others_say_when_they_are_imported_is_not_shown(caplog):
     assert caplog.messages == ["our own"]
 
 
+@pytest.mark.slow
 def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     run = run_train(tmp_path / "run", *TINY, "trainer.accelerator=cpu", "trainer.max_steps=1")
     assert run.code == 0
@@ -265,6 +266,7 @@ def test_a_run_says_its_estimate_and_keeps_it(tmp_path, capsys, monkeypatch):
     assert "trainer.memory_check=warn" in small.result["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "masters"), [("bf16-mixed", True), ("16-mixed", False)])
 def test_float16_is_autocast_and_is_not_advised_to_hold_bfloat16(precision: str, masters: bool):
     """One device: float32 weights with copies by autocast, and not masters behind a rounding."""

@@ -66,6 +66,7 @@ def test_a_test_that_hangs_ends_with_its_stack(run, pytestconfig):
     assert ">   def test_hangs(): threading.Event().wait(60)" in run
 
 
+@pytest.mark.slow
 def test_slow_tests_have_a_longer_limit_unless_they_name_their_own(run):
     assert run[-1].startswith("1 failed, 3 passed, 3 skipped")
 

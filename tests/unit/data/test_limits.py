@@ -38,6 +38,7 @@ def tokenize(template: str):
     return tokenize_groups([group], tokenizer, max_length=64, truncation="drop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "what"),
     [(ENDLESS, "processor time"), (HUGE, "of memory"), ("{{ 'x' * 99999999999 }}", "of memory")],
@@ -102,6 +103,7 @@ def test_another_thread_has_no_clock_and_no_fault():
     assert done == [45]
 
 
+@pytest.mark.slow
 def test_each_piece_has_the_whole_time():
     """Four pieces of 0.15 s within a limit of 0.4 s, and one that goes on for ever."""
 

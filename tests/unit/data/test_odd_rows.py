@@ -51,6 +51,7 @@ def test_elements(tokenizer, folder, found, truncation):
     check_rows(read(path), tokenizer, truncation=truncation)
 
 
+@pytest.mark.slow
 @quick
 @given(tables, truncations)
 def test_tables(tokenizer, folder, table, truncation):

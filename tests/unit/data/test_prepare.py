@@ -130,6 +130,7 @@ def test_any_rows_add_up(tokenizer, train, evaluation, bad, max_length, truncati
         assert bool(data.eval) == (bool(eval_fraction) and len(keys[0] | keys[1]) > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "form", "rows_in_file", "prompts_too_long"),
     [

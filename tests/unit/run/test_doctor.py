@@ -330,6 +330,7 @@ def in_ring(rank: int, folder: str, wrong: bool) -> str | None:
     return ring.be_rank(Path(folder), rank, 2, "gloo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_link_that_changes_what_is_sent_is_found(tmp_path, wrong: bool):
     found = on_ranks(in_ring, tmp_path, str(tmp_path), wrong)

@@ -25,6 +25,7 @@ def test_command_lines(place, line):
     check_command(line)
 
 
+@pytest.mark.slow
 @quick
 @given(files)
 def test_files_of_ones_own(place, content):
@@ -33,6 +34,7 @@ def test_files_of_ones_own(place, content):
     check_command(["--config-dir=own", "experiment=mine"])
 
 
+@pytest.mark.slow
 # What was once a traceback, or ran nothing and called it finished.
 @pytest.mark.parametrize(
     ("line", "fragment"),

@@ -99,6 +99,7 @@ def test_pages_have_it(sweep):
         assert "half 1" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "[]", '{"points": 3}', '{"points": [{"lambda": "x"}]}', ""])
 def test_a_damaged_file_stops_no_report(sweep, text: str):
     (sweep / "beta-0.5" / "interpolation.json").write_text(text)

@@ -75,6 +75,7 @@ def test_a_trial_takes_as_many_slots_as_it_has_devices(tmp_path):
     assert three.metrics["begin"] < one.metrics["end"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "status", "code"),
     [

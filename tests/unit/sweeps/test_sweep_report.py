@@ -296,6 +296,7 @@ def test_texts_of_a_data_set_are_no_markup(sweep):
                 assert cells == len(re.findall(r"(?<!\\)\|", lines[number - 1])), line
 
 
+@pytest.mark.slow
 def test_the_report_says_the_same_twice(sweep):
     reward_trial(sweep, 0.1, 6.0, 5.0)
     reward_trial(sweep, 1.0, 5.0, 1.0)

@@ -186,6 +186,7 @@ def edit_trial(**values):
     return lambda folder: change(folder / "trial.json", **values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

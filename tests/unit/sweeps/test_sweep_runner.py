@@ -133,6 +133,7 @@ def test_an_order_that_was_given_anew_is_not_carried_out(folder):
     assert not (folder / "beats").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_whose_order_is_withdrawn_is_asked_to_end(folder):
     act = (
         f"try:\n    exec({BEAT!r})\nexcept KeyboardInterrupt:\n    finish('stopped'); sys.exit(130)"
@@ -147,6 +148,7 @@ def test_a_trial_whose_order_is_withdrawn_is_asked_to_end(folder):
     assert alive(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_attempt", [True, False])
 def test_a_second_start_waits_until_the_first_one_is_gone(folder, same_attempt):
     """The first is alive and well: Ray may think its node lost, a sweep may be typed anew."""
@@ -218,6 +220,7 @@ def test_a_runner_whose_order_was_given_anew_takes_the_folder_from_nobody(folder
     assert claim_of(folder, given.attempt)["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_a_trial_of_this_machine_waits_for_the_job_of_another_launcher(folder):
     """The job of a killed sweep is at work there; its order ends when the trial starts here."""
     job = start_runner(order(folder, BEAT))

@@ -164,6 +164,7 @@ def test_a_trial_that_ends_badly_ends_alone(tmp_path, slurm, act, status, code):
     assert json.loads((trials[1].folder / "result.json").read_text())["status"] == status
 
 
+@pytest.mark.slow
 def test_a_crashed_trial_is_a_new_job_that_goes_on_from_its_checkpoint(tmp_path, slurm):
     act = (
         "first = not (folder / 'checkpoints').exists()\n"
@@ -196,6 +197,7 @@ def lose(slurm: Path, state: str) -> None:
         os.kill(int(pid), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "asked", "said"),
     [

@@ -54,6 +54,7 @@ def check_ran_once(folder: Path, *, jobs_in_all: int) -> None:
 QUICK_MOMENTS = ("in sbatch before its job", "before the note")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [m if m in QUICK_MOMENTS else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS],
@@ -147,6 +148,7 @@ def test_a_trial_is_not_submitted_while_nobody_knows_whether_it_is_queued(
 # Commands that are interrupted -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_job_is_submitted_cancels_it(tmp_path, slurm):
     (slurm / "sbatch").write_text("is_interrupted")
     with pytest.raises(KeyboardInterrupt):
