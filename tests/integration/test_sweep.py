@@ -106,6 +106,48 @@ def test_a_grid_in_blocks_is_one_sweep_and_is_resumed(tmp_path):
     assert again.stdout.count(" started on ") == 2
 
 
+RATES = "optimizer.lr: [1e-2, 1e-3, 1e-4]"
+PRUNED_BLOCKS = f"""
+- {{loss: sigmoid, beta: [0.1, 0.5], {RATES}}}
+- {{loss: simpo, beta: [2, 5], {RATES}}}
+"""
+
+
+@pytest.mark.long
+def test_each_objective_and_beta_of_a_pruned_grid_in_blocks_keeps_its_best_rate(tmp_path):
+    """Four pools of three rates: each is cut by its own, and its best goes on to the end.
+
+    Half of three, rounded up, is two at the first rung and one at the next, unless nothing tells
+    the others apart; the last rung's best of each pool has to be among the finished.
+    """
+    (tmp_path / "grid.yaml").write_text(PRUNED_BLOCKS)
+    done = sweep(
+        tmp_path, "sweep.trials=grid.yaml", "sweep.prune=halving", *SMALL, "trainer.max_steps=16",
+        "optimizer.warmup=0", "evaluation.samples=0",
+    )  # fmt: skip
+    assert done.code == 0, done.stdout + done.stderr
+    assert len(done.trials) == 12
+    pools: dict[tuple[str, float], list[Run]] = {}
+    for name in done.trials:
+        run = done.trial(name)
+        pools.setdefault((run.result["loss"], run.result["beta"]), []).append(run)
+    assert sorted(pools) == [("sigmoid", 0.1), ("sigmoid", 0.5), ("simpo", 2.0), ("simpo", 5.0)]
+    statuses = [run.result["status"] for runs in pools.values() for run in runs]
+    assert set(statuses) == {"finished", "pruned"}
+    for pool, runs in pools.items():
+        assert len(runs) == 3
+        scores: dict[int, list[tuple[float, str]]] = {}
+        for run in runs:
+            for line in (run.folder / "rungs.jsonl").read_text().splitlines():
+                report = json.loads(line)
+                assert report["metric"] == "eval/fitted_log_loss"
+                scores.setdefault(report["rung"], []).append(
+                    (report["value"], run.result["status"])
+                )
+        assert len(scores[0]) == 3
+        assert min(scores[max(scores)])[1] == "finished", pool
+
+
 @pytest.mark.faults
 def test_ranks_of_one_trial_never_meet_those_of_another(tmp_path):
     """Two gloo ranks a trial; the middle one fails on rank 0 while rank 1 waits for it."""
