@@ -148,6 +148,37 @@ def test_each_objective_and_beta_of_a_pruned_grid_in_blocks_keeps_its_best_rate(
         assert min(scores[max(scores)])[1] == "finished", pool
 
 
+@pytest.mark.long
+def test_trials_of_two_ranks_are_pruned_like_those_of_one_process(tmp_path):
+    """What two gloo ranks report at a rung, and where they stop, is what one process does."""
+    done = {}
+    for name, ranks in (("one", ()), ("two", ("trainer.devices=2", "strategy=ddp"))):
+        (tmp_path / name).mkdir()
+        done[name] = sweep(
+            tmp_path / name, "beta=0.1,0.5", "optimizer.lr=1e-2,1e-4", "sweep.prune=halving",
+            "sweep.prune_at=[0.25,0.5]", *SMALL, "trainer.max_steps=8", "optimizer.warmup=0",
+            "trainer.precision=32-true", *ranks,
+        )  # fmt: skip
+        assert done[name].code == 0, done[name].stdout + done[name].stderr
+        assert len(done[name].trials) == 4
+    ends = []
+    for trial in done["one"].trials:
+        one, two = (done[name].trial(trial) for name in ("one", "two"))
+        ends.append(one.result["status"])
+        assert two.result["status"] == ends[-1]
+        reports = [
+            [json.loads(line) for line in (run.folder / "rungs.jsonl").read_text().splitlines()]
+            for run in (one, two)
+        ]
+        assert len(reports[0]) == len(reports[1]) >= 1
+        for left, right in zip(*reports, strict=True):
+            assert left["values"] == pytest.approx(right["values"], rel=1e-4, abs=1e-6)
+            assert {key: left[key] for key in ("rung", "step", "metric")} == {
+                key: right[key] for key in ("rung", "step", "metric")
+            }
+    assert set(ends) == {"finished", "pruned"}
+
+
 @pytest.mark.faults
 def test_ranks_of_one_trial_never_meet_those_of_another(tmp_path):
     """Two gloo ranks a trial; the middle one fails on rank 0 while rank 1 waits for it."""
