@@ -2,7 +2,7 @@
 
 ``python benchmarks/prune_regret.py --out FILE`` trains whole grids, measures every trial at each
 rung, and takes the decisions of a sweep on these numbers. Survivors go on to the bit like trials of
-the whole grid (``tests/integration/test_pruned_sweep.py``), so nothing needs to be trained twice. A
+the whole grid (``tests/integration/test_rungs.py``), so nothing needs to be trained twice. A
 second call goes on where the first was ended. Processors that do other work give the same numbers.
 """
 
