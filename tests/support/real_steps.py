@@ -117,7 +117,8 @@ def allocated(config: Any, how: Training, shapes: Sequence[Sequence[int]]) -> in
         Adapters(model, start, reference=None, dropout=0.0, seed=0, load_base=lambda: model)
     reference = copy.deepcopy(model).requires_grad_(False).eval() if how.live_reference else None
     scorer = Scorer("flat")
-    scorer.prepare(model)
+    for prepared in (model, *([] if reference is None else [reference])):
+        scorer.prepare(prepared)
     if how.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
