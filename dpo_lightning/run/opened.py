@@ -81,7 +81,32 @@ def open_named(name: str, *, reference: str | None = None, key: str = "run") -> 
     Raises:
         UserError: If it is nothing that could answer, or its reference is missing or given twice.
     """
-    found = _find(name, key)
+    return _opened(name, _find(name, key), reference, key)
+
+
+def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Opened]:
+    """Finds all that a user named, runs and models beside each other.
+
+    Args:
+        names: As :func:`open_named` takes them.
+        reference: Of those that are no runs.
+
+    Raises:
+        UserError: If one is nothing that could answer, or the reference is that of none.
+    """
+    found = [_find(name, "run") for name in names]
+    if reference is not None and all(own.run is not None for own in found):
+        raise UserError(
+            f"--reference {reference}: all of these are runs, which have references of their own; "
+            "leave it out"
+        )
+    return [
+        _opened(name, own, None if own.run is not None else reference, "run")
+        for name, own in zip(names, found, strict=True)
+    ]
+
+
+def _opened(name: str, found: _Found, reference: str | None, key: str) -> Opened:
     if found.run is not None:
         return _run(name, found, reference, key)
     if found.adapter is not None:

@@ -1,4 +1,7 @@
-"""Words behind a command that looks at trained policies: names, flags, switches and settings."""
+"""Words behind a command that looks at trained policies: names, flags, switches and settings.
+
+Of a run nearly all settings are known, and are not to be typed; of a model alone some are needed.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.opened import key_of
+from dpo_lightning.run.opened import Opened, key_of
 from dpo_lightning.settings.program import typed
+
+OF_ROWS = (
+    *("data.eval", "data.eval_split", "data.subset", "data.revision", "data.format"),
+    *("data.columns", "data.ignore_fields", "data.on_bad_row", "data.max_dropped"),
+    *("data.max_length", "data.truncation", "data.chat_template", "data.chat_template_kwargs"),
+    "data.template_date",
+)
+"""Settings of rows that are looked at in the place of a run's own."""
+
+ANYWHERE = (
+    *("plugins", "evaluation", "data.micro_batch_tokens", "reference.cache_dir"),
+    *("trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.threads"),
+)
+"""Settings that may be typed beside any policy."""
+
+OF_A_MODEL = (
+    *("beta", "seed", "model.dtype", "model.revision", "model.tokenizer", "reference.revision"),
+)
+"""Settings that a run has, and a model alone has not."""
+
+_DURING_TRAINING = ("evaluation.every_n_steps", "evaluation.on_start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +126,35 @@ def _refuse(key: str, grammar: Grammar) -> None:
     program = " ".join(typed(grammar.command))
     there = ", ".join([*grammar.flags, *grammar.switches, *grammar.settings])
     raise UserError(f"{key}: `{program}` takes {there}; all else is what the run was trained with")
+
+
+def check_settings(opened: Opened, settings: Sequence[str]) -> None:
+    """Refuses settings that make no sense beside a policy, by name.
+
+    Args:
+        opened: The policy.
+        settings: As they were typed.
+
+    Raises:
+        UserError: If there is one, or rows are needed and not named.
+    """
+    keys = [key_of(word) for word in settings]
+    for key in keys:
+        if key in _DURING_TRAINING:
+            raise UserError(f"{key}: it is of a training, which this is not; leave it out")
+        if opened.run is not None and key in OF_A_MODEL:
+            raise UserError(
+                f"{key}: it is what {opened.name} was trained with; leave it out, or name "
+                f"{opened.adapter or opened.weights} alone with --reference"
+            )
+        of_rows = any(key == own or key.startswith(f"{own}.") for own in OF_ROWS)
+        if of_rows and "data.eval" not in keys:
+            raise UserError(
+                f"{key}: {opened.name} is measured on the rows that it held out, as it read them; "
+                "for others name them with data.eval=<file or hub id>"
+            )
+    if opened.run is None and "data.eval" not in keys:
+        raise UserError(
+            f"run={opened.name}: a model alone has no rows of its own; name held-out ones with "
+            "data.eval=<file or hub id>"
+        )

@@ -16,7 +16,15 @@ from dpo_lightning.files import finite, write_json
 from dpo_lightning.run.folder import disk_fault
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import Opened, compose_opened, key_of, names_rows, open_named
-from dpo_lightning.run.words import Grammar, Words, read_words
+from dpo_lightning.run.words import (
+    ANYWHERE,
+    OF_A_MODEL,
+    OF_ROWS,
+    Grammar,
+    Words,
+    check_settings,
+    read_words,
+)
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
 
@@ -40,26 +48,6 @@ a LoRA adapter, or a hub id; a model alone has no reference, so --reference name
 Settings may be data.eval= and what says how its rows are read, those of evaluation, and of trainer
 accelerator, devices, precision and threads."""
 
-OF_ROWS = (
-    *("data.eval", "data.eval_split", "data.subset", "data.revision", "data.format"),
-    *("data.columns", "data.ignore_fields", "data.on_bad_row", "data.max_dropped"),
-    *("data.max_length", "data.truncation", "data.chat_template", "data.chat_template_kwargs"),
-    "data.template_date",
-)
-"""Settings of rows that are looked at in the place of a run's own."""
-
-ANYWHERE = (
-    *("plugins", "evaluation", "data.micro_batch_tokens", "reference.cache_dir"),
-    *("trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.threads"),
-)
-"""Settings that may be typed beside any policy."""
-
-OF_A_MODEL = (
-    *("beta", "seed", "model.dtype", "model.revision", "model.tokenizer", "reference.revision"),
-)
-"""Settings that a run has, and a model alone has not."""
-
-_DURING_TRAINING = ("evaluation.every_n_steps", "evaluation.on_start")
 _GRAMMAR = Grammar(
     "evaluate",
     flags=("--slice", "--reference", "--output"),
@@ -103,38 +91,6 @@ def _main(argv: list[str]) -> int:
     else:
         _show(found)
     return 0
-
-
-def check_settings(opened: Opened, settings: Sequence[str]) -> None:
-    """Refuses settings that make no sense beside a policy, by name.
-
-    Args:
-        opened: The policy.
-        settings: As they were typed.
-
-    Raises:
-        UserError: If there is one, or rows are needed and not named.
-    """
-    keys = [key_of(word) for word in settings]
-    for key in keys:
-        if key in _DURING_TRAINING:
-            raise UserError(f"{key}: it is of a training, which this is not; leave it out")
-        if opened.run is not None and key in OF_A_MODEL:
-            raise UserError(
-                f"{key}: it is what {opened.name} was trained with; leave it out, or name "
-                f"{opened.adapter or opened.weights} alone with --reference"
-            )
-        of_rows = any(key == own or key.startswith(f"{own}.") for own in OF_ROWS)
-        if of_rows and "data.eval" not in keys:
-            raise UserError(
-                f"{key}: {opened.name} is measured on the rows that it held out, as it read them; "
-                "for others name them with data.eval=<file or hub id>"
-            )
-    if opened.run is None and "data.eval" not in keys:
-        raise UserError(
-            f"run={opened.name}: a model alone has no rows of its own; name held-out ones with "
-            "data.eval=<file or hub id>"
-        )
 
 
 def check_devices(config: Config, settings: Sequence[str]) -> None:
@@ -298,22 +254,23 @@ def _notes(opened: Opened, config: Config, settings: Sequence[str]) -> list[str]
     return notes
 
 
-def check_output(path: Path, opened: Opened) -> None:
+def check_output(path: Path, opened: Opened, *, flag: str = "--output") -> None:
     """Refuses a file that could not be written, or that would change a run's folder.
 
     Args:
         path: The file.
         opened: The policy.
+        flag: The flag that named it.
 
     Raises:
         UserError: If it is such a one.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: needs a file in a folder that is there")
+        raise UserError(f"{flag} {path}: needs a file in a folder that is there")
     folder = opened.run or Path(opened.weights or "")
     if folder.is_dir() and folder.resolve() in path.resolve().parents:
         raise UserError(
-            f"--output {path}: the folder of what is evaluated stays as it is; name a file outside "
+            f"{flag} {path}: the folder of what is evaluated stays as it is; name a file outside "
             "of it"
         )
 
@@ -337,24 +294,26 @@ def _show(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)
     rows = f"{found['groups']:,} held-out rows, {found['prompts']:,} prompts"
     table = Table(title=f"{found['run']} on {rows}", title_justify="left")
     for name in ("metric", "value", "95% interval"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
+        justify: Any = "left" if name == "metric" else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for name, value in found["metrics"].items():
         table.add_row(name, _number(value), _range(found["intervals"].get(name)))
     console.print(table)
     shown = ("eval/rewards/accuracies", "eval/logratios/margins")
     table = Table(title="slices", title_justify="left")
     for name in ("by", "value", "rows", "accuracy", "95% interval", "margin", "95% interval"):
-        table.add_column(name, justify="left" if name in ("by", "value") else "right")
+        justify = "left" if name in ("by", "value") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for own in found["slices"]:
         cells = [own["by"], own["value"], f"{own['groups']:,}"]
         for name in shown:
             cells += [_number(own["metrics"][name]), _range(own["intervals"][name])]
         table.add_row(*cells)
-    console.print(table, markup=False)
+    console.print(table)
     for note in found["notes"]:
         print(note)
 

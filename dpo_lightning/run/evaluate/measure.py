@@ -63,6 +63,7 @@ class Evaluation:
         kl: Origin of their KL; None where none were drawn.
         beta: That of the rewards.
         device: Where it was computed.
+        max_length: Longest prompt with one response, in tokens.
     """
 
     metrics: dict[str, float]
@@ -72,6 +73,7 @@ class Evaluation:
     kl: dict[str, Any] | None
     beta: float
     device: str
+    max_length: int
 
 
 def evaluate(opened: Opened, config: Config, *, rows_named: bool) -> Evaluation:
@@ -221,6 +223,7 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
         kl=kl_facts(plan, answering, drawn),
         beta=plan.beta,
         device=f"{placed.device.type}, {placed.computation.describe()}",
+        max_length=prepared.source.max_length,
     )
 
 
