@@ -98,9 +98,7 @@ def test_folders_that_cannot_answer_are_refused_by_name(tmp_path):
     assert "the run is failed; resume=" in refusal(
         folder(tmp_path / "f", result__json={"status": "failed"})
     )
-    assert "the folder has no config.json or adapter_config.json" in refusal(
-        folder(tmp_path / "e")
-    )
+    assert "the folder has no config.json or adapter_config.json" in refusal(folder(tmp_path / "e"))
     assert "no weights" in refusal(folder(tmp_path / "w", config__json="{}"), reference="a/b")
     pickled = folder(tmp_path / "p", config__json="{}", pytorch_model__bin="x")
     assert "is a pickle" in refusal(pickled, reference="a/b")
@@ -111,7 +109,9 @@ def test_folders_that_cannot_answer_are_refused_by_name(tmp_path):
     )
     damaged = folder(tmp_path / "d", adapter_config__json="{", adapter_model__safetensors="x")
     assert "its adapter_config.json is damaged" in refusal(damaged)
-    assert "a run, which has a reference of its own" in refusal(run(tmp_path / "r"), reference="a/b")
+    assert "a run, which has a reference of its own" in refusal(
+        run(tmp_path / "r"), reference="a/b"
+    )
 
 
 def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch):
@@ -178,7 +178,9 @@ def test_settings_of_a_run_that_lost_them(tmp_path):
 
 # Words ------------------------------------------------------------------------------------------
 
-GRAMMAR = Grammar("evaluate", ("--slice",), ("--json",), ("evaluation", "data.columns", "data.eval"))
+GRAMMAR = Grammar(
+    "evaluate", ("--slice",), ("--json",), ("evaluation", "data.columns", "data.eval")
+)
 
 
 def test_words_are_told_apart_in_any_order():
@@ -228,7 +230,9 @@ def test_a_run_keeps_what_it_was_trained_with(tmp_path, words: list[str], said: 
 
 def test_a_model_alone_needs_rows(tmp_path):
     found = open_named(str(whole(tmp_path / "m")), reference="org/start")
-    with pytest.raises(UserError, match=r"has no rows of its own; name held-out ones with data\.ev"):
+    with pytest.raises(
+        UserError, match=r"has no rows of its own; name held-out ones with data\.ev"
+    ):
         check_settings(found, [])
     check_settings(found, ["data.eval=x.jsonl", "beta=0.3"])
     assert names_rows(["+data.eval=x"])
