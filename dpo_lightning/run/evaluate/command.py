@@ -108,26 +108,40 @@ def check_devices(config: Config, settings: Sequence[str]) -> None:
         )
 
 
-def measured(opened: Opened, settings: Sequence[str]) -> tuple[Config, Evaluation]:
-    """The settings of a policy, and its measurements.
+def checked(opened: Opened, settings: Sequence[str]) -> Config:
+    """The settings of a policy.
 
     Args:
         opened: The policy.
         settings: As they were typed beside it.
 
     Raises:
-        UserError: If a setting is wrong, or data and models are gone.
+        UserError: If one is wrong.
     """
     check_settings(opened, settings)
     config = compose_opened(opened, settings)
     check_devices(config, settings)
+    return config
+
+
+def measured(opened: Opened, config: Config, settings: Sequence[str]) -> Evaluation:
+    """The measurements of a policy.
+
+    Args:
+        opened: The policy.
+        config: Its settings.
+        settings: As they were typed beside it.
+
+    Raises:
+        UserError: If data and models are gone.
+    """
     # Here, because they import torch: by now every setting is checked.
     import torch
 
     from dpo_lightning.run.evaluate.measure import evaluate
 
     try:
-        return config, evaluate(opened, config, rows_named=names_rows(settings))
+        return evaluate(opened, config, rows_named=names_rows(settings))
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "the device's memory does not suffice: lower evaluation.batch_size= or "
@@ -136,9 +150,10 @@ def measured(opened: Opened, settings: Sequence[str]) -> tuple[Config, Evaluatio
 
 
 def _evaluate(opened: Opened, words: Words) -> dict[str, Any]:
+    config = checked(opened, words.settings)
     columns = words.flags.get("--slice", ())
-    config, found = measured(opened, words.settings)
     by_column = _column_values(config, columns, names_rows(words.settings))
+    found = measured(opened, config, words.settings)
     return answer(opened, config, found, by_column, words.settings)
 
 

@@ -236,10 +236,10 @@ def evaluated(opened: Opened, label: str, settings: Sequence[str]) -> Subject:
     Raises:
         UserError: If it cannot be evaluated.
     """
-    from dpo_lightning.run.evaluate.command import measured
+    from dpo_lightning.run.evaluate.command import checked, measured
 
-    config, found = measured(opened, settings)
-    return subject_of(opened, label, config, found)
+    config = checked(opened, settings)
+    return subject_of(opened, label, config, measured(opened, config, settings))
 
 
 def subject_of(opened: Opened, label: str, config: Config, found: Evaluation) -> Subject:

@@ -86,7 +86,11 @@ def test_of_pairs_from_one_distribution_few_are_found_different(monkeypatch, dra
 
     def values() -> Any:
         # What two policies share of an item is in both.
-        return rng.integers(0, 2, 40) if draw == "shares" else rng.normal(size=40) + shared
+        return (
+            rng.integers(0, 2, 40).astype(float)
+            if draw == "shares"
+            else rng.normal(size=40) + shared
+        )
 
     found = []
     for _ in range(200):
