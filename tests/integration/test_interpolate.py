@@ -123,7 +123,7 @@ def test_it_repeats_and_is_said_in_the_report_of_its_sweep(run, capsys):
         (["--lambdas=-1"], "error: --lambdas=-1: needs finite numbers >= 0"),
         (["--lambdas=1e9"], "error: --lambdas=1e9: needs finite numbers >= 0 and <= 100"),
         (["--betas=0.001"], "error: --betas=0.001: at β 0.001 the logits' difference would count"),
-        (["beta=0.3"], "error: beta: `"),
+        (["beta=0.3"], "error: beta: it is what "),
         (["--jsn"], "error: --jsn: `"),
         (["evaluation.batch_size=0"], "error: evaluation.batch_size=0: "),
     ],
