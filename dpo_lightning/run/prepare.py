@@ -16,7 +16,14 @@ from torch import Tensor
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
-from dpo_lightning.data.splits import PreparedData, data_hash, digest_of, prepare_rows
+from dpo_lightning.data.splits import (
+    PreparedData,
+    Refuse,
+    data_hash,
+    digest_of,
+    prepare_rows,
+    stop,
+)
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.memory.estimate import (
@@ -115,8 +122,7 @@ def prepare(
     memory = _checked_memory(config, source, hardware)
     models = _load_models(config, source, ranks)
     if task is not None:
-        reference_logps = _outcome_logps(task, models, ranks)
-        data = _controlled_data(config, task, reference_logps)
+        data, reference_logps = _controlled_data(config, task, models, ranks)
     assert data is not None
     data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
@@ -228,9 +234,24 @@ def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
 
 
 def prepare_groups(
-    config: Config, rows: SourceRows, source: ModelSource, tokens: Path
+    config: Config,
+    rows: SourceRows,
+    source: ModelSource,
+    tokens: Path,
+    *,
+    refuse: Refuse = stop,
+    keep_tokens: bool = True,
 ) -> tuple[PreparedData, ChatTemplate | None]:
-    """Token groups of the rows, and the chat template that they went through."""
+    """Token groups of the rows, and the chat template that they went through.
+
+    Args:
+        config: The settings.
+        rows: The rows that were read.
+        source: The model.
+        tokens: Where token ids of rows are kept.
+        refuse: Takes each reason to stop that lies in the rows.
+        keep_tokens: False writes nothing there.
+    """
     chat = choose_template(source.tokenizer, rows, config.data)
     for note in chat.notes if chat else ():
         log.info(note)
@@ -247,6 +268,8 @@ def prepare_groups(
         options=None if chat is None else chat.options,
         on_bad_row=config.data.on_bad_row,
         positions=max_positions(source.config),
+        refuse=refuse,
+        keep_tokens=keep_tokens,
     )
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
@@ -343,12 +366,24 @@ def make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | N
     )
 
 
+def controlled_groups(config: Config, source: ModelSource) -> PreparedData:
+    """The groups of the controlled task, drawn from the reference, which is loaded for it.
+
+    Args:
+        config: The settings.
+        source: The model.
+    """
+    return _controlled_data(config, ControlledTask(), _load_models(config, source, None), None)[0]
+
+
 def _controlled_data(
-    config: Config, task: ControlledTask, reference_logps: torch.Tensor
-) -> PreparedData:
+    config: Config, task: ControlledTask, models: Models, ranks: Ranks | None
+) -> tuple[PreparedData, Tensor]:
+    """The groups, and the log-probabilities of all outcomes that they were drawn by."""
+    reference_logps = _outcome_logps(task, models, ranks)
     sizes = config.data.controlled
     # The evaluation pairs are the same for every seed, so that seeds can be compared.
-    return PreparedData(
+    data = PreparedData(
         train=task.groups(
             sizes.train_groups,
             seed=config.seed + 1,
@@ -357,3 +392,4 @@ def _controlled_data(
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
     )
+    return data, reference_logps
