@@ -18,7 +18,6 @@ from dpo_lightning.data.token_cache import tokenize_once
 from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
 from dpo_lightning.errors import UserError
 
-
 Refuse = Callable[[UserError], None]
 """Takes a reason to stop: it raises, or keeps the reason and lets the rest be looked at."""
 

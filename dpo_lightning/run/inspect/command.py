@@ -38,7 +38,7 @@ _OUTPUTS = Path("outputs")
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """The words of a command line.
 
     Attributes:
@@ -71,7 +71,7 @@ def _main(argv: list[str]) -> int:
         program, train = " ".join(typed("inspect")), " ".join(typed())
         print(_HELP.format(program=program, train=train))
         return 0
-    asked = _read_words(argv)
+    asked = read_words(argv)
     # What libraries and settings say is not the answer.
     with contextlib.redirect_stdout(sys.stderr):
         found = _inspect(asked)
@@ -92,7 +92,7 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _read_words(argv: Sequence[str]) -> _Asked:
+def read_words(argv: Sequence[str]) -> Asked:
     """The words that were typed, in any order.
 
     Raises:
@@ -113,7 +113,7 @@ def _read_words(argv: Sequence[str]) -> _Asked:
     number = flags.get("--group")
     if number is not None and not (number.isascii() and number.isdigit() and int(number)):
         raise UserError(f"--group {number}: needs a whole number from 1 on, such as --group 1")
-    return _Asked(
+    return Asked(
         tuple(settings),
         as_json="--json" in argv,
         page=None if page is None else Path(page).expanduser(),
@@ -121,11 +121,11 @@ def _read_words(argv: Sequence[str]) -> _Asked:
     )
 
 
-def _inspect(asked: _Asked) -> dict[str, Any]:
+def _inspect(asked: Asked) -> dict[str, Any]:
     config = compose_one([*asked.settings])
+    from dpo_lightning.run.inputs import prefer_cache_without_network
     from dpo_lightning.run.inspect.look import look
     from dpo_lightning.run.inspect.page import check_page
-    from dpo_lightning.run.inputs import prefer_cache_without_network
 
     if asked.page is not None:
         check_page(asked.page)

@@ -122,7 +122,9 @@ def _rows(found: Mapping[str, Any]) -> Iterator[Fact]:
         if source["unread"]:
             yield Fact("not read", ", ".join(map(visible, source["unread"])))
         for bad in source["bad"]:
-            yield Fact("bad row", visible(f"{bad['place']}: {bad['field']}: {bad['problem']}"), True)
+            yield Fact(
+                "bad row", visible(f"{bad['place']}: {bad['field']}: {bad['problem']}"), True
+            )
     groups = found["groups"]
     how = groups["split"]
     if groups["eval_fraction"] is not None:
@@ -178,36 +180,43 @@ def _lengths(found: Mapping[str, Any]) -> Iterator[Fact]:
             "tokens in the mean",
         )
     cut = found["truncation"]
+    longest = 0 if cut["whole"] is None else cut["whole"]["max"]
     said = f"data.max_length={cut['max_length']}, data.truncation={cut['how']}: "
     if not cut["groups_cut"] and not cut["groups_dropped"]:
-        yield Fact("truncation", f"{said}takes nothing (longest {cut['longest']:,} tokens)")
+        yield Fact("truncation", f"{said}takes nothing (longest {longest:,} tokens)")
         return
     losses = []
     for kind, verb in (("cut", "cut by"), ("dropped", "dropped with")):
         if cut[f"groups_{kind}"]:
             count, tokens = cut[f"groups_{kind}"], cut[f"tokens_{kind}"]
             losses.append(f"{count:,} rows {verb} {tokens:,} tokens")
-    longest = f" (longest prompt + response: {cut['longest']:,} tokens)"
-    yield Fact("truncation", said + ", ".join(losses) + longest, warns=True)
+    yield Fact(
+        "truncation",
+        f"{said}{', '.join(losses)} (longest prompt + response: {longest:,} tokens)",
+        warns=True,
+    )
 
 
 def _histograms(found: Mapping[str, Any]) -> Iterator[Bars]:
+    cut = found["truncation"]
+    if cut["whole"] is not None and (cut["groups_cut"] or cut["groups_dropped"]):
+        yield _bars("prompt + longest response, ahead of truncation", cut["whole"])
     for name in ("prompt", "response"):
         lengths = found["lengths"]["train"][name]
-        if lengths is None:
-            continue
-        most = max(bar["count"] for bar in lengths["histogram"])
-        title = (
-            f"{name} tokens: median {lengths['median']:g}, mean {lengths['mean']:.1f}, "
-            f"95% up to {lengths['p95']:.0f}, longest {lengths['max']:,}"
-        )
-        yield Bars(
-            title,
-            tuple(
-                Bar(_range(bar), f"{bar['count']:,}", bar["count"] / most)
-                for bar in lengths["histogram"]
-            ),
-        )
+        if lengths is not None:
+            yield _bars(f"{name}, as trained on", lengths)
+
+
+def _bars(name: str, lengths: Mapping[str, Any]) -> Bars:
+    most = max(bar["count"] for bar in lengths["histogram"])
+    return Bars(
+        f"{name}: median {lengths['median']:g} tokens, mean {lengths['mean']:.1f}, "
+        f"95% up to {lengths['p95']:.0f}, longest {lengths['max']:,}",
+        tuple(
+            Bar(_range(bar), f"{bar['count']:,}", bar["count"] / most)
+            for bar in lengths["histogram"]
+        ),
+    )
 
 
 def _range(bar: Mapping[str, int]) -> str:
@@ -221,10 +230,11 @@ def _plan(found: Mapping[str, Any]) -> Iterator[Fact]:
     if plan is None:
         yield Fact("steps", "none: no row is left to train on", warns=True)
         return
-    epoch = plan["steps"] / plan["steps_per_epoch"]
+    epochs = f"{plan['steps'] / plan['steps_per_epoch']:.3g} epochs"
+    epochs = epochs.removesuffix("s") if epochs == "1 epochs" else epochs
     yield Fact(
         "steps",
-        f"{plan['steps']:,} of {plan['batch_size']:,} groups ({epoch:.3g} epochs), "
+        f"{plan['steps']:,} of {plan['batch_size']:,} groups ({epochs}), "
         f"{plan['warmup_steps']:,} warm-up, learning rate {plan['learning_rate']:g}",
     )
     yield Fact("tokens a step", _spread(plan["tokens_per_step"]))
@@ -319,4 +329,3 @@ def _pieces(tokens: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Iterat
     for number, token in enumerate(tokens):
         kind = "special" if token["special"] else kinds[number % len(kinds)]
         yield Piece(visible(token["text"], lines=True), kind)
-

@@ -124,20 +124,21 @@ def truncation(
         options: Options of the chat template.
 
     Returns:
-        ``max_length``, ``how``, ``longest`` (prompt + response, whole); ``groups_cut`` and
-        ``tokens_cut`` of those that stay, ``groups_dropped`` and ``tokens_dropped`` of those that
-        go for their length.
+        ``max_length``, ``how``, ``whole`` (lengths of prompt + longest response of all rows that
+        compare responses, ahead of truncation); ``groups_cut`` and ``tokens_cut`` of those that
+        stay, ``groups_dropped`` and ``tokens_dropped`` of those that go for their length.
     """
     left: dict[str, list[TokenGroup]] = defaultdict(list)
-    longest = 0
     for group in used:
         left[group.source].append(group)
-        longest = max(longest, _longest(group))
     suspects: list[tuple[PreferenceGroup, TokenGroup | None]] = []
+    lengths: list[int] = []
     for row in rows:
         kept = left[row.source].pop(0) if left[row.source] else None
         if kept is None or _longest(kept) >= max_length:
             suspects.append((row, kept))
+        else:
+            lengths.append(_longest(kept))
     counts = dict.fromkeys(("groups_cut", "tokens_cut", "groups_dropped", "tokens_dropped"), 0)
     whole: dict[str, list[TokenGroup]] = defaultdict(list)
     again = [row for row, _ in suspects]
@@ -145,7 +146,7 @@ def truncation(
         again, tokenizer, max_length=_WHOLE, truncation="drop", options=options
     ).groups:
         whole[group.source].append(group)
-        longest = max(longest, _longest(group))
+        lengths.append(_longest(group))
     for row, kept in suspects:
         full = whole[row.source].pop(0) if whole[row.source] else None
         if full is None or _longest(full) <= max_length:
@@ -153,7 +154,7 @@ def truncation(
         kind = "dropped" if kept is None else "cut"
         counts[f"groups_{kind}"] += 1
         counts[f"tokens_{kind}"] += full.tokens - (0 if kept is None else kept.tokens)
-    return {"max_length": max_length, "how": how, "longest": longest, **counts}
+    return {"max_length": max_length, "how": how, "whole": summary(lengths), **counts}
 
 
 def _longest(group: TokenGroup) -> int:

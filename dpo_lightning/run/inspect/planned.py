@@ -26,8 +26,8 @@ from dpo_lightning.memory.lengths import GroupLengths
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import known_unshared
 from dpo_lightning.models.source import ModelSource
-from dpo_lightning.run.plan import LearningPlan, learning_plan
 from dpo_lightning.run.inspect.speed import Work, estimated_time
+from dpo_lightning.run.plan import LearningPlan, learning_plan
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.schedule import Schedule, make_schedule
 from dpo_lightning.training.traced import traced_optimizer

@@ -25,6 +25,7 @@ from dpo_lightning.run.prepare import (
     set_threads,
 )
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.tracking.quiet import quiet_libraries
 
 
 def tokenized(
@@ -47,6 +48,7 @@ def tokenized(
     Returns:
         Entries of the JSON object; and ``data``, the groups, and ``eos``, an id, for the others.
     """
+    quiet_libraries()
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     source = resolve_source(config, hardware)
     set_threads(config, source)
