@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -66,7 +65,9 @@ def _histogram(values: npt.NDArray[Any]) -> list[dict[str, int]]:
 
 def _round_up(number: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, and so on."""
-    power = 10 ** max(0, math.floor(math.log10(max(number, 1))))
+    power = 1
+    while 10 * power < number:
+        power *= 10
     return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from dpo_lightning.data.groups import PreferenceGroup
@@ -173,7 +173,7 @@ def _has_prefix(texts: Sequence[str]) -> bool:
     """True if a text that is not empty begins another, longer one."""
     # In the order of texts each stands right before the first that it begins.
     ordered = sorted({text for text in texts if text.strip()})
-    return any(other.startswith(one) for one, other in zip(ordered, ordered[1:], strict=False))
+    return any(other.startswith(one) for one, other in pairwise(ordered))
 
 
 def _words(response: Text) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from dpo_lightning.files import RESULT_FILE, read_json
 
 RULE = (
-    "2 FLOPs a weight and token forward, 2 backward, 2 more where the weight is trained, and 2 more "
+    "2 FLOPs a weight and token forward, 2 backward, 2 more where the weight is trained, 2 more "
     "with activation checkpointing; scores of attention, evaluation and sampling left out"
 )
 """Rule of the count of FLOPs."""
@@ -84,8 +85,8 @@ def _earlier(work: Work, *, name: str, outputs: Path) -> dict[str, Any] | None:
         result = read_json(path)
         throughput = result.get("throughput")
         speed = throughput.get("tokens_per_second") if isinstance(throughput, dict) else None
-        is_speed = isinstance(speed, int | float) and not isinstance(speed, bool) and speed > 0
-        if result.get("status") == "finished" and result.get("model") == wanted and is_speed:
+        is_same = result.get("status") == "finished" and result.get("model") == wanted
+        if is_same and isinstance(speed, int | float) and 0 < speed < math.inf:
             return {"run": str(path.parent), "tokens_per_second": float(speed)}
     return None
 

@@ -13,7 +13,7 @@ _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"))
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """A text whose control characters are signs.
+    r"""A text whose control characters are signs.
 
     A terminal that is sent the result moves nowhere and changes nothing, and no character turns
     the direction of what stands behind it.
@@ -23,8 +23,8 @@ def visible(text: str, *, lines: bool = False) -> str:
         lines: True keeps ends of lines, behind a sign for each.
 
     Example:
-        >>> visible("a\\x1b[2J\\tb\\u202e")
-        'a␛[2J␉b\\\\u202e'
+        >>> visible("a\x1b[2J\tb\u202e")
+        'a␛[2J␉b\\u202e'
     """
     if text.isprintable():
         return text
