@@ -15,7 +15,10 @@ setup(
     ],
     package_dir={"dpo_lightning.conf": "conf"},
     package_data={
-        "dpo_lightning": ["py.typed", "assets/tiny_llama/*", "sweeps/report/templates/*"],
+        "dpo_lightning": [
+            *("py.typed", "assets/tiny_llama/*"),
+            *("run/inspect/templates/*", "sweeps/report/templates/*"),
+        ],
         "dpo_lightning.conf": ["*.yaml", "*/*.yaml", "hydra/*/*.yaml"],
     },
 )

@@ -21,6 +21,12 @@ def _train(argv: list[str]) -> int:
     return main(argv)
 
 
+def _inspect(argv: list[str]) -> int:
+    from dpo_lightning.run.inspect.command import main
+
+    return main(argv)
+
+
 def _preflight(argv: list[str]) -> int:
     from dpo_lightning.preflight import main
 
@@ -59,6 +65,7 @@ def _doctor(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
+    "inspect": ("look at the rows and the plan of a run before it is started", _inspect),
     "preflight": ("how much memory a run would take", _preflight),
     "evaluate": ("a trained policy on held-out rows: metrics, slices, answers", _evaluate),
     "compare": ("trained policies on the same rows, tested row by row", _compare),

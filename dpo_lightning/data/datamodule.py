@@ -43,6 +43,27 @@ def rows_of_steps(groups: int, *, batch_size: int, steps: int, seed: int) -> npt
     return seen
 
 
+def groups_in_order(
+    groups: int, *, batch_size: int, steps: int, seed: int, first: int = 0
+) -> Iterator[list[int]]:
+    """Numbers of the groups of each step of a run, step by step.
+
+    Args:
+        groups: Training groups.
+        batch_size: Groups per step, over all ranks.
+        steps: Steps of the run.
+        seed: With the epoch, decides the order of the groups.
+        first: The first step that is wanted, from 0.
+    """
+    per_epoch = steps_per_epoch(groups, batch_size)
+    current, order = -1, list[int]()
+    for step in range(first, steps):
+        epoch, offset = divmod(step, per_epoch)
+        if epoch != current:
+            current, order = epoch, epoch_order(groups, seed=seed, epoch=epoch)
+        yield order[offset * batch_size : (offset + 1) * batch_size]
+
+
 def begin_worker(worker: int, *, parent: int) -> None:
     """Makes a process that builds batches one that only its trainer stops, and ends with.
 

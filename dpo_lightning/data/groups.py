@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_lightning.data.texts import Message, Text
@@ -24,6 +24,9 @@ class PreferenceGroup:
         tools: Tools that the chat template is given, as a JSON list; empty where there are none.
         template_kwargs: The row's own variables of the chat template, as a JSON object with sorted
             keys; empty where there are none.
+        form: What gave the order in the row: ``pair`` (chosen and rejected), ``responses`` (best
+            first), ``ranks``, ``scores`` or ``better``; no part of what is trained on.
+        moved: True if the row had its responses in another order.
     """
 
     prompt: Text
@@ -34,6 +37,8 @@ class PreferenceGroup:
     source: str
     tools: str = ""
     template_kwargs: str = ""
+    form: str = field(default="", compare=False, repr=False)
+    moved: bool = field(default=False, compare=False, repr=False)
 
     @property
     def prompt_key(self) -> str:

@@ -99,6 +99,7 @@ class RowReader:
         self._missing = "missing or null" if null_is_absent else "missing"
         self._account = account
         self._reads = frozenset(reads) | hidden
+        self._form = ""
         self._messages = MessageReader(account, null_is_absent=null_is_absent)
         self._prompts = PromptFinder(
             names,
@@ -178,6 +179,8 @@ class RowReader:
             source=source,
             tools=tools,
             template_kwargs=kwargs,
+            form=self._form,
+            moved=order != [*range(len(order))],
         )
         self._account.close(whole, used | self._reads)
         if group.weight != 1:
@@ -204,6 +207,7 @@ class RowReader:
                     reason = f"an order, and {show(chosen)} and {show(rejected)} have one"
                     raise ShapeError(column, reason, row, "map the responses too")
                 used.update((chosen, rejected))
+                self._form = "pair"
                 return (chosen, rejected), (row[chosen], row[rejected]), (1, 2)
             if many and chosen not in row and rejected not in row:
                 raise ShapeError(chosen or many, f"{missing}, and no {show(many)}", row)
@@ -246,8 +250,10 @@ class RowReader:
                     "'data.columns={better: <column>}', or give ranks or scores"
                 )
                 raise ShapeError(labels[0], reason, row, "the columns' order is none")
+            self._form = "responses"
             return range(len(labels))
         (field,) = found
+        self._form = field
         name = self._names[field]
         if field == "better":
             used.add(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,14 @@ from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.token_cache import tokenize_once
 from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
 from dpo_lightning.errors import UserError
+
+Refuse = Callable[[UserError], None]
+"""Takes a reason to stop: it raises, or keeps the reason and lets the rest be looked at."""
+
+
+def stop(error: UserError) -> None:
+    """Raises the reason to stop, as a run does."""
+    raise error
 
 
 @dataclass(slots=True)
@@ -31,6 +39,7 @@ class PreparedData:
         evaluated: Numbers of those of them that are evaluated on; None: all.
         dropped: Rows that went, by reason.
         changed: Groups that stayed but were cut, by what happened.
+        sources: ``dropped`` and ``changed`` of each source by itself, by its setting.
         notes: Lines to say once.
         set_aside: Rows that the chat template does not take whole.
         leads: Rows by the text that the chat template writes before their responses.
@@ -44,6 +53,7 @@ class PreparedData:
     notes: list[str] = field(default_factory=list)
     set_aside: list[BadRow] = field(default_factory=list)
     leads: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
 
     def evaluated_groups(self) -> list[TokenGroup]:
         """The groups to evaluate on."""
@@ -78,6 +88,8 @@ def prepare_rows(
     on_bad_row: str = "stop",
     positions: int | None = None,
     key: str = "data.train",
+    refuse: Refuse = stop,
+    keep_tokens: bool = True,
 ) -> PreparedData:
     """Tokenizes rows, splits off the evaluation groups, and accounts for what was dropped.
 
@@ -95,16 +107,20 @@ def prepare_rows(
         on_bad_row: ``skip`` sets aside rows that the chat template does not take whole.
         positions: Most tokens that the model takes; None where it has no limit.
         key: The setting that names the rows of ``train``, for errors.
+        refuse: Takes each reason to stop; the rows at fault are left out where it does not raise.
+        keep_tokens: False writes nothing into ``cache``.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
     """
     limits = Lengths(max_length, truncation, positions)
     prepared = PreparedData(train=[], eval=[], notes=[*train.notes])
-    tokenize = _Tokenizing(prepared, tokenizer, limits, cache, options, on_bad_row)
+    tokenize = _Tokenizing(
+        prepared, tokenizer, limits, cache, options, on_bad_row, refuse, keep_tokens
+    )
     tokenized = tokenize(key, train)
     prepared.train = tokenized.groups
-    _account(prepared, train, tokenized)
+    _account(prepared, key, train, tokenized)
     parts = [(key, train, tokenized)]
     if evaluation is None:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
@@ -112,9 +128,12 @@ def prepare_rows(
         held_out = tokenize("data.eval", evaluation)
         _add_held_out(prepared, evaluation, held_out)
         parts.append(("data.eval", evaluation, held_out))
-    _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
-    for key, rows, left in parts:
-        _check_left(key, rows, left, limits)
+    try:
+        _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
+        for key, rows, left in parts:
+            _check_left(key, rows, left, limits)
+    except UserError as error:
+        refuse(error)
     return prepared
 
 
@@ -129,6 +148,8 @@ class _Tokenizing:
         cache: Folder of the token ids; None keeps none.
         options: Options of the chat template; None is a template without any.
         on_bad_row: ``stop`` or ``skip``.
+        refuse: Takes each reason to stop.
+        keep: False writes nothing into the folder.
     """
 
     prepared: PreparedData
@@ -137,6 +158,8 @@ class _Tokenizing:
     cache: Path | None
     options: TemplateOptions | None
     on_bad_row: str
+    refuse: Refuse
+    keep: bool
 
     def __call__(self, key: str, rows: Rows) -> TokenizedGroups:
         """The groups of a source, which ``key`` names."""
@@ -147,10 +170,14 @@ class _Tokenizing:
             truncation=self.limits.truncation,
             folder=self.cache,
             options=self.options,
+            keep=self.keep,
         )
-        self.prepared.set_aside += refused_rows(
-            rows.groups, made.faults, total=rows.total, on_bad_row=self.on_bad_row, key=key
-        )
+        try:
+            self.prepared.set_aside += refused_rows(
+                rows.groups, made.faults, total=rows.total, on_bad_row=self.on_bad_row, key=key
+            )
+        except UserError as error:
+            self.refuse(error)
         return made
 
 
@@ -167,7 +194,7 @@ def _add_held_out(prepared: PreparedData, rows: Rows, held_out: TokenizedGroups)
     prepared.notes += rows.notes
     # The same may have been said of the training rows, with other numbers.
     held_out.notes = [f"data.eval: {note}" for note in held_out.notes]
-    _account(prepared, rows, held_out)
+    _account(prepared, "data.eval", rows, held_out)
     common = {g.prompt_key for g in prepared.train} & {g.prompt_key for g in prepared.eval}
     if common:
         prepared.notes.append(f"{len(common)} prompts of data.eval are in data.train too")
@@ -242,7 +269,8 @@ def digest_of(groups: Iterable[TokenGroup]) -> str:
     return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
 
 
-def _account(prepared: PreparedData, rows: Rows, tokenized: TokenizedGroups) -> None:
+def _account(prepared: PreparedData, key: str, rows: Rows, tokenized: TokenizedGroups) -> None:
+    prepared.sources[key] = _dropped(rows, tokenized), tokenized.changed
     prepared.dropped.update(_dropped(rows, tokenized))
     prepared.changed.update(tokenized.changed)
     prepared.notes += tokenized.notes

@@ -39,6 +39,7 @@ def tokenize_once(
     truncation: str,
     folder: Path | None,
     options: TemplateOptions | None = None,
+    keep: bool = True,
 ) -> TokenizedGroups:
     """Turns groups of text into token ids, or finds those of an earlier run.
 
@@ -52,6 +53,7 @@ def tokenize_once(
         truncation: ``drop``, ``prompt`` or ``response``.
         folder: Folder of the token ids; None keeps none.
         options: Options of the chat template; None is a template without any.
+        keep: False reads the folder and writes nothing into it.
     """
     options = options or TemplateOptions()
 
@@ -68,6 +70,8 @@ def tokenize_once(
     found = _read(path, groups)
     if found is not None:
         return found
+    if not keep:
+        return compute()
     try:
         with hold_lock(folder / f".{key}.lock", on_wait=_say_waiting):
             found = _read(path, groups) or compute()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import Config
 
 if TYPE_CHECKING:
-    from dpo_lightning.memory.budget import Budget
+    from dpo_lightning.memory.budget import Budget, Room
     from dpo_lightning.memory.step_memory import StepMemory
     from dpo_lightning.memory.trace import MakeOptimizer
 
@@ -247,6 +247,55 @@ def estimate_of(
         device_bytes=device_bytes,
         devices=devices,
         float16=hardware.float16,
+    )
+
+
+def estimate_run(
+    memory: StepMemory,
+    training: Training,
+    room: Room,
+    *,
+    costs: Sequence[int],
+    batch_size: int,
+    coupling: Sequence[str],
+    devices: int,
+    float16: bool,
+) -> tuple[Budget, MemoryEstimate]:
+    """The budget of a run on known data, and the memory that it takes with it.
+
+    Args:
+        memory: Of the model's steps on that data.
+        training: How the model is trained.
+        room: The device and the settings.
+        costs: Tokens of each training group.
+        batch_size: Groups of a step, over all ranks.
+        coupling: Names of what compares all pairs of a step at once.
+        devices: Processes that share a step.
+        float16: True if it is computed in.
+
+    Raises:
+        UserError: If the loss needs a whole step at once and the settings allow less.
+    """
+    from dpo_lightning.memory.budget import choose_budget, choose_sync, longest_share
+
+    def choose(room: Room) -> tuple[Budget, MemoryEstimate]:
+        way = choose_sync(memory, training, room)
+        budget = choose_budget(memory, way, room)
+        way = with_budget(way, budget, longest=room.longest)
+        return budget, MemoryEstimate(memory, way, room.device_bytes, devices, float16=float16)
+
+    budget, estimate = choose(room)
+    if not coupling or not costs:
+        return budget, estimate
+    needed = longest_share(costs, batch_size=batch_size, world_size=devices)
+    if budget.tokens >= needed:
+        return budget, estimate
+    if room.tokens is None:
+        return choose(replace(room, tokens=needed))
+    raise UserError(
+        f"data.micro_batch_tokens={room.tokens}: {', '.join(coupling)} "
+        f"compares all pairs of a step at once, and a step has up to {needed} tokens on a device: "
+        "raise data.micro_batch_tokens to that, or lower data.batch_size"
     )
 
 

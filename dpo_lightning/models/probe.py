@@ -81,8 +81,16 @@ def why_unfit(model: Any) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
+def known_unshared(model: Any, *, max_length: int) -> str | None:
+    """The reason why no prompt can be shared, as far as a model's class and config tell.
+
+    Args:
+        model: A transformers causal language model, with weights or without.
+        max_length: Longest prompt + response of the data, in tokens.
+
+    Returns:
+        The reason; None where only a trial with the weights can tell.
+    """
     config = model.config.get_text_config()
     chunk = largest(config, "attention_chunk_size")
     if chunk is not None and max_length > chunk:
@@ -91,6 +99,15 @@ def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
         return "it scales attention by the place in a row, not in a sequence"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
+    return None
+
+
+@torch.no_grad()
+def _why_not_flat(model: Any, flat: Scorer, max_length: int) -> str | None:
+    config = model.config.get_text_config()
+    known = known_unshared(model, max_length=max_length)
+    if known is not None:
+        return known
     # Two groups: none may see what stands beside it.
     groups = [_probe_group(config.vocab_size, seed) for seed in (0, 1)]
     batch = collate_groups(groups, [0, 1])

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from dpo_lightning.data.fields import misses
-from dpo_lightning.data.records import Rows, check_bad_rows, read_rows, write_quarantine
+from dpo_lightning.data.records import BadRow, Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.data.source_names import hub_ids
 from dpo_lightning.plugins import find_scorer
 from dpo_lightning.settings.schema import BASE, Config
@@ -99,6 +99,27 @@ def read_sources(
     Raises:
         UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
     """
+    rows = read_named(config, key=key)
+    if rows is None:
+        return None
+    bad = check_named(rows, config)
+    if bad:
+        when_begun(lambda: write_quarantine(run_dir / QUARANTINE_FILE, bad))
+        are = "bad row goes" if len(bad) == 1 else "bad rows go"
+        log.info("%d %s to %s", len(bad), are, run_dir / QUARANTINE_FILE)
+    return rows
+
+
+def read_named(config: Config, *, key: str = "data.train") -> SourceRows | None:
+    """Reads the rows that the settings name, and judges none; None for the controlled task.
+
+    Args:
+        config: The settings.
+        key: The setting by which the user named ``data.train``, for errors.
+
+    Raises:
+        UserError: If a source cannot be read.
+    """
     data = config.data
     if data.train is None:
         return None
@@ -123,11 +144,21 @@ def read_sources(
     met = [name for rows in sources for name in rows.ignored]
     there = [name for rows in sources for name in rows.fields]
     train.notes.extend(misses(data.ignore_fields, met, there))
-    bad = [row for rows in sources for row in rows.bad]
-    total = sum(rows.total for rows in sources)
-    check_bad_rows(Rows([], bad, total, []), on_bad_row=data.on_bad_row)
-    if bad:
-        when_begun(lambda: write_quarantine(run_dir / QUARANTINE_FILE, bad))
-        are = "bad row goes" if len(bad) == 1 else "bad rows go"
-        log.info("%d %s to %s", len(bad), are, run_dir / QUARANTINE_FILE)
     return SourceRows(train=train, eval=evaluation)
+
+
+def check_named(rows: SourceRows, config: Config) -> list[BadRow]:
+    """The bad rows of all sources, to be set aside.
+
+    Args:
+        rows: The rows that were read.
+        config: The settings.
+
+    Raises:
+        UserError: If there are any and ``data.on_bad_row`` is stop, or no row is good.
+    """
+    sources = [rows.train] if rows.eval is None else [rows.train, rows.eval]
+    bad = [row for source in sources for row in source.bad]
+    total = sum(source.total for source in sources)
+    check_bad_rows(Rows([], bad, total, []), on_bad_row=config.data.on_bad_row)
+    return bad

@@ -16,20 +16,12 @@ from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.datamodule import rows_of_steps
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
-from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
 )
-from dpo_lightning.memory.budget import (
-    Budget,
-    Room,
-    choose_budget,
-    choose_sync,
-    longest_share,
-    memory_of,
-)
-from dpo_lightning.memory.estimate import MemoryEstimate, plan_training, with_budget
+from dpo_lightning.memory.budget import Budget, Room, memory_of
+from dpo_lightning.memory.estimate import MemoryEstimate, estimate_run, plan_training
 from dpo_lightning.memory.footprint import Training
 from dpo_lightning.memory.lengths import GroupLengths
 from dpo_lightning.models.loading import max_positions
@@ -123,33 +115,15 @@ def _make_budget(
     ranks, device_bytes = prepared.ranks, memory_of(device)
     if ranks is not None:
         device_bytes = ranks.from_first(lambda: memory_of(device))
-    plain = Room(device_bytes, lengths.most, plan.memory.tokens, plan.memory.checkpointing)
-
-    def choose(room: Room) -> tuple[Budget, MemoryEstimate]:
-        way = choose_sync(memory, training, room)
-        budget = choose_budget(memory, way, room)
-        way = with_budget(way, budget, longest=lengths.most)
-        estimate = MemoryEstimate(
-            memory, way, device_bytes, devices=world_size, float16=plan.hardware.float16
-        )
-        return budget, estimate
-
-    budget, estimate = choose(plain)
-    if not plan.learning.coupling or not prepared.data.train:
-        return budget, estimate
-    needed = longest_share(
-        costs[: len(prepared.data.train)],
+    return estimate_run(
+        memory,
+        training,
+        Room(device_bytes, lengths.most, plan.memory.tokens, plan.memory.checkpointing),
+        costs=costs[: len(prepared.data.train)],
         batch_size=plan.batches.size,
-        world_size=world_size,
-    )
-    if budget.tokens >= needed:
-        return budget, estimate
-    if plan.memory.tokens is None:
-        return choose(replace(plain, tokens=needed))
-    raise UserError(
-        f"data.micro_batch_tokens={plan.memory.tokens}: {', '.join(plan.learning.coupling)} "
-        f"compares all pairs of a step at once, and a step has up to {needed} tokens on a device: "
-        "raise data.micro_batch_tokens to that, or lower data.batch_size"
+        coupling=plan.learning.coupling,
+        devices=world_size,
+        float16=plan.hardware.float16,
     )
 
 

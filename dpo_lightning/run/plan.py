@@ -269,7 +269,7 @@ def make_plan(
             num_workers=config.data.num_workers,
             equal_counts=trainer.sharded,
         ),
-        learning=_learning(config, schedule),
+        learning=learning_plan(config, schedule),
         memory=memory_settings(config),
         evaluation=EvaluationPlan(
             samples=evaluation.samples,
@@ -325,7 +325,13 @@ def trainer_plan(config: Config) -> TrainerPlan:
     )
 
 
-def _learning(config: Config, schedule: Schedule) -> LearningPlan:
+def learning_plan(config: Config, schedule: Schedule) -> LearningPlan:
+    """The objective and the optimizer steps.
+
+    Args:
+        config: The settings.
+        schedule: How many steps there are.
+    """
     optimizer, loss = config.optimizer, config.loss
     first, second = optimizer.betas
     return LearningPlan(

@@ -16,7 +16,14 @@ from torch import Tensor
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
-from dpo_lightning.data.splits import PreparedData, data_hash, digest_of, prepare_rows
+from dpo_lightning.data.splits import (
+    PreparedData,
+    Refuse,
+    data_hash,
+    digest_of,
+    prepare_rows,
+    stop,
+)
 from dpo_lightning.evaluation.answers import Score, no_scores
 from dpo_lightning.evaluation.scorers import make_scorer
 from dpo_lightning.memory.estimate import (
@@ -228,16 +235,25 @@ def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
 
 
 def prepare_groups(
-    config: Config, rows: SourceRows, source: ModelSource, tokens: Path, *, key: str = "data.train"
+    config: Config,
+    rows: SourceRows,
+    source: ModelSource,
+    tokens: Path,
+    *,
+    key: str = "data.train",
+    refuse: Refuse = stop,
+    keep_tokens: bool = True,
 ) -> tuple[PreparedData, ChatTemplate | None]:
     """Token groups of the rows, and the chat template that they went through.
 
     Args:
         config: The settings.
         rows: The rows that were read.
-        source: The model's source.
+        source: The model.
         tokens: Where token ids of rows are kept.
         key: The setting by which the user named ``rows.train``, for errors.
+        refuse: Takes each reason to stop that lies in the rows.
+        keep_tokens: False writes nothing there.
     """
     chat = choose_template(source.tokenizer, rows, config.data)
     for note in chat.notes if chat else ():
@@ -256,6 +272,8 @@ def prepare_groups(
         on_bad_row=config.data.on_bad_row,
         positions=max_positions(source.config),
         key=key,
+        refuse=refuse,
+        keep_tokens=keep_tokens,
     )
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
@@ -350,6 +368,18 @@ def make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | N
         device=hardware.beside,
         batch_size=evaluation.batch_size,
     )
+
+
+def controlled_groups(config: Config, source: ModelSource) -> PreparedData:
+    """The groups of the controlled task, drawn from the reference, which is loaded for it.
+
+    Args:
+        config: The settings.
+        source: The model.
+    """
+    task = ControlledTask()
+    logps = outcome_logps(task, _load_models(config, source, None), None)
+    return controlled_data(config, task, logps)
 
 
 def controlled_data(

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
@@ -80,7 +79,7 @@ from dpo_lightning.tracking.loggers import (
     make_logger,
 )
 from dpo_lightning.tracking.progress import PassProgress, Throughput
-from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
+from dpo_lightning.tracking.quiet import quiet_libraries
 from dpo_lightning.tracking.rungs import AtRung
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
@@ -135,7 +134,7 @@ def run_experiment(
         signals: Those that stop the run.
         children: The other ranks, once they are started.
     """
-    _quiet_libraries()
+    quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, folder.path)
     take_device(config.trainer.accelerator, config.trainer.devices)
@@ -201,14 +200,6 @@ def _find_checkpoint(resume: str | None, run_dir: Path, ranks: Ranks | None) -> 
     if ranks is None:
         return find_checkpoint(resume, run_dir)
     return ranks.from_first(lambda: find_checkpoint(resume, run_dir))
-
-
-def _quiet_libraries() -> None:
-    """Silences what libraries say in every run and nobody can act on."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    quiet_loggers()
-    hide_warnings()
 
 
 def run_session(

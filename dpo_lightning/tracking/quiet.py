@@ -70,3 +70,13 @@ def quiet_loggers() -> None:
     """Has the loggers of :data:`QUIET_LOGGERS` say errors alone."""
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries say in every run and nobody can act on."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    quiet_loggers()
+    hide_warnings()

@@ -107,7 +107,7 @@ def test_the_wheel_has_all_that_is_not_code(wheel):
         text = archive.read(metadata).decode()
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"dpo_lightning/{path.relative_to(ROOT).as_posix()}" in names
-    for pattern in ("py.typed", "assets/tiny_llama/*", "sweeps/report/templates/*", "**/*.py"):
+    for pattern in ("py.typed", "assets/tiny_llama/*", "**/templates/*", "**/*.py"):
         for path in (ROOT / "dpo_lightning").glob(pattern):
             assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "hydra_plugins").rglob("*.py"):

@@ -1,0 +1,232 @@
+"""Plan of a run, its memory and its time, by its settings, its rows and its model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
+from dpo_lightning.data.packing import plan_step
+from dpo_lightning.data.splits import PreparedData
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.memory.budget import Budget, Room, memory_of
+from dpo_lightning.memory.estimate import (
+    MemoryEstimate,
+    estimate_run,
+    memory_settings,
+    plan_training,
+    step_memory_of,
+)
+from dpo_lightning.memory.hardware import Hardware
+from dpo_lightning.memory.lengths import GroupLengths
+from dpo_lightning.models.loading import meta_model
+from dpo_lightning.models.probe import known_unshared
+from dpo_lightning.models.source import ModelSource
+from dpo_lightning.run.inspect.speed import Work, estimated_time
+from dpo_lightning.run.plan import LearningPlan, learning_plan
+from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.schedule import Schedule, make_schedule
+from dpo_lightning.training.traced import traced_optimizer
+
+# Steps that are shared out over ranks and micro-batches one by one; the mean of more is the same.
+_STEPS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a run would do, and take.
+
+    Attributes:
+        plan: Entry ``plan`` of the JSON object.
+        memory: Entry ``memory``.
+        time: Entry ``time``.
+        estimate: The memory, to be judged.
+    """
+
+    plan: dict[str, Any]
+    memory: dict[str, Any]
+    time: dict[str, Any]
+    estimate: MemoryEstimate
+
+
+def plan_run(
+    config: Config, source: ModelSource, hardware: Hardware, data: PreparedData, *, outputs: Path
+) -> Planned:
+    """The plan of a run, as it would be made; nothing is loaded.
+
+    Args:
+        config: The settings.
+        source: The model.
+        hardware: Devices and precision.
+        data: The groups; some are to be trained on.
+        outputs: Parent of the folders of runs and sweeps, where earlier ones are looked for.
+
+    Raises:
+        UserError: If the loss needs a whole step at once and the settings allow less.
+    """
+    unshared = known_unshared(meta_model(source.config), max_length=source.max_length)
+    shared = unshared is None
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
+    learning = learning_plan(config, schedule)
+    costs = _costs(data.train, shared=shared)
+    budget, estimate = _memory(config, source, hardware, data, learning, shared=shared)
+    return Planned(
+        plan=_plan(config, schedule, budget, data, estimate.devices, costs, unshared),
+        memory=_memory_entry(estimate, budget),
+        time=estimated_time(
+            Work(
+                parameters=estimate.memory.parameters,
+                trained=estimate.memory.trained(estimate.training),
+                adapters=estimate.training.adapters is not None,
+                recomputed=budget.checkpointing,
+                tokens=_tokens(config, schedule, costs),
+                reference_tokens=_reference_tokens(config, schedule, learning, data, shared),
+            ),
+            name=source.name,
+            outputs=outputs,
+        ),
+        estimate=estimate,
+    )
+
+
+def _memory(
+    config: Config,
+    source: ModelSource,
+    hardware: Hardware,
+    data: PreparedData,
+    learning: LearningPlan,
+    *,
+    shared: bool,
+) -> tuple[Budget, MemoryEstimate]:
+    """Budget and estimate with the lengths of these groups, as the run itself makes them."""
+    settings = memory_settings(config)
+    lengths = GroupLengths.of([*data.train, *data.eval], shared=shared)
+    memory = step_memory_of(settings, source.config, make_optimizer=traced_optimizer)
+    memory = memory.with_lengths(lengths, "flat" if shared else "padded")
+    room = memory_of(torch.device(hardware.kind)) if hardware.is_here else None
+    return estimate_run(
+        memory,
+        plan_training(
+            settings,
+            hardware.kind,
+            devices=hardware.count,
+            mixed=hardware.mixed,
+            float16=hardware.float16,
+        ),
+        Room(room, lengths.most, settings.tokens, settings.checkpointing),
+        costs=_costs(data.train, shared=shared),
+        batch_size=config.data.batch_size,
+        coupling=learning.coupling,
+        devices=hardware.count,
+        float16=hardware.float16,
+    )
+
+
+def _memory_entry(estimate: MemoryEstimate, budget: Budget) -> dict[str, Any]:
+    return {
+        "bytes": estimate.footprint.total,
+        "parts": estimate.footprint.parts(),
+        "device_bytes": estimate.device_bytes,
+        "devices": estimate.devices,
+        "device": estimate.training.kind,
+        "micro_batch_tokens": budget.tokens,
+        "activation_checkpointing": budget.checkpointing,
+        "fits": estimate.fits,
+        "says": estimate.describe(),
+    }
+
+
+def _costs(groups: Sequence[TokenGroup], *, shared: bool) -> list[int]:
+    return [group.tokens if shared else group.padded_tokens for group in groups]
+
+
+def _plan(
+    config: Config,
+    schedule: Schedule,
+    budget: Budget,
+    data: PreparedData,
+    devices: int,
+    costs: Sequence[int],
+    unshared: str | None,
+) -> dict[str, Any]:
+    looked_at = min(schedule.total_steps, _STEPS)
+    steps = list(
+        groups_in_order(
+            len(costs), batch_size=config.data.batch_size, steps=looked_at, seed=config.seed
+        )
+    )
+    shares = [
+        plan_step(
+            [costs[row] for row in rows],
+            world_size=devices,
+            micro_batch_tokens=budget.tokens,
+            equal_counts=config.strategy.name == "fsdp",
+        )
+        for rows in steps
+    ]
+    counts = [max(map(len, ranks)) for ranks in shares]
+    tokens = [sum(costs[row] for row in rows) for rows in steps]
+    padded = sum(group.padded_tokens for group in data.train)
+    # Of each prompt all copies but one.
+    saved = padded - sum(group.tokens for group in data.train)
+    return {
+        "groups": len(costs),
+        "pairs": sum(group.pairs for group in data.train),
+        "batch_size": config.data.batch_size,
+        "steps": schedule.total_steps,
+        "steps_per_epoch": steps_per_epoch(len(costs), config.data.batch_size),
+        "warmup_steps": schedule.warmup_steps,
+        "learning_rate": schedule.learning_rate,
+        "eval_every_n_steps": schedule.eval_every_n_steps,
+        "steps_looked_at": looked_at,
+        "micro_batches": _range(counts),
+        "tokens_per_step": _range(tokens),
+        "prompts_shared": unshared is None,
+        "not_shared_because": unshared,
+        "prompt_tokens_saved": 0 if unshared else saved,
+        "share_saved": 0.0 if unshared else saved / padded,
+    }
+
+
+def _range(values: Sequence[int]) -> dict[str, float]:
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+
+
+def _tokens(config: Config, schedule: Schedule, costs: Sequence[int]) -> int:
+    """Tokens of all steps: whole epochs at once, the rest group by group."""
+    epochs, rest = divmod(schedule.total_steps, steps_per_epoch(len(costs), config.data.batch_size))
+    seen = groups_in_order(
+        len(costs),
+        batch_size=config.data.batch_size,
+        steps=schedule.total_steps,
+        seed=config.seed,
+        first=schedule.total_steps - rest,
+    )
+    return epochs * sum(costs) + sum(costs[row] for rows in seen for row in rows)
+
+
+def _reference_tokens(
+    config: Config,
+    schedule: Schedule,
+    learning: LearningPlan,
+    data: PreparedData,
+    shared: bool,
+) -> int:
+    """Tokens of the reference: of each step with a live one, else of each group that is seen."""
+    if not learning.objective.uses_reference or config.reference.kind == "none":
+        return 0
+    costs = _costs(data.train, shared=shared)
+    if config.reference.kind == "live":
+        return _tokens(config, schedule, costs)
+    seen = rows_of_steps(
+        len(costs),
+        batch_size=config.data.batch_size,
+        steps=schedule.total_steps,
+        seed=config.seed,
+    )
+    evaluated = _costs(data.evaluated_groups(), shared=shared)
+    return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)
