@@ -45,11 +45,25 @@ def _doctor(argv: list[str]) -> int:
     return main(argv)
 
 
+def _export(argv: list[str]) -> int:
+    from dpo_lightning.run.share.export_command import main
+
+    return main(argv)
+
+
+def _push(argv: list[str]) -> int:
+    from dpo_lightning.run.share.push_command import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "report": ("write the report of a sweep again", _report),
+    "export": ("a folder that others load, with --merge one whole model", _export),
+    "push": ("upload a policy to the hub; --dry-run shows what would go", _push),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }
 """What each command does, and its function."""

@@ -185,6 +185,8 @@ class MlflowRun(Destination):
 
     def open(self) -> Known:
         """Begins a run, or goes on with that of the checkpoint's."""
+        import mlflow  # noqa: F401, which sets the level of its messages
+
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         # A server that is gone must not hold the steps up for minutes.
