@@ -113,6 +113,7 @@ def test_objectives_import_torch_alone():
         ("hydra", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("omegaconf", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("wandb", {"tracking/wandb_runs.py"}),
+        ("mlflow", {"tracking/destinations.py"}),
         ("submitit", {"sweeps/places/slurm_jobs.py"}),
     ],
 )
@@ -188,7 +189,18 @@ def test_hooks_before_a_commit_take_the_tools_of_the_environment():
 STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_lightning")
 """How a line of a page begins that starts our program."""
 
-PAGES = ("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md")
+PAGES = (
+    "docs/scaling.md",
+    "docs/memory.md",
+    "docs/data.md",
+    "docs/frontier.md",
+    "docs/loggers.md",
+    "docs/sharing.md",
+)
+
+
+OF_OTHER_TESTS = ("report", "doctor", "interpolate", "export", "push", "--help")
+"""Commands that other tests run as they stand."""
 
 
 def readme_commands(page: str = "README.md") -> list[str]:
@@ -210,7 +222,7 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
     if words[0] == "make":
         [arguments] = [w.removeprefix("ARGS=") for w in words if w.startswith("ARGS=")] or [""]
         words = shlex.split(arguments)
-    elif words[0] == "dpo-lightning" and words[1] in ("report", "doctor", "interpolate", "--help"):
+    elif words[0] == "dpo-lightning" and words[1] in OF_OTHER_TESTS:
         return  # other tests run them
     else:
         assert words[0] == "python" or words[1] in ("train", "preflight")
