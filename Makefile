@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 
 # What the launchers and the benchmark need stays out of the environment of the tests.
 $(LAUNCHERS)/.ready: pyproject.toml constraints.txt
-	$(call environment,$(LAUNCHERS),$(strip dev,slurm,ray))
+	$(call environment,$(LAUNCHERS),$(strip dev,slurm,ray,mlflow))
 	@touch $@
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
@@ -62,7 +62,7 @@ test-long: $(READY) ## several ranks, compiled steps, whole sweeps, online wandb
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python $(PYTEST) -m faults $(ARGS)
 
-test-launchers: $(LAUNCHERS)/.ready ## run sweeps through submitit and on a Ray cluster, which takes minutes
+test-launchers: $(LAUNCHERS)/.ready ## run sweeps through submitit and on a Ray cluster, and mlflow; takes minutes
 	@$(LAUNCHERS)/bin/python -m pytest -m launchers $(ARGS)
 
 fuzz: $(READY) ## run the property tests on many times the examples, other ones each time
@@ -101,7 +101,7 @@ bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## regenerate constraints.txt in a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora,slurm,ray]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora,slurm,ray,mlflow]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt

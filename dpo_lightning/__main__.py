@@ -63,6 +63,18 @@ def _doctor(argv: list[str]) -> int:
     return main(argv)
 
 
+def _export(argv: list[str]) -> int:
+    from dpo_lightning.run.share.export_command import main
+
+    return main(argv)
+
+
+def _push(argv: list[str]) -> int:
+    from dpo_lightning.run.share.push_command import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "inspect": ("look at the rows and the plan of a run before it is started", _inspect),
@@ -71,6 +83,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "compare": ("trained policies on the same rows, tested row by row", _compare),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "report": ("write the report of a sweep again", _report),
+    "export": ("a folder that others load, with --merge one whole model", _export),
+    "push": ("upload a policy to the hub; --dry-run shows what would go", _push),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }
 """What each command does, and its function."""

@@ -18,6 +18,7 @@ from dpo_lightning.files import METRICS_FILE, write_json
 from dpo_lightning.models.adapters import Adapters
 from dpo_lightning.models.sharding import is_sharded, whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
+from dpo_lightning.run.card import CardFacts, model_card
 from dpo_lightning.run.export import export_adapter, export_model
 from dpo_lightning.run.findings import gather_facts
 from dpo_lightning.run.plan import RunPlan
@@ -111,7 +112,7 @@ def conclude(
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
     )
-    _export(trained, policy, adapters, command=record.command, metrics=metrics | record.metrics)
+    _export(trained, policy, adapters, record=record, metrics=metrics | record.metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
@@ -261,19 +262,14 @@ def _export(
     policy: Any,
     adapters: Adapters | None,
     *,
-    command: str,
+    record: RunRecord,
     metrics: dict[str, float],
 ) -> None:
     """The whole policy as ``model``; an adapter as that, and merged as ``model-merged``."""
     plan, source = trained.plan, trained.prepared.source
-    facts = {
-        "name": plan.folders.run.name,
-        "base_model": source.name,
-        "beta": plan.beta,
-        "loss": plan.names.loss,
-        "command": command,
-        "metrics": metrics,
-    }
+    result = record.content() | {"step": trained.module.global_step, "metrics": metrics}
+    facts = CardFacts(plan.folders.run.name, result, plan.names.settings)
+    card = model_card(facts, adapter=False)
     folder = plan.folders.run / "model"
     if adapters is not None:
         export_adapter(
@@ -282,10 +278,10 @@ def _export(
             folder,
             base=None if source.random else source.source,
             revision=source.revision,
-            facts=facts,
+            card=model_card(facts, adapter=True),
         )
         if not plan.evaluation.merge:
             return
         adapters.merge()
         folder = plan.folders.run / "model-merged"
-    export_model(policy, source.tokenizer, folder, config=source.config, facts=facts)
+    export_model(policy, source.tokenizer, folder, config=source.config, card=card)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from transformers import GenerationConfig
 
 from dpo_lightning.models.adapters import Adapters
 
 
 def export_model(
-    policy: Any, tokenizer: Any, folder: Path, *, config: Any, facts: Mapping[str, Any]
+    policy: Any, tokenizer: Any, folder: Path, *, config: Any, card: ModelCard
 ) -> None:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -27,18 +27,18 @@ def export_model(
         tokenizer: Its tokenizer; a chat template that was added is exported with it.
         folder: Where to.
         config: The model's config as it was loaded; dropout was off for training only.
-        facts: ``base_model``, ``beta``, ``loss``, ``command``, ``metrics`` for the card.
+        card: Its card.
     """
     trained_config = policy.config
     _check_generation_config(policy)
-    with _staged(folder) as staged:
+    with staged_folder(folder) as staged:
         try:
             policy.config = config
             policy.save_pretrained(staged)
         finally:
             policy.config = trained_config
         _save_tokenizer(tokenizer, staged)
-        _card(facts).save(staged / "README.md")
+        card.save(staged / "README.md")
 
 
 def export_adapter(
@@ -48,7 +48,7 @@ def export_adapter(
     *,
     base: str | None,
     revision: str | None,
-    facts: Mapping[str, Any],
+    card: ModelCard,
 ) -> None:
     """Writes a folder that ``PeftModel.from_pretrained`` loads onto the base model.
 
@@ -58,17 +58,21 @@ def export_adapter(
         folder: Where to.
         base: Folder or hub id of the base model; None for random weights.
         revision: Its revision on the hub.
-        facts: As in :func:`export_model`.
+        card: Its card.
     """
-    with _staged(folder) as staged:
+    with staged_folder(folder) as staged:
         adapters.save(staged, base=base, revision=revision)
         _save_tokenizer(tokenizer, staged)
-        _card(facts, library="peft", base=base).save(staged / "README.md")
+        card.save(staged / "README.md")
 
 
 @contextlib.contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside its place, which takes that when it is whole."""
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside its place, which takes that when it is whole.
+
+    Args:
+        folder: The place; what is there gives way.
+    """
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     yield staged
@@ -104,36 +108,3 @@ def _portable_tokenizer_class(path: Path) -> None:
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _card(
-    facts: Mapping[str, Any], *, library: str = "transformers", base: str | None = None
-) -> ModelCard:
-    data = ModelCardData(
-        base_model=base,
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=["dpo", "dpo-lightning", "preference-optimization"]
-        + (["lora"] if library == "peft" else []),
-    )
-    metrics = "\n".join(
-        f"| `{name}` | {value:.4g} |" for name, value in sorted(facts["metrics"].items())
-    )
-    text = f"""---
-{data.to_yaml()}
----
-
-# {facts["name"]}
-
-Trained from `{facts["base_model"]}` on preferences with the `{facts["loss"]}` loss at
-β = {facts["beta"]:g} by [Direct Preference Optimization](https://arxiv.org/abs/2305.18290).
-
-```
-{facts["command"]}
-```
-
-| metric | last value |
-|---|---|
-{metrics}
-"""
-    return ModelCard(text)

@@ -46,7 +46,7 @@ _OUTCOME = (
     *("model", "model-merged"),
 )
 # Its course, which a run that goes on from a checkpoint continues.
-_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv")
+_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv", "tensorboard")
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
 _SAVED = ("step-*.ckpt", "step-*.json", ".step-*")
@@ -143,7 +143,7 @@ def find_earlier(folder: Path) -> Earlier | None:
 
 def _check_kinds(folder: Path) -> None:
     """Refuses a folder in which what a run writes would meet something of another kind."""
-    folders = (CHECKPOINTS, ".hydra", "csv", "model", "model-merged")
+    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
     files = (RESULT_FILE, DIVERGED_FILE, "evaluation.json", "metrics.jsonl", _SETTINGS)
     saved = (folder / CHECKPOINTS).glob("step-*")
     for path in (*(folder / name for name in (*files, QUARANTINE_FILE)), *saved):

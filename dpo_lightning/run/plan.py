@@ -20,12 +20,12 @@ from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.names import run_name
+from dpo_lightning.settings.names import model_label, name_of_trial, run_name
 from dpo_lightning.settings.optimizer_group import optimizer_options
 from dpo_lightning.settings.program import TRIAL
 from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.tracking.logger_settings import LoggerSettings, logger_settings
 from dpo_lightning.tracking.rungs import Goal, read_goal
-from dpo_lightning.tracking.wandb_runs import LoggerSettings, logger_settings
 from dpo_lightning.training.checkpoints.files import CHECKPOINTS
 from dpo_lightning.training.optimizers import OptimizerSettings
 from dpo_lightning.training.schedule import Schedule, make_schedule
@@ -174,7 +174,8 @@ class Names:
     """Names and labels of a run, which decide no number.
 
     Attributes:
-        run: Last part of the folder's name.
+        run: Of the run in its loggers; the last part of its folder's where that is none of a sweep.
+        model: Of the model.
         loss: Name of the loss.
         data: Source of the training rows, or the embedded task.
         reference: Another reference than the policy's start.
@@ -183,6 +184,7 @@ class Names:
     """
 
     run: str
+    model: str
     loss: str
     data: str
     reference: str | None
@@ -221,6 +223,17 @@ class RunPlan:
     logger: LoggerSettings
     names: Names
     seed: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts that tell runs apart in a plot over them."""
+        return {
+            "model": self.names.model,
+            "loss": self.names.loss,
+            "beta": self.beta,
+            "lr": self.learning.optimizer.lr,
+            "seed": self.seed,
+        }
 
     @property
     def beta(self) -> float:
@@ -281,7 +294,7 @@ def make_plan(
             merge=config.peft.merge,
         ),
         logger=logger_settings(config.logger, run_name=config.name),
-        names=_names(config, _filled_in(resolved, source, schedule)),
+        names=_names(config, folders.run, _filled_in(resolved, source, schedule)),
         seed=config.seed,
     )
 
@@ -376,10 +389,15 @@ def smaller_settings(checkpointing: bool | None) -> list[str]:
     return others if checkpointing else ["model.gradient_checkpointing=true", *others]
 
 
-def _names(config: Config, settings: dict[str, Any]) -> Names:
+def _names(config: Config, folder: Path, settings: dict[str, Any]) -> Names:
     adapter = config.reference.adapter or config.peft.adapter
+    model = model_label(config.model.name, config.model.pretrained, config.model.config)
+    facts = (model, config.loss.name, config.beta, config.seed)
+    # The folder of a trial says what is swept.
+    of_trial = config.name is None and TRIAL in os.environ
     return Names(
-        run=run_name(config.name, config.model.name, config.loss.name, config.beta),
+        run=name_of_trial(folder.name, *facts) if of_trial else run_name(config.name, *facts),
+        model=model,
         loss=config.loss.name,
         data=source_label(config.data.train or "controlled task"),
         reference=config.reference.pretrained,

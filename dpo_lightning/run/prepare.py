@@ -128,6 +128,7 @@ def prepare(
     data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
     _fill(record, config, source, models, data)
+    record.data["hash"] = hashes["data"]
     record.config_hash = config_hash(resolved, hashes)
     numbers = config_numbers(source.config)
     identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)

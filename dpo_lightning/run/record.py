@@ -69,6 +69,10 @@ class RunRecord:
     versions: dict[str, str]
     command: str
 
+    def content(self) -> dict[str, Any]:
+        """The entries of ``result.json``, as they are by now."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def write(self, path: Path, **changes: Any) -> bool:
         """Writes the file; where even that cannot be, the run still says how it ended.
 
@@ -79,9 +83,8 @@ class RunRecord:
         Returns:
             False where it could not be written.
         """
-        content = {item.name: getattr(self, item.name) for item in fields(self)}
         try:
-            write_json(path, content | changes)
+            write_json(path, self.content() | changes)
         except OSError as error:
             log.error("error: %s: %s", path, error.strerror or error)
             return False

@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from dpo_lightning.data.datamodule import PreferenceDataModule, steps_per_epoch
@@ -55,6 +54,7 @@ from dpo_lightning.run.build import (
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
+from dpo_lightning.run.finished import EXPORT
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.header import header_facts
 from dpo_lightning.run.identity import allowed_changes
@@ -71,19 +71,20 @@ from dpo_lightning.run.prepare import Prepared, prepare
 from dpo_lightning.run.record import RunRecord, reference_counts
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking import display
-from dpo_lightning.tracking.loggers import (
-    JsonlLogger,
-    finish_logger,
-    log_table,
-    logger_run_id,
-    make_logger,
+from dpo_lightning.tracking.destinations import (
+    RunLoggers,
+    TrackedRun,
+    make_loggers,
+    summary_of,
 )
+from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import PassProgress, Throughput
 from dpo_lightning.tracking.quiet import quiet_libraries
 from dpo_lightning.tracking.rungs import AtRung
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
     read_manifest,
+    run_of,
     saved_checkpoints,
 )
 from dpo_lightning.training.devices import take_device
@@ -209,7 +210,7 @@ def run_session(
     record: RunRecord,
     supervision: Supervision,
 ) -> None:
-    """Trains, evaluates, exports and says so; a wandb run is finished in every ending.
+    """Trains, evaluates, exports and says so; loggers are closed in every ending.
 
     Args:
         plan: The run's.
@@ -250,11 +251,11 @@ class _Session:
         children: The other ranks, once they are started.
         folder: The run's folder.
         metrics: Logger of ``metrics.jsonl``.
-        logger: The one beside it, if there is one.
+        loggers: Those beside it.
         throughput: Counts pairs and tokens.
         console: Where a person reads.
         trainer: The trainer, once it is made.
-        where: How to find the run in wandb, once it has ended.
+        where: How to find the run in each logger, once it has ended.
     """
 
     plan: RunPlan
@@ -264,11 +265,11 @@ class _Session:
     children: ChildRanks
     folder: RunFolder
     metrics: JsonlLogger
-    logger: Logger | None
+    loggers: RunLoggers
     throughput: Throughput = field(default_factory=Throughput)
     console: Console = field(default_factory=Console)
     trainer: pl.Trainer | None = None
-    where: str | None = None
+    where: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -284,7 +285,7 @@ class _Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Fills the record and ends wandb's run."""
+        """Fills the record and ends the run in its loggers."""
         self.signals.notice()
         record, trainer = self.record, self.trainer
         if trainer is not None:
@@ -299,8 +300,8 @@ class _Session:
             "seconds": self.throughput.seconds,
         }
         if trainer is None or trainer.is_global_zero:
-            summary = record.metrics | {"beta": self.plan.beta}
-            self.where = finish_logger(self.logger, summary=summary, exit_code=_exit_code(error))
+            summary = summary_of(self.plan.facts, record.metrics)
+            self.where = self.loggers.finish(summary, exit_code=_exit_code(error))
 
 
 def _exit_code(error: BaseException | None) -> int:
@@ -338,6 +339,20 @@ def _open_session(
         metrics.hold_back()
         folder.put("metrics.jsonl", metrics.kept)
         folder.when_begun(metrics.go_on)
+    loggers = make_loggers(
+        plan.logger,
+        TrackedRun(
+            name=plan.names.run,
+            folder=plan.folders.run,
+            config=plan.names.settings,
+            facts=plan.facts,
+            # What another experiment logs does not belong to the run of the first one.
+            earlier=None if checkpoint is None or changed else run_of(checkpoint),
+        ),
+        rows=metrics.rows,
+        wandb_run_id=saved.get("wandb_run_id"),
+        when_begun=folder.when_begun,
+    )
     return _Session(
         plan,
         prepared,
@@ -346,16 +361,7 @@ def _open_session(
         children=supervision.children,
         folder=folder,
         metrics=metrics,
-        logger=make_logger(
-            plan.logger,
-            run_name=plan.names.run,
-            folder=plan.folders.run,
-            config=plan.names.settings,
-            # What another experiment logs does not belong to the run in wandb of the first one.
-            continued=checkpoint is not None and not changed,
-            run_id=saved.get("wandb_run_id"),
-            when_begun=folder.when_begun,
-        ),
+        loggers=loggers,
     )
 
 
@@ -387,10 +393,10 @@ def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
         signals=session.signals,
         first=Beginning(session.folder, resumed=session.record.resumed is not None),
     )
-    identity, run_id = session.prepared.identity, logger_run_id(session.logger)
+    identity, run_id = session.prepared.identity, session.loggers.wandb_run_id
     trainer = make_trainer(
         session.plan,
-        loggers=[x for x in (session.metrics, session.logger) if x is not None],
+        loggers=[session.metrics, *session.loggers.all],
         callbacks=callbacks.all,
         manifest={"identity": identity, "wandb_run_id": run_id},
     )
@@ -529,7 +535,9 @@ def _conclude(
             display.show_measured(session.console, report)
         if rows:
             display.show_samples(session.console, COLUMNS, rows)
-            log_table(session.logger, "samples", COLUMNS, rows)
+            session.loggers.write_table("samples", COLUMNS, rows)
+        if session.plan.logger.log_model:
+            session.loggers.keep_model(session.plan.folders.run / EXPORT)
         for sign in session.record.signs:
             log.warning("a sign of a failed training: %s", sign["says"])
     session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
@@ -542,8 +550,8 @@ def _say_where(session: _Session) -> None:
         log.info("%-10s%s", name.partition(".")[0], run_dir / name)
     if session.plan.evaluation.merge:
         log.info("%-10s%s", "merged", run_dir / "model-merged")
-    if session.where is not None:
-        log.info("%-10s%s", "wandb", session.where)
+    for name, where in session.where.items():
+        log.info("%-9s %s", name, where)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

@@ -27,6 +27,9 @@ RUNG_WARMUPS = 3
 """No rung of a pruned sweep comes before so many times the warm-up: until then a large learning
 rate looks bad."""
 
+LOGGERS = ("wandb", "tensorboard", "mlflow", "csv", "none")
+"""The choices of ``logger``."""
+
 PRUNE_METRICS = {
     "controlled/expected_reward": 1,
     "samples/score": 1,
@@ -195,13 +198,15 @@ class StrategyConfig:
 class LoggerConfig:
     """Destinations of metrics beside metrics.jsonl, which is always written."""
 
-    name: str = setting(
+    name: Any = setting(
         "wandb",
-        "Logger beside metrics.jsonl, which is always written.",
-        choices=("wandb", "csv", "none"),
+        "Logger, or list of them, beside metrics.jsonl, which is always written.",
+        expected=f"one of {', '.join(LOGGERS)}; several are logger=[wandb,tensorboard]",
     )
     project: str | None = setting(
-        None, "Project in wandb; null: WANDB_PROJECT of the environment, or dpo-lightning."
+        None,
+        "Project in wandb, experiment in mlflow; null: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME of "
+        "the environment, or dpo-lightning.",
     )
     entity: str | None = setting(
         None, "User or team in wandb; null: WANDB_ENTITY, or the account's own."
@@ -212,11 +217,19 @@ class LoggerConfig:
         "offline.",
         choices=("auto", "online", "offline", "disabled"),
     )
-    tags: list[str] = setting([], "Tags of the run in wandb; none: WANDB_TAGS.")
+    tags: list[str] = setting([], "Tags of the run in wandb and mlflow; none: WANDB_TAGS.")
     group: str | None = setting(
         None,
-        "Group of the run in wandb; null: WANDB_RUN_GROUP, or the name of its sweep, if it has "
-        "one.",
+        "Group of the run in wandb, its tag `group` in mlflow; null: WANDB_RUN_GROUP, or the name "
+        "of its sweep, if it has one.",
+    )
+    tracking_uri: str | None = setting(
+        None,
+        "Store or server of mlflow; null: MLFLOW_TRACKING_URI of the environment, or "
+        "sqlite:///outputs/mlflow.db.",
+    )
+    log_model: bool = setting(
+        False, "Keep the exported model with the run, as an artifact of wandb and mlflow."
     )
 
 

@@ -309,16 +309,22 @@ KEYS: dict[str, Answer] = {
     "run_name": _same("name=<name>"),
     "hub_token": _none("`hf auth login` or HF_TOKEN in the environment gives it"),
     # what is shown
-    "report_to": _use("logger=<wandb|csv|none>", wandb="logger=wandb", none="logger=none"),
+    "report_to": _use(
+        "logger=<wandb|tensorboard|mlflow|csv|none>",
+        wandb="logger=wandb",
+        tensorboard="logger=tensorboard",
+        mlflow="logger=mlflow",
+        none="logger=none",
+    ),
     "wandb_project": _same("logger.project=<name>"),
     "wandb_entity": _same("logger.entity=<name>"),
     "wandb_name": _same("name=<name>"),
     "wandb_tags": _same("logger.tags=[<tags>]"),
     "project": _same("logger.project=<name>"),
     "enabled": _use("logger=<wandb|none>", true="logger=wandb", false="logger=none"),
-    "trackio_space_id": _use("logger=<wandb|csv|none>"),
-    "trackio_bucket_id": _use("logger=<wandb|csv|none>"),
-    "trackio_static_space_id": _use("logger=<wandb|csv|none>"),
+    "trackio_space_id": _use("logger=<wandb|tensorboard|mlflow|csv|none>"),
+    "trackio_bucket_id": _use("logger=<wandb|tensorboard|mlflow|csv|none>"),
+    "trackio_static_space_id": _use("logger=<wandb|tensorboard|mlflow|csv|none>"),
     "logging_steps": _same("trainer.log_every_n_steps=<steps>"),
     "logging_strategy": _use("trainer.log_every_n_steps=<steps>"),
     "minimum_log_interval_secs": _use("trainer.log_every_n_steps=<steps>"),
@@ -394,7 +400,7 @@ KEYS: dict[str, Answer] = {
     ),
     # a key of Lightning's whose last part means something else here
     "trainer.plugins": _none("plugins=[<module>] loads modules of yours; Lightning's are not here"),
-    "trainer.logger": _use("logger=<wandb|csv|none>", false="logger=none"),
+    "trainer.logger": _use("logger=<wandb|tensorboard|mlflow|csv|none>", false="logger=none"),
     "trainer.strategy": _same("strategy=<auto|ddp|fsdp>"),
 }
 """Answers by key; an entry with a dot is for that key alone, others for each key that ends so."""

@@ -124,7 +124,7 @@ VALUES: dict[str, dict[str, Answer]] = {
         "blank_model": Answer("model.pretrained=<folder or hub id>"),
     },
     "logger": dict.fromkeys(
-        ("tensorboard", "mlflow", "comet_ml", "neptune", "trackio", "clearml", "swanlab"),
+        ("comet_ml", "neptune", "trackio", "clearml", "swanlab"),
         _NO_LOGGER,
     ),
     "peft": {"dora": Answer("peft=lora peft.dora=true"), "adalora": Answer("peft=lora")},

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.plugins import known_optimizers
+from dpo_lightning.settings.conduct import LOGGERS
 from dpo_lightning.settings.credentials import is_secret, refusal
 from dpo_lightning.settings.foreign_keys import KEYS, Answer
 from dpo_lightning.settings.foreign_values import (
@@ -100,6 +101,8 @@ def _options(group: str) -> tuple[str, ...]:
         return known_losses()
     if group == "optimizer":
         return known_optimizers()
+    if group == "logger":
+        return LOGGERS
     rule = settings()[f"{group}.{'kind' if f'{group}.kind' in settings() else 'name'}"].rule
     return tuple(rule.get("choices", ()))
 
@@ -208,7 +211,9 @@ def wrong_value(key: str, value: object) -> str:
     setting = settings()[key]
     if value == "":
         return f"{key}= has no value: must be {expected(setting)}"
-    choices = known_optimizers() if key == "optimizer.name" else setting.rule.get("choices", ())
+    choices = setting.rule.get("choices", ())
+    if key in ("optimizer.name", "logger.name"):
+        choices = _options(key.removesuffix(".name"))
     hint = _hint(key, key.removesuffix(".name"), value, choices)
     return f"{key}={shown(value)}: must be {expected(setting)}{hint}"
 

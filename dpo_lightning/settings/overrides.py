@@ -226,7 +226,7 @@ def _group_problems(override: Override, options: list[str]) -> Iterator[str]:
         return  # merged into the section like any other values
     if value is None and group == "experiment":
         return
-    if value is None:
+    if value is None or value == []:
         without = f"; {group}=none is without one" if "none" in options else ""
         yield f"{line}: must be one of {', '.join(options)}{without}"
     elif override.is_add() or override.is_force_add():
@@ -244,7 +244,8 @@ def needs_multirun(override: Override) -> str:
     line = str(override.input_line)
     key, _, values = line.partition("=")
     setting = settings().get(override.key_or_group)
-    hint = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
+    takes_list = setting and (setting.kind in (list, object) or key in ("logger", "logger.name"))
+    hint = f"; a list is {key}=[{values}]" if takes_list else ""
     if (
         setting
         and setting.kind in (str, object)

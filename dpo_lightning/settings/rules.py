@@ -12,6 +12,7 @@ from dpo_lightning.data.source_names import entries
 from dpo_lightning.plugins import READERS, known_optimizers
 from dpo_lightning.settings.conduct import PRUNE_METRICS, scales_with_beta
 from dpo_lightning.settings.keys import is_import_name, settings
+from dpo_lightning.settings.logger_group import are_loggers
 
 
 def _valid_devices(value: object) -> bool:
@@ -60,6 +61,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.ignore_fields": all,
     "data.template_date": is_date,
     "data.train": _valid_source,
+    "logger.name": are_loggers,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.name": lambda value: value in known_optimizers(),
     "optimizer.warmup": _valid_warmup,

@@ -98,8 +98,8 @@ class Config:
     )
     name: str | None = setting(
         None,
-        "Name of the run's folder and of the run in wandb; null: model, loss and beta, in wandb "
-        "WANDB_NAME.",
+        "Name of the run's folder and of the run in its loggers; null: model, loss, beta and seed, "
+        "in wandb WANDB_NAME.",
     )
     resume: str | None = setting(
         None,

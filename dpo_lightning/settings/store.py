@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.plugins import OPTIMIZERS
-from dpo_lightning.settings.names import run_name, trial_name
+from dpo_lightning.settings.names import model_label, run_name, trial_name
 from dpo_lightning.settings.page import settings_help
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import (
@@ -59,9 +59,15 @@ def register() -> None:
         store.store(group="optimizer", name=name, node={"name": name, **differing})
     OmegaConf.register_new_resolver("settings_help", settings_help, replace=True)
     OmegaConf.register_new_resolver("typed", lambda: " ".join(typed()), replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("one_of", _one_of, replace=True)
+
+
+def _run_name(name: str | None, model: DictConfig, loss: str, beta: float, seed: int) -> str:
+    """The last part of a run's folder name, for ``hydra.run.dir``."""
+    label = model_label(model.name, model.pretrained, model.config)
+    return run_name(name, label, loss, beta, seed)
 
 
 def _one_of(name: str, values: DictConfig) -> Any:

@@ -17,6 +17,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.credentials import refusal, secrets_in
 from dpo_lightning.settings.keys import settings
+from dpo_lightning.settings.logger_group import one_form
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, wrong_value
 from dpo_lightning.settings.names import LONGEST_NAME
 from dpo_lightning.settings.rules import accepts
@@ -81,6 +82,7 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         config.model.dtype = "bfloat16"  # which is what it means
     config.data.train = _at_home(config.data.train)
     config.data.eval = _at_home(config.data.eval)
+    config.logger.name = one_form(config.logger.name)
     devices = config.trainer.devices
     if isinstance(devices, str) and devices != "auto":
         numbers = [int(number) for number in devices.split(",") if number]

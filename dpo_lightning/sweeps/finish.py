@@ -11,10 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.logger_group import chosen_loggers
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.sweeps.view import show_end
-from dpo_lightning.tracking.wandb_runs import logger_settings, report_sweep, tag_pruned
+from dpo_lightning.tracking.logger_settings import logger_settings
+from dpo_lightning.tracking.wandb_runs import SYNC, report_sweep, sync_command, tag_pruned
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def finish_sweep(sweep: SweepFacts, trials: Sequence[Trial]) -> bool:
     """
     if trials:
         show_end(Console(), trials)
-    if sweep.logger.name == "wandb":
+    if "wandb" in chosen_loggers(sweep.logger):
         for trial in trials:
             if trial.status == "pruned":
                 tag_pruned(logger_settings(sweep.logger), trial.folder)
@@ -78,17 +80,18 @@ def _report(sweep: SweepFacts) -> bool:
     print(f"report    {sweep.folder / 'report.html'}", flush=True)
     if report["configurations"]:
         print(f"pick      {report['reason']}", flush=True)
-    where = _to_wandb(sweep, report)
-    if where is not None:
-        print(f"wandb     {where}", flush=True)
+    for line in _to_wandb(sweep, report):
+        print(f"wandb     {line}", flush=True)
     return True
 
 
-def _to_wandb(sweep: SweepFacts, report: Mapping[str, Any]) -> str | None:
-    if sweep.logger.name != "wandb":
-        return None
+def _to_wandb(sweep: SweepFacts, report: Mapping[str, Any]) -> list[str]:
+    """Where the report is in wandb, and the command by which what is offline goes there."""
+    if "wandb" not in chosen_loggers(sweep.logger):
+        return []
+    where = None
     try:
-        return report_sweep(
+        where = report_sweep(
             logger_settings(sweep.logger),
             sweep.folder,
             columns=(*_FACTS, *_METRICS),
@@ -98,7 +101,11 @@ def _to_wandb(sweep: SweepFacts, report: Mapping[str, Any]) -> str | None:
         )
     except UserError as error:
         log.warning("the report is not in wandb: %s", error)
-        return None
+    recorded = sync_command(sweep.folder)
+    if recorded is None:
+        return [] if where is None else [where]
+    # It has the report's run too, if that is offline.
+    return [recorded] if where is None or where.startswith(SYNC) else [where, recorded]
 
 
 def _row(trial: Mapping[str, Any]) -> list[Any]:

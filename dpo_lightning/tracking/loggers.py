@@ -1,4 +1,4 @@
-"""Loggers of metrics: metrics.jsonl always, and wandb or csv files where the user wants them."""
+"""The logger of ``metrics.jsonl``, which every run has; what others show is made from its rows."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.files import finite, json_object, write_whole
-from dpo_lightning.tracking.wandb_runs import (
-    STEP,
-    LoggerSettings,
-    finish_run,
-    note_run,
-    start_run,
-    untag_pruned,
-)
+from dpo_lightning.files import METRICS_FILE, finite, write_whole
+from dpo_lightning.tracking.rows import row_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +34,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self.last: dict[str, float] = {}
         # The newest step and how many rows it has.
         self._newest = (0, 0)
@@ -62,6 +55,11 @@ class JsonlLogger(Logger):
         self._held_back = False
         if self._unwritten:
             self._write()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the run so far, those too that wait to be written."""
+        lines = [*self._lines(), *self._unwritten]
+        return [row for row in map(row_of, lines) if row is not None]
 
     @property
     def name(self) -> str:
@@ -90,7 +88,7 @@ class JsonlLogger(Logger):
         kept: list[bytes] = []
         newest = damaged = 0
         for line in self._lines() if step else ():
-            row = _row(line)
+            row = row_of(line)
             if row is None:
                 damaged += 1
                 continue
@@ -154,135 +152,3 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the configuration has files of its own."""
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics; None for a line that is none."""
-    row = json_object(line)
-    return row if row is not None and type(row.get("step")) is int else None
-
-
-class _PatientCsvLogger(CSVLogger):
-    """Lightning's csv logger, which leaves an earlier run's file until it may write.
-
-    Args:
-        folder: The run's folder.
-        when_begun: Calls a function when that is so.
-    """
-
-    def __init__(self, folder: Path, when_begun: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__(save_dir=folder, name="", version="csv")
-        self._begun = False
-        self._waiting: list[tuple[dict[str, float], int | None]] = []
-        when_begun(self._begin)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        """Logs a row, or keeps it until then."""
-        if self._begun:
-            super().log_metrics({**metrics}, step)
-        else:
-            self._waiting.append((dict(metrics), step))
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Writes the file, if it may."""
-        if self._begun:
-            super().save()
-
-    def _begin(self) -> None:
-        self._begun = True
-        for metrics, step in self._waiting:
-            self.log_metrics(metrics, step)
-        self._waiting.clear()
-
-
-class _LastingWandbLogger(WandbLogger):
-    """Lightning's wandb logger, except that the end of wandb's process does not end the run."""
-
-    _failed = False
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Hands a row of metrics to wandb, or says once that it takes none."""
-        try:
-            super().log_metrics(metrics, step)
-        except Exception as error:  # of its own process, pipes and files
-            if not self._failed:
-                self._failed = True
-                log.warning("wandb refuses metrics (%s); metrics.jsonl has all of them", error)
-
-
-def make_logger(
-    settings: LoggerSettings,
-    *,
-    run_name: str,
-    folder: Path,
-    config: Mapping[str, Any],
-    continued: bool,
-    run_id: str | None = None,
-    when_begun: Callable[[Callable[[], None]], None],
-) -> Logger | None:
-    """Makes the chosen logger; wandb's run is started here, on rank 0 alone.
-
-    Args:
-        settings: The ``logger`` group.
-        run_name: Name of the run.
-        folder: The run's folder.
-        config: The resolved configuration.
-        continued: True if the run goes on from where the folder's last one was.
-        run_id: The run in wandb that it goes on with where the folder has none.
-        when_begun: Calls what writes over an earlier run's files, once it may.
-
-    Raises:
-        UserError: If wandb cannot start even offline.
-    """
-    if settings.name == "none" or settings.mode == "disabled" or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return None
-    if settings.name == "csv":
-        return _PatientCsvLogger(folder, when_begun)
-    run = start_run(
-        settings,
-        run_name=run_name,
-        folder=folder,
-        config=config,
-        continued=continued,
-        run_id=run_id,
-    )
-    if run is None:
-        return None
-    when_begun(lambda: note_run(folder, run.id))
-    when_begun(lambda: untag_pruned(run, folder))
-    # Axes are defined before anything is logged: later, it has no effect on what is there.
-    run.define_metric(STEP)
-    for prefix in ("train", "eval", "controlled", "samples"):
-        run.define_metric(f"{prefix}/*", step_metric=STEP)
-    return _LastingWandbLogger(experiment=run)
-
-
-def logger_run_id(logger: Logger | None) -> str | None:
-    """The id of the run in wandb, if there is one."""
-    return logger.experiment.id if isinstance(logger, WandbLogger) else None
-
-
-def log_table(
-    logger: Logger | None, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-) -> None:
-    """Logs a table where the logger has tables."""
-    if isinstance(logger, WandbLogger):
-        logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows])
-
-
-def finish_logger(
-    logger: Logger | None, *, summary: Mapping[str, Any], exit_code: int
-) -> str | None:
-    """Ends wandb's run, however the run ended, and returns how to find it.
-
-    Args:
-        logger: The logger, or None.
-        summary: Values for the run's summary.
-        exit_code: Exit code of the run.
-    """
-    if not isinstance(logger, WandbLogger):
-        return None
-    return finish_run(logger.experiment, summary=summary, exit_code=exit_code)

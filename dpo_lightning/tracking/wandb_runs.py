@@ -13,12 +13,17 @@ from typing import Any
 from urllib.parse import urlparse
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.settings.schema import LoggerConfig
+from dpo_lightning.settings.names import slug
+from dpo_lightning.tracking.logger_settings import LoggerSettings
+from dpo_lightning.tracking.rows import Known, known_values, rows_of_file
 
 log = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"
 """Everything is drawn over optimizer steps."""
+
+SYNC = "wandb sync "
+"""Beginning of the command that uploads what was recorded offline."""
 
 # How long a run waits for a server that takes it and then says nothing: at its start, and at its
 # end for what is not uploaded yet. What is recorded in its folder can be uploaded later.
@@ -38,47 +43,6 @@ _TRUE = ("1", "on", "yes", "true")
 
 TRIAL_PREFIX = "WANDB_TRIAL_PREFIX"
 """Environment variable with what the names of a sweep's trials in wandb begin with."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoggerSettings:
-    """Logger and its settings; all but the name is for wandb.
-
-    Attributes:
-        name: The logger.
-        project: Project; None leaves it to the environment.
-        entity: User or team; None leaves it to the environment.
-        mode: ``auto``, ``online``, ``offline`` or ``disabled``.
-        tags: Tags; none leave them to the environment.
-        group: Group; None leaves it to the environment.
-        run_name: Name of the run that was set; None leaves it to the environment.
-    """
-
-    name: str
-    project: str | None
-    entity: str | None
-    mode: str
-    tags: tuple[str, ...]
-    group: str | None
-    run_name: str | None = None
-
-
-def logger_settings(config: LoggerConfig, *, run_name: str | None = None) -> LoggerSettings:
-    """The ``logger`` group as plain values.
-
-    Args:
-        config: The group.
-        run_name: The name that was set.
-    """
-    return LoggerSettings(
-        name=config.name,
-        project=config.project,
-        entity=config.entity,
-        mode=config.mode,
-        tags=tuple(config.tags),
-        group=config.group,
-        run_name=run_name,
-    )
 
 
 def ready_for_trials() -> None:
@@ -121,7 +85,7 @@ def start_run(
     """
     import wandb
 
-    own_id = _run_id(folder, continued=continued, other=run_id)
+    own_id = continued_id(folder, continued=continued, other=run_id)
     finish_timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_SECONDS)
 
     def start(mode: str) -> Any:
@@ -147,6 +111,68 @@ def start_run(
             f"logger=wandb: {' '.join(str(error).split())}; logger=csv or logger=none goes without"
         ) from error
     return run
+
+
+def start_logged(
+    settings: LoggerSettings,
+    *,
+    run_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    earlier: Path | None,
+    run_id: str | None,
+) -> tuple[Any, Known] | None:
+    """Begins the run of an experiment, its axes and columns defined.
+
+    Args:
+        settings: The ``logger`` group.
+        run_name: Name of the run.
+        folder: The run's folder.
+        config: The resolved configuration.
+        facts: Columns of its summary that are known by now.
+        earlier: Folder of the run that it goes on with exactly; None where it is another one.
+        run_id: The run in wandb that it goes on with where the folder has none.
+
+    Returns:
+        wandb's run, and the values that it has already; None where wandb is switched off.
+
+    Raises:
+        UserError: If wandb cannot start even offline.
+    """
+    continued = earlier is not None
+    goes_on = continued_id(folder, continued=continued, other=run_id) is not None
+    known = known_values(rows_of_file(earlier)) if earlier is not None and goes_on else {}
+    run = start_run(
+        settings,
+        run_name=run_name,
+        folder=folder,
+        config=config,
+        continued=continued,
+        run_id=run_id,
+    )
+    if run is None:
+        return None
+    # Axes are defined before anything is logged: later, it has no effect on what is there.
+    run.define_metric(STEP)
+    for prefix in ("train", "eval", "controlled", "samples"):
+        run.define_metric(f"{prefix}/*", step_metric=STEP)
+    run.summary.update(dict(facts))
+    return run, known
+
+
+def keep_model(run: Any, folder: Path) -> None:
+    """Keeps an exported model as an artifact of a run.
+
+    Args:
+        run: wandb's run.
+        folder: The export.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(slug(f"{run.name}-model"), type="model")
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)
 
 
 def note_run(folder: Path, run_id: str) -> None:
@@ -190,8 +216,14 @@ def _start_or_record(start: Callable[[str], Any], mode: str, *, refused: type[Ex
         return start("offline")
 
 
-def _run_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
-    """The id of the folder's run, or the other one, where it is continued; None for a new one."""
+def continued_id(folder: Path, *, continued: bool, other: str | None) -> str | None:
+    """The id of the run to go on with; None for a new one.
+
+    Args:
+        folder: The run's folder, which may have an id.
+        continued: True if what is logged goes on from what that run had.
+        other: The id where the folder has none.
+    """
     # An agent of wandb's own sweeps has chosen one already.
     if not continued or "WANDB_RUN_ID" in os.environ:
         return None
@@ -299,7 +331,7 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
         summary: Values for its summary.
         exit_code: What it ended with.
     """
-    sync = f"wandb sync {shlex.quote(_short(Path(run.settings.sync_dir)))}"
+    sync = _sync_run(Path(run.settings.sync_dir), run.id)
     where = sync if run.offline else run.url
     try:
         run.summary.update(dict(summary))
@@ -311,7 +343,31 @@ def finish_run(run: Any, *, summary: Mapping[str, Any], exit_code: int) -> str:
     return str(where)
 
 
-def _short(path: Path) -> str:
+def _sync_run(recorded: Path, run_id: str) -> str:
+    """The command that uploads a run with its earlier sessions, which wandb records apart."""
+    sessions = list(recorded.parent.glob(f"*run-*-{run_id}"))
+    if len(sessions) > 1:
+        folder = shlex.quote(short_path(recorded.parent))
+        return f"{SYNC}{folder}/*run-*-{run_id}"
+    return f"{SYNC}{shlex.quote(short_path(recorded))}"
+
+
+def sync_command(sweep: Path) -> str | None:
+    """The command that uploads all runs of a sweep that were recorded offline; None without any.
+
+    Args:
+        sweep: The sweep's folder.
+    """
+    folder = shlex.quote(short_path(sweep))
+    found = [
+        f"{folder}/{pattern}"
+        for pattern in ("wandb/offline-run-*", "*/wandb/offline-run-*")
+        if any(sweep.glob(pattern))
+    ]
+    return f"{SYNC}{' '.join(found)}" if found else None
+
+
+def short_path(path: Path) -> str:
     """A path as one would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -323,7 +379,7 @@ def tag_pruned(settings: LoggerSettings, trial: Path) -> None:
         settings: The ``logger`` group of the sweep.
         trial: The trial's folder, inside the sweep's.
     """
-    run_id = _run_id(trial, continued=True, other=None)
+    run_id = continued_id(trial, continued=True, other=None)
     mode = wandb_mode(settings.mode)
     if run_id is None or mode == "disabled" or (trial / _TAGGED).exists():
         return

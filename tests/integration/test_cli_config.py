@@ -304,7 +304,7 @@ def test_a_run_gets_its_settings_and_its_folder(place: Path, recorder: Recorder)
 @pytest.mark.parametrize(
     ("typed", "name"),
     [
-        ("beta=0.2", "llama-sigmoid-beta-0.2"),
+        ("beta=0.2", "llama-sigmoid-beta-0.2-seed-1"),
         ("name=../../x", "x"),
         ("name=..", "run"),
     ],

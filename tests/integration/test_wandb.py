@@ -35,6 +35,11 @@ def test_the_summary_has_the_config_every_metric_the_state_and_the_exit_code(run
     assert summary["config"]["optimizer"]["lr"] == 0.001
     values = summary["summary"]
     assert values["beta"] == 0.2
+    # What a plot over runs takes, at the top level.
+    assert (values["loss"], values["model"], values["seed"]) == ("sigmoid", "llama", 1)
+    assert values["lr"] == summary["config"]["lr"] == 0.001
+    assert values["accuracy"] == values["eval/rewards/accuracies"]
+    assert values["kl"] == values["controlled/kl_policy_reference"]
     for name, value in run.result["metrics"].items():
         assert values[name] == pytest.approx(value, rel=1e-6), name
     assert {"train/loss", "eval/rewards/accuracies", "controlled/log_z"} <= set(values)
@@ -97,9 +102,10 @@ def test_a_service_that_a_parent_has_started_elsewhere(tmp_path, monkeypatch):
     )
     child = (
         "from pathlib import Path\n"
-        "from dpo_lightning.tracking.wandb_runs import LoggerSettings, finish_run, start_run\n"
-        "settings = LoggerSettings(name='wandb', project='p', entity=None, mode='offline', tags=(),"
-        " group=None)\n"
+        "from dpo_lightning.tracking.logger_settings import LoggerSettings\n"
+        "from dpo_lightning.tracking.wandb_runs import finish_run, start_run\n"
+        "settings = LoggerSettings(names=('wandb',), project='p', entity=None, mode='offline',"
+        " tags=(), group=None)\n"
         "folder = Path('my run')\n"
         "folder.mkdir()\n"
         "run = start_run(settings, run_name='a', folder=folder, config={}, continued=False)\n"

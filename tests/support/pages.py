@@ -16,6 +16,7 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     # What the other launchers need: their extras, and to be typed where there is SLURM.
     for module in ("slurm_site", "ray_tasks"):
         monkeypatch.setattr(f"dpo_lightning.sweeps.places.{module}.require_extra", lambda *_: None)
+    monkeypatch.setattr("dpo_lightning.settings.logger_group.find_spec", lambda name: name)
     for name in ("sbatch", "srun"):
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / name).write_text("#!/bin/sh\n")

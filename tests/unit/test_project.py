@@ -114,6 +114,7 @@ def test_objectives_import_torch_alone():
         ("hydra", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("omegaconf", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("wandb", {"tracking/wandb_runs.py"}),
+        ("mlflow", {"tracking/destinations.py"}),
         ("submitit", {"sweeps/places/slurm_jobs.py"}),
     ],
 )
@@ -189,12 +190,15 @@ def test_hooks_before_a_commit_take_the_tools_of_the_environment():
 STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_lightning")
 """How a line of a page begins that starts our program."""
 
-OTHERS = ("report", "doctor", "interpolate", "evaluate", "compare", "--help")
+OTHERS = (
+    *("report", "doctor", "interpolate", "evaluate", "compare", "export", "push"),
+    "--help",
+)
 """Commands that take no settings of a run; their own tests run them."""
 
 PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
-    "docs/evaluate.md",
+    *("docs/evaluate.md", "docs/loggers.md", "docs/sharing.md"),
 )
 
 

@@ -134,6 +134,16 @@ def saved_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN), key=_step, reverse=True)
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint.
+
+    Args:
+        checkpoint: Its file.
+    """
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
 def _step(path: Path) -> int:
     digits = path.stem.partition("-")[2]
     return int(digits) if digits.isdecimal() else -1

@@ -13,7 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 from dpo_lightning.settings.keys import settings
-from dpo_lightning.settings.names import run_name, slug, trial_name
+from dpo_lightning.settings.names import (
+    LONGEST_NAME,
+    model_label,
+    name_of_trial,
+    run_name,
+    slug,
+    trial_name,
+)
 from dpo_lightning.settings.schema import Config, OptimizerConfig, TrainerConfig
 from tests.support.runs import ROOT
 
@@ -85,8 +92,8 @@ def test_a_file_states_only_what_differs_from_the_schema(path: Path) -> None:
     for key, value in leaves.items():
         if value == {} or shipped_example:
             continue
-        if key.startswith("loss.terms."):
-            continue  # losses are the keys
+        if key.startswith(("loss.terms.", "logger.name.")):
+            continue  # losses are the keys, and loggers
         assert key in defaults, key
         assert key in CHOICES or defaults[key] != value, f"{path.name} repeats the default of {key}"
 
@@ -120,9 +127,43 @@ def test_slug_is_one_plain_folder_name(text: str) -> None:
 
 
 def test_run_name_is_the_given_one_or_says_what_was_run() -> None:
-    assert run_name("mine", "llama", "sigmoid", 0.1) == "mine"
-    assert run_name(None, "llama", "sigmoid", 0.1) == "llama-sigmoid-beta-0.1"
-    assert run_name(None, "meta/llama", "sft", 1.0) == "meta-llama-sft-beta-1"
+    assert run_name("mine", "llama", "sigmoid", 0.1, 3) == "mine"
+    assert run_name(None, "llama", "sigmoid", 0.1, 3) == "llama-sigmoid-beta-0.1-seed-3"
+    assert run_name(None, "meta/llama", "sft", 1.0, 0) == "meta-llama-sft-beta-1-seed-0"
+    # What tells runs apart stays, however long a model's name is.
+    long = run_name(None, "m" * 99, "sigmoid", 0.1, 3)
+    assert long.endswith("m-sigmoid-beta-0.1-seed-3")
+    assert len(long) == LONGEST_NAME
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "config", "label"),
+    [
+        (None, None, "preset"),
+        ("gpt2", None, "gpt2"),
+        ("Qwen/Qwen3-0.6B", None, "Qwen3-0.6B"),
+        ("../models/stories260k/", None, "stories260k"),
+        ("outputs/runs/first/model", None, "first"),
+        ("outputs/runs/first/model-merged/", None, "first"),
+        (None, "shapes/small/config.json", "small"),
+        ("model", None, "model"),
+    ],
+)
+def test_a_model_is_called_by_its_weights(pretrained, config, label) -> None:
+    assert model_label("preset", pretrained, config) == label
+
+
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [
+        ("beta-0.1_seed-2", "tiny-sigmoid-beta-0.1_seed-2"),
+        ("optimizer.lr-1e-05", "tiny-sigmoid-optimizer.lr-1e-05-beta-0.1-seed-2"),
+        ("beta-0.1_loss-ipo", "tiny-beta-0.1_loss-ipo-seed-2"),
+        ("3", "tiny-sigmoid-3-beta-0.1-seed-2"),
+    ],
+)
+def test_a_trial_is_called_by_what_is_swept_and_model_loss_beta_and_seed(trial, name) -> None:
+    assert name_of_trial(trial, "tiny", "sigmoid", 0.1, 2) == name
 
 
 def test_trial_name_keeps_trials_apart() -> None:

@@ -8,12 +8,13 @@ import pytest
 import wandb
 
 from dpo_lightning.settings.schema import LoggerConfig
+from dpo_lightning.tracking.logger_settings import logger_settings
 from dpo_lightning.tracking.wandb_runs import (
-    logger_settings,
     note_run,
     ready_for_trials,
     report_sweep,
     start_run,
+    sync_command,
     tag_pruned,
     untag_pruned,
     wandb_mode,
@@ -165,3 +166,14 @@ def test_a_pruned_trial_is_tagged_once_and_no_longer_when_it_goes_on(monkeypatch
     assert run.tags == ("mine",)
     tag_pruned(settings, trial)
     assert len(runs) == 2
+
+
+def test_the_command_that_uploads_a_sweep_has_all_of_its_runs(tmp_path):
+    sweep = tmp_path / "my sweep"
+    sweep.mkdir()
+    assert sync_command(sweep) is None
+    (sweep / "beta-0.1" / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    trials = f"'{sweep}'/*/wandb/offline-run-*"
+    assert sync_command(sweep) == f"wandb sync {trials}"
+    (sweep / "wandb" / "offline-run-1-b").mkdir(parents=True)
+    assert sync_command(sweep) == f"wandb sync '{sweep}'/wandb/offline-run-* {trials}"
