@@ -224,15 +224,15 @@ def make_measure(
     if goal.metric == "controlled/expected_reward":
         assert prepared.task is not None
         return exact_rewards(prepared.task, prepared.models.scorer)
-    if goal.metric == "samples/score":
-        assert prepared.score is not None
+    if goal.metric == "samples/judge":
+        assert prepared.judge is not None
         return judged(
             prepared.models,
             groups,
             count=plan.evaluation.samples,
             seed=plan.seed,
             answering=answering,
-            score=prepared.score,
+            judge=prepared.judge,
         )
     if not prepared.data.eval:
         raise UserError(

@@ -20,6 +20,7 @@ from dpo_lightning.run.folder import disk_fault
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.overrides import with_own_names
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.recorded import SETTINGS_FILE
 from dpo_lightning.settings.schema import Config
@@ -35,14 +36,14 @@ the report of a sweep shows it.
   --lambdas  the same by their place: 0 is the reference, 1 the policy, beta is the run's over it
   --json     print one object, {{"points": [...]}}, and all else on stderr
 
-Settings may be plugins= and those of evaluation: scorer, max_new_tokens, batch_size."""
+Settings may be plugins= and those of evaluation: judge, max_new_tokens, batch_size."""
 
 _SETTINGS = (
-    *("plugins", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.batch_size"),
+    *("plugins", "evaluation.judge", "evaluation.max_new_tokens", "evaluation.batch_size"),
     *("trainer.accelerator", "trainer.threads"),
 )
 # With another one the points are of other marks, or other answers, than the run's own metrics.
-_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=")
+_CHANGES = ("evaluation.judge=", "evaluation.max_new_tokens=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def _main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(_HELP.format(program=" ".join(typed("interpolate"))))
         return 0
-    words = _read_words(argv)
+    words = _read_words(with_own_names(argv))
     # What libraries and settings say is not the answer.
     with contextlib.redirect_stdout(sys.stderr):
         found = _interpolate(words)

@@ -36,14 +36,15 @@ from dpo_lightning.objectives.optimum import MOST_LAMBDA, why_no_beta
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
-from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.prepare import (
     adapter_settings,
-    make_score,
+    choose_judge,
     prepare_groups,
     resolve_source,
     set_threads,
 )
+from dpo_lightning.settings.folders import cache_folder
+from dpo_lightning.settings.judging import judge_named
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 
@@ -162,8 +163,13 @@ def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[st
     else:
         notes.append("There are no other prompts than these, so intervals are of answers alone.")
         notes.append("The gain is of the exact policies, over the closed form's at the same KL.")
-    if questions.task is None and questions.score is None:
-        notes.append("No judge: evaluation.scorer= names one, and the points have a reward.")
+    if questions.task is None and judge_named(config.evaluation) == "endpoint":
+        notes.append(
+            "The endpoint was not asked for a mark of each of these answers, which are some "
+            "thousands: evaluation.judge= names a function or a reward model."
+        )
+    elif questions.task is None and questions.marker is None:
+        notes.append("No judge: evaluation.judge= names one, and the points have a reward.")
     return notes
 
 
@@ -220,7 +226,9 @@ def _exported(models: Models, source: ModelSource, export: Path) -> Any:
 
 def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> Questions:
     """Held-out prompts, each once, and their judge."""
-    score = make_score(config, hardware, judges=True)
+    # An endpoint is not asked for a mark of every answer: these are some thousands.
+    asked = judge_named(config.evaluation) != "endpoint"
+    judge = choose_judge(config, hardware, judges=True) if asked else None
     # Rows that cannot be read were named, and set aside, when the run read them.
     rows = read_sources(config, export.parent, when_begun=lambda write: None)
     if rows is None:
@@ -239,4 +247,4 @@ def _questions(config: Config, source: ModelSource, hardware: Hardware, export: 
     if not groups:
         raise UserError(f"run={export.parent}: no prompt of its data leaves room for an answer")
     texts = [prompt_of_key(group.prompt_key) for group in groups]
-    return Questions([group.prompt for group in groups], texts, None, score)
+    return Questions([group.prompt for group in groups], texts, None, judge)
