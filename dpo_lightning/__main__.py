@@ -33,6 +33,12 @@ def _interpolate(argv: list[str]) -> int:
     return main(argv)
 
 
+def _judge(argv: list[str]) -> int:
+    from dpo_lightning.run.judge.command import main
+
+    return main(argv)
+
+
 def _report(argv: list[str]) -> int:
     from dpo_lightning.sweeps.report.write import main
 
@@ -49,6 +55,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
+    "judge": ("have answers judged that are there already", _judge),
     "report": ("write the report of a sweep again", _report),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }

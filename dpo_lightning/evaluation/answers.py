@@ -371,10 +371,8 @@ def _judged(
 ) -> dict[str, Any]:
     """What a judge did; its verdicts are put into the rows, and their means into the metrics."""
     questions = [prompt_of_key(group.prompt_key) for group in drawn.asked]
-    own, other = (
-        [answering.text(ids) for ids in ids_of] for ids_of in (drawn.policy, drawn.reference)
-    )
-    judged = judge.compare(questions, own, other)
+    own = [answering.text(ids) for ids in drawn.policy]
+    judged = judge.compare(questions, own, [answering.text(ids) for ids in drawn.reference])
     put_verdicts(rows, judged)
     owners = [group.prompt_key for group in drawn.asked]
     metrics |= judged_metrics(judged, owners)

@@ -311,8 +311,8 @@ def _notes(values: Sequence[Mark], facts: Mapping[str, Any]) -> tuple[str, ...]:
     if lost:
         why = f", the last one as {facts['last_error']}" if "last_error" in facts else ""
         notes.append(
-            f"{facts['nonsense']} replies of the judge were nonsense and {facts['failed']} questions "
-            f"got none{why}; they count in no mean"
+            f"{facts['nonsense']} replies were nonsense and {facts['failed']} questions got none"
+            f"{why}; they count in no mean"
         )
     withheld = why_withheld(values)
     if withheld is not None:

@@ -19,7 +19,9 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 _PLACE = re.compile(r"\{(prompt|answer|first|second)\}")
 _OBJECT = re.compile(r"\{[^{}]*\}")
-_NUMBER = re.compile(r"(?:mark|score|rating)?\W*?([+-]?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*", re.I)
+_NUMBER = re.compile(r"\W*?(?:mark|score|rating)?\W*?([+-]?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*", re.I)
+# A longer line is no bare number.
+_SHORT = 60
 _VERDICTS = ("first", "second", "tie")
 
 MARKS = """\
@@ -91,7 +93,8 @@ def read_mark(reply: str, *, bounded: bool) -> float | None:
         bounded: True if it has to be on the scale of our own question.
     """
     value = _number(_entry(reply, "mark"))
-    if value is None and (found := _NUMBER.fullmatch(_last_line(reply))):
+    line = _last_line(reply)
+    if value is None and len(line) <= _SHORT and (found := _NUMBER.fullmatch(line)):
         value = _number(found[1])
     if value is None or (bounded and not LOWEST <= value <= HIGHEST):
         return None

@@ -41,8 +41,9 @@ def judged_metrics(judged: Judged, owners: Sequence[Hashable]) -> dict[str, floa
         prompts = {own for own, win in zip(owners, judged.wins, strict=True) if win is not None}
         low, high = wilson(statistics.fmean(wins), len(prompts))
         found |= {"samples/win_rate_low": low, "samples/win_rate_high": high}
-    if judged.facts and judged.wins:
-        found["samples/judge_missing"] = 1 - len(wins) / len(judged.wins)
+    verdicts = judged.wins if judged.marks is None else judged.marks
+    if judged.facts and verdicts:
+        found["samples/judge_missing"] = 1 - len(known(verdicts)) / len(verdicts)
     return found
 
 

@@ -21,7 +21,7 @@ MOST_MISSING = 0.1
 
 
 def of_marks(own: float | None, other: float | None) -> float | None:
-    """The outcome of two marks: 1 if the first is higher, half for a tie, None if one is missing."""
+    """The outcome of two marks: 1 for a higher one, half for a tie, None where one is missing."""
     if own is None or other is None:
         return None
     return 1.0 if own > other else 0.5 if own == other else 0.0
@@ -63,12 +63,13 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 
     Example:
         >>> [round(end, 4) for end in wilson(0.75, 10)]
-        [0.446, 0.9171]
+        [0.4422, 0.9191]
     """
     z2 = NORMAL_95**2
     middle = (mean + z2 / (2 * count)) / (1 + z2 / count)
     half = NORMAL_95 * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding must not put the mean outside its own interval.
+    return min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half))
 
 
 def win_rate(

@@ -24,7 +24,7 @@ RANKING_METRICS = (
 """Metrics to rank trials by: none of them scales with beta, and more is better in all."""
 
 JUDGE_KINDS = ("none", "endpoint")
-"""Values of ``evaluation.judge`` with a meaning of their own; all others name a function or model."""
+"""Values of ``evaluation.judge`` that are no function's name and no model's."""
 
 RUNG_WARMUPS = 3
 """No rung of a pruned sweep comes before so many times the warm-up: until then a large learning

@@ -133,7 +133,7 @@ def judge_label(evaluation: EvaluationConfig) -> str | None:
     name = judge_named(evaluation)
     if name != "endpoint":
         return name
-    parts = [evaluation.judge_form, _own_template(evaluation), evaluation.judge_options]
+    parts: list[Any] = [evaluation.judge_form, _own_template(evaluation), evaluation.judge_options]
     parts.append(evaluation.judge_reply_tokens)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
     return f"{evaluation.judge_model} at {_url(evaluation)}, {evaluation.judge_form}, {digest}"

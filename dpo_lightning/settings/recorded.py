@@ -184,6 +184,9 @@ def on_recorded(
     typed |= {key for key in keys if is_typed(key)}
     if typed & {*_LENGTHS}:
         typed |= {*_LENGTHS}
+    if "evaluation.judge" in typed and OmegaConf.select(cfg, "evaluation.judge") != "endpoint":
+        # Those of the recorded endpoint are of no use to another judge.
+        typed |= {key for key in keys if key.startswith("evaluation.judge_")}
     with read_write(cfg), open_dict(cfg):
         for key in keys:
             own = key.partition(".")[0] in _OF_ONE_COMMAND

@@ -157,16 +157,16 @@ MODELS = [
         "optimizer.stochastic_rounding=false",
     ),
     Row(
-        f"{OWN} evaluation.scorer=org/model evaluation.samples=0",
+        f"{OWN} evaluation.judge=org/model evaluation.samples=0",
         "nothing to score with evaluation.samples=0",
-        f"{OWN} evaluation.scorer=org/model evaluation.samples=1",
+        f"{OWN} evaluation.judge=org/model evaluation.samples=1",
     ),
-    Row("evaluation.scorer=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
-    Row("evaluation.scorer=./nope", "evaluation.scorer=./nope", "evaluation.scorer=model"),
+    Row("evaluation.judge=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.judge=./nope", "evaluation.judge=./nope", "evaluation.judge=model"),
     Row(
-        "evaluation.scorer=a/b/c",
-        "evaluation.scorer=a/b/c",
-        "evaluation.scorer=a/b/c plugins=[my_scorers]",
+        "evaluation.judge=a/b/c",
+        "evaluation.judge=a/b/c",
+        "evaluation.judge=a/b/c plugins=[my_scorers]",
     ),
 ]
 
@@ -409,8 +409,8 @@ PRUNING = [
         for name in ("eval/loss", "train/loss", "eval/rewards/margins", "eval/logratios/margins")
     ),
     Row(
-        f"{HALVING} sweep.prune_metric=samples/score",
-        "is a judge's mark, and evaluation.scorer names none; use sweep.prune_metric=",
+        f"{HALVING} sweep.prune_metric=samples/judge",
+        "is a judge's mark, and evaluation.judge names none; use sweep.prune_metric=",
         f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
     ),
     Row(

@@ -22,7 +22,7 @@ from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.overrides import with_own_names
 from dpo_lightning.settings.program import typed
-from dpo_lightning.settings.recorded import SETTINGS_FILE
+from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
 from dpo_lightning.settings.schema import Config
 
 _HELP = """\
@@ -154,7 +154,8 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
         raise UserError(f"run={words.run}: its {SETTINGS_FILE} is gone, which says what it is of")
     # Answers are drawn here whatever the run itself drew, and there may be a judge of them.
     drawing = "evaluation.samples=16"
-    config = compose_one(["--config", str(recorded), drawing, *words.settings])
+    base = ["--config", str(recorded), drawing, *_without_endpoint(words, recorded)]
+    config = compose_one([*base, *words.settings])
     _check_loss(config, words.run)
     # Here, because they import torch: by now every setting is checked.
     import torch
@@ -174,6 +175,22 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
     except OSError as error:
         raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
     return found
+
+
+def _without_endpoint(words: _Typed, recorded: Path) -> list[str]:
+    """The setting that leaves out the run's endpoint, if it has one and no judge is named.
+
+    Raises:
+        UserError: If an endpoint is named.
+    """
+    if "evaluation.judge=endpoint" in words.settings:
+        raise UserError(
+            "evaluation.judge=endpoint: it would be asked for a mark of each of some thousands of "
+            "answers; name a function or a reward model"
+        )
+    named = any(word.startswith("evaluation.judge=") for word in words.settings)
+    asked = read_recorded(recorded).values.get("evaluation.judge")
+    return ["evaluation.judge=none"] if asked == "endpoint" and not named else []
 
 
 def _check_loss(config: Config, run: Path) -> None:

@@ -44,7 +44,6 @@ from dpo_lightning.run.prepare import (
     set_threads,
 )
 from dpo_lightning.settings.folders import cache_folder
-from dpo_lightning.settings.judging import judge_named
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 
@@ -163,12 +162,7 @@ def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[st
     else:
         notes.append("There are no other prompts than these, so intervals are of answers alone.")
         notes.append("The gain is of the exact policies, over the closed form's at the same KL.")
-    if questions.task is None and judge_named(config.evaluation) == "endpoint":
-        notes.append(
-            "The endpoint was not asked for a mark of each of these answers, which are some "
-            "thousands: evaluation.judge= names a function or a reward model."
-        )
-    elif questions.task is None and questions.marker is None:
+    if questions.task is None and questions.marker is None:
         notes.append("No judge: evaluation.judge= names one, and the points have a reward.")
     return notes
 
@@ -226,9 +220,7 @@ def _exported(models: Models, source: ModelSource, export: Path) -> Any:
 
 def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> Questions:
     """Held-out prompts, each once, and their judge."""
-    # An endpoint is not asked for a mark of every answer: these are some thousands.
-    asked = judge_named(config.evaluation) != "endpoint"
-    judge = choose_judge(config, hardware, judges=True) if asked else None
+    judge = choose_judge(config, hardware, judges=True)
     # Rows that cannot be read were named, and set aside, when the run read them.
     rows = read_sources(config, export.parent, when_begun=lambda write: None)
     if rows is None:

@@ -53,7 +53,7 @@ def test_what_changes_the_numbers_changes_the_hash(key: str, value: Any) -> None
         ("resume", "auto"),
         ("resume_changed", True),
         ("debug__traceback", True),
-        ("sweep__metric", "samples/score"),
+        ("sweep__metric", "samples/judge"),
         ("sweep__prune", "halving"),
         ("reference__cache_dir", "/elsewhere"),
         ("trainer__memory_check", "off"),
@@ -80,7 +80,7 @@ def test_a_file_of_rows_counts_by_its_content(key: str, tmp_path: Path) -> None:
     "key",
     [
         *("model__pretrained", "model__tokenizer", "model__config", "peft__adapter"),
-        *("reference__pretrained", "reference__adapter", "evaluation__scorer"),
+        *("reference__pretrained", "reference__adapter", "evaluation__judge"),
     ],
 )
 def test_a_folder_of_weights_counts_by_names_sizes_and_times(key: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_without_a_judge_every_loss_and_beta_keeps_its_best_rate():
 @pytest.mark.parametrize(
     ("changes", "metric"),
     [
-        ({"evaluation__scorer": "brevity"}, "samples/score"),
+        ({"evaluation__judge": "brevity"}, "samples/judge"),
         ({"sweep__prune_metric": "controlled/expected_reward"}, "controlled/expected_reward"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_sweep_that_is_not_pruned_has_no_settings():
             [config(seed=s, sweep__prune_within=[]) for s in (1, 2)],
             "there is one trial but for its seeds",
         ),
-        ([*RATES, config(evaluation__scorer="x")], "all trials of a sweep are pruned alike"),
+        ([*RATES, config(evaluation__judge="x")], "all trials of a sweep are pruned alike"),
         ([*RATES, config(sweep__prune="none")], "all trials of a sweep are pruned alike"),
     ],
 )
