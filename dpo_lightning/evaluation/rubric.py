@@ -22,6 +22,7 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 _NUMBER = re.compile(r"\W*?(?:mark|score|rating)?\W*?([+-]?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*", re.I)
 # A longer line is no bare number.
 _SHORT = 60
+_NOTHING = object()
 _VERDICTS = ("first", "second", "tie")
 
 MARKS = """\
@@ -92,10 +93,10 @@ def read_mark(reply: str, *, bounded: bool) -> float | None:
         reply: Such as ``Good, but long. {"mark": 7}``; a last line that is a number counts too.
         bounded: True if it has to be on the scale of our own question.
     """
-    value = _number(_entry(reply, "mark"))
-    line = _last_line(reply)
-    if value is None and len(line) <= _SHORT and (found := _NUMBER.fullmatch(line)):
-        value = _number(found[1])
+    entry, line = _entry(reply, "mark"), _last_line(reply)
+    if entry is _NOTHING and len(line) <= _SHORT and (found := _NUMBER.fullmatch(line)):
+        entry = found[1]
+    value = _number(entry)
     if value is None or (bounded and not LOWEST <= value <= HIGHEST):
         return None
     return value
@@ -103,14 +104,14 @@ def read_mark(reply: str, *, bounded: bool) -> float | None:
 
 def read_verdict(reply: str) -> str | None:
     """The better answer that a reply ends with: ``first``, ``second``, ``tie``; None for none."""
-    value = _entry(reply, "better")
-    text = value if isinstance(value, str) else _last_line(reply)
+    entry = _entry(reply, "better")
+    text = _last_line(reply) if entry is _NOTHING else str(entry)
     text = text.strip(" \t.:*\"'`").lower()
     return text if text in _VERDICTS else None
 
 
 def _entry(reply: str, name: str) -> Any:
-    """The entry of the last JSON object that has it; None where there is none."""
+    """The entry of the last JSON object that has it; ``_NOTHING`` where none has."""
     for text in reversed(_OBJECT.findall(reply)):
         try:
             found = json.loads(text)
@@ -118,7 +119,7 @@ def _entry(reply: str, name: str) -> Any:
             continue
         if isinstance(found, dict) and name in found:
             return found[name]
-    return None
+    return _NOTHING
 
 
 def _number(value: object) -> float | None:

@@ -227,13 +227,14 @@ def judge_problems(config: Config) -> Iterator[str]:
         for key in _ENDPOINT:
             if getattr(evaluation, key) != getattr(default, key):
                 yield (
-                    f"evaluation.{key} is of an endpoint, and evaluation.judge={name or 'none'}; "
-                    "add evaluation.judge=endpoint, or leave it out"
+                    f"evaluation.{key}={getattr(evaluation, key)} is of an endpoint, and "
+                    f"evaluation.judge={name or 'none'}; add evaluation.judge=endpoint, or leave "
+                    "it out"
                 )
         if name is not None and is_address(name):
             yield (
-                f"evaluation.judge={name} is an address, from which no model is loaded; one that "
-                f"is to be asked is evaluation.judge=endpoint evaluation.judge_url={name}"
+                f"evaluation.judge={name}: addresses are not loaded; one that is to be asked is "
+                f"evaluation.judge=endpoint evaluation.judge_url={name}"
             )
         return
     yield from _endpoint_problems(evaluation)
@@ -258,12 +259,12 @@ def _endpoint_problems(evaluation: EvaluationConfig) -> Iterator[str]:
             f"evaluation.judge_url={url}: a key would be sent over an open line; use https, or "
             "leave evaluation.judge_key_variable out"
         )
-    taken = [name for name in _OWN_ENTRIES if name in evaluation.judge_options]
-    if taken:
-        yield (
-            f"evaluation.judge_options: {taken[0]} is decided by the question itself; leave it out "
-            "of them"
-        )
+    for name in _OWN_ENTRIES:
+        if name in evaluation.judge_options:
+            yield (
+                f"evaluation.judge_options.{name}={evaluation.judge_options[name]}: the question "
+                "itself decides it; leave it out"
+            )
     yield from _template_problems(evaluation)
 
 

@@ -276,10 +276,10 @@ def test_scores_win_rates_and_errors(policy, reference, scorer, tokenizer):
     assert metrics["samples/judge_stderr"] == pytest.approx(0.16667, abs=1e-5)
     assert metrics["samples/reference_judge"] == 1
     # Ten answers to eight prompts, so that the interval is that of eight: p = 0.75, z² = 3.841459.
-    # Middle (0.75 + 3.841459/16) / (1 + 3.841459/8) = 0.668906, half 1.959964 *
-    # sqrt(0.1875/8 + 3.841459/256) / 1.480182 = 0.259750.
+    # Middle (0.75 + 3.841459/16) / (1 + 3.841459/8) = 0.668898, half 1.959964 *
+    # sqrt(0.1875/8 + 3.841459/256) / 1.480182 = 0.259623.
     interval = [metrics[f"samples/win_rate_{end}"] for end in ("low", "high")]
-    assert interval == pytest.approx([0.409156, 0.928656], abs=2e-6)
+    assert interval == pytest.approx([0.409275, 0.928521], abs=2e-6)
     # Lengths and shares cut off of both stand beside the marks; this task's answers end themselves.
     both = {f"samples/{who}{name}" for who in ("", "reference_") for name in ("length", "cut_off")}
     assert both <= metrics.keys()

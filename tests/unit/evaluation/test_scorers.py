@@ -9,6 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from dpo_lightning import plugins
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.judges import make_judge
+from dpo_lightning.evaluation.scorers import RewardModel
 from dpo_lightning.plugins import find_scorer, load_plugins, register_scorer
 from dpo_lightning.settings.judging import JudgeSettings
 from tests.support.models import byte_tokenizer, tiny_llama_config

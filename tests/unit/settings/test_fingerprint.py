@@ -59,13 +59,19 @@ def test_what_changes_the_numbers_changes_the_hash(key: str, value: Any) -> None
         ("trainer__memory_check", "off"),
         # An option of losses that are not used.
         ("loss__gamma", 2.0),
+        # An endpoint that nobody asks.
+        ("evaluation__judge_model", "m"),
+        *(("evaluation__judge_timeout", 5.0), ("evaluation__judge_price", [1.0, 2.0])),
+        *(("evaluation__judge_retries", 0), ("evaluation__judge_key_variable", "KEY")),
     ],
 )
 def test_what_is_only_about_where_and_how_does_not(key: str, value: Any) -> None:
     assert hash_of(**{key: value}) == hash_of()
 
 
-@pytest.mark.parametrize("key", ["data__train", "data__eval", "data__chat_template"])
+@pytest.mark.parametrize(
+    "key", ["data__train", "data__eval", "data__chat_template", "evaluation__judge_prompt"]
+)
 def test_a_file_of_rows_counts_by_its_content(key: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("one")
