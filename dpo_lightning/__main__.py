@@ -51,6 +51,12 @@ def _interpolate(argv: list[str]) -> int:
     return main(argv)
 
 
+def _judge(argv: list[str]) -> int:
+    from dpo_lightning.run.judge.command import main
+
+    return main(argv)
+
+
 def _report(argv: list[str]) -> int:
     from dpo_lightning.sweeps.report.write import main
 
@@ -82,6 +88,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "evaluate": ("a trained policy on held-out rows: metrics, slices, answers", _evaluate),
     "compare": ("trained policies on the same rows, tested row by row", _compare),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
+    "judge": ("have answers judged that are there already", _judge),
     "report": ("write the report of a sweep again", _report),
     "export": ("a folder that others load, with --merge one whole model", _export),
     "push": ("upload a policy to the hub; --dry-run shows what would go", _push),

@@ -78,20 +78,27 @@ OWN_OPTIMIZERS = ("adamw", "adamw_8bit")
 SHARED_SETTINGS = ("lr", "betas", "eps", "weight_decay", "seed")
 """Settings that a plugin's optimizer may ask for by naming them."""
 
+_NO_JUDGES = ("none", "endpoint")
+
 _NO_OPTIONS = ("name", "stochastic_rounding", "max_grad_norm", "schedule", "warmup")
 
 
 def register_scorer(name: str) -> Callable[[_Function], _Function]:
-    """Makes a function known as ``evaluation.scorer=<name>``.
+    """Makes a function known as ``evaluation.judge=<name>``.
 
     Args:
         name: Value of the setting.
+
+    Raises:
+        ValueError: If the setting gives the name another meaning.
 
     Example:
         >>> @register_scorer("brevity")
         ... def brevity(prompts, responses):
         ...     return [-len(response) for response in responses]
     """
+    if name in _NO_JUDGES:
+        raise ValueError(f"evaluation.judge={name} has a meaning of its own: choose another name")
 
     def register(function: _Function) -> _Function:
         SCORERS[name] = function
@@ -261,7 +268,7 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
-    """The function that ``evaluation.scorer`` names; None if the name is of another kind.
+    """The function that ``evaluation.judge`` names; None if the name is of another kind.
 
     Args:
         name: A registered name, or ``module.function`` or ``module:function`` of a plugin.
@@ -279,12 +286,12 @@ def find_scorer(name: str, plugins: Sequence[str]) -> ScoreFunction | None:
                 found: Any = getattr(sys.modules[plugin], attribute, None)
                 if not callable(found):
                     raise UserError(
-                        f"evaluation.scorer={name}: {plugin} has no function {attribute}"
+                        f"evaluation.judge={name}: {plugin} has no function {attribute}"
                     )
                 where = str(getattr(found, "__module__", None) or type(found).__module__)
                 if where.partition(".")[0] != plugin.partition(".")[0]:
                     raise UserError(
-                        f"evaluation.scorer={name}: {plugin} only imports it from {where}; a "
+                        f"evaluation.judge={name}: {plugin} only imports it from {where}; a "
                         "plugin offers what it defines, or registers with @register_scorer"
                     )
                 function: ScoreFunction = found

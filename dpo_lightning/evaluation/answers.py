@@ -1,4 +1,4 @@
-"""Answers of the policy: a few to read, many to measure KL divergence and score by."""
+"""Answers of the policy: a few to read, many to measure KL divergence and judge by."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
+from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.judges import Judge
 from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
 from dpo_lightning.evaluation.sampling import (
     Precision,
@@ -22,9 +24,10 @@ from dpo_lightning.evaluation.sampling import (
     end_ids,
     sampled_divergences,
 )
+from dpo_lightning.evaluation.verdicts import judged_metrics, put_verdicts, sample_mean
+from dpo_lightning.evaluation.win_rates import why_withheld
 from dpo_lightning.models.sharding import is_sharded
 from dpo_lightning.objectives.partition import estimate_log_partition
-from dpo_lightning.plugins import Prompt
 from dpo_lightning.reference.pair import Models
 
 log = logging.getLogger(__name__)
@@ -33,13 +36,6 @@ COLUMNS = ("prompt", "preferred", "reference", "before", "after")
 
 # Prompts whose greedy answers are shown.
 SHOWN = 4
-
-Score = Callable[[list[Prompt], list[str]], list[float]]
-
-
-def no_scores(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """A score of nothing for each answer: for ranks that leave the judging to the first."""
-    return [0.0] * len(answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
         where = f"evaluation.max_new_tokens={limit}"
         remedy = "a larger one lets them go on"
     return (
-        f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and score are of "
+        f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and marks are of "
         f"their beginnings alone; {remedy}"
     )
 
@@ -221,11 +217,11 @@ def evaluate_samples(
     count: int,
     seed: int,
     answering: Answering,
-    score: Score | None,
+    judge: Judge | None,
     device: torch.device,
     beta: float = 1.0,
     partition_samples: int = 0,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> Sampled:
     """Draws answers from the policy and says how far they are from the reference, and how good.
 
     Args:
@@ -234,18 +230,17 @@ def evaluate_samples(
         count: Answers to draw.
         seed: Of all draws.
         answering: How they are drawn.
-        score: Judges answers of policy and reference; None judges nothing.
+        judge: Judges answers of policy and reference; None: nothing does.
         device: Where to compute.
-        beta: Of the optimum whose log Z the scores give an estimate of.
+        beta: Of the optimum whose log Z the marks give an estimate of.
         partition_samples: Answers of the reference for the check of the log-probabilities.
 
     Returns:
-        A row for each answer (``prompt``, ``preferred``, ``reference``, ``policy``, ``kl``,
-        ``score``, ``reference_score``) and the metrics, among them ``samples/kl`` in nats per
-        answer and the share ``samples/cut_off``; empty where there is nothing to answer.
+        Rows and metrics; empty where there is nothing to answer. A judge that fails costs its own
+        marks alone.
     """
     if not groups or not (count or partition_samples):
-        return [], {}
+        return Sampled()
     asked = [groups[i % len(groups)] for i in range(count)]
     prompts = [group.prompt for group in asked]
     drawn = _Drawn(asked, answering.answers(models, models.policy, prompts, seed=seed))
@@ -261,19 +256,41 @@ def evaluate_samples(
             pad=answering.tokenizer.eos_token_id,
             precision=answering.precision,
         )
-        if score is not None:
+        if judge is not None:
             drawn.reference = answering.answers(models, reference, prompts, seed=seed)
         if partition_samples:
             begun = [groups[i % len(groups)].prompt for i in range(partition_samples)]
             metrics |= _partition(models, reference, begun, answering=answering, seed=seed)
     if not count:
-        return [], metrics
-    cut = cut_off_count(drawn.policy, end_ids(models.policy, answering.tokenizer), answering)
-    metrics |= drawn.metrics() | {"samples/cut_off": cut / count}
-    rows = drawn.rows(answering)
-    if score is not None:
-        metrics |= _judged(rows, drawn, answering, score, beta=beta)
-    return rows, metrics
+        return Sampled(metrics=metrics)
+    ends = end_ids(models.policy, answering.tokenizer)
+    metrics |= drawn.metrics(lambda ids: cut_off_count(ids, ends, answering) / len(ids))
+    sampled = Sampled(drawn.rows(answering), metrics)
+    if judge is not None:
+        try:
+            sampled.judged = _judged(sampled.rows, drawn, answering, judge, metrics, beta=beta)
+        except UserError as error:
+            sampled.failure = str(error)
+    return sampled
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Answers that were drawn, and their measurements.
+
+    Attributes:
+        rows: One for each answer: ``prompt`` (and ``question``, where the row has it otherwise),
+            ``preferred``, ``reference``, ``policy``, ``kl``, and of a judge ``win``, ``judge``,
+            ``reference_judge``.
+        metrics: Among them ``samples/kl`` in nats per answer and the share ``samples/cut_off``.
+        judged: What the judge did, as plain values; None where there is none, or it failed.
+        failure: The reason why there are no marks, if a judge failed.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    judged: dict[str, Any] | None = None
+    failure: str | None = None
 
 
 @dataclass(slots=True)
@@ -292,28 +309,40 @@ class _Drawn:
     divergences: list[float] = field(default_factory=list)
     reference: list[Ids] = field(default_factory=list)
 
-    def metrics(self) -> dict[str, float]:
-        """KL and length of the policy's answers."""
+    def metrics(self, cut_off: Callable[[Sequence[Ids]], float]) -> dict[str, float]:
+        """KL of the policy's answers; of both models' the length and the share that was cut off."""
         lengths = [float(len(ids)) for ids in self.policy]
-        return _mean("kl", self.divergences) | {
+        found = sample_mean("kl", self.divergences) | {
             "samples/kl_per_token": math.fsum(self.divergences) / math.fsum(lengths),
             "samples/length": statistics.fmean(lengths),
+            "samples/cut_off": cut_off(self.policy),
         }
+        if self.reference:
+            found["samples/reference_length"] = statistics.fmean(map(len, self.reference))
+            found["samples/reference_cut_off"] = cut_off(self.reference)
+        return found
 
     def rows(self, answering: Answering) -> list[dict[str, Any]]:
         """A row for each, before anything is judged."""
-        return [
+        rows: list[dict[str, Any]] = [
             {
                 "prompt": answering.text(group.prompt).strip(),
                 "preferred": answering.text(group.responses[0]).strip(),
                 "reference": "",
                 "policy": answering.text(ids).strip(),
                 "kl": kl,
-                "score": None,
-                "reference_score": None,
+                "judge": None,
+                "reference_judge": None,
             }
             for group, ids, kl in zip(self.asked, self.policy, self.divergences, strict=True)
         ]
+        for row, ids in zip(rows, self.reference, strict=False):
+            row["reference"] = answering.text(ids).strip()
+        for row, group in zip(rows, self.asked, strict=True):
+            question = prompt_of_key(group.prompt_key)
+            if question != row["prompt"]:
+                row["question"] = question  # for a judge that is named later
+        return rows
 
 
 def _partition(
@@ -335,31 +364,24 @@ def _judged(
     rows: Sequence[dict[str, Any]],
     drawn: _Drawn,
     answering: Answering,
-    score: Score,
+    judge: Judge,
+    metrics: dict[str, float],
     *,
     beta: float,
-) -> dict[str, float]:
-    """Scores of both models' answers, also put into the rows."""
+) -> dict[str, Any]:
+    """What a judge did; its verdicts are put into the rows, and their means into the metrics."""
     questions = [prompt_of_key(group.prompt_key) for group in drawn.asked]
-    policy_scores = score(questions, [answering.text(ids) for ids in drawn.policy])
-    reference_scores = score(questions, [answering.text(ids) for ids in drawn.reference])
-    pairs = list(zip(policy_scores, reference_scores, strict=True))
-    for row, ids, (own, other) in zip(rows, drawn.reference, pairs, strict=True):
-        row |= {
-            "reference": answering.text(ids).strip(),
-            "score": own,
-            "reference_score": other,
-        }
-    wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in pairs]
-    metrics = _mean("score", policy_scores) | _mean("reference_score", reference_scores)
-    metrics |= _mean("win_rate", wins)
-    # Of the scores' own optimum: what exp(score / beta) averages over the reference's answers.
-    estimate = estimate_log_partition(torch.tensor(reference_scores).double(), beta)
-    names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
-    return metrics | dict(zip(names, (float(value) for value in estimate), strict=True))
-
-
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The mean of a sample and its standard error, which one value does not have."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {f"samples/{name}": statistics.fmean(values), f"samples/{name}_stderr": error}
+    own = [answering.text(ids) for ids in drawn.policy]
+    judged = judge.compare(questions, own, [answering.text(ids) for ids in drawn.reference])
+    put_verdicts(rows, judged)
+    owners = [group.prompt_key for group in drawn.asked]
+    metrics |= judged_metrics(judged, owners)
+    reference = [mark for mark in judged.other_marks or () if mark is not None]
+    if reference and why_withheld(judged.other_marks or ()) is None:
+        # Of the marks' own optimum: what exp(mark / beta) averages over the reference's answers.
+        estimate = estimate_log_partition(torch.tensor(reference).double(), beta)
+        names = ("samples/log_z", "samples/log_z_stderr", "samples/log_z_ess")
+        metrics |= dict(zip(names, (float(value) for value in estimate), strict=True))
+    for note in judged.notes:
+        log.warning("judge: %s", note)
+    return {**judged.facts, "notes": list(judged.notes)}

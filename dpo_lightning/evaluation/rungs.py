@@ -20,8 +20,10 @@ from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.answers import Answering, Score
+from dpo_lightning.evaluation.answers import Answering
 from dpo_lightning.evaluation.held_out import accuracies, fitted_log_losses
+from dpo_lightning.evaluation.judges import Judge
+from dpo_lightning.evaluation.win_rates import why_withheld
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded
 from dpo_lightning.processes.signals import SignalWatch, Stopped
@@ -207,9 +209,11 @@ def judged(
     count: int,
     seed: int,
     answering: Answering,
-    score: Score,
+    judge: Judge,
 ) -> Measure:
     """The measure of a judge's marks: one for each answer.
+
+    An answer without a mark counts as the mean of the others, as long as it is one of few.
 
     Args:
         models: The policy answers.
@@ -217,7 +221,7 @@ def judged(
         count: Answers to draw.
         seed: Of the draws.
         answering: How they are drawn.
-        score: The judge.
+        judge: It marks each answer by itself.
     """
 
     def measure(trainer: pl.Trainer, module: Any) -> list[float]:
@@ -227,6 +231,14 @@ def judged(
         prompts = [group.prompt for group in asked]
         answers = answering.answers(models, module.policy, prompts, seed=seed)
         questions = [prompt_of_key(group.prompt_key) for group in asked]
-        return list(score(questions, [answering.text(ids) for ids in answers]))
+        marks, _ = judge.mark(questions, [answering.text(ids) for ids in answers])
+        withheld = why_withheld(marks)
+        if withheld is not None:
+            raise UserError(f"sweep.prune_metric=samples/judge: {withheld}; try it again")
+        known = [mark for mark in marks if mark is not None]
+        if len(known) < len(marks):
+            log.warning("judge: %d answers got no mark", len(marks) - len(known))
+        mean = sum(known) / len(known)
+        return [mean if mark is None else mark for mark in marks]
 
     return measure

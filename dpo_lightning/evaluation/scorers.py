@@ -1,10 +1,7 @@
-"""Judges of answers: a reward model, or a function of one of the user's own modules."""
+"""Reward models as judges of answers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,61 +15,10 @@ from dpo_lightning.models.loading import (
     load_tokenizer,
     max_positions,
 )
-from dpo_lightning.plugins import SCORERS, Prompt, ScoreFunction, find_scorer
+from dpo_lightning.plugins import Prompt
 
 
-def make_scorer(
-    name: str, plugins: Sequence[str], *, device: torch.device, batch_size: int
-) -> Callable[[list[Prompt], list[str]], list[float]]:
-    """The scorer that ``evaluation.scorer`` names, checked as far as it can be beforehand.
-
-    Args:
-        name: A function of a plugin, or a folder or hub id of a reward model.
-        plugins: The modules that were loaded.
-        device: Device that a reward model runs on.
-        batch_size: Number of answers that it reads at once.
-
-    Returns:
-        A function from prompts and answers to a finite number for each.
-
-    Raises:
-        UserError: If there is no such function or model.
-    """
-    function = find_scorer(name, plugins)
-    if function is None:
-        _check_is_model(name, plugins)
-        function = _RewardModel(name, device=device, batch_size=batch_size)
-    chosen: ScoreFunction = function
-
-    def score(prompts: list[Prompt], answers: list[str]) -> list[float]:
-        try:
-            scores = [float(value) for value in chosen(prompts, answers)]
-        except UserError:
-            raise
-        except Exception as error:  # the user's own code
-            raise UserError(f"evaluation.scorer={name}: {type(error).__name__}: {error}") from error
-        if len(scores) != len(answers):
-            raise UserError(
-                f"evaluation.scorer={name}: {len(scores)} scores for {len(answers)} answers; it "
-                "takes a list of prompts and a list of answers and returns a number for each"
-            )
-        if not all(map(math.isfinite, scores)):
-            raise UserError(f"evaluation.scorer={name}: a score is not finite")
-        return scores
-
-    return score
-
-
-def _check_is_model(name: str, plugins: Sequence[str]) -> None:
-    if plugins and "/" not in name and not Path(name).exists():
-        known = ", ".join(sorted(SCORERS)) or "none"
-        raise UserError(
-            f"evaluation.scorer={name}: no plugin registers it (registered: {known}); it may be "
-            f"{plugins[0]}.<function>, or a folder or hub id of a reward model"
-        )
-
-
-class _RewardModel:
+class RewardModel:
     """A sequence-classification model with one output, which is the score.
 
     Args:
@@ -86,13 +32,13 @@ class _RewardModel:
         self._device = device
         self._batch_size = batch_size
         # What is wrong with it is better known before the training than behind it.
-        self._config = check_reward_model(source, key="evaluation.scorer")
-        self._tokenizer = load_tokenizer(source, key="evaluation.scorer", needs_eos=False)
+        self._config = check_reward_model(source, key="evaluation.judge")
+        self._tokenizer = load_tokenizer(source, key="evaluation.judge", needs_eos=False)
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], answers: list[str]) -> list[float]:
         """The score of each answer; the model is in memory only for as long."""
-        model = load_reward_model(self._source, self._config, key="evaluation.scorer")
+        model = load_reward_model(self._source, self._config, key="evaluation.judge")
         model.to(self._device).eval()
         texts = [self._text(p, a) for p, a in zip(prompts, answers, strict=True)]
         ids = [self._tokenizer(t, add_special_tokens=special)["input_ids"] for t, special in texts]
@@ -133,7 +79,7 @@ class _RewardModel:
                     text = render_chat(self._tokenizer, messages)
             except OutOfBounds as error:
                 raise UserError(
-                    f"evaluation.scorer={self._source}: its chat template took {error} for one "
+                    f"evaluation.judge={self._source}: its chat template took {error} for one "
                     "answer, so it was stopped; name another reward model"
                 ) from error
             return text, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
@@ -39,6 +41,8 @@ from dpo_lightning.training.preemption import Preemption
 from dpo_lightning.training.ranks import refuse_as_user_error
 from dpo_lightning.training.same_config import SameConfig
 from dpo_lightning.training.strategies import ShardedStrategy
+
+log = logging.getLogger(__name__)
 
 
 class Beginning(Callback):
@@ -224,15 +228,15 @@ def make_measure(
     if goal.metric == "controlled/expected_reward":
         assert prepared.task is not None
         return exact_rewards(prepared.task, prepared.models.scorer)
-    if goal.metric == "samples/score":
-        assert prepared.score is not None
+    if goal.metric == "samples/judge":
+        assert prepared.judge is not None
         return judged(
             prepared.models,
             groups,
             count=plan.evaluation.samples,
             seed=plan.seed,
             answering=answering,
-            score=prepared.score,
+            judge=prepared.judge,
         )
     if not prepared.data.eval:
         raise UserError(
@@ -240,6 +244,26 @@ def make_measure(
             "data.eval= or a larger data.eval_fraction="
         )
     return held_out(goal.metric, prepared.data.evaluated_groups(), signals)
+
+
+def say_forecast(
+    plan: RunPlan, prepared: Prepared, groups: Sequence[TokenGroup], answering: Answering
+) -> None:
+    """Says what the judging of a run's answers may cost, before the training.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        groups: Whose prompts are answered, in turn.
+        answering: How.
+    """
+    if prepared.judge is None or not groups:
+        return
+    asked = [groups[i % len(groups)] for i in range(plan.evaluation.samples)]
+    prompts = [prompt_of_key(group.prompt_key) for group in asked]
+    cost = prepared.judge.forecast(prompts, answer_tokens=answering.max_new_tokens)
+    if cost is not None:
+        log.info("judge: after the training %s; an answer's token counts as two", cost)
 
 
 def what_is_pending(trainer: pl.Trainer | None, signals: SignalWatch) -> Callable[[], int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ import torch
 from dpo_lightning.data.splits import group_id
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.answers import Answering, evaluate_samples
+from dpo_lightning.evaluation.answers import Answering, Sampled, evaluate_samples
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.signs import find_signs
 from dpo_lightning.files import METRICS_FILE, write_json
@@ -24,7 +27,11 @@ from dpo_lightning.run.findings import gather_facts
 from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord
+from dpo_lightning.settings.credentials import redact
+from dpo_lightning.settings.program import typed
 from dpo_lightning.training.module import DPOModule
+
+log = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -78,22 +85,26 @@ def conclude(
         The metrics that were measured here.
 
     Raises:
-        UserError: If the scorer failed; the export is written all the same.
+        UserError: If no answers could be drawn; the export is written all the same.
     """
     plan, prepared, module = trained.plan, trained.prepared, trained.module
     # Lightning takes a model off its device when it is done with it.
     prepared.models.policy.to(trained.device)
-    evaluation: dict[str, Any] = {"answers": list(answers), "scorer": plan.evaluation.scorer}
+    evaluation: dict[str, Any] = {"answers": list(answers), "judge": plan.evaluation.judge}
     evaluation |= _by_group(trained)
-    measured: dict[str, float] = {}
+    sampled = Sampled()
     failure: UserError | None = None
-    evaluation["samples"] = []
     try:
-        evaluation["samples"], measured = sampled(
+        sampled = draw_answers(
             plan, prepared, trained.groups, trained.answering, trained.device
         )
-    except UserError as error:  # a scorer that fails must not cost the trained model
+    except UserError as error:  # a model that cannot answer is trained all the same
         failure = error
+    measured = sampled.metrics
+    evaluation |= {"samples": sampled.rows, "judged": sampled.judged}
+    if sampled.failure is not None:
+        evaluation["judge"] = None
+        evaluation["judge_failed"] = _say_failed(sampled.failure, plan.folders.run)
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
     alone = prepared.models.adapters is None and prepared.ranks is None
     as_evaluated = not module.restore_weights() and alone
@@ -119,13 +130,23 @@ def conclude(
     return measured
 
 
-def sampled(
+def _say_failed(failure: str, run: Path) -> str:
+    """Says that a judge failed, and how its marks can be had; the run stands without them."""
+    line = redact(" ".join(failure.split()))
+    log.warning(
+        "the answers are not judged, all else of the run stands: %s; `%s` judges them later",
+        *(line, shlex.join([*typed("judge"), "--answers", str(run)])),
+    )
+    return line
+
+
+def draw_answers(
     plan: RunPlan,
     prepared: Prepared,
     groups: Sequence[TokenGroup],
     answering: Answering,
     device: torch.device,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> Sampled:
     """Rows and metrics of answers that are drawn.
 
     Args:
@@ -141,7 +162,7 @@ def sampled(
         count=plan.evaluation.samples,
         seed=plan.seed,
         answering=answering,
-        score=prepared.score,
+        judge=prepared.judge,
         device=device,
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,

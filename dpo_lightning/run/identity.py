@@ -16,6 +16,7 @@ from dpo_lightning.errors import (
     UserError,
 )
 from dpo_lightning.settings.fingerprint import hashed_settings
+from dpo_lightning.settings.judging import judge_label
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.optimizer_group import optimizer_options
@@ -149,5 +150,5 @@ def basis_of(config: Config, *, held_out: str) -> dict[str, Any]:
         "data.train": data.train and [data.train, data.train_split, data.subset, data.revision],
         "data.eval": data.train and [data.eval, data.eval_split],
         "held_out": held_out,
-        "judge": config.evaluation.scorer,
+        "judge": judge_label(config.evaluation),
     }

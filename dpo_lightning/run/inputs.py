@@ -14,6 +14,7 @@ from dpo_lightning.data.fields import misses
 from dpo_lightning.data.records import BadRow, Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.data.source_names import hub_ids
 from dpo_lightning.plugins import find_scorer
+from dpo_lightning.settings.judging import model_judge
 from dpo_lightning.settings.schema import BASE, Config
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def prefer_cache_without_network(config: Config) -> None:
         config.reference.pretrained,
         config.peft.adapter,
         None if config.reference.adapter == BASE else config.reference.adapter,
-        None if _is_function(config) else config.evaluation.scorer,
+        None if _is_function(config) else model_judge(config.evaluation),
     )
     on_hub = [s for s in models if s is not None and not Path(s).exists()]
     on_hub += [*hub_ids(config.data.train), *hub_ids(config.data.eval)]
@@ -77,8 +78,8 @@ def ask_hub(names: Sequence[str]) -> bool:
 
 
 def _is_function(config: Config) -> bool:
-    scorer = config.evaluation.scorer
-    return scorer is not None and find_scorer(scorer, config.plugins) is not None
+    judge = model_judge(config.evaluation)
+    return judge is not None and find_scorer(judge, config.plugins) is not None
 
 
 def read_sources(

@@ -19,6 +19,8 @@ from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.settings.folders import cache_folder
+from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import model_label, name_of_trial, run_name
 from dpo_lightning.settings.optimizer_group import optimizer_options
@@ -30,9 +32,6 @@ from dpo_lightning.training.checkpoints.files import CHECKPOINTS
 from dpo_lightning.training.optimizers import OptimizerSettings
 from dpo_lightning.training.schedule import Schedule, make_schedule
 from dpo_lightning.training.step_settings import StepSettings
-
-CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
-_CACHE_DIR = "outputs/cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ class EvaluationPlan:
         partition_samples: Answers of the reference for the check of the log-probabilities.
         max_new_tokens: Longest answer.
         batch_size: Answers that are drawn at once.
-        scorer: Judges them; None: nothing does.
+        judge: Label of what judges them; None: nothing does.
         population: True if a tabular policy is fitted beside the trained one.
         merge: True if a merged model is exported beside an adapter.
     """
@@ -164,7 +163,7 @@ class EvaluationPlan:
     partition_samples: int
     max_new_tokens: int
     batch_size: int
-    scorer: str | None
+    judge: str | None
     population: bool
     merge: bool
 
@@ -287,14 +286,18 @@ def make_plan(
         evaluation=EvaluationPlan(
             samples=evaluation.samples,
             partition_samples=evaluation.partition_samples,
-            max_new_tokens=evaluation.max_new_tokens,
+            max_new_tokens=longest_answer(config),
             batch_size=evaluation.batch_size,
-            scorer=evaluation.scorer,
+            judge=judge_label(evaluation),
             population=config.data.controlled.population,
             merge=config.peft.merge,
         ),
         logger=logger_settings(config.logger, run_name=config.name),
-        names=_names(config, folders.run, _filled_in(resolved, source, schedule)),
+        names=_names(
+            config,
+            folders.run,
+            _filled_in(resolved, source, schedule, longest=longest_answer(config)),
+        ),
         seed=config.seed,
     )
 
@@ -308,15 +311,6 @@ def choose_folders(config: Config, run_dir: Path) -> Folders:
     """
     cache = cache_folder(config.reference.cache_dir)
     return Folders(run_dir, run_dir / CHECKPOINTS, cache / "reference", cache / "tokens")
-
-
-def cache_folder(named: str | None) -> Path:
-    """Folder of what is kept for all runs.
-
-    Args:
-        named: ``reference.cache_dir``.
-    """
-    return Path(named or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR).expanduser()
 
 
 def trainer_plan(config: Config) -> TrainerPlan:
@@ -406,13 +400,18 @@ def _names(config: Config, folder: Path, settings: dict[str, Any]) -> Names:
     )
 
 
-def _filled_in(resolved: dict[str, Any], source: ModelSource, schedule: Schedule) -> dict[str, Any]:
+def _filled_in(
+    resolved: dict[str, Any], source: ModelSource, schedule: Schedule, *, longest: int
+) -> dict[str, Any]:
     """The settings with what was open decided: what a reader of config.yaml or wandb looks for."""
     filled = copy.deepcopy(resolved)
     filled["optimizer"]["lr"] = schedule.learning_rate
     filled["trainer"]["max_steps"] = schedule.total_steps
     filled["trainer"]["log_every_n_steps"] = schedule.log_every_n_steps
     filled["data"]["max_length"] = source.max_length
+    if filled["data"]["train"] is not None:
+        # The embedded task ends its answers itself.
+        filled["evaluation"]["max_new_tokens"] = longest
     if filled["data"]["train"] is not None and filled["data"]["name"] == "controlled":
         filled["data"]["name"] = "rows"
     return filled

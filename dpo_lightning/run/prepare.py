@@ -24,8 +24,8 @@ from dpo_lightning.data.splits import (
     prepare_rows,
     stop,
 )
-from dpo_lightning.evaluation.answers import Score, no_scores
-from dpo_lightning.evaluation.scorers import make_scorer
+from dpo_lightning.evaluation.judges import Judge, SilentJudge, make_judge
+from dpo_lightning.evaluation.scorers import RewardModel
 from dpo_lightning.memory.estimate import (
     check_fits,
     estimate_of,
@@ -48,6 +48,8 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
+from dpo_lightning.settings.folders import cache_folder
+from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig
 from dpo_lightning.training.ranks import Ranks
@@ -68,7 +70,7 @@ class Prepared:
         identity: What a checkpoint to resume from must agree with.
         task: The controlled task, if that is trained on.
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
-        score: Judges answers, if the settings name a scorer.
+        judge: Judges answers, if the settings name one.
         threads: CPU threads of one operation in the reference pass.
         ranks: The processes that share the models' weights; None where each has its own.
         chat: The chat template; None where no rows go through one.
@@ -81,7 +83,7 @@ class Prepared:
     identity: dict[str, Any]
     task: ControlledTask | None
     reference_outcome_logps: Tensor | None
-    score: Score | None
+    judge: Judge | None
     threads: int
     ranks: Ranks | None = None
     chat: ChatTemplate | None = None
@@ -140,7 +142,7 @@ def prepare(
         identity=identity,
         task=task,
         reference_outcome_logps=reference_logps,
-        score=make_score(config, hardware, judges=ranks is None or ranks.is_first),
+        judge=choose_judge(config, hardware, judges=ranks is None or ranks.is_first),
         threads=threads,
         ranks=ranks,
         chat=chat,
@@ -356,19 +358,24 @@ def _same_place(one: str, other: str) -> bool:
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | None:
-    """The scorer, before the training: what is wrong with it need not cost one."""
-    evaluation = config.evaluation
-    if evaluation.scorer is None:
+def choose_judge(config: Config, hardware: Hardware, *, judges: bool) -> Judge | None:
+    """The judge, before the training: what is wrong with it need not cost one.
+
+    Args:
+        config: The settings.
+        hardware: Devices; a reward model takes the one that a policy is on.
+        judges: False on a rank that leaves it to the first.
+    """
+    settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
+    if settings is None:
         return None
     if not judges:
-        return no_scores
-    return make_scorer(
-        evaluation.scorer,
-        config.plugins,
-        device=hardware.beside,
-        batch_size=evaluation.batch_size,
-    )
+        return SilentJudge()
+
+    def reward_model(source: str) -> RewardModel:
+        return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
+
+    return make_judge(settings, reward_model=reward_model)
 
 
 def controlled_groups(config: Config, source: ModelSource) -> PreparedData:

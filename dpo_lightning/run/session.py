@@ -50,6 +50,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    say_forecast,
     shows_bar,
     what_is_pending,
 )
@@ -465,6 +466,7 @@ def _build(
     module = make_module(plan, prepared, placed, pending_signal=pending)
     datamodule = make_data_module(plan, prepared, placed)
     if session.is_first:
+        say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
     return (
         module,

@@ -17,6 +17,7 @@ from dpo_lightning.data.source_names import (
     source_label,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
+from dpo_lightning.settings.judging import judge_problems, model_judge
 from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
@@ -409,16 +410,11 @@ def _resume(config: Config, *, explicit_run_dir: bool) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    evaluation = config.evaluation
-    if evaluation.scorer is None:
-        return
-    if evaluation.samples == 0:
-        yield (
-            f"evaluation.scorer={evaluation.scorer} has nothing to score with "
-            "evaluation.samples=0; raise that"
-        )
-    if not config.plugins:  # else it may be the name of a function
-        yield from _model_folder("evaluation.scorer", evaluation.scorer, ("config.json",))
+    problems = list(judge_problems(config))
+    yield from problems
+    if not problems and not config.plugins:  # else it may be the name of a function
+        judge = model_judge(config.evaluation)
+        yield from _model_folder("evaluation.judge", judge, ("config.json",))
 
 
 def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -> Iterator[str]:

@@ -17,11 +17,14 @@ def scales_with_beta(metric: str) -> bool:
 
 RANKING_METRICS = (
     "controlled/expected_reward",
-    "samples/score",
+    "samples/judge",
     "samples/win_rate",
     "eval/rewards/accuracies",
 )
 """Metrics to rank trials by: none of them scales with beta, and more is better in all."""
+
+JUDGE_KINDS = ("none", "endpoint")
+"""Values of ``evaluation.judge`` that are no function's name and no model's."""
 
 RUNG_WARMUPS = 3
 """No rung of a pruned sweep comes before so many times the warm-up: until then a large learning
@@ -32,7 +35,7 @@ LOGGERS = ("wandb", "tensorboard", "mlflow", "csv", "none")
 
 PRUNE_METRICS = {
     "controlled/expected_reward": 1,
-    "samples/score": 1,
+    "samples/judge": 1,
     "eval/fitted_log_loss": -1,
     "eval/rewards/accuracies": 1,
 }
@@ -264,15 +267,19 @@ class EvaluationConfig:
     samples: int = setting(
         128,
         "Answers that the trained policy draws to held-out prompts, for its KL divergence "
-        "from the reference and for the scorer; 0 for none.",
+        "from the reference and for the judge; 0 for none.",
         unit="answers",
         least=0,
     )
-    max_new_tokens: int = setting(
-        64, "Longest answer; neither KL nor scorer see anything beyond it.", unit="tokens", least=1
+    max_new_tokens: int | None = setting(
+        None,
+        "Longest answer; neither KL nor judge see anything beyond it. null: 256, and 512 where "
+        "answers are judged; the embedded task has a bound of its own.",
+        unit="tokens",
+        least=1,
     )
     batch_size: int = setting(
-        64, "Answers that are drawn or scored at once.", unit="answers", least=1
+        64, "Answers that are drawn, or marked by a reward model, at once.", unit="answers", least=1
     )
     partition_samples: int = setting(
         128,
@@ -281,11 +288,60 @@ class EvaluationConfig:
         unit="answers",
         least=0,
     )
-    scorer: str | None = setting(
+    judge: str | None = setting(
         None,
-        "Judge of the answers of policy and reference: folder or hub id of a reward model "
-        "(sequence classification), or a plugin's function by name.",
+        "Judge of the answers of policy and reference: a plugin's function by name; folder or hub "
+        "id of a reward model (sequence classification); endpoint, which asks a model behind an "
+        "OpenAI-compatible address (judge_url); null or none: nothing judges.",
     )
+    judge_url: str | None = setting(
+        None,
+        "Address of the endpoint, such as http://localhost:8000/v1.",
+        expected="an address that begins with http:// or https://, without a query",
+    )
+    judge_model: str | None = setting(None, "Name of the endpoint's model, as its server has it.")
+    judge_form: str = setting(
+        "pairs",
+        "Question to the endpoint: pairs asks which of two answers is better, in both orders, and "
+        "gives a win rate; marks asks for a number for each answer.",
+        choices=("pairs", "marks"),
+    )
+    judge_prompt: str | None = setting(
+        None,
+        "File with the question to the endpoint, with {prompt}, {first} and {second} in it, or for "
+        "marks {prompt} and {answer}; null: one of ours.",
+    )
+    judge_key_variable: str | None = setting(
+        None,
+        "Name of the environment variable that holds the endpoint's key, which is read from there "
+        "alone; null: none is sent.",
+        expected="the name of a variable, such as OPENAI_API_KEY",
+    )
+    judge_price: list[float] | None = setting(
+        None,
+        "Price of the endpoint for a million tokens that go in, and for a million that come out; "
+        "null: tokens alone are counted.",
+        unit="money per million tokens",
+        expected="two numbers of at least 0, such as [0.15,0.6]",
+    )
+    judge_reply_tokens: int = setting(512, "Longest reply of the endpoint.", unit="tokens", least=1)
+    judge_timeout: float = setting(
+        60.0, "Longest time for one reply of the endpoint.", unit="seconds", above=0
+    )
+    judge_retries: int = setting(
+        5,
+        "Attempts after a first one that failed: by a timeout, a broken connection, 429 or 5xx.",
+        unit="attempts",
+        least=0,
+    )
+    judge_concurrency: int = setting(
+        8, "Questions to the endpoint that wait for a reply at once.", unit="questions", least=1
+    )
+    judge_options: dict[str, Any] = setting(
+        {},
+        "More entries of the body of each question, such as {top_p: 0.9}; null takes one away.",
+    )
+    scorer: str | None = setting(None, "Old name of evaluation.judge, which it sets.")
 
 
 @dataclass
@@ -327,7 +383,7 @@ class SweepConfig:
     )
     prune_metric: str | None = setting(
         None,
-        "Metric that rungs compare by. null: the judge's mark (samples/score) where there is one, "
+        "Metric that rungs compare by. null: the judge's mark (samples/judge) where there is one, "
         "else eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own.",
         expected=f"one of {', '.join(PRUNE_METRICS)}",
     )

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_lightning.data.source_files import all_files
 from dpo_lightning.data.source_names import entries, is_local_data
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.judging import hashed_evaluation, model_judge
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.optimizer_group import own_optimizer_settings
 from dpo_lightning.settings.schema import Config
@@ -33,6 +34,7 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
     own |= {"loss": own_loss_settings(kept["loss"])}
+    own |= {"evaluation": hashed_evaluation(kept["evaluation"])}
     return kept | own | {"optimizer": own_optimizer_settings(kept["optimizer"])}
 
 
@@ -48,10 +50,12 @@ def settings_hash(config: Config) -> str:
     files: dict[str, Any] = {}
     data = config.data
     template = [] if data.chat_template is None else [data.chat_template]
+    question = config.evaluation.judge_prompt
     for key, names in (
         ("data.train", [entry.path for entry in entries(data.train)]),
         ("data.eval", [entry.path for entry in entries(data.eval)]),
         ("data.chat_template", template),
+        ("evaluation.judge_prompt", [] if question is None else [question]),
     ):
         for name in filter(is_local_data, names):
             files |= {str(path): _content(path, key) for path in all_files(name)}
@@ -59,7 +63,7 @@ def settings_hash(config: Config) -> str:
     for source in (
         *(model.pretrained, model.tokenizer, model.config),
         *(config.peft.adapter, config.reference.adapter),
-        *(config.reference.pretrained, config.evaluation.scorer),
+        *(config.reference.pretrained, model_judge(config.evaluation)),
     ):
         if source is not None and Path(source).exists():
             files[source] = _listing(Path(source))

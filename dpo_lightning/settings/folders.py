@@ -12,8 +12,20 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.credentials import is_secret_text, refusal
 from dpo_lightning.settings.overrides import hydra_error
 
+CACHE_VARIABLE = "DPO_LIGHTNING_CACHE"
+_CACHE_DIR = "outputs/cache"
+
 # Folders inside a run's whose files are written by name.
 _WRITTEN_INTO = ("checkpoints", ".hydra", "csv")
+
+
+def cache_folder(named: str | None) -> Path:
+    """Folder of what is kept for all runs.
+
+    Args:
+        named: ``reference.cache_dir``.
+    """
+    return Path(named or os.environ.get(CACHE_VARIABLE) or _CACHE_DIR).expanduser()
 
 
 def is_fixed(cfg: DictConfig, key: str) -> bool:

@@ -60,7 +60,7 @@ _LOSSES: dict[str, Answer] = {
     "listwise": Answer("loss=plackett_luce", "or softmax"),
     "pro": Answer("loss=plackett_luce", "PRO is not here; this is its like"),
     "infonca": Answer("loss=softmax", "InfoNCA is not here; this is its like"),
-    "reward": Answer(why="reward models are not trained here; evaluation.scorer= takes one"),
+    "reward": Answer(why="reward models are not trained here; evaluation.judge= takes one"),
     "ppo": Answer(why="rewards are not optimised online here"),
     "grpo": Answer(why="rewards are not optimised online here"),
 }

@@ -28,6 +28,7 @@ from dpo_lightning.settings.foreign_values import renamed_loss
 from dpo_lightning.settings.keys import is_import_name, is_known, settings
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, unknown_option
 from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.renamed import RENAMED_KEYS, RENAMED_METRICS, say_renamed
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +125,17 @@ def _unreadable(line: str, parser: OverridesParser) -> str:
 
 
 def with_own_names(lines: Iterable[str]) -> list[str]:
-    """The settings with losses by their names here: ``loss=dpo`` is ``loss=sigmoid``, and said."""
+    """The settings by their names here: ``loss=dpo`` is ``loss=sigmoid``, and each is said."""
     found = []
     for line in lines:
         key, equals, value = line.partition("=")
+        plain = key.lstrip("+")
+        if equals and plain in RENAMED_KEYS:
+            say_renamed(plain, RENAMED_KEYS[plain])
+            line = f"{key[: len(key) - len(plain)]}{RENAMED_KEYS[plain]}={value}"
+        elif plain in ("sweep.metric", "sweep.prune_metric") and value in RENAMED_METRICS:
+            say_renamed(value, RENAMED_METRICS[value])
+            line = f"{key}={RENAMED_METRICS[value]}"
         names = value.split(",") if equals and key == "loss" else []
         own = [renamed_loss(name.strip(), known_losses()) or name for name in names]
         if own != names:

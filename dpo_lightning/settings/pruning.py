@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.conduct import PRUNE_METRICS, RUNG_WARMUPS, scales_with_beta
+from dpo_lightning.settings.judging import gives_marks, judge_named
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.schema import Config, SweepConfig
 
 _OPTIONS = ("prune_at", "prune_keep", "prune_within", "prune_metric", "budget")
-_JUDGES = ("controlled/expected_reward", "samples/score")
+_JUDGES = ("controlled/expected_reward", "samples/judge")
 _FREE_OF_BETA = "eval/fitted_log_loss"
 _WITHOUT_JUDGE = ("loss", "beta", "reference")
 
@@ -77,11 +78,16 @@ def _unmeasured(config: Config) -> Iterator[str]:
     if metric == "controlled/expected_reward":
         if data.train is not None:
             yield f"{key} is known of the embedded task alone; leave it out, or data.train="
-    elif metric == "samples/score":
-        if evaluation.scorer is None:
+    elif metric == "samples/judge":
+        if judge_named(evaluation) is None:
             yield (
-                f"{key} is a judge's mark, and evaluation.scorer names none; use "
+                f"{key} is a judge's mark, and evaluation.judge names none; use "
                 f"sweep.prune_metric={_FREE_OF_BETA}, or name a judge"
+            )
+        elif not gives_marks(evaluation):
+            yield (
+                f"{key} is a mark of each answer, and evaluation.judge_form=pairs compares two; "
+                f"use sweep.prune_metric={_FREE_OF_BETA} or evaluation.judge_form=marks"
             )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
         yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= above 0"
@@ -92,7 +98,7 @@ def metric_of(config: Config) -> str:
     chosen = config.sweep.prune_metric
     if chosen is not None:
         return chosen
-    return _FREE_OF_BETA if config.evaluation.scorer is None else "samples/score"
+    return "samples/judge" if gives_marks(config.evaluation) else _FREE_OF_BETA
 
 
 def prune_settings(configs: Sequence[Config]) -> PruneSettings | None:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.keys import is_known, settings
 from dpo_lightning.settings.program import TRIAL
+from dpo_lightning.settings.renamed import RENAMED_KEYS
 
 SETTINGS_FILE = "config.yaml"
 
@@ -28,12 +29,13 @@ _OF_ONE_COMMAND = ("resume", "resume_changed", "overwrite", "debug", "sweep")
 # Decided by the run where nothing was set; what was set is in Hydra's record.
 _FILLED_IN = (
     *("optimizer.lr", "trainer.max_steps", "trainer.log_every_n_steps"),
-    *("data.max_length", "data.name"),
+    *("data.max_length", "data.name", "evaluation.max_new_tokens"),
 )
 _PATHS = (
     *("model.pretrained", "model.tokenizer", "model.config", "peft.adapter"),
     *("reference.pretrained", "reference.adapter", "reference.cache_dir"),
-    *("evaluation.scorer", "data.train", "data.eval", "data.chat_template"),
+    *("evaluation.judge", "evaluation.judge_prompt"),
+    *("data.train", "data.eval", "data.chat_template"),
 )
 # One of them that is typed stands for the whole length.
 _LENGTHS = ("trainer.max_steps", "trainer.max_epochs")
@@ -111,6 +113,11 @@ def read_recorded(path: Path) -> Recorded:
             unknown.append(key)
     if unknown:
         print(f"{path}: {', '.join(unknown)} are no settings any more, and are left out")
+    for old, new in RENAMED_KEYS.items():
+        # A run of now has both, and the old one is null.
+        named = values.pop(old, None)
+        if named is not None:
+            values[new] = named
     record = path.parent / ".hydra"
     as_typed = dict(_leaves(_read(record / "config.yaml") or {}, ""))
     for key in _FILLED_IN:
@@ -177,6 +184,9 @@ def on_recorded(
     typed |= {key for key in keys if is_typed(key)}
     if typed & {*_LENGTHS}:
         typed |= {*_LENGTHS}
+    if "evaluation.judge" in typed and OmegaConf.select(cfg, "evaluation.judge") != "endpoint":
+        # Those of the recorded endpoint are of no use to another judge.
+        typed |= {key for key in keys if key.startswith("evaluation.judge_")}
     with read_write(cfg), open_dict(cfg):
         for key in keys:
             own = key.partition(".")[0] in _OF_ONE_COMMAND

@@ -65,6 +65,7 @@ FREE_FORM = (
     "model.config_overrides",
     "data.chat_template_kwargs",
     "data.columns",
+    "evaluation.judge_options",
     "loss.terms",
 )
 """Mappings whose keys belong to the user: any key may be set in them."""

@@ -16,10 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.combinations import inconsistencies
 from dpo_lightning.settings.credentials import refusal, secrets_in
+from dpo_lightning.settings.judging import judge_named
 from dpo_lightning.settings.keys import settings
 from dpo_lightning.settings.logger_group import one_form
 from dpo_lightning.settings.messages import config_error, shown, unknown_key, wrong_value
 from dpo_lightning.settings.names import LONGEST_NAME
+from dpo_lightning.settings.renamed import say_renamed
 from dpo_lightning.settings.rules import accepts
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.settings.store import schema
@@ -63,6 +65,11 @@ def _at_home(value: Any) -> Any:
 
 def _normalised(config: Config, *, multirun: bool) -> None:
     """Give each value its one form, so that what reads the config has no cases."""
+    evaluation = config.evaluation
+    if evaluation.scorer is not None and evaluation.judge in (None, evaluation.scorer):
+        say_renamed("evaluation.scorer", "evaluation.judge")
+        evaluation.judge, evaluation.scorer = evaluation.scorer, None
+    evaluation.judge = judge_named(evaluation) if evaluation.scorer is None else evaluation.judge
     for section, key in (
         (config, "resume"),
         (config.model, "pretrained"),
@@ -72,7 +79,8 @@ def _normalised(config: Config, *, multirun: bool) -> None:
         (config.reference, "pretrained"),
         (config.reference, "adapter"),
         (config.reference, "cache_dir"),
-        (config.evaluation, "scorer"),
+        (config.evaluation, "judge"),
+        (config.evaluation, "judge_prompt"),
         (config.data, "chat_template"),
     ):
         value = getattr(section, key)

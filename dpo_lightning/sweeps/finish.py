@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _FACTS = ("name", "status", "beta", "loss", "seed", "step")
 _METRICS = (
     *("controlled/expected_reward", "controlled/kl_policy_reference"),
-    *("samples/score", "samples/win_rate", "samples/kl"),
+    *("samples/judge", "samples/win_rate", "samples/kl"),
     *("eval/rewards/accuracies", "eval/logratios/chosen", "eval/logratios/rejected"),
 )
 

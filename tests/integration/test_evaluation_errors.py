@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Run:
         run = run_train(
             place / "sweep" / "only", *TINY, "trainer.max_steps=2", f"evaluation.samples={SAMPLES}",
             "evaluation.partition_samples=0", "plugins=[judge_of_errors]",
-            "evaluation.scorer=judge_of_errors.marks",
+            "evaluation.judge=judge_of_errors.marks",
         )  # fmt: skip
     del sys.modules["judge_of_errors"]
     assert run.code == 0
@@ -51,10 +51,10 @@ def test_a_mean_of_samples_has_the_error_of_a_sample(run):
     reference's marks do not differ. The KL is that of the rows.
     """
     metrics, rows = run.result["metrics"], evaluation(run)["samples"]
-    assert [row["score"] for row in rows] == [1.0, 2.0] * 5
-    assert [row["reference_score"] for row in rows] == [1.0] * 10
+    assert [row["judge"] for row in rows] == [1.0, 2.0] * 5
+    assert [row["reference_judge"] for row in rows] == [1.0] * 10
     for name, mean, error in (
-        ("score", 1.5, 1 / 6), ("win_rate", 0.75, 1 / 12), ("reference_score", 1.0, 0.0)
+        ("judge", 1.5, 1 / 6), ("win_rate", 0.75, 1 / 12), ("reference_judge", 1.0, 0.0)
     ):  # fmt: skip
         assert metrics[f"samples/{name}"] == pytest.approx(mean)
         assert metrics[f"samples/{name}_stderr"] == pytest.approx(error)
@@ -79,7 +79,7 @@ def test_the_accuracy_is_the_mean_of_its_groups(run):
 @pytest.mark.parametrize(
     "metric",
     [
-        *("samples/score", pytest.param("samples/win_rate", marks=pytest.mark.slow)),
+        *("samples/judge", pytest.param("samples/win_rate", marks=pytest.mark.slow)),
         pytest.param("eval/rewards/accuracies", marks=pytest.mark.slow),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_report_has_the_errors_of_the_items(run, metric):
     values = evaluation(run)["accuracies"]
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
-    expected = {"samples/score": 0.158, "samples/win_rate": 0.079}.get(metric, spread)
+    expected = {"samples/judge": 0.158, "samples/win_rate": 0.079}.get(metric, spread)
     assert found["value"]["mean"] == pytest.approx(said[metric])
     assert found["value"]["stderr"] == pytest.approx(expected, rel=0.1)
     assert found["kl"]["mean"] == said["samples/kl"]

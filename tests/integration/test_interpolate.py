@@ -197,13 +197,13 @@ def test_a_judge_marks_answers_to_held_out_prompts(capsys, tmp_path, tiny_model,
     assert trained.code == 0
     bare = ask(capsys, trained.folder, "--lambdas=0.5")
     assert {point["reward"] for point in bare["points"]} == {None}
-    assert any("evaluation.scorer= names one" in note for note in bare["notes"])
+    assert any("evaluation.judge= names one" in note for note in bare["notes"])
     (tmp_path / "judge_of_vowels.py").write_text(JUDGE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
         found = ask(
             capsys, trained.folder, "--lambdas=0.5", "plugins=[judge_of_vowels]",
-            "evaluation.scorer=judge_of_vowels.vowels",
+            "evaluation.judge=judge_of_vowels.vowels",
         )  # fmt: skip
     del sys.modules["judge_of_vowels"]
     prompts = found["drawn"]["prompts"]

@@ -259,7 +259,7 @@ def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
     done = command(
         elsewhere,
         *("-m", "plugins=[my_losses]", "loss=sigmoid,squared", "trainer.callbacks=[bell]"),
-        *("evaluation.scorer=brevity", "logger=none", "trainer.max_steps=2"),
+        *("evaluation.judge=brevity", "logger=none", "trainer.max_steps=2"),
         *TINY[:3],
         *("evaluation.samples=8", "hydra.sweep.dir=sweep", "hydra.launcher.devices=1"),
         "reference.cache_dir=cache",
@@ -268,7 +268,7 @@ def test_losses_scorers_and_callbacks_of_a_plugin(elsewhere):
     runs = {name: Run(0, elsewhere / "sweep" / f"loss-{name}") for name in ("sigmoid", "squared")}
     assert runs["squared"].values("train/loss")[0] == pytest.approx(4.0, rel=1e-4)
     assert runs["sigmoid"].values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
-    assert runs["squared"].result["metrics"]["samples/score"] < 0
+    assert runs["squared"].result["metrics"]["samples/judge"] < 0
     assert "the bell rings" in (elsewhere / "sweep" / "loss-squared" / "trial.log").read_text()
     report = json.loads((elsewhere / "sweep" / "sweep.json").read_text())
     assert report["statuses"] == {"finished": 2}

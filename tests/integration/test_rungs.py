@@ -93,7 +93,7 @@ def test_a_goal_left_in_a_folder_is_no_run_of_ones_own(tmp_path, monkeypatch, wh
     [
         ("controlled/expected_reward", (), 8),
         ("eval/rewards/accuracies", (), 40),
-        ("samples/score", ("plugins=[tests.support.recovery,brevity]",), 8),
+        ("samples/judge", ("plugins=[tests.support.recovery,brevity]",), 8),
     ],
 )
 def test_each_metric_is_that_of_an_evaluation(tmp_path, monkeypatch, metric, extra, count):
@@ -108,7 +108,7 @@ def test_each_metric_is_that_of_an_evaluation(tmp_path, monkeypatch, metric, ext
         "    return [-float(len(response)) for response in responses]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    judge = ("evaluation.scorer=brevity",) if extra else ()
+    judge = ("evaluation.judge=brevity",) if extra else ()
     same = ("optimizer.schedule=constant", "optimizer.warmup=0", *extra, *judge)
     run = trial(tmp_path / "run", monkeypatch, Goal(0, (0.5,), metric), *same)
     assert run.code == 0

@@ -139,7 +139,7 @@ def test_code_beside_a_model(model, pairs_file, tmp_path, canary, part):
         "model.tokenizer=https://host/model",
         "data.train=https://host/rows.jsonl",
         "data.eval=https://host/rows.jsonl",
-        "evaluation.scorer=https://host/model",
+        "evaluation.judge=https://host/model",
     ],
 )
 def test_addresses_are_not_loaded(typed, tmp_path, capfd, monkeypatch):

@@ -289,7 +289,7 @@ def polite(prompts, answers):
 def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
     (tmp_path / "mine.py").write_text(SCORER)
     done = sweep(
-        tmp_path, "beta=0.03,1", "plugins=[mine]", "evaluation.scorer=polite",
+        tmp_path, "beta=0.03,1", "plugins=[mine]", "evaluation.judge=polite",
         f"model.pretrained={shared / 'models' / 'stories260k'}",
         f"data.train={shared / 'data' / 'politeness.jsonl'}",
         "optimizer.lr=5e-4", "trainer.max_steps=20", "data.batch_size=16",
@@ -304,7 +304,7 @@ def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
     assert rows == 20 * 16 + results[0]["data"]["eval_groups"]
     assert sum(result["reference"]["computed"] for result in results) == rows
     report = done.report
-    assert report["metric"] == "samples/score"
+    assert report["metric"] == "samples/judge"
     assert report["kl_metric"] == "samples/kl"
     # Nearly all answers end at 24 tokens: neither judge nor KL says which is better.
     assert min(result["metrics"]["samples/cut_off"] for result in results) > 0.05
@@ -319,7 +319,7 @@ def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
         assert metrics["samples/kl"] > 0
         assert metrics["samples/kl_stderr"] > 0
     # The same draws of the reference in every trial.
-    assert len({result["metrics"]["samples/reference_score"] for result in results}) == 1
+    assert len({result["metrics"]["samples/reference_judge"] for result in results}) == 1
     # From the strongest tie to the weakest the KL does not fall.
     kls = {result["beta"]: result["metrics"]["samples/kl"] for result in results}
     assert kls[1] < kls[0.03]

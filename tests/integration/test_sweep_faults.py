@@ -243,7 +243,7 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(tmp_path):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return [len(response) for response in responses]\n"
     )
-    grid = ("beta=0.5", "plugins=[once]", "evaluation.scorer=once.score", *SMALL[:3],
+    grid = ("beta=0.5", "plugins=[once]", "evaluation.judge=once.score", *SMALL[:3],
             "evaluation.samples=8", "checkpoint.every_n_steps=2")  # fmt: skip
     first = sweep(tmp_path, *grid)
     assert first.code == 1
@@ -253,7 +253,7 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(tmp_path):
     assert second.code == 0, second.stdout
     run = second.only_trial
     assert run.result["step"] == 6
-    assert run.result["metrics"]["samples/score"] > 0
+    assert run.result["metrics"]["samples/judge"] > 0
     assert [row["time"] for row in run.rows if "train/loss" in row] == times[:6]
     (tmp_path / "other").mkdir()
     shutil.copy(tmp_path / "once.py", tmp_path / "other")

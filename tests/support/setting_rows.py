@@ -157,16 +157,75 @@ MODELS = [
         "optimizer.stochastic_rounding=false",
     ),
     Row(
-        f"{OWN} evaluation.scorer=org/model evaluation.samples=0",
-        "nothing to score with evaluation.samples=0",
-        f"{OWN} evaluation.scorer=org/model evaluation.samples=1",
+        f"{OWN} evaluation.judge=org/model evaluation.samples=0",
+        "nothing to judge with evaluation.samples=0",
+        f"{OWN} evaluation.judge=org/model evaluation.samples=1",
     ),
-    Row("evaluation.scorer=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
-    Row("evaluation.scorer=./nope", "evaluation.scorer=./nope", "evaluation.scorer=model"),
+    Row("evaluation.judge=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.judge=./nope", "evaluation.judge=./nope", "evaluation.judge=model"),
     Row(
-        "evaluation.scorer=a/b/c",
-        "evaluation.scorer=a/b/c",
-        "evaluation.scorer=a/b/c plugins=[my_scorers]",
+        "evaluation.judge=a/b/c",
+        "evaluation.judge=a/b/c",
+        "evaluation.judge=a/b/c plugins=[my_scorers]",
+    ),
+]
+
+ASKED = "evaluation.judge=endpoint evaluation.judge_url=http://localhost:8000/v1"
+ENDPOINT = f"{ASKED} evaluation.judge_model=m"
+
+JUDGES = [
+    Row(
+        "evaluation.scorer=org/a evaluation.judge=org/b",
+        "evaluation.scorer=org/a is the old name of evaluation.judge=org/b; give one of the two",
+        "evaluation.scorer=org/a evaluation.judge=org/a",
+    ),
+    Row(
+        "evaluation.judge=https://host/v1",
+        "addresses are not loaded; one that is to be asked is evaluation.judge=endpoint",
+        ENDPOINT,
+    ),
+    Row(
+        "evaluation.judge_timeout=5",
+        "evaluation.judge_timeout=5 is of an endpoint, and evaluation.judge=none",
+        f"{ENDPOINT} evaluation.judge_timeout=5",
+    ),
+    Row(
+        "evaluation.judge=org/m evaluation.judge_form=marks",
+        "is of an endpoint, and evaluation.judge=org/m; add evaluation.judge=endpoint",
+        "evaluation.judge=org/m evaluation.judge_form=pairs",
+    ),
+    Row(
+        "evaluation.judge=endpoint evaluation.judge_model=m",
+        "evaluation.judge=endpoint needs its address",
+        ENDPOINT,
+    ),
+    Row(ASKED, "evaluation.judge=endpoint needs a model: evaluation.judge_model=", ENDPOINT),
+    Row(
+        f"{ENDPOINT} evaluation.judge_key_variable=A_VARIABLE_OF_NOBODY",
+        "the environment has no such variable, or it is empty; set it there",
+        f"{ENDPOINT} evaluation.judge_key_variable=PATH",
+    ),
+    Row(
+        "evaluation.judge=endpoint evaluation.judge_url=http://far/v1 evaluation.judge_model=m "
+        "evaluation.judge_key_variable=PATH",
+        "a key would be sent over an open line; use https",
+        "evaluation.judge=endpoint evaluation.judge_url=https://far/v1 evaluation.judge_model=m "
+        "evaluation.judge_key_variable=PATH",
+    ),
+    Row(
+        f"{ENDPOINT} evaluation.judge_options.n=2",
+        "evaluation.judge_options.n=2: the question itself decides it",
+        f"{ENDPOINT} evaluation.judge_options.top_p=0.9",
+    ),
+    Row(
+        f"{ENDPOINT} evaluation.judge_prompt=nope.txt",
+        "evaluation.judge_prompt=nope.txt: no such file of text",
+        ENDPOINT,
+    ),
+    Row(
+        f"{ENDPOINT} evaluation.judge_prompt=rows.csv",
+        "it needs {prompt}, {first}, {second} and no other, and has none",
+        ENDPOINT,
     ),
 ]
 
@@ -409,9 +468,14 @@ PRUNING = [
         for name in ("eval/loss", "train/loss", "eval/rewards/margins", "eval/logratios/margins")
     ),
     Row(
-        f"{HALVING} sweep.prune_metric=samples/score",
-        "is a judge's mark, and evaluation.scorer names none; use sweep.prune_metric=",
+        f"{HALVING} sweep.prune_metric=samples/judge",
+        "is a judge's mark, and evaluation.judge names none; use sweep.prune_metric=",
         f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
+    ),
+    Row(
+        f"{HALVING} {ENDPOINT} sweep.prune_metric=samples/judge",
+        "is a mark of each answer, and evaluation.judge_form=pairs compares two",
+        f"{HALVING} {ENDPOINT} sweep.prune_metric=samples/judge evaluation.judge_form=marks",
     ),
     Row(
         f"{OWN} {HALVING} sweep.prune_metric=controlled/expected_reward",
@@ -430,4 +494,4 @@ PRUNING = [
     ),
 ]
 
-ROWS = [*SOURCES, *MODELS, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING]
+ROWS = [*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING]

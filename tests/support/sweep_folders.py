@@ -52,7 +52,7 @@ def write_trial(
 
 
 def scored(scores: list[float], references: list[float], kls: list[float]) -> dict[str, Any]:
-    """``evaluation.json`` of a run with a scorer, one sample per prompt."""
+    """``evaluation.json`` of a run with a judge, one sample per prompt."""
     samples = [
         {
             "prompt": f"prompt {i}",
@@ -60,24 +60,24 @@ def scored(scores: list[float], references: list[float], kls: list[float]) -> di
             "reference": f"reference {i}",
             "policy": f"policy {i}",
             "kl": kl,
-            "score": score,
-            "reference_score": reference,
+            "judge": score,
+            "reference_judge": reference,
         }
         for i, (score, reference, kl) in enumerate(zip(scores, references, kls, strict=True))
     ]
-    return {"answers": [], "scorer": "s", "samples": samples}
+    return {"answers": [], "judge": "s", "samples": samples}
 
 
 def scored_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     """The ``samples/…`` metrics that belong to the ``evaluation.json`` of such a run."""
     rows = evaluation["samples"]
     found = {}
-    wins = [0.5 + 0.5 * ((r["score"] > r["reference_score"]) - (r["score"] < r["reference_score"]))
+    wins = [0.5 + 0.5 * ((r["judge"] > r["reference_judge"]) - (r["judge"] < r["reference_judge"]))
             for r in rows]  # fmt: skip
     for name, values in (
         ("kl", [row["kl"] for row in rows]),
-        ("score", [row["score"] for row in rows]),
-        ("reference_score", [row["reference_score"] for row in rows]),
+        ("judge", [row["judge"] for row in rows]),
+        ("reference_judge", [row["reference_judge"] for row in rows]),
         ("win_rate", wins),
     ):
         mean = sum(values) / len(values)

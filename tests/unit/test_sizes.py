@@ -21,6 +21,7 @@ WIDE_CONSTRUCTORS = {
     "api.py:Result": "the entries of result.json, for who reads it",
     "settings/schema.py:Config": "the settings as one tree; each field is a group or a key",
     "settings/material.py:DataConfig": "a group of settings, a key each",
+    "settings/conduct.py:EvaluationConfig": "a group of settings, a key each",
     "settings/conduct.py:TrainerConfig": "a group of settings, a key each",
     "data/packing.py:GroupBatch": "tensors of one layout, made in one place and read by name",
     "memory/footprint.py:Training": "facts that one formula takes, replaced one at a time",

@@ -64,7 +64,7 @@ def all_checks() -> list[tuple[str, Callable[[], Finding]]]:
     """All checks by name, in the order of the table."""
     # Here, because they import torch.
     from dpo_lightning.run.doctor import machine, numbers, ring
-    from dpo_lightning.run.plan import CACHE_VARIABLE, cache_folder
+    from dpo_lightning.settings.folders import CACHE_VARIABLE, cache_folder
 
     bench = functools.cache(numbers.Bench.of_this_machine)
     elsewhere = "take another disk with hydra.run.dir=<folder>"

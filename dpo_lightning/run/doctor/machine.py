@@ -15,8 +15,8 @@ from dpo_lightning.memory.budget import memory_of
 from dpo_lightning.memory.footprint import GIB, in_gib
 from dpo_lightning.memory.gpus import list_gpus, short_name
 from dpo_lightning.run.doctor.checks import Finding
-from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.record import package_versions
+from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.tracking.wandb_runs import server_state
 
 OUTPUTS = Path("outputs")

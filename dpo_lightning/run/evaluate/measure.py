@@ -6,6 +6,7 @@ and draws are the run's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.reference.fill import Watch
 from dpo_lightning.run.build import make_trainer
-from dpo_lightning.run.conclude import exact_metrics, kl_facts, sampled
+from dpo_lightning.run.conclude import draw_answers, exact_metrics, kl_facts
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.opened import Opened, last_step
@@ -36,12 +37,13 @@ from dpo_lightning.run.placement import Placed, choose_answering, place, with_re
 from dpo_lightning.run.plan import RunPlan, choose_folders, make_plan, trainer_plan
 from dpo_lightning.run.prepare import (
     Prepared,
+    choose_judge,
     controlled_data,
-    make_score,
     prepare_groups,
     resolve_source,
     set_threads,
 )
+from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking.progress import PassProgress
@@ -49,6 +51,8 @@ from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
 from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.devices import take_device
 from dpo_lightning.training.traced import traced_optimizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,7 @@ def _prepare(opened: Opened, config: Config, hardware: Hardware, *, rows_named: 
         identity={},
         task=task,
         reference_outcome_logps=reference_logps,
-        score=make_score(config, hardware, judges=True),
+        judge=choose_judge(config, hardware, judges=True),
         threads=threads,
         chat=chat,
     )
@@ -213,14 +217,16 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
     policy.eval()
     measured, items = _groups(plan, prepared, placed, beta)
     asked, answering = choose_answering(plan, prepared, placed.computation)
-    samples, drawn = sampled(plan, prepared, asked, answering, placed.device)
+    sampled = draw_answers(plan, prepared, asked, answering, placed.device)
+    if sampled.failure is not None:
+        log.warning("the answers are not judged: %s", redact(" ".join(sampled.failure.split())))
     named = {f"eval/{name}": value for name, value in measured.items()}
     return Evaluation(
-        metrics=named | drawn | metrics,
+        metrics=named | sampled.metrics | metrics,
         items=items,
         groups=prepared.data.evaluated_groups(),
-        samples=samples,
-        kl=kl_facts(plan, answering, drawn),
+        samples=sampled.rows,
+        kl=kl_facts(plan, answering, sampled.metrics),
         beta=plan.beta,
         device=f"{placed.device.type}, {placed.computation.describe()}",
         max_length=prepared.source.max_length,

@@ -17,10 +17,12 @@ from dpo_lightning.objectives.optimum import MOST_LAMBDA
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
 from dpo_lightning.run.evaluate.command import check_output, write_answer
 from dpo_lightning.run.guard import guarded
-from dpo_lightning.run.opened import compose_opened, key_of, names_rows, open_named
+from dpo_lightning.run.opened import Opened, compose_opened, key_of, names_rows, open_named
 from dpo_lightning.run.words import OF_A_MODEL, OF_ROWS, check_settings
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.overrides import with_own_names
 from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
 from dpo_lightning.settings.schema import Config
 
 _HELP = """\
@@ -38,16 +40,16 @@ model alone, and on other rows, nothing is kept but by --output.
   --output FILE  write that object to a file
   --reference    what a model is compared with; of an adapter it is the base model
 
-Settings may be plugins= and those of evaluation: scorer, max_new_tokens, batch_size; data.eval=
+Settings may be plugins= and those of evaluation: judge, max_new_tokens, batch_size; data.eval=
 and what says how its rows are read; of a model alone also beta=, that it was trained at."""
 
 _SETTINGS = (
-    *("plugins", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.batch_size"),
+    *("plugins", "evaluation.judge", "evaluation.max_new_tokens", "evaluation.batch_size"),
     *("trainer.accelerator", "trainer.threads", *OF_ROWS, *OF_A_MODEL),
 )
 _FLAGS = ("--betas", "--lambdas", "--output", "--reference")
 # With another one the points are of other marks, or other answers, than the run's own metrics.
-_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=", "data.")
+_CHANGES = ("evaluation.judge=", "evaluation.max_new_tokens=", "data.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def _main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(_HELP.format(program=" ".join(typed("interpolate"))))
         return 0
-    words = _read_words(argv)
+    words = _read_words(with_own_names(argv))
     # What libraries and settings say is not the answer.
     with contextlib.redirect_stdout(sys.stderr):
         found = _interpolate(words)
@@ -166,7 +168,8 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
         check_output(words.output, opened)
     check_settings(opened, words.settings)
     # Answers are drawn here whatever the run itself drew, and there may be a judge of them.
-    config = compose_opened(opened, ["evaluation.samples=16", *words.settings])
+    drawing = ["evaluation.samples=16", *_without_endpoint(words, opened)]
+    config = compose_opened(opened, [*drawing, *words.settings])
     _check_loss(config, words.name)
     # Here, because they import torch: by now every setting is checked.
     import torch
@@ -194,6 +197,24 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
         write_answer(path, found)
         print(f"kept in {path}")
     return found
+
+
+def _without_endpoint(words: _Typed, opened: Opened) -> list[str]:
+    """The setting that leaves out the run's endpoint, if it has one and no judge is named.
+
+    Raises:
+        UserError: If an endpoint is named.
+    """
+    if "evaluation.judge=endpoint" in words.settings:
+        raise UserError(
+            "evaluation.judge=endpoint: it would be asked for a mark of each of some thousands of "
+            "answers; name a function or a reward model"
+        )
+    named = any(word.startswith("evaluation.judge=") for word in words.settings)
+    if named or opened.run is None or not (opened.run / SETTINGS_FILE).is_file():
+        return []
+    asked = read_recorded(opened.run / SETTINGS_FILE).values.get("evaluation.judge")
+    return ["evaluation.judge=none"] if asked == "endpoint" else []
 
 
 def _check_loss(config: Config, run: str) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 from dpo_lightning.data.controlled import MAX_TOKENS, ControlledTask, word_values
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.interpolated import Pair, draw_mixed, score_mixed
+from dpo_lightning.evaluation.judges import Judge
 from dpo_lightning.evaluation.one_policy import Drawn, Mixture, gather
 from dpo_lightning.evaluation.sampling import Precision, answer_prompts, end_ids
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.plugins import Prompt
+from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.schema import Config
 
 # Answers of each mixture that are kept to be read.
@@ -29,13 +31,13 @@ class Questions:
         ids: Token ids of each.
         texts: As their rows have them.
         task: The controlled task, if they are its own.
-        score: The judge, of rows.
+        marker: The judge, of rows.
     """
 
     ids: Sequence[Ids]
     texts: Sequence[Prompt]
     task: ControlledTask | None
-    score: Callable[[list[Prompt], list[str]], list[float]] | None
+    marker: Judge | None
 
     def judge(
         self, text: Callable[[Ids], str], owners: Sequence[int]
@@ -52,11 +54,16 @@ class Questions:
                 sum(values[prompt][token] for token in ids.tolist())
                 for prompt, ids in zip(owners, answers, strict=True)
             ]
-        score = self.score
-        if score is None:
+        marker = self.marker
+        if marker is None:
             return None
         questions = [self.texts[prompt] for prompt in owners]
-        return lambda answers: score(questions, [text(ids) for ids in answers])
+
+        def mark(answers: Sequence[Ids]) -> list[float]:
+            marks, _ = marker.mark(questions, [text(ids) for ids in answers])
+            return [value for value in marks if value is not None]
+
+        return mark
 
 
 class Drawer:
@@ -78,7 +85,7 @@ class Drawer:
         questions: Questions,
         precision: Precision,
     ) -> None:
-        longest = config.evaluation.max_new_tokens
+        longest = longest_answer(config)
         if questions.task is not None:
             longest = min(longest, MAX_TOKENS)
         positions = max_positions(source.config)
@@ -86,7 +93,7 @@ class Drawer:
             longest = min(longest, positions - max(map(len, questions.ids)))
         self._longest = longest
         self._batch_size = config.evaluation.batch_size
-        self._scorer_name = config.evaluation.scorer
+        self._judge = None if questions.marker is None else judge_label(config.evaluation)
         self._tokenizer = source.tokenizer
         self._pair = pair
         self._questions = questions
@@ -162,7 +169,7 @@ class Drawer:
             "temperature": 1.0,
             "max_new_tokens": self._longest,
             "policy_cut_off": sum(cut) / len(cut),
-            "judge": "true reward" if self._questions.task is not None else self._scorer_name,
+            "judge": "true reward" if self._questions.task is not None else self._judge,
         }
 
 

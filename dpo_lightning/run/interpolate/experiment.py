@@ -36,13 +36,13 @@ from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.opened import Opened
-from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.prepare import (
-    make_score,
+    choose_judge,
     prepare_groups,
     resolve_source,
     set_threads,
 )
+from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 
@@ -172,8 +172,8 @@ def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[st
     else:
         notes.append("There are no other prompts than these, so intervals are of answers alone.")
         notes.append("The gain is of the exact policies, over the closed form's at the same KL.")
-    if questions.task is None and questions.score is None:
-        notes.append("No judge: evaluation.scorer= names one, and the points have a reward.")
+    if questions.task is None and questions.marker is None:
+        notes.append("No judge: evaluation.judge= names one, and the points have a reward.")
     return notes
 
 
@@ -204,7 +204,7 @@ def _questions(
     config: Config, source: ModelSource, hardware: Hardware, name: str, *, rows_named: bool
 ) -> Questions:
     """Held-out prompts, each once, and their judge."""
-    score = make_score(config, hardware, judges=True)
+    judge = choose_judge(config, hardware, judges=True)
     # Rows that cannot be read were named, and set aside, when the run read them.
     key = "data.eval" if rows_named else "data.train"
     rows = read_sources(config, Path.cwd(), when_begun=lambda write: None, key=key)
@@ -228,4 +228,4 @@ def _questions(
     if not groups:
         raise UserError(f"run={name}: no prompt of its data leaves room for an answer")
     texts = [prompt_of_key(group.prompt_key) for group in groups]
-    return Questions([group.prompt for group in groups], texts, None, score)
+    return Questions([group.prompt for group in groups], texts, None, judge)

@@ -19,7 +19,7 @@ from dpo_lightning.files import RESULT_FILE, read_json
 from dpo_lightning.run.opened import Opened
 from dpo_lightning.settings.recorded import SETTINGS_FILE
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.sweeps.report.pooling import ACCURACY, SAMPLED_KL, SCORE, WIN_RATE
+from dpo_lightning.sweeps.report.pooling import ACCURACY, MARK, SAMPLED_KL, WIN_RATE, win_of
 from dpo_lightning.sweeps.report.read import EVALUATION_FILE, as_rows, number
 
 if TYPE_CHECKING:
@@ -185,15 +185,14 @@ def sample_items(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[Key, fl
         samples: A row for each answer.
     """
     counts: Counter[str] = Counter()
-    found: dict[str, dict[Key, float]] = {SAMPLED_KL: {}, SCORE: {}, WIN_RATE: {}}
+    found: dict[str, dict[Key, float]] = {SAMPLED_KL: {}, MARK: {}, WIN_RATE: {}}
     for row in samples:
         prompt = str(row.get("prompt"))
         key = (prompt, counts[prompt])
         counts[prompt] += 1
-        score, other = _or_nan(row.get("score")), _or_nan(row.get("reference_score"))
         found[SAMPLED_KL][key] = _or_nan(row.get("kl"))
-        found[SCORE][key] = score
-        found[WIN_RATE][key] = 0.5 + 0.5 * _sign(score - other)
+        found[MARK][key] = _or_nan(row.get("judge"))
+        found[WIN_RATE][key] = win_of(row)
     return {
         name: own
         for name, own in found.items()
@@ -201,8 +200,6 @@ def sample_items(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[Key, fl
     }
 
 
-def _sign(value: float) -> float:
-    return value if math.isnan(value) else float((value > 0) - (value < 0))
 
 
 def _or_nan(value: object) -> float:

@@ -14,9 +14,9 @@ from dpo_lightning.sweeps.report.objectives import Objectives, objectives_of
 from dpo_lightning.sweeps.report.paired import paired_items
 from dpo_lightning.sweeps.report.pick import PickDecision, PickRule, decide
 from dpo_lightning.sweeps.report.pooling import (
+    MARK,
     METRICS,
     REWARD,
-    SCORE,
     WIN_RATE,
     Configuration,
     choose_kl,
@@ -229,7 +229,7 @@ def _optimum(trials: Sequence[TrialResult]) -> tuple[tuple[float, float, float |
 def _reference_value(trials: Sequence[TrialResult], metric: str | None) -> float | None:
     if metric == WIN_RATE and trials:
         return 0.5  # against itself
-    name = {REWARD: "controlled/reference_reward", SCORE: "samples/reference_score"}.get(
+    name = {REWARD: "controlled/reference_reward", MARK: "samples/reference_judge"}.get(
         metric or ""
     )
     values = [t.metric(name) for t in trials] if name is not None else []

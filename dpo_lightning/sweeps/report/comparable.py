@@ -183,7 +183,7 @@ def _basis(trial: TrialResult, *, recorded: bool) -> dict[str, str]:
         }
         found["model"] = _text([found["model"], trial.section("model").get("name")])
         if not found["judge"]:
-            found["judge"] = _text(trial.evaluation.get("scorer"))
+            found["judge"] = _text(trial.evaluation.get("judge"))
     origin = kl_origin(trial)
     if origin is not None:
         _, answers, temperature, limit = origin.axis

@@ -271,8 +271,8 @@ def _method(analysis: Analysis) -> list[str]:
         )
     if any(c.win_rate is not None for c in analysis.configurations):
         said.append(
-            "The win rate is the share of prompts to which the policy's answer scores higher than "
-            "the reference's; a tie counts one half."
+            "The win rate is the share of prompts to which the judge finds the policy's answer "
+            "better than the reference's; a tie counts one half."
         )
     if any(c.accuracy is not None for c in analysis.configurations):
         said.append(

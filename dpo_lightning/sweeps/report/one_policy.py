@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dpo_lightning.sweeps.report.analysis import Analysis
-from dpo_lightning.sweeps.report.pooling import REWARD, SCORE
+from dpo_lightning.sweeps.report.pooling import MARK, REWARD
 from dpo_lightning.sweeps.report.read import TrialResult, as_mapping, as_rows, number
 from dpo_lightning.sweeps.report.text import MISSING, clean, cut, number_text
 from dpo_lightning.sweeps.report.theme import EDGE
@@ -125,7 +125,7 @@ def draw_policies(axes: Axes, analysis: Analysis) -> None:
     A judge's marks are the metric of a sweep only if that judge marked them, on answers that were
     as long.
     """
-    if analysis.metric not in (REWARD, SCORE):
+    if analysis.metric not in (REWARD, MARK):
         return
     named: set[str] = set()
     for configuration in analysis.configurations:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.renamed import RENAMED_METRICS
 from dpo_lightning.sweeps.report.read import (
     TrialResult,
     as_rows,
@@ -23,7 +25,7 @@ from dpo_lightning.sweeps.report.statistics import Estimate, moved, over_items, 
 from dpo_lightning.sweeps.report.text import label_of
 
 REWARD = "controlled/expected_reward"
-SCORE = "samples/score"
+MARK = "samples/judge"
 WIN_RATE = "samples/win_rate"
 ACCURACY = "eval/rewards/accuracies"
 EXACT_KL = "controlled/kl_policy_reference"
@@ -31,7 +33,7 @@ SAMPLED_KL = "samples/kl"
 
 METRICS = {
     REWARD: "expected reward",
-    SCORE: "score of sampled responses",
+    MARK: "judge's mark of sampled responses",
     WIN_RATE: "win rate against the reference",
     ACCURACY: "held-out accuracy",
 }
@@ -40,10 +42,10 @@ METRICS = {
 SHARES = (ACCURACY, WIN_RATE)
 """Metrics between 0 and 1."""
 
-JUDGED = (SCORE, WIN_RATE)
+JUDGED = (MARK, WIN_RATE)
 """Metrics of answers that were drawn, which say nothing of what was cut off."""
 
-_BY_DEFAULT = (REWARD, SCORE, ACCURACY)
+_BY_DEFAULT = (REWARD, MARK, WIN_RATE, ACCURACY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ def choose_metric(trials: Sequence[TrialResult], wanted: str | None) -> str | No
         UserError: If it is not one to rank by, or no trial has it.
     """
     counts = {name: sum(t.metric(name) is not None for t in trials) for name in METRICS}
+    wanted = RENAMED_METRICS.get(wanted or "", wanted)
     if wanted is not None:
         if wanted not in METRICS:
             raise UserError(f"metric={wanted}: not one to rank by; use {', '.join(METRICS)}")
@@ -235,14 +238,18 @@ def item_list(trial: TrialResult, metric: str) -> list[float]:
         found = trial.evaluation.get("accuracies")
         return [_or_nan(value) for value in found] if isinstance(found, list) else []
     samples = as_rows(trial.evaluation.get("samples"))
-    scores = [_or_nan(row.get("score")) for row in samples]
-    if metric == SCORE:
-        return scores
-    if metric == WIN_RATE:
-        references = [_or_nan(row.get("reference_score")) for row in samples]
-        # sign is -1, 0 or 1, and not finite where a score is missing.
-        return [0.5 + 0.5 * float(np.sign(a - b)) for a, b in zip(scores, references, strict=True)]
-    return []
+    if metric == MARK:
+        return [_or_nan(row.get("judge")) for row in samples]
+    return [win_of(row) for row in samples] if metric == WIN_RATE else []
+
+
+def win_of(row: Mapping[str, Any]) -> float:
+    """The outcome against the reference's answer: as it was judged, else by both marks."""
+    if "win" in row:
+        return _or_nan(row["win"])
+    # sign is -1, 0 or 1, and not finite where a mark is missing.
+    own, other = (_or_nan(row.get(name)) for name in ("judge", "reference_judge"))
+    return 0.5 + 0.5 * float(np.sign(own - other))
 
 
 def _or_nan(value: object) -> float:

@@ -17,6 +17,7 @@ import yaml
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import INTERPOLATION_FILE, METRICS_FILE, RESULT_FILE, json_object
+from dpo_lightning.settings.renamed import present_evaluation, present_result
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -195,7 +196,7 @@ _TRIAL_MARKS = (TRIAL_FILE, RESULT_FILE)
 
 def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
     about = _read_object(folder / TRIAL_FILE, notes)
-    result = _read_object(folder / RESULT_FILE, notes)
+    result = present_result(_read_object(folder / RESULT_FILE, notes))
     overrides = about.get("overrides")
     if not isinstance(overrides, list):
         overrides = _read_hydra_overrides(folder / _HYDRA_OVERRIDES, notes)
@@ -212,7 +213,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
         error=error,
         result=result,
         rows=_read_rows(folder / METRICS_FILE, notes),
-        evaluation=_read_object(folder / EVALUATION_FILE, notes),
+        evaluation=present_evaluation(_read_object(folder / EVALUATION_FILE, notes)),
         log=None if log is None else f"{folder.name}/{log}",
         devices=max(1, len(devices)) if isinstance(devices := about.get("devices"), list) else 1,
         interpolation=_read_object(folder / INTERPOLATION_FILE, notes),

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lightning.assets import BUNDLED_MODEL
 from dpo_lightning.data.controlled import PROMPTS, ControlledTask
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
     cut_off_note,
     evaluate_samples,
 )
+from dpo_lightning.evaluation.judges import MarkingJudge
 from dpo_lightning.evaluation.sampling import answer_prompts, end_ids, sampled_divergences
 from dpo_lightning.models.probe import choose_path
 from dpo_lightning.reference.kinds import NoReference
@@ -235,6 +237,12 @@ def groups() -> list[TokenGroup]:
 
 
 def evaluate(policy, reference, scorer, tokenizer, *, count, score=None):
+    """Rows and metrics of answers that a function marks."""
+    sampled = sample(policy, reference, scorer, tokenizer, count=count, score=score)
+    return sampled.rows, sampled.metrics
+
+
+def sample(policy, reference, scorer, tokenizer, *, count, score=None):
     models = Models(
         policy=policy, reference=NoReference(), scorer=scorer, starts_from_reference=True,
         weights="", reference_weights="", reference_config="", make_reference=lambda: reference,
@@ -243,7 +251,8 @@ def evaluate(policy, reference, scorer, tokenizer, *, count, score=None):
         tokenizer=tokenizer, max_new_tokens=4, batch_size=16, precision=torch.no_grad
     )
     return evaluate_samples(
-        models, groups(), count=count, seed=1, answering=answering, score=score,
+        models, groups(), count=count, seed=1, answering=answering,
+        judge=None if score is None else MarkingJudge(score),
         device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -263,9 +272,17 @@ def test_scores_win_rates_and_errors(policy, reference, scorer, tokenizer):
     rows, metrics = evaluate(policy, reference, scorer, tokenizer, count=10, score=score)
     assert metrics["samples/win_rate"] == pytest.approx(0.75)
     assert metrics["samples/win_rate_stderr"] == pytest.approx(0.08333, abs=1e-5)
-    assert metrics["samples/score"] == pytest.approx(1.5)
-    assert metrics["samples/score_stderr"] == pytest.approx(0.16667, abs=1e-5)
-    assert metrics["samples/reference_score"] == 1
+    assert metrics["samples/judge"] == pytest.approx(1.5)
+    assert metrics["samples/judge_stderr"] == pytest.approx(0.16667, abs=1e-5)
+    assert metrics["samples/reference_judge"] == 1
+    # Ten answers to eight prompts, so that the interval is that of eight: p = 0.75, z² = 3.841459.
+    # Middle (0.75 + 3.841459/16) / (1 + 3.841459/8) = 0.668898, half 1.959964 *
+    # sqrt(0.1875/8 + 3.841459/256) / 1.480182 = 0.259623.
+    interval = [metrics[f"samples/win_rate_{end}"] for end in ("low", "high")]
+    assert interval == pytest.approx([0.409275, 0.928521], abs=2e-6)
+    # Lengths and shares cut off of both stand beside the marks; this task's answers end themselves.
+    both = {f"samples/{who}{name}" for who in ("", "reference_") for name in ("length", "cut_off")}
+    assert both <= metrics.keys()
     kls = [row["kl"] for row in rows]
     assert metrics["samples/kl"] == pytest.approx(np.mean(kls))
     assert metrics["samples/kl_stderr"] == pytest.approx(np.std(kls, ddof=1) / math.sqrt(10))
@@ -288,12 +305,24 @@ def test_the_answers_of_both_models_are_their_own(policy, reference, scorer, tok
     assert said["policy"] != said["reference"]
 
 
+def test_a_judge_that_fails_costs_its_marks_alone(policy, reference, scorer, tokenizer):
+    def broken(prompts, answers):
+        raise UserError("the judge is out")
+
+    plain = sample(policy, reference, scorer, tokenizer, count=4)
+    sampled = sample(policy, reference, scorer, tokenizer, count=4, score=broken)
+    assert sampled.failure == "the judge is out"
+    assert [row["policy"] for row in sampled.rows] == [row["policy"] for row in plain.rows]
+    assert plain.metrics.items() <= sampled.metrics.items()
+    assert "samples/judge" not in sampled.metrics
+
+
 def test_without_samples_nothing_is_said(policy, reference, scorer, tokenizer):
     assert evaluate(policy, reference, scorer, tokenizer, count=0) == ([], {})
     rows, metrics = evaluate(policy, reference, scorer, tokenizer, count=1)
     assert len(rows) == 1
     assert math.isnan(metrics["samples/kl_stderr"])
-    assert "samples/score" not in metrics
+    assert "samples/judge" not in metrics
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from dpo_lightning import plugins
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.scorers import make_scorer
-from dpo_lightning.plugins import find_scorer, load_plugins
+from dpo_lightning.evaluation.judges import make_judge
+from dpo_lightning.evaluation.scorers import RewardModel
+from dpo_lightning.plugins import find_scorer, load_plugins, register_scorer
+from dpo_lightning.settings.judging import JudgeSettings
 from tests.support.models import byte_tokenizer, tiny_llama_config
 
 
@@ -21,7 +23,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     monkeypatch.setattr(plugins, "SCORERS", {})
-    monkeypatch.setattr("dpo_lightning.evaluation.scorers.SCORERS", plugins.SCORERS)
+    monkeypatch.setattr("dpo_lightning.evaluation.judges.SCORERS", plugins.SCORERS)
     yield tmp_path
     for name in set(sys.modules) - before:
         if name.startswith(("mine", "other")):
@@ -35,7 +37,12 @@ def plugin(text: str, name: str = "mine") -> list[str]:
 
 
 def scorer(name: str, names: list[str], *, batch_size: int = 4):
-    return make_scorer(name, names, device=torch.device("cpu"), batch_size=batch_size)
+    def reward_model(source: str) -> RewardModel:
+        return RewardModel(source, device=torch.device("cpu"), batch_size=batch_size)
+
+    settings = JudgeSettings(name, tuple(names), None, batch_size, Path("marks"))
+    judge = make_judge(settings, reward_model=reward_model)
+    return lambda prompts, answers: judge.mark(prompts, answers)[0]
 
 
 LENGTH = "def length(prompts, answers):\n    return [len(answer) for answer in answers]\n"
@@ -52,6 +59,12 @@ def test_a_function_of_a_plugin_is_named_in_full(name):
 
 def test_a_registered_scorer_has_a_name_of_its_own():
     assert scorer("brevity", plugin(REGISTERED))(["p"], ["abc"]) == [-3.0]
+
+
+@pytest.mark.parametrize("name", ["none", "endpoint"])
+def test_a_name_with_a_meaning_of_its_own_is_not_registered(name):
+    with pytest.raises(ValueError, match="choose another name"):
+        register_scorer(name)(len)
 
 
 def test_a_package_is_a_plugin_too(place):
@@ -74,7 +87,7 @@ def test_nothing_but_a_named_plugin_is_called():
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", "1 scores for 2 answers"),
+        ("return [1.0]", "1 marks for 2 answers"),
         ("return [1.0, float('nan')]", "not finite"),
         ("return [1.0, 'a']", "could not convert"),
         ("raise KeyError('gone')", "KeyError: 'gone'"),
@@ -83,13 +96,13 @@ def test_nothing_but_a_named_plugin_is_called():
 )
 def test_a_wrong_scorer_is_named(body, said):
     names = plugin(f"def bad(prompts, answers):\n    {body}\n")
-    with pytest.raises(UserError, match=r"evaluation.scorer=mine.bad") as caught:
+    with pytest.raises(UserError, match=r"evaluation.judge=mine.bad") as caught:
         scorer("mine.bad", names)(["p", "q"], ["a", "b"])
     assert said in str(caught.value)
 
 
 def test_a_plugin_without_the_function_is_named():
-    with pytest.raises(UserError, match=r"evaluation.scorer=mine.nope: mine has no function nope"):
+    with pytest.raises(UserError, match=r"evaluation.judge=mine.nope: mine has no function nope"):
         scorer("mine.nope", plugin(LENGTH))
 
 
@@ -188,7 +201,7 @@ def test_models_that_are_no_reward_models_are_refused_before_the_training(tiny_m
     byte_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="it has 2 outputs; a reward model has one"):
         scorer(str(tmp_path / "two"), [])
-    with pytest.raises(UserError, match=r"evaluation.scorer=org/nowhere"):
+    with pytest.raises(UserError, match=r"evaluation.judge=org/nowhere"):
         scorer("org/nowhere", [])
 
 

@@ -296,7 +296,7 @@ def test_devices_have_one_form(given: Any, normal: Any) -> None:
     "key",
     [
         *("model.pretrained", "model.tokenizer", "model.config", "peft.adapter", "resume"),
-        *("reference.pretrained", "reference.adapter", "reference.cache_dir", "evaluation.scorer"),
+        *("reference.pretrained", "reference.adapter", "reference.cache_dir", "evaluation.judge"),
         *("data.train", "data.eval", "data.chat_template"),
     ],
 )

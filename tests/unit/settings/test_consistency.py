@@ -44,9 +44,11 @@ def clauses() -> dict[str, re.Pattern[str]]:
     """Patterns of the clauses' words, by the place where each clause stands."""
     folder = ROOT / "dpo_lightning" / "settings"
     checks = ast.parse((folder / "combinations.py").read_text())
-    of_sweeps = ast.parse((folder / "pruning.py").read_text())
+    of_sweeps, of_judges = (
+        ast.parse((folder / name).read_text()) for name in ("pruning.py", "judging.py")
+    )
     found = {}
-    for node in (*ast.walk(checks), *ast.walk(of_sweeps)):
+    for node in (*ast.walk(checks), *ast.walk(of_sweeps), *ast.walk(of_judges)):
         if isinstance(node, ast.Yield):
             message = node.value
         elif isinstance(node, ast.YieldFrom) and isinstance(node.value, ast.GeneratorExp):

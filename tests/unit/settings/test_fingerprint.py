@@ -53,19 +53,25 @@ def test_what_changes_the_numbers_changes_the_hash(key: str, value: Any) -> None
         ("resume", "auto"),
         ("resume_changed", True),
         ("debug__traceback", True),
-        ("sweep__metric", "samples/score"),
+        ("sweep__metric", "samples/judge"),
         ("sweep__prune", "halving"),
         ("reference__cache_dir", "/elsewhere"),
         ("trainer__memory_check", "off"),
         # An option of losses that are not used.
         ("loss__gamma", 2.0),
+        # An endpoint that nobody asks.
+        ("evaluation__judge_model", "m"),
+        *(("evaluation__judge_timeout", 5.0), ("evaluation__judge_price", [1.0, 2.0])),
+        *(("evaluation__judge_retries", 0), ("evaluation__judge_key_variable", "KEY")),
     ],
 )
 def test_what_is_only_about_where_and_how_does_not(key: str, value: Any) -> None:
     assert hash_of(**{key: value}) == hash_of()
 
 
-@pytest.mark.parametrize("key", ["data__train", "data__eval", "data__chat_template"])
+@pytest.mark.parametrize(
+    "key", ["data__train", "data__eval", "data__chat_template", "evaluation__judge_prompt"]
+)
 def test_a_file_of_rows_counts_by_its_content(key: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("one")
@@ -80,7 +86,7 @@ def test_a_file_of_rows_counts_by_its_content(key: str, tmp_path: Path) -> None:
     "key",
     [
         *("model__pretrained", "model__tokenizer", "model__config", "peft__adapter"),
-        *("reference__pretrained", "reference__adapter", "evaluation__scorer"),
+        *("reference__pretrained", "reference__adapter", "evaluation__judge"),
     ],
 )
 def test_a_folder_of_weights_counts_by_names_sizes_and_times(key: str, tmp_path: Path) -> None:

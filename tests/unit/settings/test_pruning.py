@@ -1,5 +1,7 @@
 """Settings of a pruned sweep: what an open one comes to, and what is refused before a trial."""
 
+import copy
+
 import pytest
 
 from dpo_lightning import cli
@@ -34,13 +36,28 @@ def test_without_a_judge_every_loss_and_beta_keeps_its_best_rate():
 @pytest.mark.parametrize(
     ("changes", "metric"),
     [
-        ({"evaluation__scorer": "brevity"}, "samples/score"),
+        ({"evaluation__judge": "brevity"}, "samples/judge"),
+        (
+            {"evaluation__judge": "endpoint", "evaluation__judge_form": "marks"},
+            "samples/judge",
+        ),
         ({"sweep__prune_metric": "controlled/expected_reward"}, "controlled/expected_reward"),
     ],
 )
 def test_with_a_judge_all_are_compared(changes, metric):
     found = prune_settings([config(beta, **changes) for beta in (0.1, 1)])
     assert (found.metric, found.within) == (metric, ())
+
+
+def test_an_endpoint_that_compares_pairs_gives_no_mark_to_prune_by():
+    found = prune_settings([replace_judge(one, "endpoint") for one in RATES])
+    assert found.metric == "eval/fitted_log_loss"
+
+
+def replace_judge(one: Config, judge: str) -> Config:
+    changed = copy.deepcopy(one)
+    changed.evaluation.judge = judge
+    return changed
 
 
 def test_what_is_set_wins():
@@ -70,7 +87,7 @@ def test_a_sweep_that_is_not_pruned_has_no_settings():
             [config(seed=s, sweep__prune_within=[]) for s in (1, 2)],
             "there is one trial but for its seeds",
         ),
-        ([*RATES, config(evaluation__scorer="x")], "all trials of a sweep are pruned alike"),
+        ([*RATES, config(evaluation__judge="x")], "all trials of a sweep are pruned alike"),
         ([*RATES, config(sweep__prune="none")], "all trials of a sweep are pruned alike"),
     ],
 )

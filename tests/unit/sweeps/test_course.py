@@ -178,7 +178,7 @@ def test_a_rerun_without_pruning_finishes_what_was_pruned(tmp_path):
     [
         ({"keep": 0.25}, "sweep.prune_keep=0.25: the sweep in .* is pruned with 0.5"),
         ({"budget": 0.5}, "sweep.budget=0.5"),
-        ({"metric": "samples/score"}, "sweep.prune_metric=samples/score"),
+        ({"metric": "samples/judge"}, "sweep.prune_metric=samples/judge"),
         ({"at": (0.5,)}, r"sweep.prune_at=\[0.5\]"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_report_is_one_line_whatever_came_before(tmp_path):
         (1, 4, 3.0),
     ]
     assert read_reports(tmp_path, METRIC)[1].value == 3.0
-    assert read_reports(tmp_path, "samples/score") == {}
+    assert read_reports(tmp_path, "samples/judge") == {}
 
 
 def test_a_goal_is_there_until_there_is_none(tmp_path):

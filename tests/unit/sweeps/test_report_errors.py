@@ -46,7 +46,7 @@ def test_marks_that_are_no_numbers_do_not_count_as_nothing(tmp_path, missing):
         evaluation = scored(known, [0.0] * 100, [1.0] * 100)
         metrics = scored_metrics(evaluation)
         rows = [evaluation["samples"][0] | {"prompt": f"p{i}"} for i in range(120)]
-        evaluation["samples"] = [row | {"score": s} for row, s in zip(rows, scores, strict=True)]
+        evaluation["samples"] = [row | {"judge": s} for row, s in zip(rows, scores, strict=True)]
         write_trial(
             tmp_path, f"b{beta}", f"beta={beta}", metrics=metrics, evaluation=evaluation
         )  # fmt: skip

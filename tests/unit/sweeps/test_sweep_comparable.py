@@ -95,7 +95,7 @@ def test_older_trials_are_told_apart_by_what_was_typed(tmp_path):
         ("a", "data.train=x.jsonl seed=1", None), ("b", "data.train=x.jsonl seed=2", None),
         ("c", "data.train=y.jsonl", None), ("d", "data.train=x.jsonl", "s"),
     ):  # fmt: skip
-        evaluation = scored([1.0, 2.0], [0.0] * 2, [1.0] * 2) | {"scorer": judge}
+        evaluation = scored([1.0, 2.0], [0.0] * 2, [1.0] * 2) | {"judge": judge}
         write_trial(
             tmp_path, name, f"beta={ord(name)}", metrics=scored_metrics(evaluation),
             evaluation=evaluation, command=f"python train.py {words} hydra.run.dir={name}",

@@ -197,7 +197,7 @@ def test_above_five_percent_cut_off_there_is_no_pick_by_judge(tmp_path, cut):
             tmp_path, f"b{beta}", f"beta={beta}", metrics=metrics, evaluation=evaluation
         )  # fmt: skip
     report = write_report(tmp_path)
-    assert report["metric"] == "samples/score"
+    assert report["metric"] == "samples/judge"
     assert (report["pick"] is None) == (cut > 0.05)
     if cut > 0.05:
         assert report["reason"].startswith(

@@ -68,7 +68,7 @@ def test_a_reward_margin_cannot_be_asked_for(sweep):
     with pytest.raises(UserError, match="not one to rank by"):
         write_report(sweep, metric="eval/rewards/margins")
     with pytest.raises(UserError, match="no finished trial has it"):
-        write_report(sweep, metric="samples/score")
+        write_report(sweep, metric="samples/judge")
 
 
 def test_scores_of_the_same_prompts_are_paired(sweep):
@@ -86,7 +86,7 @@ def test_scores_of_the_same_prompts_are_paired(sweep):
             metrics=scored_metrics(evaluation), evaluation=evaluation,
         )  # fmt: skip
     report = write_report(sweep, margin=0.03)
-    assert report["metric"] == "samples/score"
+    assert report["metric"] == "samples/judge"
     assert report["configurations"][0]["beta"] == 0.1
     assert report["configurations"][0]["value"]["stderr"] == pytest.approx(0.1, rel=0.1)
     assert report["pick"]["beta"] == 0.3

@@ -290,11 +290,11 @@ def test_the_kl_error_of_seeds_that_agree_by_chance_is_that_of_their_samples(tmp
 def test_the_metric_is_the_first_that_most_trials_have(tmp_path):
     """One of three was scored: its score cannot rank the others."""
     for i in range(3):
-        metrics = {ACCURACY: 0.5 + i / 10} | ({"samples/score": 3.0} if i == 0 else {})
+        metrics = {ACCURACY: 0.5 + i / 10} | ({"samples/judge": 3.0} if i == 0 else {})
         write_trial(tmp_path, f"t{i}", f"beta={i + 1}", metrics=metrics)
     assert analysed(tmp_path).metric == ACCURACY
-    assert analysed(tmp_path, "samples/score").metric == "samples/score"
-    with pytest.raises(UserError, match=f"they have samples/score, {ACCURACY}$"):
+    assert analysed(tmp_path, "samples/judge").metric == "samples/judge"
+    with pytest.raises(UserError, match=f"they have samples/judge, {ACCURACY}$"):
         analysed(tmp_path, "samples/win_rate")
 
 
@@ -312,7 +312,7 @@ def test_the_metric_is_the_first_that_most_trials_have(tmp_path):
 def test_the_reason_claims_no_more_than_is_known(tmp_path, kls, said):
     """Scores a hair apart: 0.01, of errors 0.02 each, 0.028 of their difference."""
     for i, kl in enumerate(kls):
-        metrics = {"samples/score": 1 - i / 100, "samples/score_stderr": 0.02}
+        metrics = {"samples/judge": 1 - i / 100, "samples/judge_stderr": 0.02}
         metrics |= {} if kl is None else {"samples/kl": kl}
         write_trial(tmp_path, f"t{i}", f"beta={i + 1}", metrics=metrics)
     assert said in analyse(read_sweep(tmp_path), None, PickRule(margin=0.1)).reason
@@ -323,7 +323,7 @@ def test_items_are_paired_only_where_they_are_the_same(tmp_path):
     for beta in (0.1, 0.2):
         evaluation = scored([1.0, 2.0, 3.0], [0.0] * 3, [1.0] * 3)
         if beta == 0.2:
-            evaluation["samples"][0]["score"] = 0.5
+            evaluation["samples"][0]["judge"] = 0.5
         write_trial(
             tmp_path, f"b{beta}", f"beta={beta}",
             metrics=scored_metrics(evaluation), evaluation=evaluation,
@@ -363,8 +363,51 @@ def test_accuracies_of_other_data_are_ranked_by_themselves(tmp_path, key, paired
     assert len(found.others) == (not paired)
 
 
+def test_files_of_before_are_read_by_their_old_names(tmp_path):
+    """The marks of a run were called scores: the same numbers under both names."""
+    found = []
+    for age, old in (("now", False), ("before", True)):
+        for beta, marks in ((0.1, [2.0, 1.0, 0.0, 2.0]), (0.2, [0.0] * 4)):
+            evaluation = scored(marks, [1.0] * 4, [1.0] * 4)
+            metrics = scored_metrics(evaluation)
+            if old:
+                metrics = {k.replace("judge", "score"): v for k, v in metrics.items()}
+                evaluation = json.loads(json.dumps(evaluation).replace("judge", "score"))
+                evaluation["scorer"] = evaluation.pop("score")
+            write_trial(
+                tmp_path / age, f"b{beta}", f"beta={beta}", metrics=metrics, evaluation=evaluation
+            )
+        for name in (None, "samples/win_rate", "samples/score", "samples/judge"):
+            analysis = analysed(tmp_path / age, name)
+            values = [(c.value, c.win_rate) for c in analysis.configurations]
+            found.append((analysis.metric, analysis.reference_value, values))
+    assert found[:4] == found[4:]
+    assert [metric for metric, *_ in found[:3]] == [
+        "samples/judge", "samples/win_rate", "samples/judge"
+    ]  # fmt: skip
+
+
+def test_outcomes_of_pairs_are_items_without_marks(tmp_path):
+    """Two wins and two losses, one of them unknown: 2/3 of what is known, by the run's own metric."""
+    for beta, wins in ((0.1, [1.0, 1.0, 0.0, None]), (0.2, [0.5, 0.5, 0.5, None])):
+        evaluation = scored([0.0] * 4, [0.0] * 4, [1.0] * 4)
+        for row, win in zip(evaluation["samples"], wins, strict=True):
+            row |= {"win": win, "judge": None, "reference_judge": None}
+        known = [win for win in wins if win is not None]
+        write_trial(
+            tmp_path, f"b{beta}", f"beta={beta}", evaluation=evaluation,
+            metrics={"samples/win_rate": sum(known) / 3, ACCURACY: 0.5},
+        )  # fmt: skip
+    found = analysed(tmp_path)
+    assert found.metric == "samples/win_rate"
+    by_beta = {c.beta: c.value for c in found.configurations}
+    assert by_beta[0.1].mean == pytest.approx(2 / 3)
+    assert by_beta[0.1].stderr > 0
+    assert by_beta[0.2].stderr == 0
+
+
 def test_the_reference_wins_half_against_itself(tmp_path):
-    metrics = {"samples/win_rate": 0.8, "samples/score": 2.0, "samples/reference_score": 1.0}
+    metrics = {"samples/win_rate": 0.8, "samples/judge": 2.0, "samples/reference_judge": 1.0}
     write_trial(tmp_path, "a", metrics=metrics)
     assert analysed(tmp_path).reference_value == 1.0
     assert analysed(tmp_path, "samples/win_rate").reference_value == 0.5

@@ -1,0 +1,231 @@
+"""The command ``judge``: its words, the judge, what is printed. torch for a reward model alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.judges import Judge, is_function, make_judge
+from dpo_lightning.files import finite
+from dpo_lightning.run.guard import guarded
+from dpo_lightning.run.judge.answered import Answered, answers_of_run, read_answers
+from dpo_lightning.run.judge.marking import keep_in_run, mark_answers, summary
+from dpo_lightning.settings.compose import compose_one
+from dpo_lightning.settings.folders import cache_folder
+from dpo_lightning.settings.judging import JudgeSettings, judge_settings
+from dpo_lightning.settings.overrides import with_own_names
+from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.recorded import SETTINGS_FILE
+from dpo_lightning.settings.schema import Config
+
+_HELP = """\
+usage: {program} --answers FILE|RUN [--against FILE] [--json] evaluation.judge=… [settings]
+
+Judges answers that are there already. FILE has a line of JSON for each, {{"prompt", "response"}},
+as `generate` writes them; RUN is the folder of a run, whose own answers are judged beside its
+reference's, by its own judge if none is named, and whose files keep the verdicts.
+
+  --answers  the answers
+  --against  others to the same prompts: both are judged, and there is a win rate
+  --json     print one object, and all else on stderr
+
+Settings may be plugins=, evaluation.judge= and its others, evaluation.batch_size=,
+reference.cache_dir=, trainer.accelerator= and trainer.threads=."""
+
+_SETTINGS = (
+    *("plugins", "evaluation.judge", "evaluation.batch_size", "reference.cache_dir"),
+    *("trainer.accelerator", "trainer.threads"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _JudgeWords:
+    """The words of a command line.
+
+    Attributes:
+        answers: Under ``--answers``.
+        against: Under ``--against``.
+        as_json: True if one object is printed.
+        settings: The other words.
+    """
+
+    answers: Path
+    against: Path | None
+    as_json: bool
+    settings: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a judge's verdicts on answers.
+
+    Args:
+        argv: Flags and settings; None takes the process's own.
+
+    Returns:
+        0, or 2 where the words, the answers or the judge are wrong.
+    """
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    if {"-h", "--help"} & {*argv}:
+        print(_HELP.format(program=" ".join(typed("judge"))))
+        return 0
+    words = _read_words(with_own_names(argv))
+    # What libraries and settings say is not the answer.
+    with contextlib.redirect_stdout(sys.stderr), _told():
+        found = _judge(words)
+    if words.as_json:
+        print(json.dumps(finite(found), indent=2, allow_nan=False))
+    else:
+        _show(found)
+    return 0
+
+
+@contextlib.contextmanager
+def _told() -> Any:
+    """Lines about questions and their price, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("dpo_lightning.evaluation")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _read_words(argv: Sequence[str]) -> _JudgeWords:
+    """The words that were typed, in any order.
+
+    Raises:
+        UserError: If a word means nothing.
+    """
+    flags: dict[str, str] = {}
+    settings: list[str] = []
+    words = iter(argv)
+    program = " ".join(typed("judge"))
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--answers", "--against"):
+            flags[name] = value if equals else next(words, "")
+        elif word == "--json":
+            flags[word] = "yes"
+        elif name in _SETTINGS or name.startswith("evaluation.judge_"):
+            settings.append(word)
+        else:
+            raise UserError(
+                f"{name}: `{program}` takes --answers, --against, --json, evaluation.judge_…= and "
+                f"{', '.join(_SETTINGS)}"
+            )
+    if not flags.get("--answers"):
+        raise UserError(
+            "--answers: no answers are named; give a file of JSON lines, or a run's folder"
+        )
+    against = flags.get("--against")
+    return _JudgeWords(
+        Path(flags["--answers"]).expanduser(),
+        None if against is None else Path(against).expanduser(),
+        "--json" in flags,
+        tuple(settings),
+    )
+
+
+def _judge(words: _JudgeWords) -> dict[str, Any]:
+    is_run = words.answers.is_dir()
+    base: list[str] = []
+    if is_run:
+        recorded = words.answers / SETTINGS_FILE
+        if not recorded.is_file():
+            raise UserError(
+                f"--answers={words.answers}: no {SETTINGS_FILE} there, so it is no run's folder; "
+                "name one, or a file of JSON lines"
+            )
+        base = ["--config", str(recorded)]
+    config = compose_one([*base, *words.settings])
+    settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
+    if settings is None:
+        raise UserError(
+            "evaluation.judge=null names nobody; name a plugin's function, a reward model or "
+            "endpoint"
+        )
+    own, other = _answers(words, is_run=is_run)
+    judged, other = mark_answers(_make(config, settings), own, other)
+    found = summary(settings.name, judged, own, other)
+    found["kept_in"] = None
+    if is_run and words.against is None:
+        why_not = keep_in_run(words.answers, settings.name, judged, own.owners)
+        if why_not is None:
+            found["kept_in"] = str(words.answers)
+        else:
+            found["notes"].append(why_not)
+    return found
+
+
+def _answers(words: _JudgeWords, *, is_run: bool) -> tuple[Answered, Answered | None]:
+    own, other = (
+        answers_of_run(words.answers)
+        if is_run
+        else (read_answers(words.answers, flag="--answers"), None)
+    )
+    if words.against is not None:
+        other = read_answers(words.against, flag="--against")
+    return own, other
+
+
+def _make(config: Config, settings: JudgeSettings) -> Judge:
+    """The judge; torch is imported for a reward model alone."""
+    if settings.endpoint is not None or is_function(settings):
+        return make_judge(settings)
+    from dpo_lightning.memory.hardware import decide_hardware
+    from dpo_lightning.run.inputs import prefer_cache_without_network
+    from dpo_lightning.run.prepare import choose_judge
+
+    prefer_cache_without_network(config)
+    hardware = decide_hardware(config.trainer, half_weights=False)
+    judge = choose_judge(config, hardware, judges=True)
+    assert judge is not None
+    return judge
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"judge: {found['judge']}", title_justify="left")
+    for name in ("", "answers", "against"):
+        table.add_column(name, justify="left" if not name else "right")
+    marks = (_with_interval(found, name) for name in ("mark", "against_mark"))
+    table.add_row("mark", *marks)
+    table.add_row("win rate", _with_interval(found, "win_rate"), "")
+    for name in ("length", "cut_off"):
+        cells = (_cell(found[key]) for key in (name, f"against_{name}"))
+        unit = f", {found['length_unit']}" if name == "length" else ""
+        table.add_row(f"{name.replace('_', ' ')}{unit}", *cells)
+    Console().print(table)
+    print(f"{found['answers']} answers to {found['prompts']} prompts; {found['interval']}")
+    for note in found["notes"]:
+        print(note)
+    if found["kept_in"]:
+        print(f"kept in the files of {found['kept_in']}")
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _with_interval(found: Mapping[str, Any], name: str) -> str:
+    value, ends = found[name], found[f"{name}_interval"]
+    if value is None or ends is None:
+        return "–"
+    return f"{value:.3g} ({ends[0]:.3g} to {ends[1]:.3g})"
