@@ -56,12 +56,8 @@ def test_a_run_is_judged_and_its_rerun_costs_nothing(tmp_path, monkeypatch, capf
     metrics = first.result["metrics"]
     evaluation = json.loads((tmp_path / "first" / "evaluation.json").read_text())
     rows = evaluation["samples"]
-    wins = [
-        0.5
-        + 0.5
-        * ((len(r["policy"]) > len(r["reference"])) - (len(r["policy"]) < len(r["reference"])))
-        for r in rows
-    ]
+    both = [(len(row["policy"]), len(row["reference"])) for row in rows]
+    wins = [1.0 if own > other else 0.5 if own == other else 0.0 for own, other in both]
     assert [row["win"] for row in rows] == wins
     assert metrics["samples/win_rate"] == pytest.approx(sum(wins) / 12)
     assert second.result["metrics"]["samples/win_rate"] == metrics["samples/win_rate"]

@@ -234,6 +234,7 @@ def test_marks_of_another_judge_stay(capsys):
 def test_every_command_of_the_page_is_understood(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "x")
     Path("question.txt").write_text("{prompt} {first} {second}")
+    Path("my_scorers.py").write_text("def brevity(prompts, answers):\n    return []\n")
     text = (ROOT / "docs" / "judges.md").read_text()
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.S)).replace("\\\n", " ")
     lines = [line for line in blocks.splitlines() if line.startswith("dpo-lightning judge ")]
@@ -242,3 +243,4 @@ def test_every_command_of_the_page_is_understood(monkeypatch):
         words = _read_words(shlex.split(line, comments=True)[2:])
         with ready_hydra():
             compose_one(list(words.settings))
+    sys.modules.pop("my_scorers", None)
