@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -236,8 +237,7 @@ def evaluate_samples(
         partition_samples: Answers of the reference for the check of the log-probabilities.
 
     Returns:
-        Rows and metrics; empty where there is nothing to answer. A judge that fails costs its own
-        marks alone.
+        Rows and metrics; empty where there is nothing to answer.
     """
     if not groups or not (count or partition_samples):
         return Sampled()
@@ -266,11 +266,9 @@ def evaluate_samples(
     ends = end_ids(models.policy, answering.tokenizer)
     metrics |= drawn.metrics(lambda ids: cut_off_count(ids, ends, answering) / len(ids))
     sampled = Sampled(drawn.rows(answering), metrics)
-    if judge is not None:
-        try:
+    with _costing_marks_alone(sampled):
+        if judge is not None:
             sampled.judged = _judged(sampled.rows, drawn, answering, judge, metrics, beta=beta)
-        except UserError as error:
-            sampled.failure = str(error)
     return sampled
 
 
@@ -291,6 +289,15 @@ class Sampled:
     metrics: dict[str, float] = field(default_factory=dict)
     judged: dict[str, Any] | None = None
     failure: str | None = None
+
+
+@contextlib.contextmanager
+def _costing_marks_alone(sampled: Sampled) -> Iterator[None]:
+    """Notes the failure of a judge, which all else survives."""
+    try:
+        yield
+    except UserError as error:
+        sampled.failure = str(error)
 
 
 @dataclass(slots=True)
@@ -369,7 +376,7 @@ def _judged(
     *,
     beta: float,
 ) -> dict[str, Any]:
-    """What a judge did; its verdicts are put into the rows, and their means into the metrics."""
+    """Counts and notes of a judge, whose verdicts are put into the rows and into the metrics."""
     questions = [prompt_of_key(group.prompt_key) for group in drawn.asked]
     own = [answering.text(ids) for ids in drawn.policy]
     judged = judge.compare(questions, own, [answering.text(ids) for ids in drawn.reference])

@@ -92,8 +92,8 @@ def conclude(
     prepared.models.policy.to(trained.device)
     evaluation: dict[str, Any] = {"answers": list(answers), "judge": plan.evaluation.judge}
     evaluation |= _by_group(trained)
-    sampled = Sampled()
     failure: UserError | None = None
+    sampled = Sampled()
     try:
         sampled = draw_answers(
             plan, prepared, trained.groups, trained.answering, trained.device
@@ -101,10 +101,7 @@ def conclude(
     except UserError as error:  # a model that cannot answer is trained all the same
         failure = error
     measured = sampled.metrics
-    evaluation |= {"samples": sampled.rows, "judged": sampled.judged}
-    if sampled.failure is not None:
-        evaluation["judge"] = None
-        evaluation["judge_failed"] = _say_failed(sampled.failure, plan.folders.run)
+    evaluation |= _of_samples(sampled, plan.folders.run)
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
     alone = prepared.models.adapters is None and prepared.ranks is None
     as_evaluated = not module.restore_weights() and alone
@@ -130,14 +127,17 @@ def conclude(
     return measured
 
 
-def _say_failed(failure: str, run: Path) -> str:
-    """Says that a judge failed, and how its marks can be had; the run stands without them."""
-    line = redact(" ".join(failure.split()))
+def _of_samples(sampled: Sampled, run: Path) -> dict[str, Any]:
+    """Entries of ``evaluation.json``; of a judge that failed it is said how its marks are had."""
+    entries: dict[str, Any] = {"samples": sampled.rows, "judged": sampled.judged}
+    if sampled.failure is None:
+        return entries
+    line = redact(" ".join(sampled.failure.split()))
     log.warning(
         "the answers are not judged, all else of the run stands: %s; `%s` judges them later",
         *(line, shlex.join([*typed("judge"), "--answers", str(run)])),
     )
-    return line
+    return entries | {"judge": None, "judge_failed": line}
 
 
 def draw_answers(

@@ -191,14 +191,14 @@ STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_ligh
 """How a line of a page begins that starts our program."""
 
 OTHERS = (
-    *("report", "doctor", "interpolate", "evaluate", "compare", "export", "push"),
+    *("report", "doctor", "interpolate", "evaluate", "compare", "judge", "export", "push"),
     "--help",
 )
 """Commands that take no settings of a run; their own tests run them."""
 
 PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
-    *("docs/evaluate.md", "docs/loggers.md", "docs/sharing.md"),
+    *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
 )
 
 
@@ -260,3 +260,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands("docs/memory.md")) == 2
     assert len(readme_commands("docs/data.md")) == 8
     assert len(readme_commands("docs/frontier.md")) == 4
+    assert len(readme_commands("docs/judges.md")) == 6

@@ -388,7 +388,7 @@ def test_files_of_before_are_read_by_their_old_names(tmp_path):
 
 
 def test_outcomes_of_pairs_are_items_without_marks(tmp_path):
-    """Two wins and two losses, one of them unknown: 2/3 of what is known, by the run's own metric."""
+    """Two wins, a loss, and one unknown: 2/3 of what is known, by the run's own metric."""
     for beta, wins in ((0.1, [1.0, 1.0, 0.0, None]), (0.2, [0.5, 0.5, 0.5, None])):
         evaluation = scored([0.0] * 4, [0.0] * 4, [1.0] * 4)
         for row, win in zip(evaluation["samples"], wins, strict=True):
