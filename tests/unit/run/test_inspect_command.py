@@ -54,9 +54,15 @@ def test_the_object_tells_what_becomes_of_each_row(words, capsys):
         "repeated_prompts": 1,
     }
     assert found["oddities"]["leaked"] == {"count": 1, "places": ["eval.jsonl:1"]}
-    assert (found["lengths"]["train"]["prompt"]["max"], found["truncation"]["max_length"]) == (1, 128)
+    assert (found["lengths"]["train"]["prompt"]["max"], found["truncation"]["max_length"]) == (
+        1,
+        128,
+    )
     # 1 + 301 + 2 tokens, EOS behind each response.
-    assert (found["truncation"]["groups_dropped"], found["truncation"]["tokens_dropped"]) == (1, 304)
+    assert (found["truncation"]["groups_dropped"], found["truncation"]["tokens_dropped"]) == (
+        1,
+        304,
+    )
     plan = found["plan"]
     assert (plan["groups"], plan["steps"], plan["steps_per_epoch"]) == (3, 3, 2)
     # Each prompt of one token once for two, two and three responses: 1 + 1 + 2 copies saved.

@@ -81,7 +81,7 @@ ROWS = [
 
 
 def taken(how: str) -> dict[str, int]:
-    """What 13 tokens take of those rows, a token a letter, BOS before and EOS behind.
+    """The entry of those rows with 13 tokens, a token a letter, BOS before and EOS behind.
 
     Whole, prompt + longest response: 5 + 5 = 10; 21 + 5 = 26; 5 + 31 = 36; the fourth row compares
     nothing; 5 + 8 = 13, which is just as long as it may be.
