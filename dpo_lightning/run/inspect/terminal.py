@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.run.inspect.content import Bars, Fact, Section, Passage, TokenText
+from dpo_lightning.run.inspect.content import Bars, Fact, Passage, Section, TokenText
 
 _STYLES = {
     "prompt": "dim",

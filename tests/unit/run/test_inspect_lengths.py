@@ -1,5 +1,7 @@
 """Histograms, length bias and what truncation takes, against counts by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def test_bars_have_a_round_width():
 def test_each_length_is_in_one_bar(lengths):
     bars = summary(lengths)["histogram"]
     assert 1 <= len(bars) <= 13
-    for bar, after in zip(bars, bars[1:], strict=False):
+    for bar, after in pairwise(bars):
         assert bar["to"] == after["from"]
     for bar in bars:
         assert bar["count"] == sum(bar["from"] <= length < bar["to"] for length in lengths)

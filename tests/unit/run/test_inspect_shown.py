@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.inspect.content import Bar, Bars, Fact, Section, Passage, TokenText
+from dpo_lightning.run.inspect.content import Bar, Bars, Fact, Passage, Section, TokenText
 from dpo_lightning.run.inspect.example import MOST_TOKENS, example_of, pieces
 from dpo_lightning.run.inspect.page import check_page, write_page
 from dpo_lightning.run.inspect.terminal import show
@@ -188,7 +188,7 @@ def test_a_page_needs_nothing_and_takes_no_text_for_markup(tmp_path):
 def test_a_page_that_cannot_be_is_refused_ahead_of_all(tmp_path):
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         check_page(tmp_path)
-    with pytest.raises(UserError, match="no folder .*; make it first"):
+    with pytest.raises(UserError, match=r"no folder .*; make it first"):
         check_page(tmp_path / "none" / "rows.html")
     check_page(tmp_path / "rows.html")
     assert list(tmp_path.iterdir()) == []
