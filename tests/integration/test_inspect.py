@@ -1,4 +1,4 @@
-"""What ``inspect`` says of a run, beside what the run then does; and of real files."""
+"""The command ``inspect`` beside the run that it speaks of, and on real files."""
 
 import json
 import shutil
@@ -70,7 +70,9 @@ def test_the_embedded_task_is_inspected_too(tmp_path, monkeypatch, capsys):
         ("openassistant_ranked.jsonl", {"duplicates": 0}),
     ],
 )
-def test_real_files_are_named_with_their_dirt(shared, tmp_path, monkeypatch, capsys, name, expected):
+def test_real_files_are_named_with_their_dirt(
+    shared, tmp_path, monkeypatch, capsys, name, expected
+):
     monkeypatch.chdir(tmp_path)
     before = files_below(shared / "data")
     model = shared / "models" / "stories260k"

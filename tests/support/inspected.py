@@ -1,4 +1,4 @@
-"""What ``inspect`` prints of a command line, in this process."""
+"""The command ``inspect`` in this process, and files that it is to leave alone."""
 
 import json
 from pathlib import Path

@@ -60,7 +60,7 @@ class Bars:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenText:
     """A token, or several that are one character: its text, ``kind`` is a style's name."""
 
     text: str
@@ -72,11 +72,11 @@ class Passage:
     """The prompt or a response of the example, token by token."""
 
     title: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenText, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Section:
     """A part of the page under a heading."""
 
     title: str
@@ -85,23 +85,23 @@ class Part:
     passages: tuple[Passage, ...] = ()
 
 
-def parts_of(found: Mapping[str, Any]) -> list[Part]:
+def parts_of(found: Mapping[str, Any]) -> list[Section]:
     """The parts of the page, in their order.
 
     Args:
         found: The JSON object of the command.
     """
     parts = [
-        Part("Rows", tuple(_rows(found))),
-        Part("To look at", tuple(_oddities(found))),
-        Part("Lengths", tuple(_lengths(found)), histograms=tuple(_histograms(found))),
-        Part("Plan", tuple(_plan(found))),
+        Section("Rows", tuple(_rows(found))),
+        Section("To look at", tuple(_oddities(found))),
+        Section("Lengths", tuple(_lengths(found)), histograms=tuple(_histograms(found))),
+        Section("Plan", tuple(_plan(found))),
     ]
     if found["example"] is not None:
         parts.append(_example(found["example"]))
     notes = [Fact("note", visible(note)) for note in found["notes"]]
     notes += [Fact("would stop", visible(line), warns=True) for line in found["refused"]]
-    return [*parts, *([Part("Said by the run", tuple(notes))] if notes else [])]
+    return [*parts, *([Section("Said by the run", tuple(notes))] if notes else [])]
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[Fact]:
@@ -294,7 +294,7 @@ def _duration(seconds: float) -> str:
     return f"about {minutes:.0f} min" if minutes < 120 else f"about {minutes / 60:.1f} h"
 
 
-def _example(example: Mapping[str, Any]) -> Part:
+def _example(example: Mapping[str, Any]) -> Section:
     prompt, responses = example["prompt"], example["responses"]
     passages = [Passage(f"prompt, {prompt['length']:,} tokens, not scored", _prompt(prompt))]
     pair = [response["rank"] for response in responses] == [1, 2]
@@ -305,27 +305,27 @@ def _example(example: Mapping[str, Any]) -> Part:
         title = f"{name}, {response['length']:,} scored tokens"
         passages.append(Passage(title, _response(response)))
     where = visible(example["source"])
-    return Part(
+    return Section(
         "One group, token by token",
         (Fact("group", f"{example['number']:,}, {where}"),),
         passages=tuple(passages),
     )
 
 
-def _prompt(prompt: Mapping[str, Any]) -> tuple[Piece, ...]:
+def _prompt(prompt: Mapping[str, Any]) -> tuple[TokenText, ...]:
     cut = prompt["left_out"]
-    first = [Piece(f"(… {cut:,} tokens before) ", "note")] if cut else []
+    first = [TokenText(f"(… {cut:,} tokens before) ", "note")] if cut else []
     return (*first, *_pieces(prompt["tokens"], ("prompt",)))
 
 
-def _response(response: Mapping[str, Any]) -> tuple[Piece, ...]:
+def _response(response: Mapping[str, Any]) -> tuple[TokenText, ...]:
     cut = response["left_out"]
-    last = [Piece(f" (… {cut:,} tokens more)", "note")] if cut else []
+    last = [TokenText(f" (… {cut:,} tokens more)", "note")] if cut else []
     # Two styles in turn show where a token ends.
     return (*_pieces(response["tokens"], ("even", "odd")), *last)
 
 
-def _pieces(tokens: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Iterator[Piece]:
+def _pieces(tokens: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Iterator[TokenText]:
     for number, token in enumerate(tokens):
         kind = "special" if token["special"] else kinds[number % len(kinds)]
-        yield Piece(visible(token["text"], lines=True), kind)
+        yield TokenText(visible(token["text"], lines=True), kind)

@@ -60,7 +60,7 @@ def look(config: Config, *, outputs: Path, number: int | None = None) -> dict[st
 
     made = tokenized(config, rows, refuse, number=number, outputs=outputs)
     data: PreparedData = made.pop("data")
-    told = _told(config, rows, data, made.pop("eos"))
+    told = _told(rows, data, made.pop("eos"))
     return {
         "rows": _rows(config, rows, data),
         "groups": _groups(config, data),
@@ -85,9 +85,7 @@ def _kept(refused: list[str]) -> Any:
         refused.append(str(error))
 
 
-def _told(
-    config: Config, rows: SourceRows | None, data: PreparedData, eos: int
-) -> dict[str, list[Told]]:
+def _told(rows: SourceRows | None, data: PreparedData, eos: int) -> dict[str, list[Told]]:
     """The rows to be compared, by the side that they are on."""
     if rows is None:
         parts = {"train": data.train, "eval": data.eval}

@@ -1,4 +1,4 @@
-"""What ``inspect`` found, as a page of HTML that needs nothing but itself."""
+"""Answer of ``inspect`` as a page of HTML that needs nothing but itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_whole
-from dpo_lightning.run.inspect.content import Part
+from dpo_lightning.run.inspect.content import Section
 from dpo_lightning.run.inspect.visible import visible
 
 
@@ -29,7 +29,7 @@ def check_page(path: Path) -> None:
         raise UserError(f"{where}: no folder {visible(str(path.parent))}; make it first")
 
 
-def write_page(path: Path, parts: Sequence[Part], *, command: str) -> None:
+def write_page(path: Path, parts: Sequence[Section], *, command: str) -> None:
     """Writes the page.
 
     Args:

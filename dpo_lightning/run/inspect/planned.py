@@ -26,7 +26,7 @@ from dpo_lightning.memory.lengths import GroupLengths
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import known_unshared
 from dpo_lightning.models.source import ModelSource
-from dpo_lightning.run.inspect.speed import Work, estimated_time
+from dpo_lightning.run.inspect.speed import Workload, estimated_time
 from dpo_lightning.run.plan import LearningPlan, learning_plan
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.schedule import Schedule, make_schedule
@@ -38,7 +38,7 @@ _STEPS = 500
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a run would do, and take.
+    """Plan of a run, and its demands.
 
     Attributes:
         plan: Entry ``plan`` of the JSON object.
@@ -78,7 +78,7 @@ def plan_run(
         plan=_plan(config, schedule, budget, data, estimate.devices, costs, unshared),
         memory=_memory_entry(estimate, budget),
         time=estimated_time(
-            Work(
+            Workload(
                 parameters=estimate.memory.parameters,
                 trained=estimate.memory.trained(estimate.training),
                 adapters=estimate.training.adapters is not None,

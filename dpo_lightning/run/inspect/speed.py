@@ -21,7 +21,7 @@ _LOOKED_AT = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """Tokens that a run computes, and the weights that it computes them with.
 
     Attributes:
@@ -52,7 +52,7 @@ class Work:
         return 2 * self.parameters * self.reference_tokens
 
 
-def estimated_time(work: Work, *, name: str, outputs: Path) -> dict[str, Any]:
+def estimated_time(work: Workload, *, name: str, outputs: Path) -> dict[str, Any]:
     """FLOPs of a run, and the time of its steps where an earlier run tells the speed.
 
     Args:
@@ -77,7 +77,7 @@ def estimated_time(work: Work, *, name: str, outputs: Path) -> dict[str, Any]:
     }
 
 
-def _earlier(work: Work, *, name: str, outputs: Path) -> dict[str, Any] | None:
+def _earlier(work: Workload, *, name: str, outputs: Path) -> dict[str, Any] | None:
     """The newest finished run of the same model with as many trained weights."""
     held = work.parameters + (work.trained if work.adapters else 0)
     wanted = {"name": name, "parameters": held, "trainable": work.trained}

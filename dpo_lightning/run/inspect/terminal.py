@@ -1,4 +1,4 @@
-"""What ``inspect`` found, in a terminal: coloured there, plain in a file or a pipe."""
+"""Answer of ``inspect`` in a terminal: coloured there, plain in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.run.inspect.content import Bars, Fact, Part, Passage, Piece
+from dpo_lightning.run.inspect.content import Bars, Fact, Passage, Section, TokenText
 
 _STYLES = {
     "prompt": "dim",
@@ -27,7 +27,7 @@ _BAR = 40
 _BESIDE_BARS = 28
 
 
-def show(parts: Iterable[Part], console: Console | None = None) -> None:
+def show(parts: Iterable[Section], console: Console | None = None) -> None:
     """Prints the parts.
 
     Args:
@@ -46,7 +46,7 @@ def show(parts: Iterable[Part], console: Console | None = None) -> None:
         console.print()
 
 
-def _contents(part: Part, width: int, *, coloured: bool) -> Iterable[RenderableType]:
+def _contents(part: Section, width: int, *, coloured: bool) -> Iterable[RenderableType]:
     if part.facts:
         yield _facts(part.facts)
     for bars in part.histograms:
@@ -83,6 +83,6 @@ def _passage(passage: Passage, *, coloured: bool) -> RenderableType:
     return Group(Text(passage.title, "underline"), text)
 
 
-def _plain(piece: Piece) -> str:
+def _plain(piece: TokenText) -> str:
     """A piece with signs in the place of colours."""
     return _PLAIN.get(piece.kind, "{}").format(piece.text)

@@ -54,15 +54,16 @@ def test_the_object_tells_what_becomes_of_each_row(words, capsys):
         "repeated_prompts": 1,
     }
     assert found["oddities"]["leaked"] == {"count": 1, "places": ["eval.jsonl:1"]}
-    assert (found["lengths"]["train"]["prompt"]["max"], found["truncation"]["max_length"]) == (1, 128)
+    assert found["lengths"]["train"]["prompt"]["max"] == 1
+    cut = found["truncation"]
     # 1 + 301 + 2 tokens, EOS behind each response.
-    assert (found["truncation"]["groups_dropped"], found["truncation"]["tokens_dropped"]) == (1, 304)
+    assert (cut["max_length"], cut["groups_dropped"], cut["tokens_dropped"]) == (128, 1, 304)
     plan = found["plan"]
     assert (plan["groups"], plan["steps"], plan["steps_per_epoch"]) == (3, 3, 2)
     # Each prompt of one token once for two, two and three responses: 1 + 1 + 2 copies saved.
     assert plan["prompt_tokens_saved"] == 4
     assert plan["share_saved"] == pytest.approx(4 / (9 + 9 + 9))
-    assert found["time"]["tokens"] >= 8 + 8 + 7
+    assert found["time"]["tokens"] in (8 + 8 + 7 + 8 + 8, 8 + 8 + 7 + 8 + 7)
     assert found["memory"]["fits"]
     assert found["refused"] == []
     assert {"template", "example", "notes", "model", "length_bias"} <= set(found)

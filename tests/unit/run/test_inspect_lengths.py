@@ -1,5 +1,7 @@
 """Histograms, length bias and what truncation takes, against counts by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def test_bars_have_a_round_width():
 def test_each_length_is_in_one_bar(lengths):
     bars = summary(lengths)["histogram"]
     assert 1 <= len(bars) <= 13
-    for bar, after in zip(bars, bars[1:], strict=False):
+    for bar, after in pairwise(bars):
         assert bar["to"] == after["from"]
     for bar in bars:
         assert bar["count"] == sum(bar["from"] <= length < bar["to"] for length in lengths)
@@ -81,7 +83,7 @@ ROWS = [
 
 
 def taken(how: str) -> dict[str, int]:
-    """What 13 tokens take of those rows, a token a letter, BOS before and EOS behind.
+    """The entry of those rows with 13 tokens, a token a letter, BOS before and EOS behind.
 
     Whole, prompt + longest response: 5 + 5 = 10; 21 + 5 = 26; 5 + 31 = 36; the fourth row compares
     nothing; 5 + 8 = 13, which is just as long as it may be.

@@ -6,10 +6,10 @@ import math
 import pytest
 
 from dpo_lightning.data.datamodule import PreferenceDataModule, groups_in_order
-from dpo_lightning.run.inspect.speed import Work, estimated_time
+from dpo_lightning.run.inspect.speed import Workload, estimated_time
 from tests.support.groups import token_group
 
-WORK = Work(
+WORK = Workload(
     parameters=100, trained=100, adapters=False, recomputed=False, tokens=50, reference_tokens=30
 )
 
@@ -20,9 +20,9 @@ def test_flops_of_all_weights_and_of_adapters():
     Beside 8 weights of an adapter the 100 have no gradients: 400 + 2 * 8. Computed again: + 200.
     """
     assert (WORK.training_flops, WORK.reference_flops) == (600 * 50, 200 * 30)
-    lora = Work(100, 8, adapters=True, recomputed=False, tokens=50, reference_tokens=0)
+    lora = Workload(100, 8, adapters=True, recomputed=False, tokens=50, reference_tokens=0)
     assert (lora.training_flops, lora.reference_flops) == (416 * 50, 0)
-    again = Work(100, 100, adapters=False, recomputed=True, tokens=50, reference_tokens=0)
+    again = Workload(100, 100, adapters=False, recomputed=True, tokens=50, reference_tokens=0)
     assert again.training_flops == 800 * 50
 
 
@@ -61,7 +61,7 @@ def test_an_earlier_run_tells_the_time_of_the_steps(tmp_path, place):
 
 def test_an_adapter_is_looked_for_with_its_own_weights(tmp_path):
     """``result.json`` counts those of the model and of the adapter."""
-    lora = Work(100, 8, adapters=True, recomputed=False, tokens=50, reference_tokens=0)
+    lora = Workload(100, 8, adapters=True, recomputed=False, tokens=50, reference_tokens=0)
     leave(tmp_path / "runs" / "one", parameters=108, trainable=8)
     assert estimated_time(lora, name="tiny", outputs=tmp_path)["seconds"] == 2.0
 

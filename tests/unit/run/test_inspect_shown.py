@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.inspect.content import Bar, Bars, Fact, Part, Passage, Piece
+from dpo_lightning.run.inspect.content import Bar, Bars, Fact, Passage, Section, TokenText
 from dpo_lightning.run.inspect.example import MOST_TOKENS, example_of, pieces
 from dpo_lightning.run.inspect.page import check_page, write_page
 from dpo_lightning.run.inspect.terminal import show
@@ -61,7 +61,7 @@ def test_texts_of_tokens_are_the_text_of_all(text):
 
 
 def test_a_group_names_its_scored_tokens_and_the_special_ones():
-    """"a" and " x" are two tokens behind BOS; the better response is "b" and EOS."""
+    """ "a" and " x" are two tokens behind BOS; the better response is "b" and EOS."""
     tokenizer = make_tokenizer()
     [group] = tokenize(make_group("a x", "b", "cc"), tokenizer=tokenizer).groups
     found = example_of(group, tokenizer, number=3)
@@ -88,7 +88,7 @@ def test_of_long_texts_the_ends_that_meet_are_shown():
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=a>&quot;' \x1b[31m [bold]x[/bold]"
 PARTS = [
-    Part(
+    Section(
         "Rows",
         facts=(
             Fact("data.train", visible(HOSTILE)),
@@ -96,10 +96,14 @@ PARTS = [
         ),
         histograms=(Bars("lengths", (Bar("0–9", "1,234,567", 1.0), Bar("10–19", "1", 1e-6))),),
         passages=(
-            Passage("prompt", (Piece("Hi ", "prompt"), Piece("(… 3 tokens)", "note"))),
+            Passage("prompt", (TokenText("Hi ", "prompt"), TokenText("(… 3 tokens)", "note"))),
             Passage(
                 "chosen",
-                (Piece("Yes", "even"), Piece(visible(HOSTILE), "odd"), Piece("</s>", "special")),
+                (
+                    TokenText("Yes", "even"),
+                    TokenText(visible(HOSTILE), "odd"),
+                    TokenText("</s>", "special"),
+                ),
             ),
         ),
     )
@@ -184,7 +188,7 @@ def test_a_page_needs_nothing_and_takes_no_text_for_markup(tmp_path):
 def test_a_page_that_cannot_be_is_refused_ahead_of_all(tmp_path):
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         check_page(tmp_path)
-    with pytest.raises(UserError, match="no folder .*; make it first"):
+    with pytest.raises(UserError, match=r"no folder .*; make it first"):
         check_page(tmp_path / "none" / "rows.html")
     check_page(tmp_path / "rows.html")
     assert list(tmp_path.iterdir()) == []
