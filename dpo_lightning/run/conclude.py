@@ -88,9 +88,7 @@ def conclude(
     failure: UserError | None = None
     evaluation["samples"] = []
     try:
-        evaluation["samples"], measured = sampled(
-            plan, prepared, trained.groups, trained.answering, trained.device
-        )
+        evaluation["samples"], measured = _sampled(trained)
     except UserError as error:  # a scorer that fails must not cost the trained model
         failure = error
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
@@ -116,6 +114,12 @@ def conclude(
     if failure is not None:
         raise failure
     return measured
+
+
+def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    return sampled(
+        trained.plan, trained.prepared, trained.groups, trained.answering, trained.device
+    )
 
 
 def sampled(
