@@ -136,7 +136,7 @@ def measure_groups(
 def group_sums(
     comparison: Comparison, batch: GroupBatch, logratios: Tensor, *, beta: float
 ) -> Array:
-    """What each group of a micro-batch adds to the entries of ``SUMS``, (G, 12), float64.
+    """Shares of each group of a micro-batch in the entries of ``SUMS``, (G, 12), float64.
 
     Args:
         comparison: Of the micro-batch.

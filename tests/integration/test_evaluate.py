@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_lightning.run.evaluate.command import main
+from dpo_lightning.run.interpolate.command import main as interpolate_main
 from dpo_lightning.sweeps.compare.command import main as compare_main
 from tests.support.runs import Run, run_train
 
@@ -195,12 +196,35 @@ def test_a_model_folder_has_the_numbers_of_its_run(on_rows, other_rows, tiny_mod
     assert {"eval/loss", "eval/rewards/margins", "eval/partition/log_z"} <= gone
     assert free["metrics"] == {name: found["metrics"][name] for name in free["metrics"]}
     assert "eval/rewards/accuracies" in free["metrics"]
-    words = (on_rows.folder, on_rows.folder / "model", "--reference", tiny_model, *rows)
-    pair = ask(
-        capsys, *words, "evaluation.max_new_tokens=8", "trainer.threads=1", command=compare_main
-    )
+    words = (on_rows.folder, on_rows.folder / "model", "--reference", tiny_model, *rows, *same)
+    pair = ask(capsys, *words, "trainer.threads=1", command=compare_main)
     assert {own["metric"] for own in pair["differences"]} >= {"eval/fitted_log_loss"}
     assert all(abs(own["difference"]) < 1e-5 for own in pair["differences"])
+
+
+@pytest.mark.slow
+def test_interpolate_takes_a_model_alone(on_rows, other_rows, tiny_model, tmp_path, capsys):
+    """The points of its run on the same rows; it has no beta, and keeps nothing but by --output."""
+    rows = (f"data.eval={other_rows}", "data.ignore_fields=[source]", "--lambdas=0.5,1")
+    rows = (*rows, "evaluation.max_new_tokens=4", "trainer.threads=1")
+    before, output = state(on_rows.folder), tmp_path / "found.json"
+    of_run = ask(capsys, on_rows.folder, *rows, command=interpolate_main)
+    model = (on_rows.folder / "model", "--reference", tiny_model)
+    found = ask(capsys, *model, *rows, "--output", output, command=interpolate_main)
+    assert (of_run["axis"], of_run["beta"]) == ("beta", 0.1)
+    assert (found["axis"], found["beta"]) == ("lambda", None)
+    assert {point["beta"] for point in found["points"]} == {None}
+    for name in ("lambda", "method", "kl", "ess"):
+        own, expected = ([p[name] for p in of["points"]] for of in (found, of_run))
+        assert own == (
+            pytest.approx(expected, rel=1e-4, abs=1e-5) if name != "method" else expected
+        )
+    assert json.loads(output.read_text()) == found
+    assert state(on_rows.folder) == before
+    said = refusal(capsys, *model, *rows[:2], "--betas=0.5", command=interpolate_main)
+    assert "it is not known at which beta this model was trained; beta= names it" in said
+    said = refusal(capsys, *model, "--lambdas=1", command=interpolate_main)
+    assert "a model alone has no rows of its own" in said
 
 
 @pytest.mark.slow

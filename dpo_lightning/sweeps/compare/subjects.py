@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE, read_json
 from dpo_lightning.run.opened import Opened
 from dpo_lightning.settings.recorded import SETTINGS_FILE
-from dpo_lightning.settings.schema import Config
+from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.sweeps.report.pooling import ACCURACY, MARK, SAMPLED_KL, WIN_RATE, win_of
-from dpo_lightning.sweeps.report.read import EVALUATION_FILE, as_rows, number
+from dpo_lightning.sweeps.report.read import EVALUATION_FILE, as_mapping, as_rows, number
 
 if TYPE_CHECKING:
     from dpo_lightning.run.evaluate.measure import Evaluation
@@ -42,7 +42,6 @@ class Subject:
         settings: Settings by dotted key.
         answers: Answers as rows of texts, ``prompt``, ``preferred`` and ``answer``.
         cut_off: Share of drawn answers that ended at the limit; None where it is not known.
-        metrics: Its metrics as a whole.
     """
 
     label: str
@@ -53,17 +52,23 @@ class Subject:
     settings: Mapping[str, Any]
     answers: Sequence[Mapping[str, str]] = ()
     cut_off: float | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reference(self) -> tuple[Any, ...]:
         """The model that it is compared with, as far as the settings say."""
         of = self.settings.get
         if of("reference.pretrained") is not None:
-            return (of("reference.pretrained"), of("reference.revision"))
-        own = (of("model.pretrained"), of("model.config"), of("model.revision"))
-        adapter = of("reference.adapter")
-        return (*own, of("peft.adapter") if adapter is None else adapter)
+            return (_place(of("reference.pretrained")), None, of("reference.revision"), None)
+        adapter = of("reference.adapter") or of("peft.adapter")
+        return (
+            *(_place(of("model.pretrained")), _place(of("model.config")), of("model.revision")),
+            None if adapter == BASE else _place(adapter),
+        )
+
+
+def _place(name: Any) -> Any:
+    """A folder by its whole path, whatever it was seen from; a hub id as it is."""
+    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).exists() else name
 
 
 def labels_of(names: Sequence[str]) -> list[str]:
@@ -113,11 +118,6 @@ def recorded(opened: Opened, label: str) -> Subject | None:
         return None
     samples = as_rows(evaluation.get("samples"))
     items = {ACCURACY: group_items([str(own) for own in groups], accuracies)}
-    metrics = {
-        name: value
-        for name, own in (result.get("metrics") or {}).items()
-        if (value := number(own)) is not None
-    }
     return Subject(
         label,
         opened.name,
@@ -126,8 +126,7 @@ def recorded(opened: Opened, label: str) -> Subject | None:
         rows=Counter(map(str, groups)),
         settings=flat_settings(opened.run / SETTINGS_FILE),
         answers=_answers(evaluation.get("answers"), "after") or _answers(samples, "policy"),
-        cut_off=metrics.get("samples/cut_off"),
-        metrics=metrics,
+        cut_off=number(as_mapping(result.get("metrics")).get("samples/cut_off")),
     )
 
 
@@ -264,5 +263,4 @@ def subject_of(opened: Opened, label: str, config: Config, found: Evaluation) ->
         settings=_flat(asdict(config)) | {"data.max_length": found.max_length},
         answers=_answers(list(found.samples), "policy"),
         cut_off=found.metrics.get("samples/cut_off"),
-        metrics=found.metrics,
     )

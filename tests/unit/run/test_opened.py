@@ -146,7 +146,7 @@ def test_runs_and_models_stand_beside_each_other(tmp_path):
         open_all(names[:1], reference="org/start")
 
 
-@pytest.mark.parametrize("name", ["plain", "with space", "a,b", "it's {x} [y]", "b\\c=d"])
+@pytest.mark.parametrize("name", ["plain", "it's, {x} [y]", "b\\c=d"])
 def test_settings_of_a_model_are_composed_whatever_its_name(tmp_path, name: str):
     """All rows that are named are held out: they stand in the place of training rows."""
     model, rows = whole(tmp_path / name), tmp_path / "rows.jsonl"

@@ -85,7 +85,7 @@ values = st.none() | st.integers(-3, 40) | st.floats(-1, 1) | st.sampled_from(["
 
 
 @given(st.lists(values, min_size=1, max_size=30))
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(15))
 def test_each_group_is_in_one_slice(found):
     groups = [group(n, prompt=1 + n % 7, chosen=1 + n % 3) for n in range(len(found))]
     for slices in (by_column(groups, found), slices_by_length(groups)):

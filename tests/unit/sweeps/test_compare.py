@@ -80,7 +80,7 @@ def test_items_of_a_prompt_are_flipped_together():
 @pytest.mark.parametrize("draw", ["shares", "normal"])
 def test_of_pairs_from_one_distribution_few_are_found_different(monkeypatch, draw: str):
     """P(p <= 0.05) <= 0.09 over 200 pairs: at 0.05 more than 18 of 200 come once in 150 times."""
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 499)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 199)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
     rng = np.random.default_rng(5)
 
