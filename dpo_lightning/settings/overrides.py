@@ -252,8 +252,9 @@ def needs_multirun(override: Override) -> str:
     line = str(override.input_line)
     key, _, values = line.partition("=")
     setting = settings().get(override.key_or_group)
-    takes_list = setting and (setting.kind in (list, object) or key in ("logger", "logger.name"))
-    hint = f"; a list is {key}=[{values}]" if takes_list else ""
+    if key in ("logger", "logger.name"):  # whose files are what a list is made of
+        return f"{line} gives several values: several loggers at once are logger=[{values}]"
+    hint = f"; a list is {key}=[{values}]" if setting and setting.kind in (list, object) else ""
     if (
         setting
         and setting.kind in (str, object)

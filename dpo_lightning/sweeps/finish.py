@@ -86,7 +86,7 @@ def _report(sweep: SweepFacts) -> bool:
 
 
 def _to_wandb(sweep: SweepFacts, report: Mapping[str, Any]) -> list[str]:
-    """Where the report is in wandb, and the command by which what is offline goes there."""
+    """Address of the report in wandb, and the command that uploads what is offline."""
     if "wandb" not in chosen_loggers(sweep.logger):
         return []
     where = None

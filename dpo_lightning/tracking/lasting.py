@@ -147,7 +147,7 @@ class LastingLogger(Logger):
             self._fail(error)
 
     def _without_known(self, row: Row) -> Row | None:
-        """What of a row the destination does not have yet; None where that is nothing."""
+        """The part of a row that the destination does not have yet; None where that is nothing."""
         if not self._known:
             return row
         step = row["step"]

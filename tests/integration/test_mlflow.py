@@ -13,7 +13,7 @@ from tests.support.runs import TINY, Run, run_train
 pytestmark = pytest.mark.launchers
 
 SETTINGS = (
-    *(*TINY, "evaluation.partition_samples=0", "evaluation.every_n_steps=2"),
+    *(*TINY[:3], "evaluation.samples=2", "evaluation.every_n_steps=2"),
     *("checkpoint.every_n_steps=2", "checkpoint.keep=9", "trainer.max_steps=4"),
 )
 

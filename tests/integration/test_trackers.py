@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 Values = dict[tuple[str, int], list[float]]
 
 SETTINGS = (
-    *(*TINY, "evaluation.partition_samples=0", "evaluation.every_n_steps=2"),
+    *(*TINY[:3], "evaluation.samples=2", "evaluation.every_n_steps=2"),
     *("checkpoint.every_n_steps=2", "checkpoint.keep=9", "trainer.max_steps=4"),
 )
 LOGGERS = "[wandb,tensorboard,csv]"

@@ -3,19 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.runs import TINY, Run, run_train
+from tests.support.wandb_files import inspected
 
 
 def inspect(run: Run, *flags: str) -> str:
     [path] = run.folder.glob("wandb/offline-run-*/run-*.wandb")
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", *flags]
-    return subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    return inspected(path, *flags)
 
 
 @pytest.fixture(scope="module")

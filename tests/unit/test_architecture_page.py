@@ -20,6 +20,6 @@ def test_what_is_named_is_there(path: str):
 
 def test_functions_that_are_named_are_there():
     code = "".join(path.read_text() for path in (ROOT / "dpo_lightning").rglob("*.py"))
-    for name in ("RowReader", "plan_step", "GroupBatch", "compare_responses", "make_logger"):
+    for name in ("RowReader", "plan_step", "GroupBatch", "compare_responses", "Destination"):
         assert name in PAGE
         assert re.search(rf"(class|def) {name}\b", code), name

@@ -121,7 +121,7 @@ def find_export(path: Path) -> Exported:
 
 
 def _kind(folder: Path) -> str | None:
-    """What a folder holds: an adapter, a whole model, or None of both."""
+    """Kind of an export: ``adapter``, ``model``, or None where a folder is neither."""
     if (folder / ADAPTER_CONFIG).is_file():
         return "adapter"
     return "model" if (folder / MODEL_CONFIG).is_file() else None

@@ -250,7 +250,7 @@ def test_a_typing_error_is_seen(typed: str, meant: str) -> None:
         ("trainer", "FSDPTrainer", "did you mean strategy=fsdp?"),
         ("optimizer", "RMSprop", "it is not here"),
         ("strategy", "deepspeed_stage_3", "did you mean strategy=fsdp?"),
-        ("logger", "tensorboard", "did you mean logger=csv?"),
+        ("logger", "neptune", "did you mean logger=csv?"),
     ],
 )
 def test_a_choice_of_another_program(group: str, option: str, said: str) -> None:

@@ -11,6 +11,7 @@ from dpo_lightning.settings.logger_group import (
     logger_names,
     one_form,
 )
+from dpo_lightning.settings.overrides import needs_multirun, parse_overrides
 from dpo_lightning.settings.schema import LoggerConfig
 
 
@@ -57,6 +58,11 @@ def test_what_is_refused(typed, said):
         chosen(*typed.split())
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_several_without_brackets_are_told_from_a_sweep():
+    [override] = parse_overrides(["logger=wandb,csv"])
+    assert needs_multirun(override).endswith("several loggers at once are logger=[wandb,csv]")
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
