@@ -37,8 +37,11 @@ class ExactCurve(Callback):
         return dict(self._last[1]) if self._last is not None and self._last[0] == step else None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Enumerates all responses."""
+        """Enumerates all responses; of weights that are exported alone somebody else does."""
         policy: Any = pl_module.policy
+        if getattr(pl_module, "exported_metrics", None) is not None:
+            self._last = None
+            return
         if not (trainer.is_global_zero or is_sharded(policy)):
             return
         with self._scorer.plain(policy) as plain:

@@ -56,6 +56,7 @@ from dpo_lightning.run.build import (
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
+from dpo_lightning.run.evaluations import plan_evaluations, selection_notes
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.header import header_facts
 from dpo_lightning.run.identity import allowed_changes
@@ -91,6 +92,7 @@ from dpo_lightning.training.devices import take_device
 from dpo_lightning.training.launching import start_others, take_over
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
+from dpo_lightning.training.schedule import make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -157,14 +159,23 @@ def run_experiment(
         record=record,
         folder=folder,
     )
+    groups, source = len(prepared.data.train), prepared.source
     plan = make_plan(
         config,
         folders=folders,
         hardware=hardware,
         trainer=trainer,
-        source=prepared.source,
-        groups=len(prepared.data.train),
+        source=source,
+        groups=groups,
         resolved=resolved,
+        course=plan_evaluations(
+            config.evaluation,
+            config.checkpoint,
+            prepared.data,
+            total_steps=make_schedule(config, groups=groups, bundled=source.bundled).total_steps,
+            batch_size=config.data.batch_size,
+            shared=prepared.models.scorer.shared,
+        ),
     )
     try:
         run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
@@ -231,7 +242,7 @@ def run_session(
     with contextlib.ExitStack() as ending:
         ending.enter_context(session)
         ending.enter_context(_reported(session))
-        callbacks, trainer = _make_trainer(session)
+        callbacks, trainer = _make_trainer(session, checkpoint)
         placed = _place(session, trainer)
         prepared = _with_models_in_place(session, placed)
         module, datamodule, trained = _build(session, prepared, placed, callbacks)
@@ -241,7 +252,7 @@ def run_session(
         except AtRung:
             session.children.release()  # all ranks end here
             raise
-        _evaluate(session, trainer, module, datamodule)
+        _evaluate(session, trainer, module, datamodule, callbacks)
         _conclude(session, trainer, trained, callbacks)
     if session.is_first:
         _say_where(session)
@@ -384,7 +395,9 @@ def _reported(session: _Session) -> Iterator[None]:
         raise
 
 
-def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
+def _make_trainer(
+    session: _Session, checkpoint: Path | None
+) -> tuple[SessionCallbacks, pl.Trainer]:
     """All callbacks, then the trainer; the ranks that it starts are looked after."""
     assert session.record.config_hash is not None
     callbacks = make_session_callbacks(
@@ -395,6 +408,7 @@ def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
         config_hash=session.record.config_hash,
         signals=session.signals,
         first=Beginning(session.folder, resumed=session.record.resumed is not None),
+        resumed=checkpoint,
     )
     identity, run_id = session.prepared.identity, logger_run_id(session.logger)
     trainer = make_trainer(
@@ -459,6 +473,8 @@ def _build(
     plan, models = session.plan, prepared.models
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
+    if callbacks.answers is not None:
+        callbacks.answers.ask(groups, models=models, answering=answering)
     if callbacks.rung is not None:
         measure = make_measure(
             plan, prepared, groups=groups, answering=answering, signals=session.signals
@@ -469,6 +485,10 @@ def _build(
     datamodule = make_data_module(plan, prepared, placed)
     if session.is_first:
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
+        for note in (
+            () if plan.evaluation.course is None else selection_notes(plan.evaluation.course)
+        ):
+            log.info(note)
     return (
         module,
         datamodule,
@@ -498,7 +518,11 @@ def _fit(
 
 
 def _evaluate(
-    session: _Session, trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule
+    session: _Session,
+    trainer: pl.Trainer,
+    module: DPOModule,
+    data: PreferenceDataModule,
+    callbacks: SessionCallbacks,
 ) -> None:
     """The last evaluation, where that is not of these weights already; ranks part after it."""
     session.folder.begin(resumed=session.record.resumed is not None)  # there was no step left
@@ -508,11 +532,18 @@ def _evaluate(
     reset_peak(device)
     session.signals.release()
     seen, accuracies = module.last_evaluation == trainer.global_step, module.eval_accuracies
-    if seen and accuracies is not None:
-        # A checkpoint's may be of another evaluation.max_prompts.
-        seen = len(accuracies) == len(data.eval_groups)
+    # A checkpoint's may be of another evaluation.max_prompts.
+    seen = seen and accuracies is not None and len(accuracies) == len(data.eval_groups)
     if data.eval_groups and not seen:
         trainer.validate(module, datamodule=data, verbose=False)
+    choose_exported(
+        session.record,
+        trainer=trainer,
+        module=module,
+        data=data,
+        callbacks=callbacks,
+        folder=session.plan.folders.run,
+    )
     session.record.reference = _count_reference_rows(trainer, module)
     if session.prepared.ranks is None:
         session.children.release()  # what is left is rank 0's alone

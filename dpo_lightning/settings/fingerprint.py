@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.source_files import all_files
-from dpo_lightning.data.source_names import entries, is_local_data
+from dpo_lightning.data.source_names import entries, eval_entries, is_local_data
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.optimizer_group import own_optimizer_settings
@@ -50,7 +50,7 @@ def settings_hash(config: Config) -> str:
     template = [] if data.chat_template is None else [data.chat_template]
     for key, names in (
         ("data.train", [entry.path for entry in entries(data.train)]),
-        ("data.eval", [entry.path for entry in entries(data.eval)]),
+        ("data.eval", [entry.path for entry in eval_entries(data.eval)]),
         ("data.chat_template", template),
     ):
         for name in filter(is_local_data, names):

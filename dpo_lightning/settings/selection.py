@@ -1,0 +1,110 @@
+"""Settings that select checkpoints: what is wrong with them. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dpo_lightning.data.source_names import eval_sets
+from dpo_lightning.settings.metric_names import directed, direction, set_of
+from dpo_lightning.settings.schema import CheckpointConfig, Config
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The metric that selects checkpoints, and when it ends a training.
+
+    Attributes:
+        monitor: Its name, as in ``metrics.jsonl``.
+        sign: 1 where more of it is better, -1 where less is.
+        patience: Evaluations without improvement after which the training ends; None: it does not.
+        min_delta: Improvements for the patience are larger than this.
+        export: ``last`` or ``best``.
+    """
+
+    monitor: str
+    sign: int
+    patience: int | None
+    min_delta: float
+    export: str
+
+    def describe(self) -> str:
+        """A line for the header."""
+        which = "largest" if self.sign > 0 else "smallest"
+        text = f"the {which} {self.monitor} is the best checkpoint"
+        if self.patience is not None:
+            text += f", {self.patience} evaluations without improvement end the training"
+        return f"{text}; the {self.export} weights are exported"
+
+
+def selection_of(checkpoint: CheckpointConfig) -> Selection | None:
+    """What selects checkpoints by valid settings; None where nothing does."""
+    if checkpoint.monitor is None:
+        return None
+    sign = direction(checkpoint.monitor)
+    assert sign
+    return Selection(
+        monitor=checkpoint.monitor,
+        sign=sign,
+        patience=checkpoint.patience,
+        min_delta=checkpoint.min_delta,
+        export=checkpoint.export,
+    )
+
+
+def set_names(config: Config) -> tuple[str, ...]:
+    """Names of the held-out sets; none where ``data.eval`` is one source."""
+    return tuple(name for name in eval_sets(config.data.eval) if name is not None)
+
+
+def selection_problems(config: Config) -> Iterator[str]:
+    """Yields the contradictions of what selects checkpoints, one clause each."""
+    chosen, default = config.checkpoint, CheckpointConfig()
+    if chosen.monitor is None:
+        for name in ("patience", "min_delta", "export"):
+            value = getattr(chosen, name)
+            if value != getattr(default, name):
+                yield (
+                    f"checkpoint.{name}={value}: nothing says which checkpoint is better; add "
+                    "checkpoint.monitor=eval/loss, or another metric, or leave it out"
+                )
+        return
+    yield from _monitor(config, chosen.monitor)
+    if chosen.patience is None and chosen.min_delta != default.min_delta:
+        yield (
+            f"checkpoint.min_delta={chosen.min_delta:g} is of checkpoint.patience, which is null; "
+            "set that too, or leave it out"
+        )
+    if chosen.patience is not None and config.sweep.prune != "none":
+        yield (
+            f"checkpoint.patience={chosen.patience}: sweep.prune={config.sweep.prune} stops trials "
+            "already, at the same steps; use one of the two"
+        )
+
+
+def _monitor(config: Config, metric: str) -> Iterator[str]:
+    """Yields why a metric selects nothing."""
+    data, sets = config.data, set_names(config)
+    possible = directed(sets, exact=data.train is None)
+    key = f"checkpoint.monitor={metric}"
+    known = direction(metric)
+    own = set_of(metric)
+    names = ", ".join(possible)
+    if known is None:
+        near = difflib.get_close_matches(metric.replace("_", "/", 1), possible, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}" if near else ""
+        yield f"{key}: no run writes a metric of that name; it is one of {names}{hint}"
+    elif known == 0:
+        yield f"{key}: neither more nor less of it is better; use one of {names}"
+    elif metric.startswith("train/"):
+        yield f"{key} is of the rows that are trained on; use eval/{metric.partition('/')[2]}"
+    elif own is not None and own not in sets:
+        named = f"data.eval names {', '.join(sets)}" if sets else "data.eval names no sets"
+        yield f"{key}: there is no held-out set {own}, {named}; data.eval={{{own}: <file>}} adds it"
+    elif metric.startswith("controlled/") and data.train is not None:
+        yield f"{key} is known of the embedded task alone; use one of {names}"
+    elif metric not in possible:
+        yield f"{key} is not measured before the end of a run; use one of {names}"
+    elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
+        yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= above 0"
