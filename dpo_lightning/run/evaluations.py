@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.metric_names import set_of
 from dpo_lightning.settings.schema import CheckpointConfig, EvaluationConfig
 from dpo_lightning.settings.selection import Selection, selection_of
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TOKEN_SHARE = 0.05
 """Share of the trained tokens for evaluations before the last, where no interval is set."""
@@ -115,7 +118,7 @@ def plan_evaluations(
         before_last=count,
         share=share,
         held_out=held_out,
-        samples=evaluation.intermediate_samples if count else 0,
+        samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
     )
     if checkpoint.monitor is not None:
@@ -136,6 +139,16 @@ def monitored_rows(monitor: str, held_out: HeldOut) -> list[int]:
     rows = range(start, start + held_out.sizes[number])
     sample = None if held_out.sample is None else frozenset(held_out.sample)
     return [row for row in rows if sample is None or row in sample]
+
+
+def say_selection(course: EvaluationCourse | None) -> None:
+    """Logs what is to know of the metric that selects checkpoints.
+
+    Args:
+        course: The evaluations.
+    """
+    for note in [] if course is None else selection_notes(course):
+        log.info(note)
 
 
 def selection_notes(course: EvaluationCourse) -> list[str]:

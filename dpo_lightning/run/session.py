@@ -56,7 +56,8 @@ from dpo_lightning.run.build import (
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
-from dpo_lightning.run.evaluations import plan_evaluations, selection_notes
+from dpo_lightning.run.evaluations import plan_evaluations, say_selection
+from dpo_lightning.run.exported import choose_exported, say_shares
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.header import header_facts
 from dpo_lightning.run.identity import allowed_changes
@@ -317,6 +318,7 @@ class _Session:
             "pairs_per_second": self.throughput.pairs_per_second,
             "tokens_per_second": self.throughput.tokens_per_second,
             "seconds": self.throughput.seconds,
+            "evaluating_seconds": self.throughput.evaluating_seconds,
         }
         if trainer is None or trainer.is_global_zero:
             summary = record.metrics | {"beta": self.plan.beta}
@@ -485,10 +487,7 @@ def _build(
     datamodule = make_data_module(plan, prepared, placed)
     if session.is_first:
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
-        for note in (
-            () if plan.evaluation.course is None else selection_notes(plan.evaluation.course)
-        ):
-            log.info(note)
+        say_selection(plan.evaluation.course)
     return (
         module,
         datamodule,
@@ -564,7 +563,8 @@ def _conclude(
             metrics=session.metrics.last,
         )
     if trainer.is_global_zero:
-        display.show_metrics(session.console, session.metrics.last)
+        say_shares(session.throughput, callbacks.answers)
+        display.show_metrics(session.console, session.metrics.last | session.record.metrics)
         if report:
             display.show_measured(session.console, report)
         if rows:

@@ -27,7 +27,7 @@ from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
-from dpo_lightning.settings.selection import selection_problems
+from dpo_lightning.settings.selection import sampling_problems, selection_problems
 
 # What families call the layer behind the decoder.
 _HEADS = ("lm_head", "embed_out", "output_layer")
@@ -447,4 +447,5 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)
     yield from selection_problems(config)
+    yield from sampling_problems(config)
     yield from pruning_problems(config)

@@ -295,7 +295,8 @@ class EvaluationConfig:
     intermediate_samples: int = setting(
         32,
         "Answers that the policy draws at each evaluation before the last, for their length and, "
-        "where the reference is in memory, their KL; 0 for none.",
+        "where the reference is in memory, their KL; 0 for none, and none with "
+        "evaluation.samples=0.",
         unit="answers",
         least=0,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dpo_lightning.data.source_names import eval_sets
 from dpo_lightning.settings.metric_names import directed, direction, set_of
-from dpo_lightning.settings.schema import CheckpointConfig, Config
+from dpo_lightning.settings.schema import CheckpointConfig, Config, EvaluationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,16 @@ def selection_problems(config: Config) -> Iterator[str]:
         yield (
             f"checkpoint.patience={chosen.patience}: sweep.prune={config.sweep.prune} stops trials "
             "already, at the same steps; use one of the two"
+        )
+
+
+def sampling_problems(config: Config) -> Iterator[str]:
+    """Yields the contradiction of answers at evaluations where there are to be none."""
+    count, default = config.evaluation.intermediate_samples, EvaluationConfig().intermediate_samples
+    if config.evaluation.samples == 0 and count not in (0, default):
+        yield (
+            f"evaluation.intermediate_samples={count}: evaluation.samples=0 draws no answers; "
+            "raise that, or leave this out"
         )
 
 

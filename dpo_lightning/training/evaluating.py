@@ -1,4 +1,4 @@
-"""The module's evaluations: sums of each held-out set, and of the sample that selects checkpoints."""
+"""The module's evaluations: sums of each held-out set, and of the sample that all of them see."""
 
 from __future__ import annotations
 

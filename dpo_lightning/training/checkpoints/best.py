@@ -115,6 +115,16 @@ class BestCheckpoint(Callback):
         patience = self._selection.patience
         return patience is not None and self._course.waited >= patience
 
+    @property
+    def exports(self) -> bool:
+        """True if the best weights are to be exported."""
+        return self._selection.export == "best"
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric."""
+        return self._selection.monitor
+
     def entry(self) -> dict[str, Any]:
         """The entry ``selection`` of ``result.json``."""
         return {
@@ -156,7 +166,7 @@ class BestCheckpoint(Callback):
             self._protect(trainer)
             if self.path_of_best() is None and self.step != trainer.global_step:
                 self._say_gone()
-        if self.stops:
+        if self.stops and not trainer.should_stop:
             log.info("%s; a larger checkpoint.patience= goes on", self._said())
             trainer.should_stop = True
 

@@ -93,7 +93,7 @@ def _check(manifest: Mapping[str, Any]) -> str:
 
 
 def prune(folder: Path, *, newest: Path, keep: int, best: Path | None = None) -> None:
-    """Removes all checkpoints but ``newest``, the ``keep - 1`` finished ones before it, and the best.
+    """Removes all checkpoints but ``newest``, ``keep - 1`` finished ones before it, and the best.
 
     Those of later steps go too: they are of a course that this run has left.
 
