@@ -1,5 +1,6 @@
 """Evaluations of a run: how many, on which rows, and what is refused because of it."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -94,11 +95,11 @@ def test_evaluations_before_the_last_take_a_twentieth_at_most(
     train: int, held_out: int, steps: int, on_start: bool, own: int, other: int
 ) -> None:
     """Counted step by step, with rows of one length on either side."""
-    try:
+    refused = contextlib.suppress(UserError) if on_start else contextlib.nullcontext()
+    course = None
+    with refused:
         course = plan(train, held_out, steps=steps, on_start=on_start, tokens=(own, other))
-    except UserError as error:
-        assert on_start
-        assert str(error).startswith("evaluation.on_start=true: ")
+    if course is None:  # one was asked for, and has no room
         return
     trained = evaluated = place = 0
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""Directions of metrics: by hand for those that select, and one for each that the code can write."""
+"""Directions of metrics: by hand for those that select, and one for each that the code writes."""
 
 import ast
 
