@@ -154,7 +154,15 @@ def _curve(plan: RunPlan, prepared: Prepared) -> ExactCurve | None:
     task, reference_logps = prepared.task, prepared.reference_outcome_logps
     if task is None or reference_logps is None:
         return None
-    return ExactCurve(task, reference_logps, prepared.models.scorer, beta=plan.beta)
+    course = plan.evaluation.course
+    always = course is None or course.exact
+    return ExactCurve(
+        task,
+        reference_logps,
+        prepared.models.scorer,
+        beta=plan.beta,
+        from_step=0 if always else plan.schedule.total_steps,
+    )
 
 
 def _answers(plan: RunPlan) -> AnswersOnTheWay | None:

@@ -37,6 +37,8 @@ class EvaluationCourse:
         held_out: The sets, and the sample of them that those see.
         samples: Answers that are drawn at each of those.
         selection: What selects checkpoints; None: nothing does.
+        exact: True if what is exactly known of the embedded task is measured at each of them. It
+            enumerates all answers, which takes as long as ten steps.
     """
 
     every: int
@@ -46,6 +48,7 @@ class EvaluationCourse:
     held_out: HeldOut
     samples: int
     selection: Selection | None
+    exact: bool
 
     @property
     def rows(self) -> int:
@@ -92,7 +95,7 @@ def plan_evaluations(
         UserError: If an evaluation that was asked for has no rows, or a metric is to select that no
             evaluation before the last measures.
     """
-    sets = data.evaluated_sets()
+    sets, monitor = data.evaluated_sets(), checkpoint.monitor or ""
     sizes, names = tuple(map(len, sets.values())), tuple(sets)
     every = evaluation.every_n_steps or math.ceil(total_steps / 10)
     share = evaluation.max_token_share
@@ -120,8 +123,9 @@ def plan_evaluations(
         held_out=held_out,
         samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
+        exact=evaluation.every_n_steps is not None or monitor.startswith("controlled/"),
     )
-    if checkpoint.monitor is not None:
+    if monitor:
         _check_monitor(checkpoint, course)
     return course
 
