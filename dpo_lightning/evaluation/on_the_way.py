@@ -1,4 +1,4 @@
-"""What evaluations before the last one do besides: the one at the start, and drawn answers.
+"""Evaluations before the last one: the one at the start, and answers that are drawn at each.
 
 Nothing here touches the training: generators are put back, and the time is not that of its loop.
 """

@@ -178,7 +178,7 @@ def _answers(plan: RunPlan) -> AnswersOnTheWay | None:
 def _best(
     plan: RunPlan, prepared: Prepared, metrics: JsonlLogger, resumed: Path | None
 ) -> BestCheckpoint | None:
-    """What keeps the best checkpoint, where a metric selects one."""
+    """Keeper of the best checkpoint, where a metric selects one."""
     course = plan.evaluation.course
     if course is None or course.selection is None:
         return None

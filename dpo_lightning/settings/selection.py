@@ -39,7 +39,7 @@ class Selection:
 
 
 def selection_of(checkpoint: CheckpointConfig) -> Selection | None:
-    """What selects checkpoints by valid settings; None where nothing does."""
+    """Selection by valid settings; None where nothing selects."""
     if checkpoint.monitor is None:
         return None
     sign = direction(checkpoint.monitor)

@@ -188,7 +188,10 @@ def test_hooks_before_a_commit_take_the_tools_of_the_environment():
 STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_lightning")
 """How a line of a page begins that starts our program."""
 
-PAGES = ("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md")
+PAGES = (
+    *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
+    "docs/selection.md",
+)
 
 
 def readme_commands(page: str = "README.md") -> list[str]:

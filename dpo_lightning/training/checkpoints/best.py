@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Course:
-    """What was measured so far.
+    """Measurements so far.
 
     Attributes:
         best: Best value.
