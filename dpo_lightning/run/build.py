@@ -188,6 +188,7 @@ def _best(
         plan.folders.checkpoints,
         course.selection,
         sample=digest_of(groups[row] for row in rows),
+        every=course.every,
         total_steps=plan.schedule.total_steps,
         keep=plan.checkpoints.keep,
         resumed=resumed,

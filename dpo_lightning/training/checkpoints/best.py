@@ -75,6 +75,8 @@ class BestCheckpoint(Callback):
         folder: The run's ``checkpoints`` folder.
         selection: The metric.
         sample: Digest of the rows that it is measured on.
+        every: Steps between two evaluations; those at other steps are of a run that was ended from
+            outside, and count for nothing.
         total_steps: Steps of the run.
         keep: Number of newest checkpoints that stay.
         resumed: The checkpoint that the run goes on from.
@@ -87,6 +89,7 @@ class BestCheckpoint(Callback):
         selection: Selection,
         *,
         sample: str,
+        every: int,
         total_steps: int,
         keep: int,
         resumed: Path | None,
@@ -95,6 +98,7 @@ class BestCheckpoint(Callback):
         self._folder = folder
         self._selection = selection
         self._sample = sample
+        self._every = every
         self._total = total_steps
         self._keep = keep
         self._resumed = resumed
@@ -184,7 +188,8 @@ class BestCheckpoint(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Takes the value; saves a better step, and ends the training after too many others."""
         step, course = trainer.global_step, self._course
-        if not step or step == course.seen or pl_module.exported_metrics is not None:
+        planned = step > 0 and (step % self._every == 0 or step >= self._total)
+        if not planned or step == course.seen or pl_module.exported_metrics is not None:
             return
         better = course.take(self._value(trainer, pl_module), step, self._selection)
         if trainer.state.fn != TrainerFn.FITTING:

@@ -68,7 +68,7 @@ def test_the_course_is_that_of_all_values_at_once(
 
 def callback(folder: Path, patience: int | None = 2, sample: str = "rows") -> BestCheckpoint:
     return BestCheckpoint(
-        folder, selection(patience=patience), sample=sample, total_steps=9, keep=1,
+        folder, selection(patience=patience), sample=sample, every=1, total_steps=9, keep=1,
         resumed=None, logged=dict,
     )  # fmt: skip
 
