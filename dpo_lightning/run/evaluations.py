@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 DEFAULT_TOKEN_SHARE = 0.05
 """Share of the trained tokens for evaluations before the last, where no interval is set."""
 
+# Fewer rows of a set than these are not worth an evaluation that nobody asked for.
+_LEAST_ROWS = 16
+
 # A metric of fewer rows is too rough to select by without a word.
 _FEW_ROWS = 100
 
@@ -81,7 +84,8 @@ def plan_evaluations(
     """Decides the evaluations of a run.
 
     The limit is shared out evenly over evaluations and sets. It is of the mean training row, so
-    that neither seed nor order decides the sample.
+    that neither seed nor order decides the sample. Where no interval is set and it leaves too few
+    rows for ten evaluations there are fewer of them.
 
     Args:
         evaluation: The settings.
@@ -97,30 +101,27 @@ def plan_evaluations(
     """
     sets, monitor = data.evaluated_sets(), checkpoint.monitor or ""
     sizes, names = tuple(map(len, sets.values())), tuple(sets)
-    every = evaluation.every_n_steps or math.ceil(total_steps / 10)
     share = evaluation.max_token_share
     if share is None and evaluation.every_n_steps is None:
         share = DEFAULT_TOKEN_SHARE
-    on_start = evaluation.on_start
-    count = (total_steps - 1) // every + on_start
     if not any(sizes):
         _refuse_without_rows(evaluation, checkpoint)
-        every, count, share, on_start = total_steps, 0, None, False
-    sample = None
-    if share is not None and count:
+        share = None
+    budget = math.inf
+    if share is not None:
         trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
-        sample = _sample([*sets.values()], share * trained / count / len(sets), shared=shared)
-    if sample is not None and not sample:
-        _refuse_without_room(evaluation, share or 0.0)
-        every, count, sample = total_steps, 0, None
-    whole = sample is None or len(sample) == sum(sizes)
-    held_out = HeldOut(sizes, names, None if whole else tuple(sample or ()))
+        budget = share * trained / len(sets)
+    every, sample = _interval([*sets.values()], evaluation, total_steps, budget, shared=shared)
+    if not sample:
+        _refuse_without_room(evaluation, share)
+    count = _before(evaluation, every, total_steps) if sample else 0
+    whole = count == 0 or len(sample) == sum(sizes)
     course = EvaluationCourse(
         every=every,
-        on_start=on_start,
+        on_start=evaluation.on_start and count > 0,
         before_last=count,
         share=share,
-        held_out=held_out,
+        held_out=HeldOut(sizes, names, None if whole else tuple(sample)),
         samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
         exact=evaluation.every_n_steps is not None or monitor.startswith("controlled/"),
@@ -179,6 +180,43 @@ def selection_notes(course: EvaluationCourse) -> list[str]:
     return notes
 
 
+def _before(evaluation: EvaluationConfig, every: int, total_steps: int) -> int:
+    """Number of evaluations before the last one."""
+    return (total_steps - 1) // every + evaluation.on_start
+
+
+def _interval(
+    sets: Sequence[Sequence[TokenGroup]],
+    evaluation: EvaluationConfig,
+    total_steps: int,
+    budget: float,
+    *,
+    shared: bool,
+) -> tuple[int, list[int]]:
+    """Steps between two evaluations, and the rows that those before the last see.
+
+    Args:
+        sets: The groups of each set.
+        evaluation: The settings.
+        total_steps: Steps of the run.
+        budget: Tokens that all those evaluations may take of each set.
+        shared: True if a prompt is computed once for all its responses.
+
+    Returns:
+        The interval and the rows' numbers; all steps, and no rows, where there are none before the
+        last one.
+    """
+    own = evaluation.every_n_steps
+    possible = [own] if own is not None else [math.ceil(total_steps / n) for n in range(10, 0, -1)]
+    for every in possible:
+        count = _before(evaluation, every, total_steps)
+        least = _LEAST_ROWS if own is None else 1
+        sample = _sample(sets, budget / count, least=least, shared=shared) if count else []
+        if sample:
+            return every, sample
+    return own or total_steps, []
+
+
 def _trained_tokens(
     train: Sequence[TokenGroup], total_steps: int, batch_size: int, *, shared: bool
 ) -> float:
@@ -193,19 +231,22 @@ def _costs(groups: Sequence[TokenGroup], *, shared: bool) -> list[int]:
     return [group.tokens if shared else group.padded_tokens for group in groups]
 
 
-def _sample(sets: Sequence[Sequence[TokenGroup]], budget: float, *, shared: bool) -> list[int]:
-    """Numbers of the sampled rows among all; empty where not every set has one within its budget.
+def _sample(
+    sets: Sequence[Sequence[TokenGroup]], budget: float, *, least: int, shared: bool
+) -> list[int]:
+    """Numbers of the sampled rows among all; empty where a set has too few within its budget.
 
     Args:
         sets: The groups of each set.
         budget: Most tokens of each set's sample.
+        least: Rows of each that are enough; a set that has fewer is seen whole.
         shared: True if a prompt is computed once for all its responses.
     """
     chosen: list[int] = []
     start = 0
     for groups in sets:
         own = within_tokens(groups, _costs(groups, shared=shared), budget)
-        if groups and not own:
+        if len(own) < min(least, len(groups)):
             return []
         chosen += [start + row for row in own]
         start += len(groups)
@@ -223,9 +264,15 @@ def _refuse_without_rows(evaluation: EvaluationConfig, checkpoint: CheckpointCon
         )
 
 
-def _refuse_without_room(evaluation: EvaluationConfig, share: float) -> None:
-    """Refuses evaluations that were asked for and of which the limit leaves no row."""
+def _refuse_without_room(evaluation: EvaluationConfig, share: float | None) -> None:
+    """Refuses evaluations that were asked for and for which the limit leaves no rows.
+
+    Raises:
+        UserError: Then.
+    """
     asked = None
+    if share is None:
+        return
     if evaluation.on_start:
         asked = "evaluation.on_start=true"
     if evaluation.max_token_share is not None:
@@ -233,7 +280,7 @@ def _refuse_without_room(evaluation: EvaluationConfig, share: float) -> None:
     if asked is not None:
         raise UserError(
             f"{asked}: evaluations before the last may take {share:.3g} of the trained tokens, and "
-            "that leaves not one held-out row for each; set evaluation.every_n_steps=<steps> "
+            "that leaves no held-out rows for them; set evaluation.every_n_steps=<steps> "
             "alone, which evaluates on all rows, or a larger evaluation.max_token_share="
         )
 
@@ -250,7 +297,7 @@ def _check_monitor(checkpoint: CheckpointConfig, course: EvaluationCourse) -> No
         why = f"evaluation.every_n_steps={course.every} leaves no evaluation before the last"
     else:
         why = (
-            f"{course.share:.3g} of the trained tokens leave no row for an evaluation before the "
+            f"{course.share:.3g} of the trained tokens leave no rows for an evaluation before the "
             "last"
         )
     raise UserError(

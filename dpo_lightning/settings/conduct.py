@@ -263,7 +263,8 @@ class EvaluationConfig:
 
     every_n_steps: int | None = setting(
         None,
-        "Steps between two evaluations; null: a tenth of all steps, rounded up.",
+        "Steps between two evaluations; null: a tenth of all steps, or more where "
+        "evaluation.max_token_share leaves few rows for each.",
         unit="steps",
         least=1,
     )

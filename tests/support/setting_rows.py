@@ -431,7 +431,7 @@ PRUNING = [
 ]
 
 MONITOR = "checkpoint.monitor=eval/loss"
-SETS = "data.eval={a:a.json,b:rows.jsonl}"
+SETS = 'data.eval={"a":a.json,"b":rows.jsonl}'
 SELECTION = [
     Row(
         "checkpoint.patience=3",
@@ -488,7 +488,9 @@ SELECTION = [
         "evaluation.intermediate_samples=5: evaluation.samples=0 draws no answers",
         "evaluation.samples=9 evaluation.intermediate_samples=5",
     ),
-    Row(f"{OWN} data.eval={{a:a.json,b:nope.json}}", "data.eval.b=nope.json: no such file", OWN),
+    Row(
+        f'{OWN} data.eval={{"a":a.json,"b":nope.json}}', "data.eval.b=nope.json: no such file", OWN
+    ),
 ]
 
 ROWS = [*SOURCES, *MODELS, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION]

@@ -69,7 +69,7 @@ def test_an_interval_that_is_set_sees_all_unless_a_share_is_set_too():
     assert plan(max_token_share=1).rows == 400
 
 
-# 400 rows of 10 tokens: 5% are 200, and nine evaluations have 22 each; a held-out row has 40.
+# 400 rows of 10 tokens: 5% are 200, which are five held-out rows of 40 and no sample of 16.
 TOO_LONG = {"train": 400, "steps": 10, "tokens": (10, 40)}
 
 
@@ -79,11 +79,30 @@ def test_where_no_row_fits_there_is_one_evaluation():
     assert course.describe() == "at the end, on 400 rows"
 
 
+@pytest.mark.parametrize(
+    ("train", "every", "before_last", "rows"),
+    [(1000, 7, 3, 16), (640, 6, 2, 16), (320, 4, 1, 16), (319, 8, 0, 400)],
+)
+def test_few_rows_have_fewer_evaluations(train: int, every: int, before_last: int, rows: int):
+    """5% of 1,000 rows are 50, which is enough for three evaluations of 16 rows: at 7, 14, 21 of 25.
+
+    640 have 32 for two of 16 steps, 320 have 16 for one of 8, and 319 have 15 and none.
+    """
+    steps = -(-train // 40)
+    course = plan(train=train, steps=steps)
+    assert (course.every, course.before_last, course.rows) == (every, before_last, rows)
+
+
 def test_each_set_has_its_share():
-    """200 rows of nine evaluations and two sets: 11 each, in both parts of the rows."""
-    sample = plan(sets={"a": 300, "b": 100}).held_out.sample
+    """200 rows are 100 for each set: six evaluations, every 15 of 100 steps, have 16 of each.
+
+    Seven, every 13 steps, would have 14, which are too few.
+    """
+    course = plan(sets={"a": 300, "b": 100})
+    sample = course.held_out.sample
     assert sample is not None
-    assert sum(row < 300 for row in sample) == sum(row >= 300 for row in sample) == 11
+    assert (course.every, course.before_last) == (15, 6)
+    assert sum(row < 300 for row in sample) == sum(row >= 300 for row in sample) == 16
 
 
 @settings(max_examples=examples(25))
@@ -118,7 +137,7 @@ MONITORED = CheckpointConfig(monitor="eval/loss")
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (TOO_LONG, "0.05 of the trained tokens leave no row"),
+        (TOO_LONG, "0.05 of the trained tokens leave no rows"),
         ({"every_n_steps": 100}, "evaluation.every_n_steps=100 leaves no evaluation before"),
         ({"every_n_steps": 100, "on_start": True}, "leaves no evaluation before the last"),
         ({"held_out": 0}, "checkpoint.monitor=eval/loss: no rows are held out"),

@@ -38,7 +38,7 @@ def test_what_ranks_and_prunes_trials_has_the_same_direction():
 
 
 @settings(max_examples=examples(50))
-@given(st.text("ab_-/9", max_size=6) | st.sampled_from(["rewards", "loss", "path", "partition"]))
+@given(st.text("ab_/9", max_size=3) | st.sampled_from(["rewards", "loss", "path", "partition"]))
 def test_a_set_has_the_directions_of_all_held_out_rows(name: str) -> None:
     """And no name of a set makes another metric's name."""
     if not is_set_name(name):
