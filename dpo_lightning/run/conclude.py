@@ -134,11 +134,18 @@ def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 def _by_group(trained: Trained) -> dict[str, Any]:
     """Results of each held-out group, with the groups' names; empty without an evaluation."""
-    accuracies = trained.module.eval_accuracies
-    if accuracies is None:
+    accuracies = _accuracies(trained)
+    if not accuracies:
         return {}
     groups = trained.prepared.data.evaluated_groups()
-    return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
+    return {"accuracies": accuracies, "groups": list(map(group_id, groups))}
+
+
+def _accuracies(trained: Trained) -> list[float]:
+    """Accuracies of the groups that rank trials, the first of all; none without an evaluation."""
+    found = trained.module.eval_accuracies
+    groups = trained.prepared.data.evaluated_groups()
+    return [] if found is None else found[: len(groups)].tolist()
 
 
 def _kl_facts(trained: Trained, measured: dict[str, float]) -> dict[str, Any] | None:
@@ -165,7 +172,6 @@ def _signs(
 ) -> list[dict[str, Any]]:
     """Signs of a training that went wrong, as entries of ``result.json``."""
     plan, module = trained.plan, trained.module
-    evaluated = module.eval_accuracies
     facts = gather_facts(
         metrics=metrics,
         metrics_file=plan.folders.run / METRICS_FILE,
@@ -175,7 +181,7 @@ def _signs(
         samples=samples,
         longest=trained.answering.max_new_tokens,
         groups=trained.prepared.data.evaluated_groups(),
-        accuracies=[] if evaluated is None else evaluated.tolist(),
+        accuracies=_accuracies(trained),
     )
     return [sign.entry() for sign in find_signs(facts)]
 

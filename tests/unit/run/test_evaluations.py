@@ -84,7 +84,7 @@ def test_where_no_row_fits_there_is_one_evaluation():
     [(1000, 7, 3, 16), (640, 6, 2, 16), (320, 4, 1, 16), (319, 8, 0, 400)],
 )
 def test_few_rows_have_fewer_evaluations(train: int, every: int, before_last: int, rows: int):
-    """5% of 1,000 rows are 50, enough for three evaluations of 16 rows: after 7, 14, 21 of 25 steps.
+    """5% of 1,000 rows are 50, enough for three evaluations of 16: after 7, 14 and 21 of 25 steps.
 
     640 have 32 for two of 16 steps, 320 have 16 for one of 8, and 319 have 15 and none.
     """
