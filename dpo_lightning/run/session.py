@@ -69,7 +69,14 @@ from dpo_lightning.run.placement import (
     with_reference,
     with_shards,
 )
-from dpo_lightning.run.plan import RunPlan, TrainerPlan, choose_folders, make_plan, trainer_plan
+from dpo_lightning.run.plan import (
+    Folders,
+    RunPlan,
+    TrainerPlan,
+    choose_folders,
+    make_plan,
+    trainer_plan,
+)
 from dpo_lightning.run.prepare import Prepared, prepare
 from dpo_lightning.run.record import RunRecord, reference_counts
 from dpo_lightning.settings.schema import Config
@@ -160,24 +167,7 @@ def run_experiment(
         record=record,
         folder=folder,
     )
-    groups, source = len(prepared.data.train), prepared.source
-    plan = make_plan(
-        config,
-        folders=folders,
-        hardware=hardware,
-        trainer=trainer,
-        source=source,
-        groups=groups,
-        resolved=resolved,
-        course=plan_evaluations(
-            config.evaluation,
-            config.checkpoint,
-            prepared.data,
-            total_steps=make_schedule(config, groups=groups, bundled=source.bundled).total_steps,
-            batch_size=config.data.batch_size,
-            shared=prepared.models.scorer.shared,
-        ),
-    )
+    plan = _plan(config, folders, hardware, trainer, prepared, resolved)
     try:
         run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
     except AtRung:
@@ -186,6 +176,36 @@ def run_experiment(
         raise
     if ranks is not None:
         leave_ranks()
+
+
+def _plan(
+    config: Config,
+    folders: Folders,
+    hardware: Hardware,
+    trainer: TrainerPlan,
+    prepared: Prepared,
+    resolved: dict[str, Any],
+) -> RunPlan:
+    """The run's plan, with its evaluations."""
+    groups, source = len(prepared.data.train), prepared.source
+    course = plan_evaluations(
+        config.evaluation,
+        config.checkpoint,
+        prepared.data,
+        total_steps=make_schedule(config, groups=groups, bundled=source.bundled).total_steps,
+        batch_size=config.data.batch_size,
+        shared=prepared.models.scorer.shared,
+    )
+    return make_plan(
+        config,
+        folders=folders,
+        hardware=hardware,
+        trainer=trainer,
+        source=source,
+        groups=groups,
+        resolved=resolved,
+        course=course,
+    )
 
 
 def _settle_libraries(hardware: Hardware) -> None:

@@ -232,8 +232,8 @@ class CheckpointConfig:
     monitor: str | None = setting(
         None,
         "Metric of the evaluations by which the best checkpoint is kept beside the newest, such as "
-        "eval/loss; data.eval={a: a.jsonl, b: b.jsonl} and eval/b/loss leave the rows of a, which "
-        "rank trials, out of it. null: the newest alone.",
+        "eval/loss, or eval/b/loss of a set in data.eval that ranks no trials; null: the newest "
+        "alone.",
         expected="a metric that evaluations measure and that has a better and a worse",
     )
     patience: int | None = setting(
@@ -273,9 +273,9 @@ class EvaluationConfig:
     )
     max_token_share: float | None = setting(
         None,
-        "Most tokens of all evaluations before the last one, as a share of the tokens that are "
-        "trained on: they see a fixed sample of the held-out rows, which the rows alone decide. "
-        "null: 0.05 where evaluation.every_n_steps is null, else no limit.",
+        "Most tokens of all evaluations before the last, as a share of the trained ones: they see "
+        "a fixed sample of the held-out rows; null: 0.05 where evaluation.every_n_steps is null, "
+        "else no limit.",
         unit="share",
         above=0,
     )

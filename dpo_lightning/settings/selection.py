@@ -79,7 +79,7 @@ def selection_problems(config: Config) -> Iterator[str]:
     if chosen.patience is not None and config.sweep.prune != "none":
         yield (
             f"checkpoint.patience={chosen.patience}: sweep.prune={config.sweep.prune} stops trials "
-            "already, at the same steps; use one of the two"
+            "already, at the same steps; use sweep.prune=none, or leave checkpoint.patience out"
         )
 
 
@@ -89,7 +89,7 @@ def sampling_problems(config: Config) -> Iterator[str]:
     if config.evaluation.samples == 0 and count not in (0, default):
         yield (
             f"evaluation.intermediate_samples={count}: evaluation.samples=0 draws no answers; "
-            "raise that, or leave this out"
+            "raise that, or leave evaluation.intermediate_samples out"
         )
 
 
@@ -103,18 +103,35 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
     names = ", ".join(possible)
     if known is None:
         near = difflib.get_close_matches(metric.replace("_", "/", 1), possible, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}" if near else ""
-        yield f"{key}: no run writes a metric of that name; it is one of {names}{hint}"
+        yield (
+            f"{key}: no run writes a metric of that name; did you mean "
+            f"checkpoint.monitor={near[0] if near else possible[0]}? It is one of {names}"
+        )
     elif known == 0:
-        yield f"{key}: neither more nor less of it is better; use one of {names}"
+        yield (
+            f"{key}: neither more nor less of it is better; use checkpoint.monitor={possible[0]}, "
+            f"one of {names}"
+        )
     elif metric.startswith("train/"):
-        yield f"{key} is of the rows that are trained on; use eval/{metric.partition('/')[2]}"
+        same = metric.partition("/")[2]
+        yield f"{key} is of the rows that are trained on; use checkpoint.monitor=eval/{same}"
     elif own is not None and own not in sets:
-        named = f"data.eval names {', '.join(sets)}" if sets else "data.eval names no sets"
-        yield f"{key}: there is no held-out set {own}, {named}; data.eval={{{own}: <file>}} adds it"
+        same = metric.replace(f"/{own}/", "/", 1)
+        yield (
+            f"{key}: there is no held-out set {own} (there are: {', '.join(sets) or 'none'}); use "
+            f"checkpoint.monitor={same}, or give data.eval a set of that name"
+        )
     elif metric.startswith("controlled/") and data.train is not None:
-        yield f"{key} is known of the embedded task alone; use one of {names}"
+        yield (
+            f"{key} is known of the embedded task alone; use checkpoint.monitor={possible[0]}, one "
+            f"of {names}"
+        )
     elif metric not in possible:
-        yield f"{key} is not measured before the end of a run; use one of {names}"
+        yield (
+            f"{key} is not measured before the end of a run; use checkpoint.monitor={possible[0]}, "
+            f"one of {names}"
+        )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
-        yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= above 0"
+        yield (
+            f"{key} is measured on held-out rows: set data.eval=, or a data.eval_fraction= above 0"
+        )

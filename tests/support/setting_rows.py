@@ -451,7 +451,7 @@ SELECTION = [
     ),
     Row(
         "checkpoint.monitor=eval_loss",
-        "no run writes a metric of that name; it is one of eval/loss, ",
+        "no run writes a metric of that name; did you mean checkpoint.monitor=eval/loss? ",
         MONITOR,
     ),
     *(
@@ -460,12 +460,12 @@ SELECTION = [
     ),
     Row(
         "checkpoint.monitor=train/rewards/accuracies",
-        "is of the rows that are trained on; use eval/rewards/accuracies",
+        "is of the rows that are trained on; use checkpoint.monitor=eval/rewards/accuracies",
         "checkpoint.monitor=eval/rewards/accuracies",
     ),
     Row(
         f"{OWN} {SETS} checkpoint.monitor=eval/c/loss",
-        "there is no held-out set c, data.eval names a, b; data.eval={c: <file>} adds it",
+        "there is no held-out set c (there are: a, b); use checkpoint.monitor=eval/loss",
         f"{OWN} {SETS} checkpoint.monitor=eval/b/loss",
     ),
     Row(
@@ -475,12 +475,12 @@ SELECTION = [
     ),
     Row(
         "checkpoint.monitor=samples/win_rate",
-        "is not measured before the end of a run; use one of eval/loss",
+        "is not measured before the end of a run; use checkpoint.monitor=eval/loss",
         "checkpoint.monitor=controlled/gain_ratio",
     ),
     Row(
         f"{OWN} {MONITOR} data.eval_fraction=0",
-        "checkpoint.monitor=eval/loss needs held-out rows: set data.eval=",
+        "checkpoint.monitor=eval/loss is measured on held-out rows: set data.eval=",
         f"{OWN} {MONITOR} data.eval_fraction=0 data.eval=a.json",
     ),
     Row(
