@@ -104,7 +104,9 @@ class BestCheckpoint(Callback):
         self._resumed = resumed
         self._logged = logged
         self._course = _Course()
-        self._fetched = False
+        # The step of the resumed checkpoint; until another is taken nothing may be written.
+        self._start: int | None = None
+        self._began = False
 
     # State ------------------------------------------------------------------------------------
 
@@ -166,6 +168,7 @@ class BestCheckpoint(Callback):
         Raises:
             UserError: If its file is needed and gone.
         """
+        self._start = trainer.global_step
         if self.step is not None:
             self._protect(trainer)
             if self.path_of_best() is None and self.step != trainer.global_step:
@@ -178,9 +181,9 @@ class BestCheckpoint(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fetches the best one from the folder that is resumed; has the last step evaluated."""
-        if not self._fetched and trainer.is_global_zero:
+        if not self._began and trainer.is_global_zero:
             self._fetch()
-        self._fetched = True
+        self._began = True
         if trainer.global_step >= self._total:
             # Lightning then evaluates, whatever the interval.
             trainer.should_stop = True
@@ -208,7 +211,10 @@ class BestCheckpoint(Callback):
             return None
         found = [checkpoint_path(self._folder, self.step)]
         if self._resumed is not None:
-            found.append(checkpoint_path(self._resumed.parent, self.step))
+            same = self.step == self._start
+            found.append(
+                self._resumed if same else checkpoint_path(self._resumed.parent, self.step)
+            )
         return next((path for path in found if manifest_path(path).exists()), None)
 
     def _value(self, trainer: pl.Trainer, module: Any) -> float:
@@ -221,8 +227,10 @@ class BestCheckpoint(Callback):
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         path = checkpoint_path(self._folder, step)
         self._protect(trainer)
-        # The one that is resumed is of this step already, from before its evaluation.
-        if path != self._resumed and not is_saved(trainer, path):
+        if not self._began:
+            # Before the first step: the one that is resumed is of these weights, and is fetched.
+            self._start = step
+        elif not is_saved(trainer, path):
             save_now(trainer, path, keep=self._keep, waits=False)
 
     def _protect(self, trainer: pl.Trainer) -> None:

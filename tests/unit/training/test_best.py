@@ -119,6 +119,16 @@ def test_the_best_is_looked_for_here_and_beside_what_is_resumed(tmp_path):
     assert own.path_of_best() == checkpoint_path(there, 3)
     own._fetch()
     assert own.path_of_best() == checkpoint_path(here, 3)
+    # What is resumed may have any name.
+    named = there / "copy.ckpt"
+    named.touch()
+    named.with_suffix(".json").touch()
+    other = callback(tmp_path / "other")
+    other._resumed, other._start = named, 7
+    other._course.take(0.1, 7, selection())
+    assert other.path_of_best() == named
+    other._fetch()
+    assert other.path_of_best() == checkpoint_path(tmp_path / "other", 7)
     checkpoint_path(here, 3).unlink()
     manifest_path(checkpoint_path(here, 3)).unlink()
     manifest_path(checkpoint_path(there, 3)).unlink()
