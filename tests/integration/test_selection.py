@@ -71,6 +71,7 @@ def test_a_run_that_ended_early_ends_at_once_when_it_is_resumed(best: Run, tmp_p
     assert again.code == 0
     for key in ("step", "selection", "exported_step", "metrics"):
         assert again.result[key] == best.result[key], key
+    assert not (again.folder / "checkpoints").exists()
 
 
 def test_a_best_checkpoint_that_is_gone_is_answered(best: Run, tmp_path):

@@ -402,6 +402,11 @@ class Checkpoints(Callback):
         self._last = last
         # What a killed process left, once there is a step: until then the folder stays as it was.
         self._cleared = False
+        self._start: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the step from which the training goes on."""
+        self._start = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -423,7 +428,9 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, unless it was saved on the way; waits for what is being written."""
         path = checkpoint_path(self._folder, trainer.global_step)
-        if not is_saved(trainer, path) and self._last:
+        # Without a step of its own the run may not write yet, and there is nothing new.
+        new = trainer.global_step != self._start
+        if not is_saved(trainer, path) and self._last and new:
             save_now(trainer, path)
 
     def on_exception(
