@@ -230,6 +230,7 @@ def large(
         *(f"model.pretrained={workload.model}", f"data.train={workload.rows}"),
         *(f"data.eval={evaluation}", f"data.batch_size={scale.pairs}", "data.max_length=1024"),
         *(f"trainer.max_steps={steps}", "trainer.precision=bf16-mixed", "evaluation.samples=0"),
+        f"evaluation.every_n_steps={steps}",  # at the end alone, like the other arm
         *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.lr=1e-5"),
     )
     arms: dict[str, tuple[Path, Sequence[str]]] = {

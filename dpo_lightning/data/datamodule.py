@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dpo_lightning.data.evaluations import EvalBatch, HeldOut
 from dpo_lightning.data.gathers import Gathers
 from dpo_lightning.data.packing import StepBatch, epoch_order, make_step_batch
 from dpo_lightning.data.tokens import TokenGroup
@@ -99,26 +101,46 @@ class _TrainSteps(Dataset[StepBatch]):
 
 
 class EvalSteps(Dataset[StepBatch]):
-    """The groups in their order; every rank has the same number of items, some perhaps empty.
+    """The batches of an evaluation; every rank has the same number of them, some perhaps empty.
 
     Args:
         groups: The groups to evaluate on.
-        batch_size: Groups of a training step; an item has four times as many.
+        batches: Those of an evaluation.
         **share: Further arguments of :func:`make_step_batch`.
     """
 
-    def __init__(self, groups: Sequence[TokenGroup], *, batch_size: int, **share: Any) -> None:
+    def __init__(
+        self, groups: Sequence[TokenGroup], batches: Sequence[EvalBatch], **share: Any
+    ) -> None:
         self._groups = groups
-        self._batch_size = 4 * batch_size
+        self._batches = batches
         self._share = share
 
     def __len__(self) -> int:
-        return steps_per_epoch(len(self._groups), self._batch_size)
+        return len(self._batches)
 
-    def __getitem__(self, step: int) -> StepBatch:
-        start = step * self._batch_size
-        rows = range(start, min(start + self._batch_size, len(self._groups)))
-        return make_step_batch(self._groups, rows, **self._share)
+    def __getitem__(self, number: int) -> StepBatch:
+        return make_step_batch(self._groups, self._batches[number].rows, **self._share)
+
+
+class _EvalSampler(Sampler[int]):
+    """Numbers of the batches of the next evaluation: those of the sample, or all of them.
+
+    Args:
+        batches: All batches, those of the sample first.
+        whole: Says if the next evaluation is of all.
+    """
+
+    def __init__(self, batches: Sequence[EvalBatch], whole: Callable[[], bool]) -> None:
+        self._all = len(batches)
+        self._sampled = sum(batch.sampled for batch in batches)
+        self._whole = whole
+
+    def __len__(self) -> int:
+        return self._all
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._all if self._whole() else self._sampled))
 
 
 class _StepSampler(Sampler[int]):
@@ -153,6 +175,11 @@ class PreferenceDataModule(pl.LightningDataModule):
         equal_counts: True if all ranks take as many micro-batches, as a sharded model needs.
         gathers: What batches bring along for attention.
         pinned: True if batches are put into pinned memory, out of which a GPU copies by itself.
+        held_out: Sets of ``eval_groups`` and the sample of them; None: they are one set, and every
+            evaluation sees all.
+
+    Attributes:
+        eval_batches: Batches of an evaluation, in their order.
     """
 
     def __init__(
@@ -169,10 +196,13 @@ class PreferenceDataModule(pl.LightningDataModule):
         equal_counts: bool = False,
         gathers: Gathers = "buckets",
         pinned: bool = False,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__()
         self.train_groups = train_groups
         self.eval_groups = eval_groups
+        self.held_out = held_out or HeldOut((len(eval_groups),))
+        self.eval_batches = self.held_out.batches(4 * batch_size)
         self.batch_size = batch_size
         self.total_steps = total_steps
         self._seed = seed
@@ -200,11 +230,23 @@ class PreferenceDataModule(pl.LightningDataModule):
         return self._loader(steps, sampler)
 
     def val_dataloader(self) -> Any:
-        """Every evaluation group once, over all ranks."""
+        """Every evaluation group once, over all ranks; before the last step those of the sample."""
         if not self.eval_groups:
             return []
-        steps = EvalSteps(self.eval_groups, batch_size=self.batch_size, **self._my_share())
-        return self._loader(steps, None)
+        steps = EvalSteps(self.eval_groups, self.eval_batches, **self._my_share())
+        return self._loader(steps, _EvalSampler(self.eval_batches, self._evaluates_all))
+
+    def ranking_dataloader(self) -> Any:
+        """Every group of the first evaluation set once, over all ranks."""
+        batches = [batch for batch in self.eval_batches if batch.set == 0]
+        return self._loader(EvalSteps(self.eval_groups, batches, **self._my_share()), None)
+
+    def _evaluates_all(self) -> bool:
+        """True for an evaluation at the end of a training, or after it."""
+        trainer = self.trainer
+        assert trainer is not None
+        fits = trainer.state.fn == TrainerFn.FITTING
+        return not fits or trainer.should_stop or trainer.global_step >= self.total_steps
 
     def _loader(self, steps: Dataset[StepBatch], sampler: Sampler[int] | None) -> Any:
         return DataLoader(

@@ -30,15 +30,39 @@ def lot_of(prompt_key: str) -> int:
 def choose_evaluated(groups: Sequence[TokenGroup], most: int | None) -> list[int] | None:
     """Numbers of the groups that an evaluation sees, ascending; None where it sees all.
 
+    Args:
+        groups: The held-out groups.
+        most: Size of the sample; None is all.
+    """
+    return None if most is None or len(groups) <= most else sorted(in_lots(groups)[:most])
+
+
+def within_tokens(groups: Sequence[TokenGroup], costs: Sequence[int], budget: float) -> list[int]:
+    """Numbers of the first groups by their lots that have no more tokens together, ascending.
+
+    Args:
+        groups: Those to choose from.
+        costs: Tokens of each.
+        budget: Most tokens of the sample.
+    """
+    chosen, spent = [], 0
+    for number in in_lots(groups):
+        spent += costs[number]
+        if spent > budget:
+            break
+        chosen.append(number)
+    return sorted(chosen)
+
+
+def in_lots(groups: Sequence[TokenGroup]) -> list[int]:
+    """Numbers of groups in the order of their lots: each beginning of it is a sample.
+
     Groups of one prompt are spread evenly over all lots, from the prompt's on. So each group comes
     in with the same probability, and of many prompts with many groups each has its share.
 
     Args:
         groups: The held-out groups.
-        most: Size of the sample; None is all.
     """
-    if most is None or len(groups) <= most:
-        return None
     of_prompt: dict[str, list[int]] = defaultdict(list)
     for number, group in enumerate(groups):
         of_prompt[group.prompt_key].append(number)
@@ -50,7 +74,7 @@ def choose_evaluated(groups: Sequence[TokenGroup], most: int | None) -> list[int
         lots += [
             ((first + place * LOTS // count) % LOTS, number) for place, number in enumerate(numbers)
         ]
-    return sorted(number for _, number in sorted(lots)[:most])
+    return [number for _, number in sorted(lots)]
 
 
 def _content(group: TokenGroup) -> tuple[object, ...]:

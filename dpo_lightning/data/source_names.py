@@ -62,6 +62,37 @@ def entries(value: object) -> list[Entry]:
     return [_entry(value)]
 
 
+def eval_sets(value: object) -> dict[str | None, object]:
+    """The sources of a value of ``data.eval`` by the name of their set; None where it has no name.
+
+    Args:
+        value: A source as in :func:`entries`, a mapping of names to such sources, or None.
+
+    Example:
+        >>> eval_sets("a.jsonl"), eval_sets({"a": "a.jsonl", "b": ["b.jsonl"]})
+        ({None: 'a.jsonl'}, {'a': 'a.jsonl', 'b': ['b.jsonl']})
+    """
+    if value is None:
+        return {}
+    if isinstance(value, dict) and "path" not in value:
+        return dict(value)
+    return {None: value}
+
+
+def eval_key(name: str | None) -> str:
+    """The key of a held-out set, as errors name it."""
+    return "data.eval" if name is None else f"data.eval.{name}"
+
+
+def eval_entries(value: object) -> list[Entry]:
+    """All sources that a value of ``data.eval`` names, set after set.
+
+    Raises:
+        ValueError: As :func:`entries`.
+    """
+    return [entry for source in eval_sets(value).values() for entry in entries(source)]
+
+
 def _entry(item: object) -> Entry:
     if isinstance(item, str):
         if not item:
@@ -83,6 +114,9 @@ def source_label(value: object) -> str:
         >>> source_label(["a.jsonl", {"path": "b.jsonl", "weight": 0.5}])
         '[a.jsonl,{path: b.jsonl, weight: 0.5}]'
     """
+    if isinstance(value, dict) and "path" not in value:
+        parts = ", ".join(f"{name}: {source_label(own)}" for name, own in value.items())
+        return f"{{{parts}}}"
     try:
         listed = entries(value) if isinstance(value, list | tuple) else None
     except ValueError:
@@ -142,7 +176,7 @@ def is_address(source: str) -> bool:
 
 def hub_ids(value: object) -> list[str]:
     """The names in a value of ``data.train`` or ``data.eval`` that are no files of this machine."""
-    return [entry.path for entry in entries(value) if not is_local_data(entry.path)]
+    return [entry.path for entry in eval_entries(value) if not is_local_data(entry.path)]
 
 
 def data_files(folder: Path) -> Iterator[Path]:

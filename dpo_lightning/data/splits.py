@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.lengths import Lengths
 from dpo_lightning.data.records import BadRow, Rows
 from dpo_lightning.data.refused import refused_rows
+from dpo_lightning.data.source_names import eval_key
 from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.token_cache import tokenize_once
 from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
@@ -31,11 +33,14 @@ def stop(error: UserError) -> None:
 class PreparedData:
     """The groups of a run.
 
-    ``len(train) + len(eval) + sum(dropped.values())`` is the number of rows of the files.
+    ``len(train) + len(eval) + sum(dropped.values())`` is the number of rows of the files; a file
+    that two held-out sets name counts twice.
 
     Attributes:
         train: Groups to train on.
-        eval: Groups that are held out.
+        eval: Groups that are held out, set after set.
+        sets: Number of groups of each held-out set by its name; empty where the sets have no names.
+            The first set is the one that ranks trials.
         evaluated: Numbers of those of them that are evaluated on; None: all.
         dropped: Rows that went, by reason.
         changed: Groups that stayed but were cut, by what happened.
@@ -47,6 +52,7 @@ class PreparedData:
 
     train: list[TokenGroup]
     eval: list[TokenGroup]
+    sets: dict[str, int] = field(default_factory=dict)
     evaluated: list[int] | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
@@ -55,18 +61,50 @@ class PreparedData:
     leads: Counter[str] = field(default_factory=Counter)
     sources: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
 
+    def choose_evaluated(self, most: int | None) -> None:
+        """Takes a sample of each held-out set to evaluate on, where it has more.
+
+        Args:
+            most: Groups of a sample; None takes all.
+        """
+        chosen: list[int] = []
+        start = 0
+        for size in self._sizes():
+            own = choose_evaluated(self.eval[start : start + size], most)
+            chosen += range(start, start + size) if own is None else [start + n for n in own]
+            start += size
+        self.evaluated = None if len(chosen) == len(self.eval) else chosen
+
+    def evaluated_sets(self) -> dict[str | None, list[TokenGroup]]:
+        """The groups to evaluate on, by the name of their set; None where it has none."""
+        numbers = range(len(self.eval)) if self.evaluated is None else self.evaluated
+        found: dict[str | None, list[TokenGroup]] = {}
+        start = 0
+        names: list[str | None] = [*self.sets] if self.sets else [None]
+        for name, size in zip(names, self._sizes(), strict=True):
+            found[name] = [self.eval[n] for n in numbers if start <= n < start + size]
+            start += size
+        return found
+
     def evaluated_groups(self) -> list[TokenGroup]:
-        """The groups to evaluate on."""
-        if self.evaluated is None:
-            return self.eval
-        return [self.eval[number] for number in self.evaluated]
+        """The groups of the first set to evaluate on, which rank trials."""
+        return next(iter(self.evaluated_sets().values()))
+
+    def ranking(self) -> list[TokenGroup]:
+        """All groups of the first held-out set."""
+        return self.eval[: self._sizes()[0]]
+
+    def _sizes(self) -> list[int]:
+        return [*self.sets.values()] or [len(self.eval)]
 
     def counts(self) -> dict[str, Any]:
         """The ``data`` entry of ``result.json``."""
+        sets = {name: len(groups) for name, groups in self.evaluated_sets().items()}
         return {
             "train_groups": len(self.train),
-            "eval_groups": len(self.eval),
+            "eval_groups": len(self.ranking()),
             "evaluated_groups": len(self.evaluated_groups()),
+            **({"eval_sets": sets} if self.sets else {}),
             "train_pairs": sum(group.pairs for group in self.train),
             "dropped": dict(self.dropped),
             "changed": dict(self.changed),
@@ -75,7 +113,7 @@ class PreparedData:
 
 def prepare_rows(
     train: Rows,
-    evaluation: Rows | None,
+    evaluation: Rows | Mapping[str | None, Rows] | None,
     tokenizer: Any,
     *,
     max_length: int,
@@ -95,11 +133,12 @@ def prepare_rows(
 
     Args:
         train: The rows of ``data.train``.
-        evaluation: The rows of ``data.eval``, or None to hold out a part of the training rows.
+        evaluation: The rows of ``data.eval``, or of its sets by their names; None or empty to hold
+            out a part of the training rows.
         tokenizer: A transformers tokenizer.
         max_length: Longest prompt + response, in tokens.
         truncation: The part that gives way above it: ``drop``, ``prompt`` or ``response``.
-        eval_fraction: Share of the groups to hold out when ``evaluation`` is None.
+        eval_fraction: Share of the groups to hold out when there is no ``evaluation``.
         split_seed: Seed of that choice.
         max_dropped: Largest share of the rows that may be dropped.
         cache: Folder of the token ids; None keeps none.
@@ -122,16 +161,18 @@ def prepare_rows(
     prepared.train = tokenized.groups
     _account(prepared, key, train, tokenized)
     parts = [(key, train, tokenized)]
-    if evaluation is None:
+    if isinstance(evaluation, Rows):
+        evaluation = {None: evaluation}
+    if not evaluation:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
-    else:
-        held_out = tokenize("data.eval", evaluation)
-        _add_held_out(prepared, evaluation, held_out)
-        parts.append(("data.eval", evaluation, held_out))
+    for name, rows in (evaluation or {}).items():
+        held_out = tokenize(eval_key(name), rows)
+        _add_held_out(prepared, name, rows, held_out)
+        parts.append((eval_key(name), rows, held_out))
     try:
         _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
-        for key, rows, left in parts:
-            _check_left(key, rows, left, limits)
+        for named, rows, left in parts:
+            _check_left(named, rows, left, limits)
     except UserError as error:
         refuse(error)
     return prepared
@@ -188,16 +229,27 @@ def _hold_out(prepared: PreparedData, *, fraction: float, seed: int) -> None:
         prepared.notes.append("all rows have one prompt, so none are held out to evaluate on")
 
 
-def _add_held_out(prepared: PreparedData, rows: Rows, held_out: TokenizedGroups) -> None:
-    """Takes the evaluation groups from rows of their own."""
-    prepared.eval = held_out.groups
+def _add_held_out(
+    prepared: PreparedData, name: str | None, rows: Rows, held_out: TokenizedGroups
+) -> None:
+    """Takes a set of evaluation groups from rows of their own."""
+    key, own = eval_key(name), {group.prompt_key for group in held_out.groups}
+    first = {group.prompt_key for group in prepared.ranking()}
+    if name is not None:
+        prepared.sets[name] = len(held_out.groups)
+    prepared.eval = [*prepared.eval, *held_out.groups]
     prepared.notes += rows.notes
     # The same may have been said of the training rows, with other numbers.
-    held_out.notes = [f"data.eval: {note}" for note in held_out.notes]
-    _account(prepared, "data.eval", rows, held_out)
-    common = {g.prompt_key for g in prepared.train} & {g.prompt_key for g in prepared.eval}
+    held_out.notes = [f"{key}: {note}" for note in held_out.notes]
+    _account(prepared, key, rows, held_out)
+    common = {group.prompt_key for group in prepared.train} & own
     if common:
-        prepared.notes.append(f"{len(common)} prompts of data.eval are in data.train too")
+        prepared.notes.append(f"{len(common)} prompts of {key} are in data.train too")
+    if first & own:
+        ranks = eval_key(next(iter(prepared.sets)))
+        prepared.notes.append(
+            f"{len(first & own)} prompts of {key} are in {ranks} too, whose rows rank trials"
+        )
 
 
 def split_by_prompt(

@@ -202,6 +202,11 @@ class SampleAnswers(Callback):
         preferred = [text(group.responses[0]).strip() for group in self._groups]
         self.rows = list(zip(prompts, preferred, self._reference, self._before, after, strict=True))
 
+    def ask_again(self, trainer: pl.Trainer) -> None:
+        """The answers after the training once more: others than the last weights are exported."""
+        self._models.policy.to(trainer.strategy.root_device)
+        self.on_fit_end(trainer, None)
+
     def _answers_here(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero or is_sharded(self._models.policy)
 

@@ -160,7 +160,7 @@ def _margins(
     """Margin, group and share in it of each pair, in the order of the groups, over all ranks."""
     found: list[Tensor] = []
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for batch in datamodule.val_dataloader():
+    for batch in datamodule.ranking_dataloader():
         if signals.received and trainer.world_size == 1:
             raise Stopped(signals.received)
         moved = trainer.strategy.batch_to_device(batch)

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,19 +16,23 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.rows import prompt_of_key
+from dpo_lightning.data.splits import digest_of
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
+from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
 from dpo_lightning.evaluation.rungs import Measure, RungStop, exact_rewards, held_out, judged
 from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.processes.signals import SignalWatch
+from dpo_lightning.run.evaluations import monitored_rows
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
+from dpo_lightning.training.checkpoints.best import BestCheckpoint
 from dpo_lightning.training.checkpoints.exact_resume import ExactResume
 from dpo_lightning.training.checkpoints.writer import (
     PARTS,
@@ -75,12 +80,16 @@ class SessionCallbacks:
         samples: Those of them that collect answers,
         curve: and measure what is exactly true; None but for the controlled task.
         rung: Ends the run at a rung of its sweep; None where it has none.
+        answers: Draws answers at evaluations; None where it draws none.
+        best: Knows the best checkpoint; None where nothing selects one.
     """
 
     all: list[Callback]
     samples: SampleAnswers
     curve: ExactCurve | None
     rung: RungStop | None
+    answers: AnswersOnTheWay | None
+    best: BestCheckpoint | None
 
 
 def make_session_callbacks(
@@ -92,6 +101,7 @@ def make_session_callbacks(
     config_hash: str,
     signals: SignalWatch,
     first: Beginning,
+    resumed: Path | None,
 ) -> SessionCallbacks:
     """All callbacks, the package's own and those of plugins.
 
@@ -103,10 +113,12 @@ def make_session_callbacks(
         config_hash: What all ranks have to agree about.
         signals: Those that stop the run.
         first: Puts the run's files in their place.
+        resumed: The checkpoint that the run goes on from.
     """
-    # Before all others but that: its answers are no part of the training loop's time.
-    samples = SampleAnswers()
-    own: list[Callback] = [first, samples, SameConfig(config_hash), MetricRows(metrics), throughput]
+    # Before all others but that: what they ask at evaluations is no part of the loop's time.
+    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan)
+    own: list[Callback] = [first, samples, *(x for x in (curve, answers) if x is not None)]
+    own += [SameConfig(config_hash), MetricRows(metrics), throughput]
     own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]
     kept = plan.checkpoints
     folder = plan.folders.checkpoints
@@ -120,11 +132,12 @@ def make_session_callbacks(
     if plan.trainer.max_time is not None:
         # The trainer's own would come last, where what is saved at a signal has to be.
         own.append(Timer(duration=plan.trainer.max_time))
-    curve = None
-    task, reference_logps = prepared.task, prepared.reference_outcome_logps
-    if task is not None and reference_logps is not None:
-        curve = ExactCurve(task, reference_logps, prepared.models.scorer, beta=plan.beta)
-        own.append(curve)
+    best = _best(plan, prepared, metrics, resumed)
+    if best is not None:
+        own.append(best)
+    course = plan.evaluation.course
+    if course is not None and course.on_start:
+        own.append(StartEvaluation())
     rung = None
     if kept.rung is not None:
         rung = RungStop(
@@ -137,7 +150,54 @@ def make_session_callbacks(
         )
         own.append(rung)
     own.append(Preemption(signals, folder, keep=kept.keep))
-    return SessionCallbacks(own, samples, curve, rung)
+    return SessionCallbacks(own, samples, curve, rung, answers, best)
+
+
+def _curve(plan: RunPlan, prepared: Prepared) -> ExactCurve | None:
+    """Exact quantities at evaluations, where they are known."""
+    task, reference_logps = prepared.task, prepared.reference_outcome_logps
+    if task is None or reference_logps is None:
+        return None
+    course = plan.evaluation.course
+    always = course is None or course.exact
+    return ExactCurve(
+        task,
+        reference_logps,
+        prepared.models.scorer,
+        beta=plan.beta,
+        from_step=0 if always else plan.schedule.total_steps,
+    )
+
+
+def _answers(plan: RunPlan) -> AnswersOnTheWay | None:
+    """Answers at evaluations before the last."""
+    course = plan.evaluation.course
+    if course is None or not course.samples:
+        return None
+    return AnswersOnTheWay(
+        count=course.samples, total_steps=plan.schedule.total_steps, seed=plan.seed
+    )
+
+
+def _best(
+    plan: RunPlan, prepared: Prepared, metrics: JsonlLogger, resumed: Path | None
+) -> BestCheckpoint | None:
+    """Keeper of the best checkpoint, where a metric selects one."""
+    course = plan.evaluation.course
+    if course is None or course.selection is None:
+        return None
+    groups = [group for own in prepared.data.evaluated_sets().values() for group in own]
+    rows = monitored_rows(course.selection.monitor, course.held_out)
+    return BestCheckpoint(
+        plan.folders.checkpoints,
+        course.selection,
+        sample=digest_of(groups[row] for row in rows),
+        every=course.every,
+        total_steps=plan.schedule.total_steps,
+        keep=plan.checkpoints.keep,
+        resumed=resumed,
+        logged=lambda: metrics.last,
+    )
 
 
 def shows_bar(trainer: TrainerPlan) -> bool:
@@ -163,7 +223,7 @@ def make_trainer(
     Raises:
         UserError: If Lightning refuses the settings.
     """
-    trainer, schedule = plan.trainer, plan.schedule
+    trainer, schedule, course = plan.trainer, plan.schedule, plan.evaluation.course
     strategy = _make_strategy(trainer)
     with refuse_as_user_error():
         return pl.Trainer(
@@ -178,7 +238,7 @@ def make_trainer(
             callbacks=callbacks,
             # The module decides when to log, so that an interval's mean is logged.
             log_every_n_steps=1,
-            val_check_interval=schedule.eval_every_n_steps,
+            val_check_interval=schedule.eval_every_n_steps if course is None else course.every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
@@ -301,7 +361,8 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
     """The data module of prepared groups."""
     return PreferenceDataModule(
         train_groups=prepared.data.train,
-        eval_groups=prepared.data.evaluated_groups(),
+        eval_groups=[g for own in prepared.data.evaluated_sets().values() for g in own],
+        held_out=None if plan.evaluation.course is None else plan.evaluation.course.held_out,
         batch_size=plan.batches.size,
         micro_batch_tokens=placed.budget.tokens,
         total_steps=plan.schedule.total_steps,

@@ -64,7 +64,7 @@ def choose_template(tokenizer: Any, rows: SourceRows, data: DataConfig) -> ChatT
     Raises:
         UserError: If the template or one of its options cannot be used.
     """
-    sources = [rows.train] if rows.eval is None else [rows.train, rows.eval]
+    sources = rows.all
     messages = any(_has_messages(source) for source in sources)
     own = tokenizer.chat_template
     note = set_chat_template(tokenizer, data.chat_template, needed=messages)

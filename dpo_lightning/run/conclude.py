@@ -95,9 +95,7 @@ def conclude(
     failure: UserError | None = None
     sampled = Sampled()
     try:
-        sampled = draw_answers(
-            plan, prepared, trained.groups, trained.answering, trained.device
-        )
+        sampled = draw_answers(plan, prepared, trained.groups, trained.answering, trained.device)
     except UserError as error:  # a model that cannot answer is trained all the same
         failure = error
     measured = sampled.metrics
@@ -171,11 +169,18 @@ def draw_answers(
 
 def _by_group(trained: Trained) -> dict[str, Any]:
     """Results of each held-out group, with the groups' names; empty without an evaluation."""
-    accuracies = trained.module.eval_accuracies
-    if accuracies is None:
+    accuracies = _accuracies(trained)
+    if not accuracies:
         return {}
     groups = trained.prepared.data.evaluated_groups()
-    return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
+    return {"accuracies": accuracies, "groups": list(map(group_id, groups))}
+
+
+def _accuracies(trained: Trained) -> list[float]:
+    """Accuracies of the groups that rank trials, the first of all; none without an evaluation."""
+    found = trained.module.eval_accuracies
+    groups = trained.prepared.data.evaluated_groups()
+    return [] if found is None else found[: len(groups)].tolist()
 
 
 def kl_facts(
@@ -210,7 +215,6 @@ def _signs(
 ) -> list[dict[str, Any]]:
     """Signs of a training that went wrong, as entries of ``result.json``."""
     plan, module = trained.plan, trained.module
-    evaluated = module.eval_accuracies
     facts = gather_facts(
         metrics=metrics,
         metrics_file=plan.folders.run / METRICS_FILE,
@@ -220,7 +224,7 @@ def _signs(
         samples=samples,
         longest=trained.answering.max_new_tokens,
         groups=trained.prepared.data.evaluated_groups(),
-        accuracies=[] if evaluated is None else evaluated.tolist(),
+        accuracies=_accuracies(trained),
     )
     return [sign.entry() for sign in find_signs(facts)]
 

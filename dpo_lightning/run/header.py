@@ -39,6 +39,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "reference": _reference(models, names),
         "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
         f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
+        **_evaluations(plan),
         "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
         "attention": models.scorer.attention,
         "memory": _memory(plan, placed),
@@ -47,6 +48,17 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
     if device == "cpu" and _has_nvidia_gpu():
         why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
         facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
+    return facts
+
+
+def _evaluations(plan: RunPlan) -> dict[str, str]:
+    """The line of the evaluations, and of what selects checkpoints."""
+    course = plan.evaluation.course
+    if course is None:
+        return {}
+    facts = {"evaluation": course.describe()}
+    if course.selection is not None:
+        facts["selection"] = course.selection.describe()
     return facts
 
 
@@ -71,6 +83,8 @@ def _chat(prepared: Prepared) -> dict[str, str]:
 
 def _counts(data: PreparedData) -> str:
     rows = f"{len(data.train):,} training and {len(data.eval):,} evaluation rows"
+    if data.sets:
+        rows += f" ({', '.join(f'{size:,} in {name}' for name, size in data.sets.items())})"
     if data.evaluated is not None:
         rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
     counts = [rows]

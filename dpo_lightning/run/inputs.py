@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
 from dpo_lightning.data.fields import misses
 from dpo_lightning.data.records import BadRow, Rows, check_bad_rows, read_rows, write_quarantine
-from dpo_lightning.data.source_names import hub_ids
+from dpo_lightning.data.source_names import eval_key, eval_sets, hub_ids
 from dpo_lightning.plugins import find_scorer
 from dpo_lightning.settings.judging import model_judge
 from dpo_lightning.settings.schema import BASE, Config
@@ -27,10 +27,29 @@ _HUB = "https://huggingface.co"
 
 @dataclass(frozen=True, slots=True)
 class SourceRows:
-    """The rows of ``data.train`` and of ``data.eval``, if that is named."""
+    """The rows of ``data.train`` and of ``data.eval``.
+
+    Attributes:
+        train: Rows to train on.
+        eval: Held-out rows, of the first set where there are several; None: none are named.
+        sets: Held-out rows of all sets by their names; empty where they have no names.
+    """
 
     train: Rows
     eval: Rows | None
+    sets: Mapping[str, Rows] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> Mapping[str | None, Rows]:
+        """Held-out rows by the name of their set, which is None where they have none."""
+        if self.eval is not None and not self.sets:
+            return {None: self.eval}
+        return {name: rows for name, rows in self.sets.items()}
+
+    @property
+    def all(self) -> list[Rows]:
+        """The rows of every source."""
+        return [self.train, *self.held_out.values()]
 
 
 def prefer_cache_without_network(config: Config) -> None:
@@ -138,14 +157,21 @@ def read_named(config: Config, *, key: str = "data.train") -> SourceRows | None:
         )
 
     train = read(data.train, data.train_split, key)
-    evaluation = None
-    if data.eval is not None or data.eval_split is not None:
-        evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")
-    sources = [train] if evaluation is None else [train, evaluation]
+    held_out = eval_sets(data.eval)
+    if not held_out and data.eval_split is not None:
+        held_out = {None: data.train}
+    split = data.eval_split or data.train_split
+    evaluation = {name: read(own, split, eval_key(name)) for name, own in held_out.items()}
+    found = SourceRows(
+        train,
+        next(iter(evaluation.values()), None),
+        {name: rows for name, rows in evaluation.items() if name is not None},
+    )
+    sources = found.all
     met = [name for rows in sources for name in rows.ignored]
     there = [name for rows in sources for name in rows.fields]
     train.notes.extend(misses(data.ignore_fields, met, there))
-    return SourceRows(train=train, eval=evaluation)
+    return found
 
 
 def check_named(rows: SourceRows, config: Config) -> list[BadRow]:
@@ -158,8 +184,7 @@ def check_named(rows: SourceRows, config: Config) -> list[BadRow]:
     Raises:
         UserError: If there are any and ``data.on_bad_row`` is stop, or no row is good.
     """
-    sources = [rows.train] if rows.eval is None else [rows.train, rows.eval]
-    bad = [row for source in sources for row in source.bad]
-    total = sum(source.total for source in sources)
+    bad = [row for source in rows.all for row in source.bad]
+    total = sum(source.total for source in rows.all)
     check_bad_rows(Rows([], bad, total, []), on_bad_row=config.data.on_bad_row)
     return bad

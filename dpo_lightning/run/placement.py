@@ -135,7 +135,7 @@ def choose_answering(
     evaluation = plan.evaluation
     positions = max_positions(source.config)
     groups = choose_prompts(
-        data.eval or data.train,
+        data.ranking() or data.train,
         count=max(evaluation.samples, evaluation.partition_samples),
         max_tokens=min(source.max_length, positions or source.max_length),
     )

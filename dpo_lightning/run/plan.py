@@ -19,6 +19,7 @@ from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.run.evaluations import EvaluationCourse
 from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.loss_group import objective_settings
@@ -157,6 +158,7 @@ class EvaluationPlan:
         judge: Label of what judges them; None: nothing does.
         population: True if a tabular policy is fitted beside the trained one.
         merge: True if a merged model is exported beside an adapter.
+        course: Evaluations while the training goes on; None: there is no training.
     """
 
     samples: int
@@ -166,6 +168,7 @@ class EvaluationPlan:
     judge: str | None
     population: bool
     merge: bool
+    course: EvaluationCourse | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,7 @@ def make_plan(
     source: ModelSource,
     groups: int,
     resolved: dict[str, Any],
+    course: EvaluationCourse | None = None,
 ) -> RunPlan:
     """Decides what the settings come to.
 
@@ -260,6 +264,7 @@ def make_plan(
         source: The model.
         groups: Training groups.
         resolved: The settings as plain values.
+        course: Evaluations of the training; None where there is none.
     """
     schedule = make_schedule(config, groups=groups, bundled=source.bundled)
     evaluation = config.evaluation
@@ -291,6 +296,7 @@ def make_plan(
             judge=judge_label(evaluation),
             population=config.data.controlled.population,
             merge=config.peft.merge,
+            course=course,
         ),
         logger=logger_settings(config.logger, run_name=config.name),
         names=_names(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
-from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.splits import (
     PreparedData,
@@ -127,7 +126,7 @@ def prepare(
         reference_logps = outcome_logps(task, models, ranks)
         data = controlled_data(config, task, reference_logps)
     assert data is not None
-    data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
+    data.choose_evaluated(config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
     _fill(record, config, source, models, data)
     record.data["hash"] = hashes["data"]
@@ -171,7 +170,7 @@ def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder) -> None:
     """Has the rows written that could not be read, and those that could not be rendered."""
     if not data.set_aside:
         return
-    bad = [*rows.train.bad, *(rows.eval.bad if rows.eval is not None else [])]
+    bad = [row for source in rows.all for row in source.bad]
     path = folder.path / QUARANTINE_FILE
     folder.when_begun(lambda: write_quarantine(path, [*bad, *data.set_aside]))
     log.info(
@@ -263,7 +262,7 @@ def prepare_groups(
         log.info(note)
     data = prepare_rows(
         rows.train,
-        rows.eval,
+        rows.held_out,
         source.tokenizer,
         max_length=source.max_length,
         truncation=config.data.truncation,

@@ -33,6 +33,10 @@ class RunRecord:
         seed: Of all that is drawn.
         step: Optimizer steps completed.
         epoch: Passes over the data.
+        exported_step: Step of the weights in ``model/``, which ``metrics`` of evaluations and
+            answers are of; None where nothing was exported.
+        selection: ``monitor``, ``best``, ``best_step`` and ``stopped_early``; None where no metric
+            selects checkpoints.
         config_hash: Of what decides the numbers, with data and weights.
         settings_hash: Of the settings alone.
         basis: Model, reference, rows and judge that the numbers are of: what differs here is not
@@ -56,6 +60,8 @@ class RunRecord:
     seed: int
     step: int = 0
     epoch: float = 0.0
+    exported_step: int | None = None
+    selection: dict[str, Any] | None = None
     config_hash: str | None = None
     settings_hash: str
     basis: dict[str, Any] = field(default_factory=dict)

@@ -55,6 +55,8 @@ from dpo_lightning.run.build import (
     what_is_pending,
 )
 from dpo_lightning.run.conclude import Trained, conclude
+from dpo_lightning.run.evaluations import plan_evaluations, say_selection
+from dpo_lightning.run.exported import choose_exported, say_shares
 from dpo_lightning.run.finished import EXPORT
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.header import header_facts
@@ -67,7 +69,14 @@ from dpo_lightning.run.placement import (
     with_reference,
     with_shards,
 )
-from dpo_lightning.run.plan import RunPlan, TrainerPlan, choose_folders, make_plan, trainer_plan
+from dpo_lightning.run.plan import (
+    Folders,
+    RunPlan,
+    TrainerPlan,
+    choose_folders,
+    make_plan,
+    trainer_plan,
+)
 from dpo_lightning.run.prepare import Prepared, prepare
 from dpo_lightning.run.record import RunRecord, reference_counts
 from dpo_lightning.settings.schema import Config
@@ -92,6 +101,7 @@ from dpo_lightning.training.devices import take_device
 from dpo_lightning.training.launching import start_others, take_over
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
+from dpo_lightning.training.schedule import make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -158,15 +168,7 @@ def run_experiment(
         record=record,
         folder=folder,
     )
-    plan = make_plan(
-        config,
-        folders=folders,
-        hardware=hardware,
-        trainer=trainer,
-        source=prepared.source,
-        groups=len(prepared.data.train),
-        resolved=resolved,
-    )
+    plan = _plan(config, folders, hardware, trainer, prepared, resolved)
     try:
         run_session(plan, prepared, checkpoint, record, Supervision(signals, children, folder))
     except AtRung:
@@ -175,6 +177,36 @@ def run_experiment(
         raise
     if ranks is not None:
         leave_ranks()
+
+
+def _plan(
+    config: Config,
+    folders: Folders,
+    hardware: Hardware,
+    trainer: TrainerPlan,
+    prepared: Prepared,
+    resolved: dict[str, Any],
+) -> RunPlan:
+    """The run's plan, with its evaluations."""
+    groups, source = len(prepared.data.train), prepared.source
+    course = plan_evaluations(
+        config.evaluation,
+        config.checkpoint,
+        prepared.data,
+        total_steps=make_schedule(config, groups=groups, bundled=source.bundled).total_steps,
+        batch_size=config.data.batch_size,
+        shared=prepared.models.scorer.shared,
+    )
+    return make_plan(
+        config,
+        folders=folders,
+        hardware=hardware,
+        trainer=trainer,
+        source=source,
+        groups=groups,
+        resolved=resolved,
+        course=course,
+    )
 
 
 def _settle_libraries(hardware: Hardware) -> None:
@@ -224,7 +256,7 @@ def run_session(
     with contextlib.ExitStack() as ending:
         ending.enter_context(session)
         ending.enter_context(_reported(session))
-        callbacks, trainer = _make_trainer(session)
+        callbacks, trainer = _make_trainer(session, checkpoint)
         placed = _place(session, trainer)
         prepared = _with_models_in_place(session, placed)
         module, datamodule, trained = _build(session, prepared, placed, callbacks)
@@ -234,7 +266,7 @@ def run_session(
         except AtRung:
             session.children.release()  # all ranks end here
             raise
-        _evaluate(session, trainer, module, datamodule)
+        _evaluate(session, trainer, module, datamodule, callbacks)
         _conclude(session, trainer, trained, callbacks)
     if session.is_first:
         _say_where(session)
@@ -299,6 +331,7 @@ class _Session:
             "pairs_per_second": self.throughput.pairs_per_second,
             "tokens_per_second": self.throughput.tokens_per_second,
             "seconds": self.throughput.seconds,
+            "evaluating_seconds": self.throughput.evaluating_seconds,
         }
         if trainer is None or trainer.is_global_zero:
             summary = summary_of(self.plan.facts, record.metrics)
@@ -382,7 +415,9 @@ def _reported(session: _Session) -> Iterator[None]:
         raise
 
 
-def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
+def _make_trainer(
+    session: _Session, checkpoint: Path | None
+) -> tuple[SessionCallbacks, pl.Trainer]:
     """All callbacks, then the trainer; the ranks that it starts are looked after."""
     assert session.record.config_hash is not None
     callbacks = make_session_callbacks(
@@ -393,6 +428,7 @@ def _make_trainer(session: _Session) -> tuple[SessionCallbacks, pl.Trainer]:
         config_hash=session.record.config_hash,
         signals=session.signals,
         first=Beginning(session.folder, resumed=session.record.resumed is not None),
+        resumed=checkpoint,
     )
     identity, run_id = session.prepared.identity, session.loggers.wandb_run_id
     trainer = make_trainer(
@@ -457,6 +493,8 @@ def _build(
     plan, models = session.plan, prepared.models
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
+    if callbacks.answers is not None:
+        callbacks.answers.ask(groups, models=models, answering=answering)
     if callbacks.rung is not None:
         measure = make_measure(
             plan, prepared, groups=groups, answering=answering, signals=session.signals
@@ -468,6 +506,7 @@ def _build(
     if session.is_first:
         say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
+        say_selection(plan.evaluation.course)
     return (
         module,
         datamodule,
@@ -497,7 +536,11 @@ def _fit(
 
 
 def _evaluate(
-    session: _Session, trainer: pl.Trainer, module: DPOModule, data: PreferenceDataModule
+    session: _Session,
+    trainer: pl.Trainer,
+    module: DPOModule,
+    data: PreferenceDataModule,
+    callbacks: SessionCallbacks,
 ) -> None:
     """The last evaluation, where that is not of these weights already; ranks part after it."""
     session.folder.begin(resumed=session.record.resumed is not None)  # there was no step left
@@ -507,11 +550,18 @@ def _evaluate(
     reset_peak(device)
     session.signals.release()
     seen, accuracies = module.last_evaluation == trainer.global_step, module.eval_accuracies
-    if seen and accuracies is not None:
-        # A checkpoint's may be of another evaluation.max_prompts.
-        seen = len(accuracies) == len(data.eval_groups)
+    # A checkpoint's may be of another evaluation.max_prompts.
+    seen = seen and accuracies is not None and len(accuracies) == len(data.eval_groups)
     if data.eval_groups and not seen:
         trainer.validate(module, datamodule=data, verbose=False)
+    choose_exported(
+        session.record,
+        trainer=trainer,
+        module=module,
+        data=data,
+        callbacks=callbacks,
+        folder=session.plan.folders.run,
+    )
     session.record.reference = _count_reference_rows(trainer, module)
     if session.prepared.ranks is None:
         session.children.release()  # what is left is rank 0's alone
@@ -532,7 +582,8 @@ def _conclude(
             metrics=session.metrics.last,
         )
     if trainer.is_global_zero:
-        display.show_metrics(session.console, session.metrics.last)
+        say_shares(session.throughput, callbacks.answers)
+        display.show_metrics(session.console, session.metrics.last | session.record.metrics)
         if report:
             display.show_measured(session.console, report)
         if rows:

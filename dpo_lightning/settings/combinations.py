@@ -11,6 +11,9 @@ from pathlib import Path
 
 from dpo_lightning.data.source_names import (
     entries,
+    eval_entries,
+    eval_key,
+    eval_sets,
     is_address,
     is_hub_id,
     is_local_data,
@@ -26,6 +29,7 @@ from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
+from dpo_lightning.settings.selection import sampling_problems, selection_problems
 
 # What families call the layer behind the decoder.
 _HEADS = ("lm_head", "embed_out", "output_layer")
@@ -91,7 +95,9 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     yield from source_problems("data.train", data.train, split=data.train_split, subset=data.subset)
     held_out = data.eval_split or data.train_split
-    yield from source_problems("data.eval", data.eval, split=held_out, subset=data.subset)
+    for name, source in eval_sets(data.eval).items():
+        key = eval_key(name)
+        yield from source_problems(key, source, split=held_out, subset=data.subset)
     if data.train is None:
         if data.name != "controlled":
             yield f"data={data.name} needs rows: data.train=<file or hub id>"
@@ -120,7 +126,7 @@ def _splits(config: Config) -> Iterator[str]:
     """Settings of a data set's parts beside files, which have none."""
     data = config.data
     train = [entry.path for entry in entries(data.train)]
-    all_paths = [*train, *(entry.path for entry in entries(data.eval))]
+    all_paths = [*train, *(entry.path for entry in eval_entries(data.eval))]
     parted = [path for path in all_paths if not is_local_data(path) or Path(path).is_dir()]
     if not parted:
         of_hub = {"data.subset": data.subset, "data.revision": data.revision}
@@ -437,5 +443,7 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _devices(config, multirun=multirun)
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)
+    yield from selection_problems(config)
+    yield from sampling_problems(config)
     yield from pruning_problems(config)
     yield from logger_problems(config.logger)

@@ -245,6 +245,32 @@ class CheckpointConfig:
     )
     keep: int = setting(1, "Checkpoints that stay; older ones are removed.", unit="files", least=1)
     last: bool = setting(True, "Save one more checkpoint at the end of the run.")
+    monitor: str | None = setting(
+        None,
+        "Metric of the evaluations by which the best checkpoint is kept beside the newest, such as "
+        "eval/loss, or eval/b/loss of a set in data.eval that ranks no trials; null: the newest "
+        "alone.",
+        expected="a metric that evaluations measure and that has a better and a worse",
+    )
+    patience: int | None = setting(
+        None,
+        "Evaluations without improvement of checkpoint.monitor after which the training ends; "
+        "null: it goes on to its last step.",
+        unit="evaluations",
+        least=1,
+    )
+    min_delta: float = setting(
+        0.0,
+        "Change of checkpoint.monitor that checkpoint.patience takes for no improvement yet.",
+        unit="of the metric",
+        least=0,
+    )
+    export: str = setting(
+        "last",
+        "Weights that are evaluated at the end and written to model/: those of the last step, or "
+        "of the best by checkpoint.monitor.",
+        choices=("last", "best"),
+    )
 
 
 @dataclass
@@ -253,14 +279,26 @@ class EvaluationConfig:
 
     every_n_steps: int | None = setting(
         None,
-        "Steps between two evaluations; null: one at the end of each pass over the data.",
+        "Steps between two evaluations; null: a tenth of all steps, or more where "
+        "evaluation.max_token_share leaves few rows for each.",
         unit="steps",
         least=1,
+    )
+    on_start: bool = setting(
+        False, "Evaluate before the first step too; its rows have step 0 in metrics.jsonl."
+    )
+    max_token_share: float | None = setting(
+        None,
+        "Most tokens of all evaluations before the last, as a share of the trained ones: they see "
+        "a fixed sample of the held-out rows; null: 0.05 where evaluation.every_n_steps is null, "
+        "else no limit.",
+        unit="share",
+        above=0,
     )
     max_prompts: int | None = setting(
         2000,
         "Most held-out rows, each a prompt with its responses, that an evaluation sees: a fixed "
-        "sample, which the rows alone decide; null: all.",
+        "sample, which the rows alone decide, of each set of data.eval; null: all.",
         unit="prompts",
         least=1,
     )
@@ -268,6 +306,14 @@ class EvaluationConfig:
         128,
         "Answers that the trained policy draws to held-out prompts, for its KL divergence "
         "from the reference and for the judge; 0 for none.",
+        unit="answers",
+        least=0,
+    )
+    intermediate_samples: int = setting(
+        32,
+        "Answers that the policy draws at each evaluation before the last, for their length and, "
+        "where the reference is in memory, their KL; 0 for none, and none with "
+        "evaluation.samples=0.",
         unit="answers",
         least=0,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.source_files import all_files
-from dpo_lightning.data.source_names import entries, is_local_data
+from dpo_lightning.data.source_names import entries, eval_entries, is_local_data
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.judging import hashed_evaluation, model_judge
 from dpo_lightning.settings.loss_group import own_loss_settings
@@ -53,7 +53,7 @@ def settings_hash(config: Config) -> str:
     question = config.evaluation.judge_prompt
     for key, names in (
         ("data.train", [entry.path for entry in entries(data.train)]),
-        ("data.eval", [entry.path for entry in entries(data.eval)]),
+        ("data.eval", [entry.path for entry in eval_entries(data.eval)]),
         ("data.chat_template", template),
         ("evaluation.judge_prompt", [] if question is None else [question]),
     ):

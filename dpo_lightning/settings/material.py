@@ -167,10 +167,12 @@ class DataConfig:
     )
     eval: Any | None = setting(
         None,
-        "The same for held-out rows; null takes data.eval_split of data.train, and without "
-        "it data.eval_fraction.",
+        "The same for held-out rows, or sets of them by name, {a: a.jsonl, b: b.jsonl}: "
+        "eval/a/loss and so on, and the first set ranks trials; null takes data.eval_split of "
+        "data.train, and without it data.eval_fraction.",
         expected="a file, a folder, a pattern or a hub id; or a list of these and of "
-        "{path: <file>, weight: <share of its rows, above 0 and at most 1>}",
+        "{path: <file>, weight: <share of its rows, above 0 and at most 1>}; or {<name>: <one of "
+        "these>}, names of letters, digits, _ and - that are no metric's",
     )
     train_split: str = setting(
         "train", "Split of the hub set, or of a folder's files, to train on."

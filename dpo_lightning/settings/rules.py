@@ -8,12 +8,13 @@ from typing import Any
 
 from dpo_lightning.data.dates import is_date
 from dpo_lightning.data.forms import NAMES
-from dpo_lightning.data.source_names import entries
+from dpo_lightning.data.source_names import entries, eval_sets
 from dpo_lightning.plugins import READERS, known_optimizers
 from dpo_lightning.settings.conduct import PRUNE_METRICS, scales_with_beta
 from dpo_lightning.settings.judging import is_judge_address, is_price
 from dpo_lightning.settings.keys import is_import_name, settings
 from dpo_lightning.settings.logger_group import are_loggers
+from dpo_lightning.settings.metric_names import is_set_name
 
 
 def _valid_devices(value: object) -> bool:
@@ -42,6 +43,12 @@ def _valid_source(value: object) -> bool:
         return False
 
 
+def _valid_eval(value: object) -> bool:
+    sets = eval_sets(value)
+    named = all(name is None or is_set_name(name) for name in sets)
+    return bool(sets) and named and all(map(_valid_source, sets.values()))
+
+
 def _valid_columns(value: dict[str, Any]) -> bool:
     return all(
         isinstance(column, str)
@@ -57,7 +64,7 @@ def _valid_rungs(value: list[float]) -> bool:
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.columns": _valid_columns,
-    "data.eval": _valid_source,
+    "data.eval": _valid_eval,
     "data.format": lambda value: value in NAMES or value in READERS,
     "data.ignore_fields": all,
     "data.template_date": is_date,

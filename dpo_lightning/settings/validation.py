@@ -60,7 +60,11 @@ def _at_home(value: Any) -> Any:
         return str(Path(value).expanduser()) if value.startswith("~") else value
     if isinstance(value, list):
         return [_at_home(item) for item in value]
-    return {**value, "path": _at_home(value["path"])} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    if "path" not in value:
+        return {name: _at_home(source) for name, source in value.items()}
+    return {**value, "path": _at_home(value["path"])}
 
 
 def _normalised(config: Config, *, multirun: bool) -> None:

@@ -50,6 +50,11 @@ class Throughput(Callback):
         return end - self._begin - self._evaluating
 
     @property
+    def evaluating_seconds(self) -> float:
+        """Wall time of the evaluations inside the loop so far."""
+        return self._evaluating
+
+    @property
     def pairs_per_second(self) -> float:
         """Pairs trained on per second of the loop."""
         return self.pairs / self.seconds if self.seconds else 0.0

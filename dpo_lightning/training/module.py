@@ -35,8 +35,8 @@ from dpo_lightning.reference.kinds import Reference
 from dpo_lightning.reference.same_model import check_same_model
 from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
+from dpo_lightning.training.evaluating import EvaluatingModule
 from dpo_lightning.training.loss_scale import Float16Precision
-from dpo_lightning.training.module_state import CheckpointedModule
 from dpo_lightning.training.optimizers import OptimizerSettings, make_optimizer
 from dpo_lightning.training.outcome import Outcome, agree, of_all_ranks
 from dpo_lightning.training.step_settings import StepSettings
@@ -44,7 +44,7 @@ from dpo_lightning.training.step_settings import StepSettings
 log = logging.getLogger(__name__)
 
 
-class DPOModule(CheckpointedModule):
+class DPOModule(EvaluatingModule):
     """Trains a policy on preferences; one Lightning batch is one optimizer step.
 
     Optimization is manual: a backward pass per micro-batch, gradients synchronised on the last,
@@ -85,7 +85,7 @@ class DPOModule(CheckpointedModule):
         compute_dtype: torch.dtype | None = None,
         pending_signal: Callable[[], int] = lambda: 0,
     ) -> None:
-        super().__init__(policy, beta_plan)
+        super().__init__(policy, beta_plan, smaller=steps.smaller)
         self.automatic_optimization = False
         self.reference = reference
         self.scorer = scorer
@@ -98,7 +98,6 @@ class DPOModule(CheckpointedModule):
         self._pending_signal = pending_signal
         # Beta of the last training step.
         self._beta: float | Tensor = beta_plan.start
-        self._eval_sums: Tensor | None = None
 
     # Lightning's hooks ------------------------------------------------------------------------
 
@@ -169,36 +168,6 @@ class DPOModule(CheckpointedModule):
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
         self._log_step(learning_rate, grad_norm if outcome.finite else None)
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts from nothing."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._eval_sums = self._no_sums()
-        self.eval_accuracies = torch.zeros(len(datamodule.eval_groups), device=self.device)
-
-    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Adds the sums of a batch; ranks meet once, at the end."""
-        assert self._eval_sums is not None
-        assert self.eval_accuracies is not None
-        for number, micro_batch in enumerate(batch.micro_batches):
-            counts = number < len(batch.counted)
-            with explained(
-                f"the evaluation after step {self.global_step}", micro_batch, self._steps.smaller
-            ):
-                comparison = self._compare(micro_batch, training=False, counts=counts)
-            if not counts:
-                continue
-            self._eval_sums = self._eval_sums + comparison.sums
-            self.eval_accuracies[micro_batch.places] = comparison.accuracies
-
-    def on_validation_epoch_end(self) -> None:
-        """Metrics over every group once, exact over ranks and ragged batches."""
-        assert self._eval_sums is not None
-        self._log_metrics("eval", self._reduced_metrics(self._eval_sums))
-        # Each group is one rank's; the others have a zero there.
-        self.eval_accuracies = self.trainer.strategy.reduce(self.eval_accuracies, reduce_op="sum")
-        self._eval_sums = None
-        self.last_evaluation = self.global_step
 
     # Parts of a step --------------------------------------------------------------------------
 

@@ -32,7 +32,10 @@ class CheckpointedModule(pl.LightningModule):
         skipped_steps: Steps that were passed over.
         last_evaluation: The step at which the evaluation groups were last seen.
         eval_accuracies: Share of each evaluation group's pairs ranked right, shape (groups,), when
-            they were last seen.
+            all of them were last seen; None where the last evaluation saw a sample.
+        sample_metrics: Metrics of the sample that every evaluation sees, from the last one.
+        exported_metrics: Those of weights that are exported in place of the last ones; None until
+            there are such, and evaluations are logged.
     """
 
     def __init__(self, policy: Any, beta_plan: BetaPlan) -> None:
@@ -46,6 +49,8 @@ class CheckpointedModule(pl.LightningModule):
         self.skipped_steps = 0
         self.last_evaluation = -1
         self.eval_accuracies: Tensor | None = None
+        self.sample_metrics: dict[str, float] = {}
+        self.exported_metrics: dict[str, float] | None = None
         self._masters: MasterWeights | None = None
         # What the optimizer trains.
         self._trained: list[Tensor] = []
@@ -149,6 +154,24 @@ class CheckpointedModule(pl.LightningModule):
                 "so nothing of it is saved: lower optimizer.lr"
             )
 
+    @torch.no_grad()
+    def take_weights(self, state: dict[str, Tensor]) -> None:
+        """Puts the weights of a checkpoint in place of the last ones, to evaluate and export them.
+
+        From here on evaluations are no longer logged: they go to ``exported_metrics``.
+
+        Args:
+            state: The checkpoint's ``state_dict``.
+        """
+        if self._masters is None:
+            strict = self.strict_loading
+            self.trainer.strategy.load_model_state_dict({"state_dict": state}, strict=strict)
+        else:
+            for name, master in self._masters.state_dict():
+                master.copy_(state[f"policy.{name}"])
+            self._masters.publish()
+        self.exported_metrics = {}
+
     def restore_weights(self) -> bool:
         """Ends training by giving the policy its trained weights, in their own type.
 
@@ -177,6 +200,9 @@ class CheckpointedModule(pl.LightningModule):
         Lightning's own route rounds to float32, and repeats a row after an evaluation in between.
         """
         values = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        if self.exported_metrics is not None:
+            self.exported_metrics |= values
+            return
         self.log_dict(values, logger=False, batch_size=1)
         if prefix == "train" and "loss" in metrics:
             shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}

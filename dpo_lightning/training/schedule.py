@@ -50,6 +50,6 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
         total_steps=total,
         warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
         log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
-        eval_every_n_steps=config.evaluation.every_n_steps or epoch,
+        eval_every_n_steps=config.evaluation.every_n_steps or math.ceil(total / 10),
         learning_rate=learning_rate,
     )

@@ -494,4 +494,69 @@ PRUNING = [
     ),
 ]
 
-ROWS = [*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING]
+MONITOR = "checkpoint.monitor=eval/loss"
+SETS = 'data.eval={"a":a.json,"b":rows.jsonl}'
+SELECTION = [
+    Row(
+        "checkpoint.patience=3",
+        "checkpoint.patience=3: nothing says which checkpoint is better; add checkpoint.monitor=",
+        f"{MONITOR} checkpoint.patience=3",
+    ),
+    Row("checkpoint.export=best", "nothing says which", f"{MONITOR} checkpoint.export=best"),
+    Row(
+        f"{MONITOR} checkpoint.min_delta=0.1",
+        "checkpoint.min_delta=0.1 is of checkpoint.patience, which is null",
+        f"{MONITOR} checkpoint.min_delta=0.1 checkpoint.patience=2",
+    ),
+    Row(
+        f"{HALVING} {MONITOR} checkpoint.patience=3",
+        "sweep.prune=halving stops trials already",
+        f"{HALVING} {MONITOR} checkpoint.export=best",
+    ),
+    Row(
+        "checkpoint.monitor=eval_loss",
+        "no run writes a metric of that name; did you mean checkpoint.monitor=eval/loss? ",
+        MONITOR,
+    ),
+    *(
+        Row(f"checkpoint.monitor={name}", "neither more nor less of it is better", MONITOR)
+        for name in ("eval/rewards/chosen", "controlled/kl_policy_reference", "samples/kl")
+    ),
+    Row(
+        "checkpoint.monitor=train/rewards/accuracies",
+        "is of the rows that are trained on; use checkpoint.monitor=eval/rewards/accuracies",
+        "checkpoint.monitor=eval/rewards/accuracies",
+    ),
+    Row(
+        f"{OWN} {SETS} checkpoint.monitor=eval/c/loss",
+        "there is no held-out set c (there are: a, b); use checkpoint.monitor=eval/loss",
+        f"{OWN} {SETS} checkpoint.monitor=eval/b/loss",
+    ),
+    Row(
+        f"{OWN} checkpoint.monitor=controlled/expected_reward",
+        "checkpoint.monitor=controlled/expected_reward is known of the embedded task alone",
+        "checkpoint.monitor=controlled/expected_reward",
+    ),
+    Row(
+        "checkpoint.monitor=samples/win_rate",
+        "is not measured before the end of a run; use checkpoint.monitor=eval/loss",
+        "checkpoint.monitor=controlled/gain_ratio",
+    ),
+    Row(
+        f"{OWN} {MONITOR} data.eval_fraction=0",
+        "checkpoint.monitor=eval/loss is measured on held-out rows: set data.eval=",
+        f"{OWN} {MONITOR} data.eval_fraction=0 data.eval=a.json",
+    ),
+    Row(
+        "evaluation.samples=0 evaluation.intermediate_samples=5",
+        "evaluation.intermediate_samples=5: evaluation.samples=0 draws no answers",
+        "evaluation.samples=9 evaluation.intermediate_samples=5",
+    ),
+    Row(
+        f'{OWN} data.eval={{"a":a.json,"b":nope.json}}', "data.eval.b=nope.json: no such file", OWN
+    ),
+]
+
+ROWS = [
+    *(*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION),
+]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.data.packing import epoch_order
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.models.scoring import Scorer
@@ -105,6 +106,7 @@ def take_steps(
     reference: Any = None,
     eval_groups: Sequence[TokenGroup] = (),
     eval_every: int | None = None,
+    held_out: HeldOut | None = None,
     steps: int = 1,
     batch_size: int = 1,
     micro_batch_tokens: int = 1000,
@@ -127,6 +129,7 @@ def take_steps(
         reference: The reference; None: the groups bring theirs along.
         eval_groups: Evaluation groups.
         eval_every: Steps between two evaluations; None: none but one at the end.
+        held_out: Sets of the evaluation groups and their sample; None: one set, seen whole.
         steps: Of the run.
         batch_size: Groups of a step.
         micro_batch_tokens: Most tokens of a micro-batch.
@@ -176,6 +179,7 @@ def take_steps(
         shared=True,
         num_workers=0,
         equal_counts=equal_counts,
+        held_out=held_out,
     )
     trainer = pl.Trainer(
         accelerator="cpu",

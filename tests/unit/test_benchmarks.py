@@ -148,6 +148,7 @@ def test_both_trees_run_in_turns_and_other_losses_are_said(
     tmp_path, monkeypatch, capsys, loss: str, said: bool
 ):
     """On two trees whose program only spends a moment."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     against = load("against")
     for name, value in (("here", "0.5"), ("older", loss)):
         (tmp_path / name).mkdir()

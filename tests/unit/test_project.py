@@ -202,6 +202,7 @@ OTHERS = (
 PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
+    "docs/selection.md",
 )
 
 

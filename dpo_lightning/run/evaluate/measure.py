@@ -17,7 +17,7 @@ import transformers
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.datamodule import EvalSteps
-from dpo_lightning.data.held_out import choose_evaluated
+from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.items import GroupItems, measure_groups
@@ -165,7 +165,7 @@ def _prepare(opened: Opened, config: Config, hardware: Hardware, *, rows_named: 
         with models.scorer.plain(start) as plain:
             reference_logps = task.outcome_logps(plain)
         data = controlled_data(config, task, reference_logps)
-    data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
+    data.choose_evaluated(config.evaluation.max_prompts)
     settings = memory_settings(config)
     return Prepared(
         source=source,
@@ -236,14 +236,30 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
 def _groups(
     plan: RunPlan, prepared: Prepared, placed: Placed, beta: float
 ) -> tuple[dict[str, float], GroupItems]:
-    """Metrics of the held-out groups, and the groups one by one."""
-    models, groups = prepared.models, prepared.data.evaluated_groups()
+    """Metrics of the held-out sets, and the groups of the first one by one."""
+    sets = prepared.data.evaluated_sets()
+    held_out = HeldOut(tuple(map(len, sets.values())), tuple(sets))
+    metrics: dict[str, float] = {}
+    first: GroupItems | None = None
+    for number, groups in enumerate(sets.values()):
+        measured, items = _set(plan, prepared, placed, beta, groups)
+        first = first or items
+        for beginning in held_out.metrics_of(number):
+            metrics |= {f"{beginning}{name}": value for name, value in measured.items()}
+    assert first is not None
+    return metrics, first
+
+
+def _set(
+    plan: RunPlan, prepared: Prepared, placed: Placed, beta: float, groups: Sequence[TokenGroup]
+) -> tuple[dict[str, float], GroupItems]:
+    models = prepared.models
     scorer, reference = models.scorer, models.reference
     assert reference is not None
     reference.to(placed.device)
     steps = EvalSteps(
         groups,
-        batch_size=plan.batches.size,
+        HeldOut((len(groups),)).batches(4 * plan.batches.size),
         rank=0,
         world_size=1,
         micro_batch_tokens=placed.budget.tokens,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.bad_rows import BadRow
 from dpo_lightning.data.groups import PreferenceGroup
 from dpo_lightning.data.records import Rows
-from dpo_lightning.data.source_names import source_label
+from dpo_lightning.data.source_names import eval_key, source_label
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
 from dpo_lightning.run.inputs import SourceRows, check_named, read_named
@@ -90,8 +91,10 @@ def _told(rows: SourceRows | None, data: PreparedData, eos: int) -> dict[str, li
     if rows is None:
         parts = {"train": data.train, "eval": data.eval}
         return {key: list(told_tokens(part, eos)) for key, part in parts.items() if part}
-    sources = {"train": rows.train, "eval": rows.eval}
-    return {key: list(told_rows(part.groups)) for key, part in sources.items() if part is not None}
+    found = {"train": list(told_rows(rows.train.groups))}
+    if rows.held_out:
+        found["eval"] = [told for part in rows.held_out.values() for told in told_rows(part.groups)]
+    return found
 
 
 def _rows(config: Config, rows: SourceRows | None, data: PreparedData) -> dict[str, Any]:
@@ -102,10 +105,33 @@ def _rows(config: Config, rows: SourceRows | None, data: PreparedData) -> dict[s
         }
     train = source_label(config.data.train)
     found = {"train": _source(train, rows.train, *data.sources["data.train"]), "eval": None}
-    if rows.eval is not None:
+    if rows.held_out:
         label = source_label(config.data.eval or config.data.train)
-        found["eval"] = _source(label, rows.eval, *data.sources["data.eval"])
+        found["eval"] = _source(label, _together([*rows.held_out.values()]), *_lost(rows, data))
     return found
+
+
+def _together(parts: Sequence[Rows]) -> Rows:
+    """The rows of several held-out sets as of one source."""
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        groups=[group for part in parts for group in part.groups],
+        bad=[row for part in parts for row in part.bad],
+        total=sum(part.total for part in parts),
+        unread=frozenset(name for part in parts for name in part.unread),
+    )
+
+
+def _lost(rows: SourceRows, data: PreparedData) -> tuple[Counter[str], Counter[str]]:
+    """Rows of all held-out sets that were dropped, and those that were changed, by reason."""
+    dropped, changed = Counter[str](), Counter[str]()
+    for name in rows.held_out:
+        own = data.sources[eval_key(name)]
+        dropped.update(own[0])
+        changed.update(own[1])
+    return dropped, changed
 
 
 def _drawn(label: str, count: int) -> dict[str, Any]:

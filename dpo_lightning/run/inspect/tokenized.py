@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.packing import epoch_order
 from dpo_lightning.data.splits import PreparedData, Refuse
 from dpo_lightning.errors import UserError
@@ -17,13 +16,13 @@ from dpo_lightning.run.inputs import SourceRows
 from dpo_lightning.run.inspect.example import example_of
 from dpo_lightning.run.inspect.lengths import length_bias, lengths_of, truncation
 from dpo_lightning.run.inspect.planned import plan_run
-from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.prepare import (
     controlled_groups,
     prepare_groups,
     resolve_source,
     set_threads,
 )
+from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking.quiet import quiet_libraries
 
@@ -64,7 +63,7 @@ def tokenized(
             refuse=refuse,
             keep_tokens=False,
         )
-    data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
+    data.choose_evaluated(config.evaluation.max_prompts)
     entries: dict[str, Any] = {"plan": None, "memory": None, "time": None}
     if data.train:
         planned = plan_run(config, source, hardware, data, outputs=outputs)
@@ -93,7 +92,7 @@ def _truncation(
     data: PreparedData,
     chat: ChatTemplate | None,
 ) -> dict[str, Any]:
-    parts = [] if rows is None else [rows.train, *([] if rows.eval is None else [rows.eval])]
+    parts = [] if rows is None else rows.all
     return truncation(
         [group for part in parts for group in part.groups],
         [*data.train, *data.eval],

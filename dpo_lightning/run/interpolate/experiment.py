@@ -221,7 +221,7 @@ def _questions(
     )
     positions = max_positions(source.config)
     groups = choose_prompts(
-        data.eval or data.train,
+        data.ranking() or data.train,
         count=MOST_PROMPTS,
         max_tokens=min(source.max_length, positions or source.max_length),
     )

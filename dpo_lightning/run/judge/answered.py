@@ -138,7 +138,9 @@ def answers_of_run(folder: Path) -> tuple[Answered, Answered | None]:
             "draws evaluation.samples= of them"
         )
     # What the row had, where the text of a chat template is not that.
-    prompts: list[Prompt] = [row.get("question", row.get("prompt", "")) for row in samples]
+    prompts: list[Prompt] = [
+        row["question"] if "question" in row else str(row.get("prompt", "")) for row in samples
+    ]
     unknown: list[bool | None] = [None] * len(samples)
     policy = Answered(prompts, [str(row.get("policy", "")) for row in samples], unknown)
     others = [str(row.get("reference", "")) for row in samples]

@@ -199,8 +199,6 @@ def sample_items(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[Key, fl
     }
 
 
-
-
 def _or_nan(value: object) -> float:
     known = number(value)
     return math.nan if known is None else known

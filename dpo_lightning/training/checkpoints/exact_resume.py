@@ -53,6 +53,15 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def evaluate_now(trainer: pl.Trainer) -> None:
+    """Evaluates ahead of a step, as a fit does between two; Lightning would take it as done."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
 class ExactResume(Callback):
     """Saves and restores what Lightning does not; stands before callbacks that draw numbers."""
 
@@ -93,12 +102,7 @@ class ExactResume(Callback):
         if not step or not every or step % every or pl_module.last_evaluation == step:
             return
         self._restore(trainer, pl_module)
-        # What a fit does between two steps; Lightning would take it as done.
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
+        evaluate_now(trainer)
         self._states = [random_state(pl_module.device)] * trainer.world_size
 
     def on_train_batch_start(

@@ -92,10 +92,16 @@ def _check(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def prune(folder: Path, *, newest: Path, keep: int) -> None:
-    """Removes all checkpoints but ``newest`` and the ``keep - 1`` finished ones before it.
+def prune(folder: Path, *, newest: Path, keep: int, best: Path | None = None) -> None:
+    """Removes all checkpoints but ``newest``, ``keep - 1`` finished ones before it, and the best.
 
     Those of later steps go too: they are of a course that this run has left.
+
+    Args:
+        folder: Where they are.
+        newest: The one that is whole by now.
+        keep: Number of newest ones that stay.
+        best: One that stays beside them.
 
     Raises:
         OSError: If one cannot be removed.
@@ -104,7 +110,7 @@ def prune(folder: Path, *, newest: Path, keep: int) -> None:
     earlier = [path for path in found if _step(path) < _step(newest)]
     kept = [path for path in earlier if manifest_path(path).exists()][: keep - 1]
     for path in reversed(found):
-        if path not in kept:
+        if path not in kept and path != best:
             remove(path)
 
 

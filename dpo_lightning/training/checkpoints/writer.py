@@ -61,11 +61,13 @@ class _Order:
         waits: True if it is written when the call returns.
         holds_back: True if a failure is kept, and not raised.
         keep: Number of checkpoints that stay; None removes none.
+        best: One that stays beside those.
     """
 
     waits: bool = True
     holds_back: bool = False
     keep: int | None = None
+    best: Path | None = None
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -79,6 +81,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     Attributes:
         last_saved: The last checkpoint that was written whole.
+        best: The one that is not removed for newer ones, if any.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class DurableCheckpointIO(CheckpointIO):
         self._order = _Order()
         self._failure: BaseException | None = None
         self.last_saved: Path | None = None
+        self.best: Path | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -171,7 +175,7 @@ class DurableCheckpointIO(CheckpointIO):
                 staged.unlink(missing_ok=True)
         self.last_saved = path
         if order.keep is not None:
-            _prune(path, order.keep)
+            _prune(path, order.keep, order.best)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -215,10 +219,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}; {_remedy(path)}") from error
 
 
-def _prune(newest: Path, keep: int) -> None:
+def _prune(newest: Path, keep: int, best: Path | None = None) -> None:
     """Removes older checkpoints, now that a newer one is whole."""
     try:
-        checkpoints.prune(newest.parent, newest=newest, keep=keep)
+        checkpoints.prune(newest.parent, newest=newest, keep=keep, best=best)
     except OSError as error:
         raise StorageError(
             f"{error.filename}: {error.strerror}: an old checkpoint cannot be removed"
@@ -346,7 +350,7 @@ def save_now(
         return
     # Rank 0 must not leave the others waiting where they meet at the end of a save.
     several = trainer.world_size > 1
-    io._order = _Order(waits=waits, holds_back=several, keep=keep)
+    io._order = _Order(waits=waits, holds_back=several, keep=keep, best=io.best)
     try:
         trainer.save_checkpoint(path)
     finally:
@@ -398,6 +402,11 @@ class Checkpoints(Callback):
         self._last = last
         # What a killed process left, once there is a step: until then the folder stays as it was.
         self._cleared = False
+        self._start: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the step from which the training goes on."""
+        self._start = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -419,7 +428,9 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, unless it was saved on the way; waits for what is being written."""
         path = checkpoint_path(self._folder, trainer.global_step)
-        if not is_saved(trainer, path) and self._last:
+        # Without a step of its own the run may not write yet, and there is nothing new.
+        new = trainer.global_step != self._start
+        if not is_saved(trainer, path) and self._last and new:
             save_now(trainer, path)
 
     def on_exception(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_lightning.data.evaluations import HeldOut
 from tests.support.models import make_model
 from tests.support.ranks import on_ranks
 from tests.support.steps import ids, pair, take_steps, with_logratios
@@ -127,3 +128,44 @@ def test_an_evaluation_leaves_the_gradient_alone(tmp_path):
     ]
     one, other = (run.weights for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_evaluation_before_the_last_sees_the_sample_of_each_set(tmp_path):
+    """Accuracies are 1, 0, 2/3 in set a and 1/2, 1 in set b; rows 0, 2 and 4 are the sample.
+
+    After step 1 a has (1 + 2/3) / 2 and b has 1; after step 2, the last, all count, and what
+    selects checkpoints is still of the sample.
+    """
+    taken = take_steps(
+        tmp_path,
+        train_group(),
+        eval_groups=eval_groups(),
+        eval_every=1,
+        held_out=HeldOut((3, 2), ("a", "b"), (0, 2, 4)),
+        steps=2,
+        **STILL,
+    )
+    whole = [(1 + 2 / 3) / 3, 0.75]
+    for own, expected in (("a/", [5 / 6, whole[0]]), ("b/", [1.0, whole[1]])):
+        assert taken.values(f"eval/{own}rewards/accuracies") == pytest.approx(expected)
+    for name in ("loss", "rewards/accuracies", "logratios/margins"):
+        assert taken.values(f"eval/{name}") == taken.values(f"eval/a/{name}")
+    assert taken.module.eval_accuracies.tolist() == pytest.approx(ACCURACIES)
+    sample = taken.module.sample_metrics
+    assert sample["eval/rewards/accuracies"] == pytest.approx(5 / 6)
+    assert sample["eval/b/rewards/accuracies"] == pytest.approx(1.0)
+
+
+def test_accuracies_of_a_sample_are_not_those_of_all(tmp_path):
+    """A run that ends after its evaluation of a sample has none to report by row."""
+    taken = take_steps(
+        tmp_path,
+        train_group(),
+        eval_groups=eval_groups(),
+        eval_every=2,
+        held_out=HeldOut((5,), sample=(1, 3)),
+        steps=3,
+        **STILL,
+    )
+    assert taken.values("eval/rewards/accuracies") == pytest.approx([0.25])
+    assert taken.module.eval_accuracies is None

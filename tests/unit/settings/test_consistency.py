@@ -44,11 +44,10 @@ def clauses() -> dict[str, re.Pattern[str]]:
     """Patterns of the clauses' words, by the place where each clause stands."""
     folder = ROOT / "dpo_lightning" / "settings"
     checks = ast.parse((folder / "combinations.py").read_text())
-    of_sweeps, of_judges = (
-        ast.parse((folder / name).read_text()) for name in ("pruning.py", "judging.py")
-    )
+    names = ("pruning.py", "judging.py", "selection.py")
+    others = [node for name in names for node in ast.walk(ast.parse((folder / name).read_text()))]
     found = {}
-    for node in (*ast.walk(checks), *ast.walk(of_sweeps), *ast.walk(of_judges)):
+    for node in (*ast.walk(checks), *others):
         if isinstance(node, ast.Yield):
             message = node.value
         elif isinstance(node, ast.YieldFrom) and isinstance(node.value, ast.GeneratorExp):
@@ -80,7 +79,9 @@ def test_every_clause_is_that_of_some_row(place: Path, monkeypatch: pytest.Monke
         fitting = [where for where, pattern in known.items() if pattern.fullmatch(clause)]
         if not fitting:
             # The search for files has words of its own, which its tests know.
-            assert clause.startswith(("data.train=", "data.eval=", "data.eval: ")), clause
+            assert clause.startswith(("data.train=", "data.eval=", "data.eval: ", "data.eval.")), (
+                clause
+            )
             continue
         spoken.add(max(fitting, key=lambda where: len(known[where].pattern)))
     assert sorted(known.keys() - spoken) == []

@@ -79,7 +79,9 @@ def test_long_runs_log_every_tenth_step(steps, every, expected):
     assert found.log_every_n_steps == expected
 
 
-@pytest.mark.parametrize(("every", "expected"), [(None, 11), (4, 4)])
-def test_an_evaluation_ends_each_pass_unless_it_is_said(every, expected):
-    found = schedule(groups=101, evaluation__every_n_steps=every, trainer__max_steps=50)
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"), [(50, None, 5), (51, None, 6), (9, None, 1), (50, 4, 4)]
+)
+def test_there_are_ten_evaluations_unless_it_is_said(steps, every, expected):
+    found = schedule(groups=101, evaluation__every_n_steps=every, trainer__max_steps=steps)
     assert found.eval_every_n_steps == expected

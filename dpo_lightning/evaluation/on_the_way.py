@@ -1,0 +1,135 @@
+"""Evaluations before the last one: the one at the start, and answers that are drawn at each.
+
+Nothing here touches the training: generators are put back, and the time is not that of its loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.evaluation.answers import Answering, cut_off_count
+from dpo_lightning.evaluation.sampling import end_ids, sampled_divergences
+from dpo_lightning.models.sharding import is_sharded
+from dpo_lightning.reference.kinds import LiveReference
+from dpo_lightning.reference.pair import Models
+from dpo_lightning.training.checkpoints.exact_resume import evaluate_now
+
+log = logging.getLogger(__name__)
+
+# Share of the wall time of a training from which on the answers are said to cost too much.
+_TOO_MUCH = 0.1
+
+
+class StartEvaluation(Callback):
+    """Evaluates before the first step; stands behind all that prepares rows of metrics."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Evaluates, but not where the training goes on from a checkpoint."""
+        if trainer.global_step == 0:
+            evaluate_now(trainer)
+
+
+class AnswersOnTheWay(Callback):
+    """Draws answers at each evaluation before the last, and logs what they are like.
+
+    It asks nothing until :meth:`ask` says what and whom. On rank 0, or of a sharded model on all.
+
+    Args:
+        count: Answers of an evaluation.
+        total_steps: Steps of the run.
+        seed: Of all draws, the same at each evaluation.
+
+    Attributes:
+        seconds: Wall time of the drawing so far.
+    """
+
+    def __init__(self, *, count: int, total_steps: int, seed: int) -> None:
+        self._count = count
+        self._total = total_steps
+        self._seed = seed
+        self._groups: Sequence[TokenGroup] = ()
+        self._begin = 0.0
+        self._said = False
+        self.seconds = 0.0
+
+    def ask(self, groups: Sequence[TokenGroup], *, models: Models, answering: Answering) -> None:
+        """Says what is asked, before the training.
+
+        Args:
+            groups: Whose prompts are answered, in turn.
+            models: Policy and reference.
+            answering: How.
+        """
+        self._groups = groups
+        self._models = models
+        self._answering = answering
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the clock of the training."""
+        self._begin = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draws, measures, logs, and says once if it takes long."""
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if not fits or trainer.global_step >= self._total or not self._groups:
+            return
+        if not (trainer.is_global_zero or is_sharded(self._models.policy)):
+            return
+        begin = time.perf_counter()
+        metrics = self._measured(pl_module.device)
+        self.seconds += time.perf_counter() - begin
+        for logger in pl_module.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        if trainer.is_global_zero:
+            self._say_if_slow(trainer.global_step)
+
+    def share(self) -> float:
+        """Share of the wall time since the start of the training that answers took."""
+        return self.seconds / max(time.perf_counter() - self._begin, 1e-9)
+
+    @torch.no_grad()
+    def _measured(self, device: torch.device) -> dict[str, float]:
+        models, answering = self._models, self._answering
+        asked = [self._groups[i % len(self._groups)].prompt for i in range(self._count)]
+        answers = answering.answers(models, models.policy, asked, seed=self._seed)
+        ends = end_ids(models.policy, answering.tokenizer)
+        metrics = {
+            "samples/length": statistics.fmean(len(ids) for ids in answers),
+            "samples/cut_off": cut_off_count(answers, ends, answering) / len(answers),
+        }
+        # Else it would have to be loaded beside all that a training holds.
+        if isinstance(models.reference, LiveReference):
+            with models.reference_model(device) as reference:
+                kl = sampled_divergences(
+                    models.policy,
+                    reference,
+                    models.scorer,
+                    asked,
+                    answers,
+                    pad=answering.tokenizer.eos_token_id,
+                    precision=answering.precision,
+                )
+            metrics["samples/kl"] = statistics.fmean(kl)
+        return metrics
+
+    def _say_if_slow(self, step: int) -> None:
+        # The first one warms up.
+        share = self.share()
+        if step < self._total / 4 or self._said or share <= _TOO_MUCH:
+            return
+        self._said = True
+        log.info(
+            "answers at evaluations took %.0f%% of the wall time so far: a smaller "
+            "evaluation.intermediate_samples= takes less (it is %d), 0 draws none",
+            *(100 * share, self._count),
+        )

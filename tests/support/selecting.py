@@ -1,0 +1,17 @@
+"""Runs of the embedded task that select a checkpoint, and end early because of it."""
+
+from tests.support.recovery import DRAWING
+from tests.support.runs import TINY
+
+EVERY = 2
+
+# Steps of such a size that held-out rows are soon predicted worse than before.
+SELECTING = (
+    *TINY,
+    *("trainer.max_steps=40", "optimizer.lr=0.03", "optimizer.schedule=constant"),
+    *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false"),
+    *("evaluation.partition_samples=0", "evaluation.on_start=true"),
+    *(f"evaluation.every_n_steps={EVERY}", "checkpoint.monitor=eval/loss"),
+    *("checkpoint.patience=5", "checkpoint.min_delta=0.001", "checkpoint.export=best"),
+    *DRAWING,
+)
