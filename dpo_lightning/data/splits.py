@@ -161,11 +161,12 @@ def prepare_rows(
     prepared.train = tokenized.groups
     _account(prepared, key, train, tokenized)
     parts = [(key, train, tokenized)]
-    if isinstance(evaluation, Rows):
-        evaluation = {None: evaluation}
-    if not evaluation:
+    sets: Mapping[str | None, Rows] = {}
+    if evaluation is not None:
+        sets = {None: evaluation} if isinstance(evaluation, Rows) else evaluation
+    if not sets:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
-    for name, rows in (evaluation or {}).items():
+    for name, rows in sets.items():
         held_out = tokenize(eval_key(name), rows)
         _add_held_out(prepared, name, rows, held_out)
         parts.append((eval_key(name), rows, held_out))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from dpo_lightning.data.source_names import eval_sets
 from dpo_lightning.errors import (
     UserError,
 )
@@ -144,11 +145,13 @@ def basis_of(config: Config, *, held_out: str) -> dict[str, Any]:
         held_out: Digest of the held-out groups.
     """
     model, reference, data = config.model, config.reference, config.data
+    # Other sets than the first one rank nothing.
+    ranking = next(iter(eval_sets(data.eval).values()), None)
     return {
         "model": [model.pretrained or model.config, model.revision],
         "reference": [reference.pretrained, reference.revision, reference.adapter],
         "data.train": data.train and [data.train, data.train_split, data.subset, data.revision],
-        "data.eval": data.train and [data.eval, data.eval_split],
+        "data.eval": data.train and [ranking, data.eval_split],
         "held_out": held_out,
         "judge": judge_label(config.evaluation),
     }

@@ -42,9 +42,8 @@ class SourceRows:
     @property
     def held_out(self) -> Mapping[str | None, Rows]:
         """Held-out rows by the name of their set, which is None where they have none."""
-        if self.eval is not None and not self.sets:
-            return {None: self.eval}
-        return {name: rows for name, rows in self.sets.items()}
+        found: dict[str | None, Rows] = {name: rows for name, rows in self.sets.items()}
+        return {None: self.eval} if self.eval is not None and not found else found
 
     @property
     def all(self) -> list[Rows]:
