@@ -29,11 +29,12 @@ def loss(margin: float) -> float:
 def measured():
     """Pairs with margins 1.5, -1.5 and 0.5, and a group of three with 0.5, 1 and -1; one weighs 2.
 
-    In batches of two tokens each group is a micro-batch of its own, in another order than theirs.
+    In batches of two tokens each group is a micro-batch of its own, the longest one first, which is
+    the third.
     """
     model = make_model("llama")
     scorer = Scorer("flat")
-    three = replace(pair(3), responses=(ids(5, 6), ids(7, 8, 9), ids(4)), ranks=(1, 2, 3))
+    three = replace(pair(3), responses=(ids(5, 6), ids(7, 8, 9), ids(4, 6)), ranks=(1, 2, 3))
     made = [pair(1), pair(2), three, replace(pair(4), weight=2.0)]
     groups = [with_logratios(model, own, *r) for own, r in zip(made, RATIOS, strict=True)]
     chosen = [plain_logps(model, own)[0].item() for own in groups]
