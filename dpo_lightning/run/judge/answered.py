@@ -97,11 +97,15 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
+    if isinstance(prompt, list) and _is_conversation(prompt):
         return prompt
     raise UserError(
         f"{where}: prompt has to be a text, or a list of messages with role and content"
     )
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: object) -> bool:
@@ -138,9 +142,13 @@ def answers_of_run(folder: Path) -> tuple[Answered, Answered | None]:
             "draws evaluation.samples= of them"
         )
     # What the row had, where the text of a chat template is not that.
-    prompts: list[Prompt] = [
-        row["question"] if "question" in row else str(row.get("prompt", "")) for row in samples
-    ]
+    asked: list[Any] = [row.get("question", row.get("prompt")) for row in samples]
+    if not all(isinstance(prompt, str) or _is_conversation(prompt) for prompt in asked):
+        raise UserError(
+            f"--answers={folder}: prompts in its {EVALUATION_FILE} are damaged; name a file of "
+            "JSON lines"
+        )
+    prompts: list[Prompt] = asked
     unknown: list[bool | None] = [None] * len(samples)
     policy = Answered(prompts, [str(row.get("policy", "")) for row in samples], unknown)
     others = [str(row.get("reference", "")) for row in samples]
