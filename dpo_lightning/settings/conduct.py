@@ -336,9 +336,9 @@ class EvaluationConfig:
     )
     judge: str | None = setting(
         None,
-        "Judge of the answers of policy and reference: a plugin's function by name; folder or hub "
-        "id of a reward model (sequence classification); endpoint, which asks a model behind an "
-        "OpenAI-compatible address (judge_url); null or none: nothing judges.",
+        "Judge of the answers of policy and reference: a plugin's function, folder or hub id of a "
+        "reward model, or endpoint: a model behind an OpenAI-compatible address; null or none: "
+        "nobody.",
     )
     judge_url: str | None = setting(
         None,
