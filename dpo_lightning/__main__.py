@@ -27,6 +27,18 @@ def _preflight(argv: list[str]) -> int:
     return main(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    from dpo_lightning.run.evaluate.command import main
+
+    return main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from dpo_lightning.sweeps.compare.command import main
+
+    return main(argv)
+
+
 def _interpolate(argv: list[str]) -> int:
     from dpo_lightning.run.interpolate.command import main
 
@@ -48,6 +60,8 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
     "preflight": ("how much memory a run would take", _preflight),
+    "evaluate": ("a trained policy on held-out rows: metrics, slices, answers", _evaluate),
+    "compare": ("trained policies on the same rows, tested row by row", _compare),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "report": ("write the report of a sweep again", _report),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),

@@ -33,6 +33,8 @@ def rows_of_steps(groups: int, *, batch_size: int, steps: int, seed: int) -> npt
         steps: Steps of the run.
         seed: With the epoch, decides the order of the groups.
     """
+    if not groups:
+        return np.zeros(0, dtype=bool)
     epochs, rest = divmod(steps, steps_per_epoch(groups, batch_size))
     if epochs:
         return np.ones(groups, dtype=bool)
@@ -75,12 +77,18 @@ class _TrainSteps(Dataset[StepBatch]):
         return make_step_batch(self._groups, rows, **self._share)
 
 
-class _EvalSteps(Dataset[StepBatch]):
-    """The groups in their order; every rank has the same number of items, some perhaps empty."""
+class EvalSteps(Dataset[StepBatch]):
+    """The groups in their order; every rank has the same number of items, some perhaps empty.
+
+    Args:
+        groups: The groups to evaluate on.
+        batch_size: Groups of a training step; an item has four times as many.
+        **share: Further arguments of :func:`make_step_batch`.
+    """
 
     def __init__(self, groups: Sequence[TokenGroup], *, batch_size: int, **share: Any) -> None:
         self._groups = groups
-        self._batch_size = batch_size
+        self._batch_size = 4 * batch_size
         self._share = share
 
     def __len__(self) -> int:
@@ -174,7 +182,7 @@ class PreferenceDataModule(pl.LightningDataModule):
         """Every evaluation group once, over all ranks."""
         if not self.eval_groups:
             return []
-        steps = _EvalSteps(self.eval_groups, batch_size=4 * self.batch_size, **self._my_share())
+        steps = EvalSteps(self.eval_groups, batch_size=self.batch_size, **self._my_share())
         return self._loader(steps, None)
 
     def _loader(self, steps: Dataset[StepBatch], sampler: Sampler[int] | None) -> Any:

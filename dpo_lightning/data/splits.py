@@ -77,6 +77,7 @@ def prepare_rows(
     options: TemplateOptions | None = None,
     on_bad_row: str = "stop",
     positions: int | None = None,
+    key: str = "data.train",
 ) -> PreparedData:
     """Tokenizes rows, splits off the evaluation groups, and accounts for what was dropped.
 
@@ -93,6 +94,7 @@ def prepare_rows(
         options: Options of the chat template; None is a template without any.
         on_bad_row: ``skip`` sets aside rows that the chat template does not take whole.
         positions: Most tokens that the model takes; None where it has no limit.
+        key: The setting that names the rows of ``train``, for errors.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
@@ -100,10 +102,10 @@ def prepare_rows(
     limits = Lengths(max_length, truncation, positions)
     prepared = PreparedData(train=[], eval=[], notes=[*train.notes])
     tokenize = _Tokenizing(prepared, tokenizer, limits, cache, options, on_bad_row)
-    tokenized = tokenize("data.train", train)
+    tokenized = tokenize(key, train)
     prepared.train = tokenized.groups
     _account(prepared, train, tokenized)
-    parts = [("data.train", train, tokenized)]
+    parts = [(key, train, tokenized)]
     if evaluation is None:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
     else:

@@ -88,7 +88,9 @@ def conclude(
     failure: UserError | None = None
     evaluation["samples"] = []
     try:
-        evaluation["samples"], measured = _sampled(trained)
+        evaluation["samples"], measured = sampled(
+            plan, prepared, trained.groups, trained.answering, trained.device
+        )
     except UserError as error:  # a scorer that fails must not cost the trained model
         failure = error
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
@@ -101,10 +103,10 @@ def conclude(
     if prepared.task is not None and prepared.reference_outcome_logps is not None:
         curve = trained.curve if as_evaluated else None
         known = None if curve is None else curve.at(module.global_step)
-        exact, entries = _exact(plan, prepared, policy, known)
+        exact, entries = exact_metrics(plan, prepared, policy, known)
         measured |= exact
         evaluation |= entries
-    evaluation["kl"] = _kl_facts(trained, measured)
+    evaluation["kl"] = kl_facts(plan, trained.answering, measured)
     record.metrics |= measured
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
@@ -116,17 +118,30 @@ def conclude(
     return measured
 
 
-def _sampled(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows and metrics of answers that are drawn."""
-    plan, prepared = trained.plan, trained.prepared
+def sampled(
+    plan: RunPlan,
+    prepared: Prepared,
+    groups: Sequence[TokenGroup],
+    answering: Answering,
+    device: torch.device,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and metrics of answers that are drawn.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        groups: Whose prompts are answered.
+        answering: How.
+        device: Where to compute.
+    """
     return evaluate_samples(
         prepared.models,
-        trained.groups,
+        groups,
         count=plan.evaluation.samples,
         seed=plan.seed,
-        answering=trained.answering,
+        answering=answering,
         score=prepared.score,
-        device=trained.device,
+        device=device,
         beta=plan.beta,
         partition_samples=plan.evaluation.partition_samples,
     )
@@ -141,17 +156,25 @@ def _by_group(trained: Trained) -> dict[str, Any]:
     return {"accuracies": accuracies.tolist(), "groups": list(map(group_id, groups))}
 
 
-def _kl_facts(trained: Trained, measured: dict[str, float]) -> dict[str, Any] | None:
-    """Origin of the KL that was measured on answers; None where none were drawn."""
+def kl_facts(
+    plan: RunPlan, answering: Answering, measured: dict[str, float]
+) -> dict[str, Any] | None:
+    """Origin of the KL that was measured on answers; None where none were drawn.
+
+    Args:
+        plan: The run's.
+        answering: How answers were drawn.
+        measured: Metrics of them.
+    """
     if "samples/kl" not in measured:
         return None
     return {
         "direction": "policy || reference",
         "per_answer": measured["samples/kl"],
         "per_token": measured["samples/kl_per_token"],
-        "answers": trained.plan.evaluation.samples,
+        "answers": plan.evaluation.samples,
         "temperature": 1.0,
-        "max_new_tokens": trained.answering.max_new_tokens,
+        "max_new_tokens": answering.max_new_tokens,
         "cut_off": measured["samples/cut_off"],
     }
 
@@ -202,7 +225,7 @@ def _whole(prepared: Prepared, *, merge: bool) -> tuple[Any, Adapters | None] | 
     return policy, models.adapters
 
 
-def _exact(
+def exact_metrics(
     plan: RunPlan, prepared: Prepared, policy: Any, known: dict[str, float] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Exact quantities of the policy on the controlled task: metrics, and entries of a file.

@@ -11,20 +11,21 @@ EXPORT = "model"
 """The exported policy, or its adapter, in a run's folder."""
 
 
-def export_of(folder: Path) -> Path:
+def export_of(folder: Path, *, key: str = "run") -> Path:
     """The export of a run.
 
     Args:
         folder: The run's.
+        key: The word or flag that named it, for errors.
 
     Raises:
         UserError: If there is no such run, or it left none.
     """
     if not folder.is_dir():
-        raise UserError(f"run={folder}: no such folder; name a run's, such as outputs/runs/<run>")
+        raise UserError(f"{key}={folder}: no such folder; name a run's, such as outputs/runs/<run>")
     export = folder / EXPORT
     if not export.is_dir():
-        raise UserError(f"run={folder}: {_why_no_export(folder)}")
+        raise UserError(f"{key}={folder}: {_why_no_export(folder)}")
     return export
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -48,16 +48,32 @@ def prefer_cache_without_network(config: Config) -> None:
     )
     on_hub = [s for s in models if s is not None and not Path(s).exists()]
     on_hub += [*hub_ids(config.data.train), *hub_ids(config.data.eval)]
-    through_proxy = any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
-    if not on_hub or through_proxy or "HF_HUB_OFFLINE" in os.environ:
-        return
+    if on_hub:
+        ask_hub(on_hub)
+
+
+def ask_hub(names: Sequence[str]) -> bool:
+    """Asks the hub for a sign of life; without one its libraries use the local cache from here on.
+
+    Args:
+        names: The ids that are wanted of it.
+
+    Returns:
+        True if it may be asked for them.
+    """
+    if "HF_HUB_OFFLINE" in os.environ:
+        return False
+    if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
     hub = urlparse(os.environ.get("HF_ENDPOINT", _HUB))
     port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
         socket.create_connection((hub.hostname or "", port), timeout=5).close()
     except OSError:
-        log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(on_hub))
+        log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(names))
         os.environ["HF_HUB_OFFLINE"] = "1"
+        return False
+    return True
 
 
 def _is_function(config: Config) -> bool:
@@ -66,7 +82,11 @@ def _is_function(config: Config) -> bool:
 
 
 def read_sources(
-    config: Config, run_dir: Path, *, when_begun: Callable[[Callable[[], None]], None]
+    config: Config,
+    run_dir: Path,
+    *,
+    when_begun: Callable[[Callable[[], None]], None],
+    key: str = "data.train",
 ) -> SourceRows | None:
     """Reads the rows that the settings name; None for the controlled task.
 
@@ -74,6 +94,7 @@ def read_sources(
         config: The settings.
         run_dir: The run's folder, where bad rows go.
         when_begun: Calls what writes there, once the run may.
+        key: The setting by which the user named ``data.train``, for errors.
 
     Raises:
         UserError: If a source cannot be read, or rows are bad and ``data.on_bad_row`` is stop.
@@ -82,10 +103,10 @@ def read_sources(
     if data.train is None:
         return None
 
-    def read(source: object, split: str, key: str) -> Rows:
+    def read(source: object, split: str, named: str) -> Rows:
         return read_rows(
             source,
-            key=key,
+            key=named,
             format=data.format,
             columns=data.columns,
             split=split,
@@ -94,7 +115,7 @@ def read_sources(
             ignore=data.ignore_fields,
         )
 
-    train = read(data.train, data.train_split, "data.train")
+    train = read(data.train, data.train_split, key)
     evaluation = None
     if data.eval is not None or data.eval_split is not None:
         evaluation = read(data.eval or data.train, data.eval_split or data.train_split, "data.eval")

@@ -135,7 +135,7 @@ def _make_budget(
         return budget, estimate
 
     budget, estimate = choose(plain)
-    if not plan.learning.coupling:
+    if not plan.learning.coupling or not prepared.data.train:
         return budget, estimate
     needed = longest_share(
         costs[: len(prepared.data.train)],

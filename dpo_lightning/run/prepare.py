@@ -115,8 +115,8 @@ def prepare(
     memory = _checked_memory(config, source, hardware)
     models = _load_models(config, source, ranks)
     if task is not None:
-        reference_logps = _outcome_logps(task, models, ranks)
-        data = _controlled_data(config, task, reference_logps)
+        reference_logps = outcome_logps(task, models, ranks)
+        data = controlled_data(config, task, reference_logps)
     assert data is not None
     data.evaluated = choose_evaluated(data.eval, config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
@@ -180,15 +180,15 @@ def _hashes(source: ModelSource, models: Models, data: PreparedData) -> dict[str
     }
 
 
-def _outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> Tensor:
+def outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> Tensor:
     """Log-probabilities of the controlled task's outcomes under the reference, (8, 4681)."""
 
-    def outcome_logps() -> Tensor:
+    def enumerated() -> Tensor:
         start = models.policy if models.adapters is None else models.adapters.reference
         with models.scorer.plain(start) as reference:
             return task.outcome_logps(reference)
 
-    return outcome_logps() if ranks is None else ranks.from_first(outcome_logps)
+    return enumerated() if ranks is None else ranks.from_first(enumerated)
 
 
 def _fill(
@@ -228,9 +228,17 @@ def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
 
 
 def prepare_groups(
-    config: Config, rows: SourceRows, source: ModelSource, tokens: Path
+    config: Config, rows: SourceRows, source: ModelSource, tokens: Path, *, key: str = "data.train"
 ) -> tuple[PreparedData, ChatTemplate | None]:
-    """Token groups of the rows, and the chat template that they went through."""
+    """Token groups of the rows, and the chat template that they went through.
+
+    Args:
+        config: The settings.
+        rows: The rows that were read.
+        source: The model's source.
+        tokens: Where token ids of rows are kept.
+        key: The setting by which the user named ``rows.train``, for errors.
+    """
     chat = choose_template(source.tokenizer, rows, config.data)
     for note in chat.notes if chat else ():
         log.info(note)
@@ -247,6 +255,7 @@ def prepare_groups(
         options=None if chat is None else chat.options,
         on_bad_row=config.data.on_bad_row,
         positions=max_positions(source.config),
+        key=key,
     )
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
@@ -343,9 +352,16 @@ def make_score(config: Config, hardware: Hardware, *, judges: bool) -> Score | N
     )
 
 
-def _controlled_data(
+def controlled_data(
     config: Config, task: ControlledTask, reference_logps: torch.Tensor
 ) -> PreparedData:
+    """The groups of the controlled task.
+
+    Args:
+        config: The settings.
+        task: The task.
+        reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
+    """
     sizes = config.data.controlled
     # The evaluation pairs are the same for every seed, so that seeds can be compared.
     return PreparedData(

@@ -156,7 +156,7 @@ def _node_text(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         if node.tag.endswith(":null"):
             return "null"
-        return _quoted(node.value) if node.style else _typed(node.value)
+        return quoted(node.value) if node.style else _typed(node.value)
     if isinstance(node, yaml.SequenceNode):
         return f"[{','.join(map(_node_text, node.value))}]"
     pairs = [f"{_node_text(key)}:{_node_text(value)}" for key, value in node.value]
@@ -201,11 +201,12 @@ def _typed(text: str) -> str:
     try:
         override = OverridesParser.create().parse_overrides([f"key={text}"])[0]
     except (HydraException, ValueError, RecursionError):
-        return _quoted(text)
-    return _quoted(text) if override.is_sweep_override() or not text else text
+        return quoted(text)
+    return quoted(text) if override.is_sweep_override() or not text else text
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text in quotes, as one value of Hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
 

@@ -28,12 +28,12 @@ from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
 from dpo_lightning.objectives.comparison import (
     Comparison,
     Logps,
-    Tokens,
     compare_responses,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import Reference
 from dpo_lightning.reference.same_model import check_same_model
+from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.training.loss_scale import Float16Precision
 from dpo_lightning.training.module_state import CheckpointedModule
@@ -314,30 +314,13 @@ class DPOModule(CheckpointedModule):
         return ratios
 
     def _logps(self, batch: GroupBatch) -> Logps:
-        """Log-probabilities under policy and reference, of tokens where those are needed."""
-        plan = self.scorer.plan(batch)
-        if not self.objective.needs_tokens:
-            policy = self.scorer.logps(self.policy, batch, plan)
-            return Logps(policy=policy, reference=self.reference.logps(batch, plan))
-        collisions = None
-        if self.objective.wpo:
-            scores = self.scorer.token_scores(self.policy, batch, plan)
-            token_logps, collisions = scores.logps, scores.collisions
-        else:
-            token_logps = self.scorer.token_logps(self.policy, batch, plan)
-        policy = _by_response(token_logps, batch)
-        if self.objective.desensitises:
-            of_tokens = self.reference.token_logps(batch, plan)
-            reference = None if of_tokens is None else _by_response(of_tokens, batch)
-        else:
-            of_tokens, reference = None, self.reference.logps(batch, plan)
-        tokens = Tokens(
-            policy_logps=token_logps,
-            reference_logps=of_tokens,
-            collisions=collisions,
-            response=batch.response,
+        return batch_logps(
+            batch,
+            policy=self.policy,
+            reference=self.reference,
+            scorer=self.scorer,
+            objective=self.objective,
         )
-        return Logps(policy=policy, reference=reference, tokens=tokens)
 
     @torch.no_grad()
     def _adapted(self, beta: float, margins: Tensor) -> Tensor:
@@ -402,9 +385,3 @@ class DPOModule(CheckpointedModule):
             log.warning(
                 "%s (%d of at most %d)", said, self.skipped_steps, self._steps.max_skipped_steps
             )
-
-
-def _by_response(values: Tensor, batch: GroupBatch) -> Tensor:
-    """Sums over the tokens of each response, (S,) -> (N,), float32."""
-    total = torch.zeros(len(batch.lengths), dtype=torch.float32, device=values.device)
-    return total.index_add(0, batch.response, values)

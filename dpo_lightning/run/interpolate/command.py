@@ -12,37 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import OutOfMemoryError, UserError
-from dpo_lightning.files import INTERPOLATION_FILE, finite, write_json
+from dpo_lightning.files import INTERPOLATION_FILE, finite
 from dpo_lightning.objectives.optimum import MOST_LAMBDA
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
-from dpo_lightning.run.finished import export_of
-from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.evaluate.command import check_output, write_answer
 from dpo_lightning.run.guard import guarded
-from dpo_lightning.settings.compose import compose_one
+from dpo_lightning.run.opened import compose_opened, key_of, names_rows, open_named
+from dpo_lightning.run.words import OF_A_MODEL, OF_ROWS, check_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.program import typed
-from dpo_lightning.settings.recorded import SETTINGS_FILE
 from dpo_lightning.settings.schema import Config
 
 _HELP = """\
 usage: {program} RUN [--betas B,B,…] [--lambdas L,L,…] [--json] [settings]
+       {program} MODEL --reference MODEL data.eval=ROWS [--lambdas L,L,…] [settings]
 
 The frontier of one policy: reward and KL at other values of beta than the run's own, without
 training. RUN is the folder of a run that finished; its interpolation.json keeps the answer, and
-the report of a sweep shows it.
+the report of a sweep shows it. MODEL is a folder with a model or a LoRA adapter, or a hub id; of a
+model alone, and on other rows, nothing is kept but by --output.
 
   --betas    values of beta, such as 0.05,0.1,0.5; for losses whose optimum has one
   --lambdas  the same by their place: 0 is the reference, 1 the policy, beta is the run's over it
   --json     print one object, {{"points": [...]}}, and all else on stderr
+  --output FILE  write that object to a file
+  --reference    what a model is compared with; of an adapter it is the base model
 
-Settings may be plugins= and those of evaluation: scorer, max_new_tokens, batch_size."""
+Settings may be plugins= and those of evaluation: scorer, max_new_tokens, batch_size; data.eval=
+and what says how its rows are read; of a model alone also beta=, that it was trained at."""
 
 _SETTINGS = (
     *("plugins", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.batch_size"),
-    *("trainer.accelerator", "trainer.threads"),
+    *("trainer.accelerator", "trainer.threads", *OF_ROWS, *OF_A_MODEL),
 )
+_FLAGS = ("--betas", "--lambdas", "--output", "--reference")
 # With another one the points are of other marks, or other answers, than the run's own metrics.
-_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=")
+_CHANGES = ("evaluation.scorer=", "evaluation.max_new_tokens=", "data.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +55,21 @@ class _Typed:
     """The words of a command line.
 
     Attributes:
-        run: The run's folder.
+        name: The policy, as it was named.
         betas: Under ``--betas``.
         lambdas: Under ``--lambdas``.
         as_json: True if one object is printed.
+        output: File to write it to, if there is one.
+        reference: Model to compare with, if one was named.
         settings: The other words.
     """
 
-    run: Path
+    name: str
     betas: tuple[float, ...]
     lambdas: tuple[float, ...]
     as_json: bool
+    output: Path | None
+    reference: str | None
     settings: tuple[str, ...]
 
 
@@ -87,7 +96,7 @@ def _main(argv: list[str]) -> int:
     if words.as_json:
         print(json.dumps(finite(found), indent=2, allow_nan=False))
     else:
-        _show(found, words.run)
+        _show(found, words.name)
     return 0
 
 
@@ -102,7 +111,7 @@ def _read_words(argv: list[str]) -> _Typed:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in ("--betas", "--lambdas"):
+        if name in _FLAGS:
             flags[name] = value if equals else next(words, "")
         elif word != "--json":
             others.append(word)
@@ -110,20 +119,25 @@ def _read_words(argv: list[str]) -> _Typed:
     settings = [word for word in others if word not in folders]
     program = " ".join(typed("interpolate"))
     for word in settings:
-        key = word.partition("=")[0]
-        if key not in _SETTINGS:
+        key = key_of(word)
+        if not any(key == own or key.startswith(f"{own}.") for own in _SETTINGS):
             raise UserError(
-                f"{key}: `{program}` takes --betas, --lambdas, --json and {', '.join(_SETTINGS)}; "
-                "all else is what the run was trained with"
+                f"{key}: `{program}` takes {', '.join(_FLAGS)}, --json and "
+                f"{', '.join(_SETTINGS)}; all else is what the run was trained with"
             )
+    for flag in ("--output", "--reference"):
+        if not flags.get(flag, flag):
+            raise UserError(f"{flag}: needs a value behind it")
     if len(folders) != 1:
         said = ", ".join(folders) or "no folder"
         raise UserError(f"{said}: name the folder of one run, `{program} outputs/runs/<run>`")
     return _Typed(
-        Path(folders[0]).expanduser(),
+        folders[0],
         betas=_numbers("--betas", flags.get("--betas"), least=None),
         lambdas=_numbers("--lambdas", flags.get("--lambdas"), least=0.0),
         as_json="--json" in argv,
+        output=None if "--output" not in flags else Path(flags["--output"]),
+        reference=flags.get("--reference"),
         settings=tuple(settings),
     )
 
@@ -147,35 +161,42 @@ def _numbers(flag: str, text: str | None, *, least: float | None) -> tuple[float
 
 
 def _interpolate(words: _Typed) -> dict[str, Any]:
-    export = export_of(words.run)
-    recorded = words.run / SETTINGS_FILE
-    if not recorded.is_file():
-        raise UserError(f"run={words.run}: its {SETTINGS_FILE} is gone, which says what it is of")
+    opened = open_named(words.name, reference=words.reference)
+    if words.output is not None:
+        check_output(words.output, opened)
+    check_settings(opened, words.settings)
     # Answers are drawn here whatever the run itself drew, and there may be a judge of them.
-    drawing = "evaluation.samples=16"
-    config = compose_one(["--config", str(recorded), drawing, *words.settings])
-    _check_loss(config, words.run)
+    config = compose_opened(opened, ["evaluation.samples=16", *words.settings])
+    _check_loss(config, words.name)
     # Here, because they import torch: by now every setting is checked.
     import torch
 
     from dpo_lightning.run.interpolate.experiment import interpolate
 
     try:
-        found = interpolate(config, export, betas=words.betas, lambdas=words.lambdas)
+        found = interpolate(
+            config,
+            opened,
+            beta_known=opened.trained_beta or any(key_of(w) == "beta" for w in words.settings),
+            rows_named=names_rows(words.settings),
+            betas=words.betas,
+            lambdas=words.lambdas,
+        )
         found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "policy and reference are in memory together, and it does not suffice: lower "
             "evaluation.batch_size=, or compute on a CPU with trainer.accelerator=cpu"
         ) from error
-    try:
-        write_json(words.run / INTERPOLATION_FILE, found)
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
+    own = opened.run is not None and not names_rows(words.settings)
+    kept = [opened.run / INTERPOLATION_FILE] if own and opened.run is not None else []
+    for path in [*kept, *([] if words.output is None else [words.output])]:
+        write_answer(path, found)
+        print(f"kept in {path}")
     return found
 
 
-def _check_loss(config: Config, run: Path) -> None:
+def _check_loss(config: Config, run: str) -> None:
     """Refuses losses that compare with nothing.
 
     Raises:
@@ -196,7 +217,7 @@ def _check_loss(config: Config, run: Path) -> None:
         )
 
 
-def _show(found: Mapping[str, Any], run: Path) -> None:
+def _show(found: Mapping[str, Any], run: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -221,7 +242,6 @@ def _show(found: Mapping[str, Any], run: Path) -> None:
         print(f"not shown: {name} {where} by weights, as {hidden['why']}")
     for note in found["notes"]:
         print(note)
-    print(f"kept in {run / INTERPOLATION_FILE}")
 
 
 def _number(value: float | None) -> str:

@@ -28,17 +28,16 @@ from dpo_lightning.evaluation.one_policy import (
 )
 from dpo_lightning.evaluation.sampling import Precision
 from dpo_lightning.memory.hardware import Hardware, decide_hardware
-from dpo_lightning.models.adapter_files import read_adapter
-from dpo_lightning.models.loading import load_config, load_model, max_positions
+from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.optimum import MOST_LAMBDA, why_no_beta
-from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
+from dpo_lightning.run.loaded import load_opened
+from dpo_lightning.run.opened import Opened
 from dpo_lightning.run.plan import cache_folder
 from dpo_lightning.run.prepare import (
-    adapter_settings,
     make_score,
     prepare_groups,
     resolve_source,
@@ -49,20 +48,28 @@ from dpo_lightning.settings.schema import Config
 
 
 def interpolate(
-    config: Config, export: Path, *, betas: Sequence[float], lambdas: Sequence[float]
+    config: Config,
+    opened: Opened,
+    *,
+    beta_known: bool,
+    rows_named: bool,
+    betas: Sequence[float],
+    lambdas: Sequence[float],
 ) -> dict[str, Any]:
     """The frontier of one policy, as plain values.
 
     Args:
-        config: The run's settings.
-        export: The policy that it left, or its adapter.
+        config: The settings of the policy.
+        opened: The policy.
+        beta_known: True if ``beta`` is that at which it was trained.
+        rows_named: True if rows of their own are asked, and not those that its run held out.
         betas: Values of beta that are asked for.
         lambdas: The same by their place.
 
     Raises:
         UserError: If a beta is asked of a loss that has none, or data and models are gone.
     """
-    no_beta = _why_no_beta(config)
+    no_beta = _why_no_beta(config) if beta_known else _UNKNOWN
     asked = [*_places(config, betas, no_beta), *lambdas]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -70,8 +77,8 @@ def interpolate(
     prefer_cache_without_network(config)
     source = resolve_source(config, hardware)
     set_threads(config, source)
-    questions = _questions(config, source, hardware, export)
-    with _pair(config, source, export, hardware.beside) as pair:
+    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named)
+    with _pair(config, source, opened, hardware.beside) as pair:
         drawer = Drawer(config, source, pair, questions, _precision(hardware))
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
@@ -88,12 +95,15 @@ def interpolate(
     return {
         "axis": "lambda" if no_beta is not None else "beta",
         "loss": ",".join(objective_settings(config.loss).terms),
-        "beta": config.beta,
+        "beta": config.beta if beta_known else None,
         "points": points,
         "not_shown": hidden,
         "notes": _notes(config, no_beta, questions),
         "drawn": drawer.facts(drawn),
     }
+
+
+_UNKNOWN = "it is not known at which beta this model was trained; beta= names it"
 
 
 def _places(config: Config, betas: Sequence[float], no_beta: str | None) -> list[float]:
@@ -180,55 +190,34 @@ def _precision(hardware: Hardware) -> Precision:
 
 @contextlib.contextmanager
 def _pair(
-    config: Config, source: ModelSource, export: Path, device: torch.device
+    config: Config, source: ModelSource, opened: Opened, device: torch.device
 ) -> Iterator[Pair]:
     """Policy and reference on the device; of an adapter both are one model."""
-    reference = config.reference
-    adapters = adapter_settings(config, source)
-    if adapters is not None:
-        trained = read_adapter(str(export), key="run")
-        adapters = replace(adapters, start=trained, dropout=0.0)
-    models = load_models(
-        source,
-        ReferenceSettings(
-            kind="auto",
-            pretrained=reference.pretrained,
-            revision=reference.revision,
-            needed=True,
-        ),
-        seed=config.seed,
-        adapters=adapters,
-    )
-    policy = models.policy if adapters is not None else _exported(models, source, export)
-    policy = policy if source.quantization is not None else policy.to(device)
+    models = load_opened(opened, config, source, kind="auto", needed=True)
+    policy = models.policy if source.quantization is not None else models.policy.to(device)
     policy.requires_grad_(False).eval()
-    if adapters is None and reference.pretrained is None:
-        # What it started as is loaded already.
-        yield Pair(policy, models.policy.requires_grad_(False).eval().to(device), models.scorer)
-        return
     with models.reference_model(device) as frozen:
         yield Pair(policy, frozen, models.scorer)
 
 
-def _exported(models: Models, source: ModelSource, export: Path) -> Any:
-    loaded = load_model(
-        str(export), load_config(str(export), key="run"), key="run", dtype=source.dtype
-    )
-    models.scorer.prepare(loaded)
-    return loaded
-
-
-def _questions(config: Config, source: ModelSource, hardware: Hardware, export: Path) -> Questions:
+def _questions(
+    config: Config, source: ModelSource, hardware: Hardware, name: str, *, rows_named: bool
+) -> Questions:
     """Held-out prompts, each once, and their judge."""
     score = make_score(config, hardware, judges=True)
     # Rows that cannot be read were named, and set aside, when the run read them.
-    rows = read_sources(config, export.parent, when_begun=lambda write: None)
+    key = "data.eval" if rows_named else "data.train"
+    rows = read_sources(config, Path.cwd(), when_begun=lambda write: None, key=key)
     if rows is None:
         task = ControlledTask()
         ids = [row.numpy().astype("int32") for row in task.prompt_ids]
         return Questions(ids, list(PROMPTS), task, None)
     data, _ = prepare_groups(
-        config, rows, source, cache_folder(config.reference.cache_dir) / "tokens"
+        replace(config, data=replace(config.data, eval_fraction=0.0)) if rows_named else config,
+        rows,
+        source,
+        cache_folder(config.reference.cache_dir) / "tokens",
+        key=key,
     )
     positions = max_positions(source.config)
     groups = choose_prompts(
@@ -237,6 +226,6 @@ def _questions(config: Config, source: ModelSource, hardware: Hardware, export: 
         max_tokens=min(source.max_length, positions or source.max_length),
     )
     if not groups:
-        raise UserError(f"run={export.parent}: no prompt of its data leaves room for an answer")
+        raise UserError(f"run={name}: no prompt of its data leaves room for an answer")
     texts = [prompt_of_key(group.prompt_key) for group in groups]
     return Questions([group.prompt for group in groups], texts, None, score)

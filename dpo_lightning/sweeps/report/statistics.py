@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 PERMUTATIONS = 9999
-_SEED = 20230529
+SEED = 20230529
 _NORMAL_95 = 1.959964
 # Numbers held at once while resampling; more only costs memory.
 _BLOCK = 2_000_000
@@ -73,7 +73,7 @@ def over_seeds(values: ArrayLike) -> Estimate:
         values: At least two finite values, shape (S,).
     """
     array = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(_SEED).integers(len(array), size=(RESAMPLES, len(array)))
+    draws = np.random.default_rng(SEED).integers(len(array), size=(RESAMPLES, len(array)))
     stderr = float(array.std(ddof=1)) / math.sqrt(len(array))
     return _from_resamples(float(array.mean()), array[draws].mean(axis=1), stderr)
 
@@ -115,7 +115,7 @@ def paired_test(differences: ArrayLike) -> PairedTest:
         n_resamples=PERMUTATIONS,
         batch=max(1, _BLOCK // len(array)),
         alternative="two-sided",
-        rng=np.random.default_rng(_SEED),
+        rng=np.random.default_rng(SEED),
     )
     p = float(np.clip(test.pvalue, 0, 1))
     return PairedTest(interval.mean, interval.low, interval.high, p, len(array))
@@ -123,7 +123,7 @@ def paired_test(differences: ArrayLike) -> PairedTest:
 
 def _resampled_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
     seeds, items = values.shape
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     means = np.empty(RESAMPLES)
     block = max(1, _BLOCK // items)
     for start in range(0, RESAMPLES, block):

@@ -67,7 +67,7 @@ def write_report(
     content = make_content(sweep, analysis)
     asked = {"--metric": metric, "--margin": margin, "--kl-budget": kl_budget}
     again = report_command(str(folder), asked)
-    environment = _environment(escape=True)
+    environment = page_environment(escape=True)
     script = environment.get_template("sort.js").render()
     page = environment.get_template("report.html").render(
         c=content,
@@ -77,7 +77,7 @@ def write_report(
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )
-    markdown = _environment(escape=False).get_template("report.md")
+    markdown = page_environment(escape=False).get_template("report.md")
     written = summary(sweep, analysis)
     write_whole(folder / PICTURE, frontier(analysis))
     _write_text(folder / TRIALS_FILE, trials_csv(sweep))
@@ -143,7 +143,12 @@ def _by_beta(analysis: Analysis) -> list[Configuration]:
     return sorted(analysis.configurations, key=lambda c: (c.beta is None, c.beta or 0.0, c.label))
 
 
-def _environment(*, escape: bool) -> Environment:
+def page_environment(*, escape: bool) -> Environment:
+    """Templates of pages.
+
+    Args:
+        escape: True for HTML, of which no text that is placed is markup; False for Markdown.
+    """
     environment = Environment(
         loader=PackageLoader("dpo_lightning.sweeps.report"),
         autoescape=escape,
