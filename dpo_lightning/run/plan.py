@@ -19,6 +19,7 @@ from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
+from dpo_lightning.settings.generation import Backend, backend_of
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import run_name
 from dpo_lightning.settings.optimizer_group import optimizer_options
@@ -156,6 +157,7 @@ class EvaluationPlan:
         max_new_tokens: Longest answer.
         batch_size: Answers that are drawn at once.
         scorer: Judges them; None: nothing does.
+        backend: Draws them.
         population: True if a tabular policy is fitted beside the trained one.
         merge: True if a merged model is exported beside an adapter.
     """
@@ -165,6 +167,7 @@ class EvaluationPlan:
     max_new_tokens: int
     batch_size: int
     scorer: str | None
+    backend: Backend
     population: bool
     merge: bool
 
@@ -277,6 +280,7 @@ def make_plan(
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=evaluation.batch_size,
             scorer=evaluation.scorer,
+            backend=backend_of(config.generation),
             population=config.data.controlled.population,
             merge=config.peft.merge,
         ),

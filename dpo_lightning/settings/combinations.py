@@ -17,6 +17,7 @@ from dpo_lightning.data.source_names import (
     source_label,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
+from dpo_lightning.settings.generation import generation_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
@@ -441,3 +442,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from _resume(config, explicit_run_dir=explicit_run_dir)
     yield from _evaluation(config)
     yield from pruning_problems(config)
+    yield from generation_problems(config.generation, config.strategy.name, config.plugins)

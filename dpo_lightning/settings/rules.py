@@ -11,6 +11,7 @@ from dpo_lightning.data.forms import NAMES
 from dpo_lightning.data.source_names import entries
 from dpo_lightning.plugins import READERS, known_optimizers
 from dpo_lightning.settings.conduct import PRUNE_METRICS, scales_with_beta
+from dpo_lightning.settings.generation import is_backend
 from dpo_lightning.settings.keys import is_import_name, settings
 
 
@@ -60,6 +61,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.ignore_fields": all,
     "data.template_date": is_date,
     "data.train": _valid_source,
+    "generation.backend": is_backend,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
     "optimizer.name": lambda value: value in known_optimizers(),
     "optimizer.warmup": _valid_warmup,
