@@ -73,7 +73,7 @@ class SampleRequest:
 
 
 Sampler: TypeAlias = Callable[[SampleRequest], Sequence[Sequence[int]]]
-"""From prompts to the token ids of as many answers, each with the token that ended it, if one did."""
+"""From prompts to token ids of as many answers, each with the token that ended it, if one did."""
 
 _Reader = TypeVar("_Reader", bound=ReadRow)
 _Function = TypeVar("_Function", bound=ScoreFunction)

@@ -76,6 +76,20 @@ def read_questions(path: Path, form: Format) -> list[Question]:
     return found
 
 
+def typed_question(prompt: str | Sequence[Mapping[str, str]], place: str) -> Question:
+    """A prompt that was typed: a text, or the messages of a conversation.
+
+    Args:
+        prompt: The text, or messages of ``role`` and ``content``.
+        place: Where it was typed, for errors.
+
+    Raises:
+        UserError: If it is not text.
+    """
+    row = {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    return _question(Record(1, row), Path(place), "jsonl")
+
+
 _EXAMPLES: dict[Format, str] = {
     "jsonl": '{"prompt": "..."}',
     "alpaca_eval": '{"instruction": "..."}',

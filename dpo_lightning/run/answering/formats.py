@@ -97,13 +97,13 @@ _CODE = re.compile(r"```[^`]*```")
 
 
 def style(text: str) -> dict[str, dict[str, int]]:
-    """Counts of headings, list items and bold texts outside of code, for Arena-Hard's style control.
+    r"""Counts of headings, list items and bold texts outside of code, for a control of style.
 
     Args:
         text: An answer in Markdown.
 
     Example:
-        >>> style("# A\\n- one\\n- **two**")["list_count"]
+        >>> style("# A\n- one\n- **two**")["list_count"]
         {'ordered': 0, 'unordered': 2}
     """
     bare = _CODE.sub("", text)

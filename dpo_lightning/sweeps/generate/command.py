@@ -192,9 +192,8 @@ def _answer(
     text = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
     try:
         target.path.parent.mkdir(parents=True, exist_ok=True)
-        target.path.unlink(missing_ok=True)
-        write_whole(target.settings_path, text.encode())
         write_whole(target.path, file_of(written, request.form, target.generator))
+        write_whole(target.settings_path, text.encode())
     except OSError as error:
         raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
     return counts

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from dpo_lightning.data.questions import FORMATS, Format
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.answering.draws import DRAW_FLAGS, Draws, read_at_beta, read_draws
 from dpo_lightning.run.answering.subject import OF_ANSWERS
-from dpo_lightning.run.words import Grammar, Words, read_words
-from dpo_lightning.settings.fields import LARGEST_SEED
+from dpo_lightning.run.words import Grammar, read_words
 from dpo_lightning.settings.program import typed
 
 LONGEST = {"jsonl": 256, "alpaca_eval": 2048, "arena_hard": 4096}
@@ -22,28 +19,11 @@ GRAMMAR = Grammar(
     "generate",
     flags=(
         *("--format", "--output", "--name", "--prompts", "--reference"),
-        *("--temperature", "--top-p", "--max-new-tokens", "--seed", "--at-beta", "at_beta"),
+        *DRAW_FLAGS,
     ),
     switches=("--json", "--overwrite"),
     settings=OF_ANSWERS,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """How answers are drawn.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: Share of the distribution that is drawn from.
-        max_new_tokens: Longest answer.
-        seed: Of all draws.
-    """
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +86,7 @@ def read_request(argv: list[str]) -> Request:
     return Request(
         name=words.names[0],
         prompts=Path(words.names[1]),
-        form=cast(Format, form),
+        form=form,
         output=None if output is None else Path(output),
         generator=words.one("--name"),
         mode=mode,
@@ -117,65 +97,3 @@ def read_request(argv: list[str]) -> Request:
         as_json="--json" in words.switches,
         overwrite="--overwrite" in words.switches,
     )
-
-
-def read_draws(words: Words, longest: int) -> Draws:
-    """How answers are drawn, by their flags.
-
-    Args:
-        words: The words of a command line.
-        longest: Longest answer where none is typed.
-
-    Raises:
-        UserError: If a value is none.
-    """
-    return Draws(
-        temperature=_number(words, "--temperature", 1.0, lambda x: x >= 0, "at least 0"),
-        top_p=_number(words, "--top-p", 1.0, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        max_new_tokens=int(
-            _number(words, "--max-new-tokens", longest, _counts, "a whole number of at least 1")
-        ),
-        seed=int(
-            _number(
-                words,
-                "--seed",
-                1,
-                lambda x: x == int(x) and 0 <= x <= LARGEST_SEED,
-                f"a whole number from 0 to {LARGEST_SEED}",
-            )
-        ),
-    )
-
-
-def read_at_beta(words: Words) -> float | None:
-    """The beta that is asked for, by either of its names.
-
-    Raises:
-        UserError: If it is none, or both are typed.
-    """
-    one, other = words.one("--at-beta"), words.one("at_beta")
-    if one is not None and other is not None:
-        raise UserError(f"--at-beta {one}: at_beta={other} is the same; give one of the two")
-    flag = "--at-beta" if one is not None else "at_beta"
-    if words.one(flag) is None:
-        return None
-    return _number(words, flag, 0, lambda x: x > 0, "above 0")
-
-
-def _counts(value: float) -> bool:
-    return value == int(value) and value >= 1
-
-
-def _number(
-    words: Words, flag: str, default: float, fits: Callable[[float], Any], expected: str
-) -> float:
-    text = words.one(flag)
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or not fits(value):
-        raise UserError(f"{flag} {text[:40]}: it must be a number {expected}")
-    return value

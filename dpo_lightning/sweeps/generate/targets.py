@@ -161,7 +161,7 @@ def _target(request: Request, name: str, generator: str, path: Path) -> Target:
             f"--at-beta {request.at_beta:g}: two models' logits are mixed at each token, which "
             f"generation.backend={subject.backend.name} cannot; draw by generation.backend=hf"
         )
-    if path.exists() and subject.run is not None:
+    if subject.run is not None:
         _check_outside(path, subject.run)
     return Target(generator, name, subject, path)
 
