@@ -91,11 +91,12 @@ class Answerer:
         Raises:
             UserError: If the template does not take one, or it is too long for the model.
         """
+        if self._subject.speaks_of_weather:
+            for question in questions:
+                _check_words(question)
         prompts = encode_questions(questions, self.tokenizer, self._template_options(questions))
         positions, size = self._positions, self._source.config.get_text_config().vocab_size
         for question, ids in zip(questions, prompts, strict=True):
-            if self._subject.speaks_of_weather:
-                _check_words(question)
             if positions is not None and len(ids) >= positions:
                 raise UserError(
                     f"{question.place}: the prompt has {len(ids):,} tokens, and the model's "

@@ -178,7 +178,7 @@ def _answer(
         )
     written = [Written(q, a.text, a.tokens) for q, a in zip(questions, found, strict=True)]
     cut = sum(answer.cut_off for answer in found)
-    if cut:
+    if cut and not target.subject.speaks_of_weather:
         _say(
             f"{target.generator}: {cut} of {len(found)} answers were cut off at a limit; "
             "--max-new-tokens lets them go on"
