@@ -158,23 +158,3 @@ def written_weights(
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
         yield name, None
-
-
-def seeds_of(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """A seed for each prompt: of the prompt itself, and of how often it was there before.
-
-    Args:
-        seed: Of all draws.
-        prompts: Token ids of each.
-    """
-    from dpo_lightning.evaluation.keyed import noise_seed
-
-    before: dict[tuple[int, ...], int] = {}
-    found = []
-    for prompt in prompts:
-        key = tuple(prompt)
-        count = before.get(key, 0)
-        before[key] = count + 1
-        marked = prompt if not count else [*prompt, -count]
-        found.append(noise_seed(seed, np.asarray(marked)))
-    return found

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.backends import seeds_of
+from dpo_lightning.evaluation.keyed import seeds_of
 from dpo_lightning.plugins import SampleRequest
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.generation import Backend
@@ -64,7 +64,12 @@ class CompletionServer:
                 strict=True,
             )
         ]
-        with httpx.Client(timeout=self._backend.timeout, limits=limits) as client:
+        with httpx.Client(
+            timeout=self._backend.timeout,
+            limits=limits,
+            # Certificates are dear to read, and an open line has none.
+            verify=self._url.startswith("https:"),
+        ) as client:
             pool = ThreadPoolExecutor(self._backend.concurrency, thread_name_prefix="generate")
             try:
                 choices = list(pool.map(lambda body: self._choice(client, body), bodies))

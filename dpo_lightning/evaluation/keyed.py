@@ -53,6 +53,24 @@ def noise_seed(seed: int, prompt: Ids) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
+def seeds_of(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each prompt: of the prompt itself, and of how often it was there before.
+
+    Args:
+        seed: Of all draws.
+        prompts: Token ids of each.
+    """
+    before: dict[tuple[int, ...], int] = {}
+    found = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        count = before.get(key, 0)
+        before[key] = count + 1
+        marked = prompt if not count else [*prompt, -count]
+        found.append(noise_seed(seed, np.asarray(marked)))
+    return found
+
+
 def drawn_from(logps: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities of what a token is drawn from, (B, V), float64.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.backends import seeds_of
+from dpo_lightning.evaluation.keyed import seeds_of
 from dpo_lightning.plugins import SampleRequest
 
 # Ranks that its kernels are made for.

@@ -93,7 +93,7 @@ def test_ids_are_those_of_a_training_row():
     assert tokenizer.decode(ids) == "<s>User: Why?\n\nAssistant: "
 
 
-def test_a_space_that_joins_a_word_is_the_answers(monkeypatch):
+def test_a_space_that_joins_a_word_is_the_answers():
     """A tokenizer of words with their space in front: 'Q: ' is Q: and then the answer's ' The'."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
