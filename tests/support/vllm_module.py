@@ -80,8 +80,10 @@ def module(asked: Asked) -> dict[str, types.ModuleType]:
             use_tqdm: bool = True,
             lora_request: LoRARequest | None = None,
         ) -> list[RequestOutput]:
-            assert sampling_params is not None and len(prompts) == len(sampling_params)
-            assert self.own["skip_tokenizer_init"] and not sampling_params[0].detokenize
+            assert sampling_params is not None
+            assert len(prompts) == len(sampling_params)
+            assert self.own["skip_tokenizer_init"]
+            assert not sampling_params[0].detokenize
             assert lora_request is None or self.own["enable_lora"]
             asked.requests.append((prompts, sampling_params, lora_request))
             return [

@@ -188,7 +188,7 @@ def test_hooks_before_a_commit_take_the_tools_of_the_environment():
 STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_lightning")
 """How a line of a page begins that starts our program."""
 
-PAGES = ("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md")
+PAGES = ("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md", "docs/answers.md")
 
 
 def readme_commands(page: str = "README.md") -> list[str]:
@@ -210,7 +210,9 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
     if words[0] == "make":
         [arguments] = [w.removeprefix("ARGS=") for w in words if w.startswith("ARGS=")] or [""]
         words = shlex.split(arguments)
-    elif words[0] == "dpo-lightning" and words[1] in ("report", "doctor", "interpolate", "--help"):
+    elif words[0] == "dpo-lightning" and words[1] in (
+        *("report", "doctor", "interpolate", "generate", "chat", "evaluate", "--help"),
+    ):
         return  # other tests run them
     else:
         assert words[0] == "python" or words[1] in ("train", "preflight")
@@ -249,3 +251,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands("docs/memory.md")) == 2
     assert len(readme_commands("docs/data.md")) == 8
     assert len(readme_commands("docs/frontier.md")) == 4
+    assert len(readme_commands("docs/answers.md")) >= 8

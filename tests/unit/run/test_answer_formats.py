@@ -54,7 +54,8 @@ def test_arena_hard_reads_lines_by_uid(tmp_path):
     assert found["model"] == "mine"
     assert found["messages"][0] == {"role": "user", "content": "Why?"}
     assert found["messages"][-1] == {"role": "assistant", "content": {"answer": answer.text}}
-    assert isinstance(found["ans_id"], str) and found["ans_id"]
+    assert isinstance(found["ans_id"], str)
+    assert found["ans_id"]
     assert isinstance(found["tstamp"], float)
     metadata = found["metadata"]
     assert metadata["token_len"] == answer.tokens

@@ -49,9 +49,8 @@ def test_a_key_goes_over_no_open_line(monkeypatch):
 
 def test_what_may_be_a_backend():
     assert all(map(is_backend, ("hf", "vllm", "mine", URL, "https://a.b/v1")))
-    assert not any(
-        map(is_backend, ("", " ", "ftp://a/v1", "http://", "http://u:p@a/v1", f"{URL}?k=1"))
-    )
+    wrong = ("", " ", "ftp://a/v1", "http://", "http://u:p@a/v1", f"{URL}?k=1")
+    assert not any(map(is_backend, wrong))
 
 
 def test_a_server_has_no_weights_of_a_training():
