@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
 from dpo_lightning.plugins import SAMPLERS, register_sampler
 from dpo_lightning.run.answering.chat import main as chat
 from dpo_lightning.sweeps.generate.command import main as generate
@@ -174,3 +175,66 @@ def test_chat_without_a_terminal_is_a_line_from_each(run, capsys, monkeypatch):
     assert own[:3] == own[3:]  # the same words, the same answer
     assert "hello: the bundled model" in said.err
     assert "begun anew" in said.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model alone that was never a run's, with a chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.models import byte_tokenizer, tiny_llama_config
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(tiny_llama_config()).save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+CPU = ("trainer.accelerator=cpu", "trainer.threads=1")
+
+
+def test_a_model_alone_answers_a_benchmark_through_its_template(folder, tmp_path, capsys):
+    """What the sampler is given is the prompt as the template writes it, up to the answer."""
+    questions = tmp_path / "question.jsonl"
+    questions.write_text(json.dumps({"uid": "a", "prompt": "Hi?", "category": "c"}) + "\n")
+    seen: list[str] = []
+
+    @register_sampler("seen")
+    def sampler(wanted):
+        seen.extend(wanted.tokenizer.decode(ids) for ids in wanted.prompts)
+        return [[wanted.ends[0]] for _ in wanted.prompts]
+
+    own = tmp_path / "mine.jsonl"
+    words = [str(folder), str(questions), "--format", "arena_hard", *CPU]
+    try:
+        assert generate([*words, "--output", str(own), "generation.backend=seen"]) == 0
+    finally:
+        SAMPLERS.pop("seen")
+    assert seen == ["<s>User: Hi?\n\nAssistant: "]
+    assert "through the chat template" in capsys.readouterr().err
+    found = json.loads(own.read_text())
+    assert (found["uid"], found["category"], found["model"]) == ("a", "c", "mine")
+    drawn = tmp_path / "drawn.jsonl"
+    assert generate([*words, "--output", str(drawn), "--max-new-tokens", "5"]) == 0
+    assert json.loads(drawn.read_text())["metadata"]["token_len"] == 5
+    prompt = {"uid": "a", "prompt": "x" * 200}
+    questions.write_text(json.dumps(prompt) + "\n")
+    assert "positions leave no room" in refusal(capsys, *words, "--output", tmp_path / "c.jsonl")
+    assert "known at which beta" in refusal(
+        capsys, *words, "--output", tmp_path / "c.jsonl", "--at-beta=1", "--reference", folder
+    )
+
+
+def test_a_model_and_its_reference_talk(folder, capsys, monkeypatch):
+    """They are the same model here: both columns say the same, and go on with it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    words = [str(folder), "--reference", str(folder), "--max-new-tokens", "4", *CPU]
+    assert chat(words) == 0
+    lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["policy", "reference"] * 2
+    assert lines[0][2] == lines[1][2]
+    assert lines[2][2] == lines[3][2]
