@@ -14,6 +14,7 @@ from dpo_lightning.plugins import SAMPLERS, register_sampler
 from dpo_lightning.run.answering.chat import main as chat
 from dpo_lightning.sweeps.generate.command import main as generate
 from tests.support.runs import TINY, Run, run_train
+from tests.support.vllm_module import install
 
 # Both train, or load models, a few times.
 pytestmark = pytest.mark.slow
@@ -238,3 +239,38 @@ def test_a_model_and_its_reference_talk(folder, capsys, monkeypatch):
     assert [line[0] for line in lines] == ["policy", "reference"] * 2
     assert lines[0][2] == lines[1][2]
     assert lines[2][2] == lines[3][2]
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_training_has_its_answers_drawn_by_vllm(tmp_path, monkeypatch, peft):
+    """An engine of the trained weights, which are gone behind it; KL is our own.
+
+    The stand-in turns the prompt round: after </s> a b it says b a </s>, three tokens.
+    """
+    asked = install(monkeypatch)
+    tiny = [word for word in TINY if not word.startswith("evaluation.samples")]
+    run = run_train(
+        *(tmp_path / "run", *tiny, "evaluation.samples=4", "evaluation.partition_samples=0"),
+        *("trainer.accelerator=cpu", "trainer.max_steps=1", "generation.backend=vllm"),
+        f"peft={peft}",
+    )
+    assert run.code == 0
+    [engine] = asked.engines
+    assert run.result["metrics"]["samples/length"] == 3
+    assert run.result["metrics"]["samples/kl"] >= 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*engine["files"]}
+    lora = asked.requests[0][2]
+    if peft == "none":
+        assert lora is None
+        assert not Path(engine["model"]).exists()
+    else:
+        assert engine["enable_lora"]
+        assert not Path(lora.lora_path).exists()
+
+
+def test_a_server_is_refused_before_a_training(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ("generation.backend=http://localhost:9/v1", "generation.model=m")
+    assert run_train(folder, *TINY, *words, "evaluation.samples=4").code == 2
+    assert "those of a training are not among them" in capsys.readouterr().err
+    assert not folder.exists()

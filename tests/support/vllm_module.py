@@ -6,6 +6,7 @@ It answers with the prompt's ids turned round, and remembers what it was asked.
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -70,6 +71,8 @@ def module(asked: Asked) -> dict[str, types.ModuleType]:
             max_lora_rank: int = 16,
         ) -> None:
             self.own = {name: value for name, value in locals().items() if name != "self"}
+            if Path(model).is_dir():
+                self.own["files"] = sorted(path.name for path in Path(model).iterdir())
             asked.engines.append(self.own)
 
         def generate(
