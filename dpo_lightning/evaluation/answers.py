@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
-from dpo_lightning.evaluation.backends import Drawer
+from dpo_lightning.evaluation.backends import BackendDrawer
 from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
 from dpo_lightning.evaluation.sampling import (
     Precision,
@@ -63,7 +63,7 @@ class Answering:
     precision: Precision
     positions: int | None = None
     cuts: bool = True
-    drawer: Drawer | None = None
+    drawer: BackendDrawer | None = None
 
     def text(self, ids: Ids) -> str:
         """Token ids as text, without special tokens."""

@@ -84,7 +84,7 @@ def checked_answers(backend: Backend, sampler: Sampler, request: SampleRequest) 
 
 
 @dataclass(frozen=True, slots=True)
-class Drawer:
+class BackendDrawer:
     """Draws a run's answers by a backend.
 
     Attributes:

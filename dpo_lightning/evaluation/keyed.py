@@ -117,8 +117,8 @@ def choose_tokens(
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What answers are drawn from: a policy, its reference, or a place on the way between.
+class DrawnFrom:
+    """Models that answers are drawn from: a policy, its reference, or a place on the way between.
 
     Attributes:
         pair: The two models; where ``lam`` is 1 the second is not asked.
@@ -150,7 +150,7 @@ class Source:
 
 @torch.no_grad()
 def draw_keyed(
-    source: Source,
+    source: DrawnFrom,
     prompts: Sequence[Ids],
     sampling: Sampling,
     *,
@@ -199,7 +199,7 @@ def answer_limit(prompt: Ids, sampling: Sampling, positions: int | None) -> int:
 
 
 def _batch(
-    source: Source,
+    source: DrawnFrom,
     prompts: Sequence[Ids],
     limits: Sequence[int],
     sampling: Sampling,

@@ -21,7 +21,7 @@ from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
 )
-from dpo_lightning.evaluation.backends import Drawer, WeightFiles, written_weights
+from dpo_lightning.evaluation.backends import BackendDrawer, WeightFiles, written_weights
 from dpo_lightning.memory.budget import (
     Budget,
     Room,
@@ -185,8 +185,8 @@ def choose_answering(
     return groups, answering
 
 
-def _drawer(backend: Backend, prepared: Prepared) -> Drawer | None:
-    """Who draws the answers of a run; None where transformers does."""
+def _drawer(backend: Backend, prepared: Prepared) -> BackendDrawer | None:
+    """The one who draws the answers of a run; None where transformers does."""
     if backend.is_own:
         return None
     source, adapters = prepared.source, prepared.models.adapters
@@ -203,7 +203,7 @@ def _drawer(backend: Backend, prepared: Prepared) -> Drawer | None:
             )
         return contextlib.nullcontext((source.source, None))
 
-    return Drawer(backend, source.tokenizer, files)
+    return BackendDrawer(backend, source.tokenizer, files)
 
 
 def with_shards(prepared: Prepared, computation: Computation) -> Prepared:

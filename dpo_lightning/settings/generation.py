@@ -56,7 +56,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Who draws answers, as plain values.
+    """The one who draws answers, as plain values.
 
     Attributes:
         name: ``hf``, ``vllm``, an address or a plugin's name.
@@ -85,7 +85,7 @@ class Backend:
         return "://" in self.name
 
     def facts(self) -> dict[str, Any]:
-        """What an answer depends on, for a file beside it; no key is among it."""
+        """Facts that an answer depends on, for a file beside it; no key is among it."""
         return {"backend": self.name, "model": self.model, "options": dict(self.options or {})}
 
 

@@ -199,7 +199,7 @@ CPU = ("trainer.accelerator=cpu", "trainer.threads=1")
 
 
 def test_a_model_alone_answers_a_benchmark_through_its_template(folder, tmp_path, capsys):
-    """What the sampler is given is the prompt as the template writes it, up to the answer."""
+    """The sampler is given the prompt as the template writes it, up to the answer."""
     questions = tmp_path / "question.jsonl"
     questions.write_text(json.dumps({"uid": "a", "prompt": "Hi?", "category": "c"}) + "\n")
     seen: list[str] = []

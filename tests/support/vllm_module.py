@@ -45,7 +45,7 @@ class LoRARequest:
 
 @dataclass
 class Asked:
-    """What engines were asked."""
+    """Arguments and requests that engines were given."""
 
     engines: list[dict[str, Any]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)

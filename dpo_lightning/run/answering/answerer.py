@@ -18,14 +18,14 @@ from dpo_lightning.data.tokens import Ids
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.backends import checked_answers, find_sampler
 from dpo_lightning.evaluation.interpolated import Pair
-from dpo_lightning.evaluation.keyed import Sampling, Source, answer_limit, draw_keyed
+from dpo_lightning.evaluation.keyed import DrawnFrom, Sampling, answer_limit, draw_keyed
 from dpo_lightning.evaluation.sampling import end_ids
 from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import set_chat_template
 from dpo_lightning.plugins import SampleRequest
-from dpo_lightning.run.answering.subject import Subject
+from dpo_lightning.run.answering.subject import AnsweringPolicy
 from dpo_lightning.run.inputs import prefer_cache_without_network
 from dpo_lightning.run.interpolate.experiment import precision_of
 from dpo_lightning.run.loaded import load_opened
@@ -39,7 +39,7 @@ Told = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DrawnAnswer:
     """An answer.
 
     Attributes:
@@ -63,7 +63,7 @@ class Answerer:
         UserError: If its model or tokenizer cannot be used.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: AnsweringPolicy) -> None:
         config = subject.config
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -140,7 +140,7 @@ class Answerer:
 
     def answer(
         self, prompts: Sequence[Ids], sampling: Sampling, *, lam: float, told: Told
-    ) -> list[Answer]:
+    ) -> list[DrawnAnswer]:
         """Answers prompts.
 
         Args:
@@ -158,7 +158,7 @@ class Answerer:
         pair = self._models()
         ends = end_ids(pair.policy, self.tokenizer)
         drawn = draw_keyed(
-            Source(pair, lam),
+            DrawnFrom(pair, lam),
             prompts,
             sampling,
             ends=ends,
@@ -170,9 +170,9 @@ class Answerer:
         )
         return [self._answer(ids, ends) for ids in drawn]
 
-    def _answer(self, ids: Ids, ends: Sequence[int]) -> Answer:
+    def _answer(self, ids: Ids, ends: Sequence[int]) -> DrawnAnswer:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
-        return Answer(text, len(ids), int(ids[-1]) not in ends)
+        return DrawnAnswer(text, len(ids), int(ids[-1]) not in ends)
 
     def _models(self) -> Pair:
         """Policy and reference on the device, loaded when they are first asked."""
@@ -196,7 +196,7 @@ class Answerer:
 
     # Another backend ----------------------------------------------------------------------------
 
-    def _by_backend(self, prompts: Sequence[Ids], sampling: Sampling) -> list[Answer]:
+    def _by_backend(self, prompts: Sequence[Ids], sampling: Sampling) -> list[DrawnAnswer]:
         backend, opened = self._subject.backend, self._subject.opened
         ends = _ends(self._source.source, self._source.config, self.tokenizer)
         limits = [answer_limit(ids, sampling, self._positions) for ids in prompts]
@@ -218,7 +218,7 @@ class Answerer:
 
 
 @contextlib.contextmanager
-def answering(subject: Subject) -> Iterator[Answerer]:
+def answering(subject: AnsweringPolicy) -> Iterator[Answerer]:
     """A policy that answers, whose memory is free again behind the context."""
     try:
         yield Answerer(subject)

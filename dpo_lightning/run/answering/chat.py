@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dpo_lightning.data.questions import typed_question
 from dpo_lightning.errors import UserError
 from dpo_lightning.run.answering.draws import DRAW_FLAGS, read_at_beta, read_draws
-from dpo_lightning.run.answering.subject import OF_ANSWERS, Subject, subject_of
+from dpo_lightning.run.answering.subject import OF_ANSWERS, AnsweringPolicy, subject_of
 from dpo_lightning.run.beta_path import place_of
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import open_named
@@ -110,7 +110,7 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _speakers(words: Words) -> tuple[Subject, list[Speaker]]:
+def _speakers(words: Words) -> tuple[AnsweringPolicy, list[Speaker]]:
     """Those who answer, in the order of their columns."""
     reference, beta = words.one("--reference"), read_at_beta(words)
     opened = open_named(words.names[0], reference=reference, alone=beta is None)

@@ -17,7 +17,7 @@ DRAW_FLAGS = (*("--temperature", "--top-p", "--max-new-tokens", "--seed", "--at-
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How answers are drawn.
+    """Settings of draws, as they were typed.
 
     Attributes:
         temperature: 0 takes the likeliest token.
@@ -33,7 +33,7 @@ class Draws:
 
 
 def read_draws(words: Words, longest: int) -> Draws:
-    """How answers are drawn, by their flags.
+    """The settings of draws, by their flags.
 
     Args:
         words: The words of a command line.

@@ -33,7 +33,7 @@ _NO_ROWS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class AnsweringPolicy:
     """A policy that is to answer.
 
     Attributes:
@@ -52,7 +52,7 @@ class Subject:
 
     @property
     def backend(self) -> Backend:
-        """Who draws its answers."""
+        """The one who draws its answers."""
         return backend_of(self.config.generation)
 
     @property
@@ -62,7 +62,7 @@ class Subject:
         return model.pretrained is None and model.config is None
 
 
-def subject_of(opened: Opened, typed: Sequence[str], *, needs_reference: bool) -> Subject:
+def subject_of(opened: Opened, typed: Sequence[str], *, needs_reference: bool) -> AnsweringPolicy:
     """The policy with its settings.
 
     Args:
@@ -77,7 +77,7 @@ def subject_of(opened: Opened, typed: Sequence[str], *, needs_reference: bool) -
     if opened.run is None:
         words = [*opened.words, *_NO_ROWS]
         config = compose_one([*words, *typed])
-        return Subject(opened, _on_one_device(config), None, trained, needs_reference)
+        return AnsweringPolicy(opened, _on_one_device(config), None, trained, needs_reference)
     recorded = _recorded(opened.run)
     model = recorded.get("model")
     model = model if isinstance(model, dict) else {}
@@ -95,7 +95,7 @@ def subject_of(opened: Opened, typed: Sequence[str], *, needs_reference: bool) -
         ]
         opened = replace(opened, kind="model", run=None)
     config = compose_one([*words, *typed])
-    return Subject(opened, _on_one_device(config), run, trained, needs_reference)
+    return AnsweringPolicy(opened, _on_one_device(config), run, trained, needs_reference)
 
 
 def _recorded(run: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from dpo_lightning.data.questions import Format
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import SWEEP_FILE
 from dpo_lightning.run.answering.formats import SUFFIXES
-from dpo_lightning.run.answering.subject import Subject, subject_of
+from dpo_lightning.run.answering.subject import AnsweringPolicy, subject_of
 from dpo_lightning.run.finished import EXPORT
 from dpo_lightning.run.opened import open_named
 from dpo_lightning.sweeps.generate.request import Request
@@ -39,7 +39,7 @@ class Target:
 
     generator: str
     name: str
-    subject: Subject
+    subject: AnsweringPolicy
     path: Path
 
     @property
@@ -190,7 +190,7 @@ def check_path(path: Path, form: Format) -> None:
 
 
 def facts_of(request: Request, target: Target, lam: float) -> dict[str, Any]:
-    """How answers are drawn, for the file beside them.
+    """Facts of how answers are drawn, for the file beside them.
 
     Args:
         request: The command line.

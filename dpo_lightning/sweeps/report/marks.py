@@ -1,4 +1,4 @@
-"""Marks that somebody else gave a sweep's trials: a leaderboard's CSV, read back into its report.
+"""TrialMarks that somebody else gave a sweep's trials: a leaderboard's CSV, read back into its report.
 
 A row is a trial's if it has the trial's name, which ``generate`` gives a trial's answers.
 """
@@ -27,8 +27,8 @@ Cell = float | str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """Marks of a sweep's trials.
+class TrialMarks:
+    """TrialMarks of a sweep's trials.
 
     Attributes:
         file: Name of the file that they were read from.
@@ -49,7 +49,7 @@ class Marks:
         return asdict(self)
 
     def notes(self) -> list[str]:
-        """What was not matched, a sentence each."""
+        """Facts of what was not matched, a sentence each."""
         notes = []
         if self.unmatched:
             notes.append(f"{self.file} has rows of no trial here: {_listed(self.unmatched)}.")
@@ -82,7 +82,7 @@ class Marks:
         return any(isinstance(own.get(column), float) for own in self.trials.values())
 
 
-def read_marks(path: Path, sweep: Sweep) -> Marks:
+def read_marks(path: Path, sweep: Sweep) -> TrialMarks:
     """Reads a leaderboard.
 
     Args:
@@ -117,10 +117,10 @@ def read_marks(path: Path, sweep: Sweep) -> Marks:
             "that `generate` gave the answers, the trial's folder"
         )
     without = tuple(t.folder for t in sweep.finished if t.folder not in found)
-    return Marks(path.name, columns, found, tuple(unmatched), without)
+    return TrialMarks(path.name, columns, found, tuple(unmatched), without)
 
 
-def kept_marks(entry: object, sweep: Sweep) -> Marks | None:
+def kept_marks(entry: object, sweep: Sweep) -> TrialMarks | None:
     """The marks that a sweep's file has from before; None where there are none.
 
     Args:
@@ -138,7 +138,7 @@ def kept_marks(entry: object, sweep: Sweep) -> Marks | None:
     if not trials:
         return None
     unmatched = kept.get("unmatched")
-    return Marks(
+    return TrialMarks(
         str(kept.get("file", "leaderboard.csv")),
         tuple(columns),
         trials,

@@ -13,7 +13,7 @@ import torch
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import Answering
-from dpo_lightning.evaluation.backends import Drawer, checked_answers, find_sampler
+from dpo_lightning.evaluation.backends import BackendDrawer, checked_answers, find_sampler
 from dpo_lightning.evaluation.completions import CompletionServer
 from dpo_lightning.evaluation.keyed import noise_seed, seeds_of
 from dpo_lightning.plugins import SAMPLERS, SampleRequest, register_sampler
@@ -239,7 +239,11 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
     models = SimpleNamespace(policy=policy)
     files = lambda who, model: contextlib.nullcontext((who, None))  # noqa: E731
     answering = Answering(
-        TOKENIZER, 6, 2, contextlib.nullcontext, drawer=Drawer(Backend("mine"), TOKENIZER, files)
+        TOKENIZER,
+        6,
+        2,
+        contextlib.nullcontext,
+        drawer=BackendDrawer(Backend("mine"), TOKENIZER, files),
     )
     found = answering.answers(models, policy, [np.array([7], dtype=np.int32)], seed=4)
     assert [x.tolist() for x in found] == [[5, END]]
@@ -251,7 +255,7 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
 
 
 def test_a_server_draws_for_the_policy_alone():
-    drawer = Drawer(Backend("http://localhost:1/v1"), TOKENIZER, lambda who, model: None)
+    drawer = BackendDrawer(Backend("http://localhost:1/v1"), TOKENIZER, lambda who, model: None)
     assert drawer.draws("policy")
     assert not drawer.draws("reference")
     assert dataclasses.replace(drawer, backend=Backend("vllm")).draws("reference")

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dpo_lightning.evaluation.interpolated import Pair
 from dpo_lightning.evaluation.keyed import (
+    DrawnFrom,
     Sampling,
-    Source,
     choose_tokens,
     draw_keyed,
     drawn_from,
@@ -46,7 +46,7 @@ def prompts() -> list[np.ndarray]:
 
 def draw(pair: Pair, asked, sampling: Sampling, *, lam=1.0, batch_size=2, positions=None):
     return draw_keyed(
-        Source(pair, lam),
+        DrawnFrom(pair, lam),
         asked,
         sampling,
         ends=[END],
@@ -126,7 +126,7 @@ def test_positions_end_an_answer_and_the_others_go_on():
     pair = Pair(model, model, Scorer("padded", RopeLengths({}), {}))
     asked = prompts()[:2]
     found = draw_keyed(
-        Source(pair),
+        DrawnFrom(pair),
         asked,
         Sampling(max_new_tokens=20),
         ends=[],
