@@ -1,4 +1,4 @@
-"""TrialMarks that somebody else gave a sweep's trials: a leaderboard's CSV, read back into its report.
+"""Marks that somebody else gave a sweep's trials: a leaderboard's CSV, read back into its report.
 
 A row is a trial's if it has the trial's name, which ``generate`` gives a trial's answers.
 """
@@ -28,7 +28,7 @@ Cell = float | str | None
 
 @dataclass(frozen=True, slots=True)
 class TrialMarks:
-    """TrialMarks of a sweep's trials.
+    """Marks of a sweep's trials.
 
     Attributes:
         file: Name of the file that they were read from.

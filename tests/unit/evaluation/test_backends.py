@@ -238,6 +238,7 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
     policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=END))
     models = SimpleNamespace(policy=policy)
     files = lambda who, model: contextlib.nullcontext((who, None))  # noqa: E731
+    drawer = BackendDrawer(Backend("mine"), TOKENIZER, files)
     answering = Answering(
         TOKENIZER,
         6,
