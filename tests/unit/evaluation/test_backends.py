@@ -244,7 +244,7 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
         6,
         2,
         contextlib.nullcontext,
-        drawer=BackendDrawer(Backend("mine"), TOKENIZER, files),
+        drawer=drawer,
     )
     found = answering.answers(models, policy, [np.array([7], dtype=np.int32)], seed=4)
     assert [x.tolist() for x in found] == [[5, END]]
