@@ -45,6 +45,18 @@ def _compare(argv: list[str]) -> int:
     return main(argv)
 
 
+def _generate(argv: list[str]) -> int:
+    from dpo_lightning.sweeps.generate.command import main
+
+    return main(argv)
+
+
+def _chat(argv: list[str]) -> int:
+    from dpo_lightning.run.answering.chat import main
+
+    return main(argv)
+
+
 def _interpolate(argv: list[str]) -> int:
     from dpo_lightning.run.interpolate.command import main
 
@@ -87,6 +99,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "preflight": ("how much memory a run would take", _preflight),
     "evaluate": ("a trained policy on held-out rows: metrics, slices, answers", _evaluate),
     "compare": ("trained policies on the same rows, tested row by row", _compare),
+    "generate": ("answers of a policy, or of a sweep's, for a judge or a benchmark", _generate),
+    "chat": ("talk to a policy and its reference, side by side", _chat),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "judge": ("have answers judged that are there already", _judge),
     "report": ("write the report of a sweep again", _report),

@@ -61,6 +61,7 @@ from dpo_lightning.settings.folders import (
     is_fixed,
     refuse_links,
 )
+from dpo_lightning.settings.generation import backend_of, check_trainable
 from dpo_lightning.settings.grids import check_grid
 from dpo_lightning.settings.hydra_node import hydra_problems
 from dpo_lightning.settings.messages import shown
@@ -255,6 +256,7 @@ def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]
         raise UserError(f"sweep.prune={config.sweep.prune} is for a sweep: add -m")
     if config.sweep.trials is not None:
         raise UserError(f"sweep.trials={shown(config.sweep.trials)} is for a sweep: add -m")
+    check_trainable(backend_of(config.generation), answers=config.evaluation.samples)
     return with_folder(args, cfg, "run.dir"), config
 
 

@@ -19,12 +19,14 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.objectives.registry import Option, is_same, read_options, register_loss
 
 __all__ = [
+    "SampleRequest",
     "load_plugins",
     "make_callbacks",
     "register_callback",
     "register_loss",
     "register_optimizer",
     "register_reader",
+    "register_sampler",
     "register_scorer",
 ]
 
@@ -38,8 +40,44 @@ ReadRow: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 """From a row as its file has it to a row of ``prompt``, ``chosen`` and ``rejected``, or another of
 the forms that are known."""
 
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Prompts that a sampler answers, and how.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        limits: Most tokens of the answer to each.
+        temperature: Of the next-token distribution; 0 takes the likeliest token.
+        top_p: Share of it that is drawn from; 1 is all of it.
+        seed: Of all draws.
+        ends: Tokens that end an answer.
+        who: ``policy`` or ``reference``.
+        tokenizer: The tokenizer of both.
+        model: Gives the transformers model, loaded when it is first asked for.
+        weights: Gives folder or hub id of its weights, and of an adapter on top of them or None.
+        options: ``generation.options`` of the settings.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    limits: Sequence[int]
+    temperature: float
+    top_p: float
+    seed: int
+    ends: Sequence[int]
+    who: str
+    tokenizer: Any
+    model: Callable[[], Any]
+    weights: Callable[[], tuple[str, str | None]]
+    options: Mapping[str, Any]
+
+
+Sampler: TypeAlias = Callable[[SampleRequest], Sequence[Sequence[int]]]
+"""From prompts to token ids of as many answers, each with the token that ended it, if one did."""
+
 _Reader = TypeVar("_Reader", bound=ReadRow)
 _Function = TypeVar("_Function", bound=ScoreFunction)
+_Drawer = TypeVar("_Drawer", bound=Sampler)
 _Maker = TypeVar("_Maker", bound=Callable[[], Any])
 _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
@@ -64,6 +102,12 @@ SCORERS: dict[str, ScoreFunction] = {}
 
 READERS: dict[str, ReadRow] = {}
 """Readers of rows that plugins registered, by name."""
+
+SAMPLERS: dict[str, Sampler] = {}
+"""Samplers of answers that plugins registered, by name."""
+
+OWN_SAMPLERS = ("hf", "vllm")
+"""Names of the package's own."""
 
 CALLBACKS: dict[str, Callable[[], Any]] = {}
 """What makes a Lightning callback, as plugins registered it, by name."""
@@ -128,6 +172,35 @@ def register_reader(name: str) -> Callable[[_Reader], _Reader]:
 
     def register(function: _Reader) -> _Reader:
         READERS[name] = function
+        return function
+
+    return register
+
+
+def register_sampler(name: str) -> Callable[[_Drawer], _Drawer]:
+    """Makes a function known as ``generation.backend=<name>``.
+
+    It answers prompts for evaluation and for ``generate``: with an engine of the user's, say. Of
+    its answers log-probabilities are computed as of any other's.
+
+    Args:
+        name: Value of the setting.
+
+    Raises:
+        ValueError: If the setting gives the name another meaning.
+
+    Example:
+        >>> @register_sampler("mute")
+        ... def mute(request):
+        ...     return [[request.ends[0]] for _ in request.prompts]
+        >>> SAMPLERS.pop("mute").__name__
+        'mute'
+    """
+    if name in OWN_SAMPLERS or "://" in name:
+        raise ValueError(f"generation.backend={name} has a meaning of its own: choose another name")
+
+    def register(function: _Drawer) -> _Drawer:
+        SAMPLERS[name] = function
         return function
 
     return register

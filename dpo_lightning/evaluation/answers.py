@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.backends import BackendDrawer
 from dpo_lightning.evaluation.judges import Judge
 from dpo_lightning.evaluation.partition_check import LONGEST, check_partition
 from dpo_lightning.evaluation.sampling import (
@@ -50,6 +51,7 @@ class Answering:
         precision: The context to compute in.
         positions: Those of the model, where they and not the settings end an answer.
         cuts: False where no answer is longer by the task's own rules.
+        drawer: Draws by another backend; None: transformers does.
     """
 
     tokenizer: Any
@@ -58,6 +60,7 @@ class Answering:
     precision: Precision
     positions: int | None = None
     cuts: bool = True
+    drawer: BackendDrawer | None = None
 
     def text(self, ids: Ids) -> str:
         """Token ids as text, without special tokens."""
@@ -67,7 +70,20 @@ class Answering:
     def answers(
         self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
     ) -> list[Ids]:
-        """Answers of one of the models; drawn with a seed, greedy without."""
+        """Answers of one of the models; drawn with a seed, greedy without.
+
+        The few that are greedy are to be read, and always transformers'.
+        """
+        who = "policy" if model is models.policy else "reference"
+        if self.drawer is not None and seed is not None and self.drawer.draws(who):
+            return self.drawer.answers(
+                who,
+                model,
+                prompts,
+                ends=end_ids(model, self.tokenizer),
+                max_new_tokens=self.max_new_tokens,
+                seed=seed,
+            )
         return answer_prompts(
             model,
             models.scorer,

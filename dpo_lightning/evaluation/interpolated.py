@@ -94,7 +94,7 @@ class _Mixed:
         return SimpleNamespace(logits=mixed_logps(q, p, self._lam))
 
 
-class _Stream:
+class Stream:
     """A model that is given a batch's tokens as they come.
 
     Args:
@@ -170,7 +170,7 @@ def draw_mixed(
             ids, mask = left_padded([prompts[i] for i in part], tokenizer.eos_token_id)
             begun = ids.shape[1]
             ids, mask = ids.to(device), mask.to(device)
-            policy, reference = _Stream(pair.policy), _Stream(pair.reference)
+            policy, reference = Stream(pair.policy), Stream(pair.reference)
             ended = torch.zeros(len(part), dtype=torch.bool, device=device)
             for _ in range(max_new_tokens):
                 p, q = (stream.next_logps(ids, mask) for stream in (policy, reference))

@@ -119,6 +119,11 @@ class Adapters:
         self._tuner.set_adapter(_TRAINED)
         self.reference = ReferenceView(self)
 
+    @property
+    def has_stored_reference(self) -> bool:
+        """True if the reference is an adapter too, and not the base model alone."""
+        return self._has_reference
+
     @contextlib.contextmanager
     def switched(self) -> Iterator[None]:
         """Context in which the policy is the reference, in eval mode; then it is as it was."""

@@ -70,18 +70,21 @@ class Opened:
         return self.run is not None
 
 
-def open_named(name: str, *, reference: str | None = None, key: str = "run") -> Opened:
+def open_named(
+    name: str, *, reference: str | None = None, key: str = "run", alone: bool = False
+) -> Opened:
     """Finds what a user named.
 
     Args:
         name: A run's folder, a folder with a model or a LoRA adapter, or a hub id (owner/name).
         reference: Another name, of the model that it is compared with; runs have their own.
         key: The word or flag that was behind it, for errors.
+        alone: True if whole weights need nothing to be compared with.
 
     Raises:
         UserError: If it is nothing that could answer, or its reference is missing or given twice.
     """
-    return _opened(name, _find(name, key), reference, key)
+    return _opened(name, _find(name, key), reference, key, alone=alone)
 
 
 def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Opened]:
@@ -106,11 +109,17 @@ def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Open
     ]
 
 
-def _opened(name: str, found: _Found, reference: str | None, key: str) -> Opened:
+def _opened(
+    name: str, found: _Found, reference: str | None, key: str, *, alone: bool = False
+) -> Opened:
     if found.run is not None:
         return _run(name, found, reference, key)
     if found.adapter is not None:
         return _adapter(name, found, reference, key)
+    if alone and reference is None:
+        source = str(found.weights)
+        words = (_word("model.pretrained", source),)
+        return Opened(name, "model", source, None, None, source, None, words)
     return _model(name, str(found.weights), reference, key)
 
 

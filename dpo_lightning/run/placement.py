@@ -16,10 +16,12 @@ from dpo_lightning.data.controlled import MAX_TOKENS
 from dpo_lightning.data.datamodule import rows_of_steps
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
 )
+from dpo_lightning.evaluation.backends import BackendDrawer, WeightFiles, written_weights
 from dpo_lightning.memory.budget import Budget, Room, memory_of
 from dpo_lightning.memory.estimate import MemoryEstimate, estimate_run, plan_training
 from dpo_lightning.memory.footprint import Training
@@ -35,6 +37,7 @@ from dpo_lightning.reference.spot_check import check_stored
 from dpo_lightning.run.identity import device_facts, reference_facts
 from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
+from dpo_lightning.settings.generation import Backend
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.training.precision import Computation, make_computation
 
@@ -152,8 +155,30 @@ def choose_answering(
         cuts=prepared.task is None or room < MAX_TOKENS,
         batch_size=evaluation.batch_size,
         precision=lambda: computation.context(policy.device),
+        drawer=_drawer(plan.evaluation.backend, prepared),
     )
     return groups, answering
+
+
+def _drawer(backend: Backend, prepared: Prepared) -> BackendDrawer | None:
+    """The one who draws the answers of a run; None where transformers does."""
+    if backend.is_own:
+        return None
+    source, adapters = prepared.source, prepared.models.adapters
+
+    def files(who: str, model: Any) -> contextlib.AbstractContextManager[WeightFiles]:
+        if adapters is None:
+            return written_weights(model, source.tokenizer, adapters=None, base=source.source)
+        if who == "policy":
+            return written_weights(model, source.tokenizer, adapters=adapters, base=source.source)
+        if adapters.has_stored_reference:
+            raise UserError(
+                f"generation.backend={backend.name}: the reference is an adapter in the policy's "
+                "own model, which only transformers has; draw by generation.backend=hf"
+            )
+        return contextlib.nullcontext((source.source, None))
+
+    return BackendDrawer(backend, source.tokenizer, files)
 
 
 def with_shards(prepared: Prepared, computation: Computation) -> Prepared:

@@ -21,6 +21,7 @@ from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.run.evaluations import EvaluationCourse
 from dpo_lightning.settings.folders import cache_folder
+from dpo_lightning.settings.generation import Backend, backend_of
 from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import model_label, name_of_trial, run_name
@@ -156,6 +157,7 @@ class EvaluationPlan:
         max_new_tokens: Longest answer.
         batch_size: Answers that are drawn at once.
         judge: Label of what judges them; None: nothing does.
+        backend: Draws them.
         population: True if a tabular policy is fitted beside the trained one.
         merge: True if a merged model is exported beside an adapter.
         course: Evaluations while the training goes on; None: there is no training.
@@ -166,6 +168,7 @@ class EvaluationPlan:
     max_new_tokens: int
     batch_size: int
     judge: str | None
+    backend: Backend
     population: bool
     merge: bool
     course: EvaluationCourse | None
@@ -294,6 +297,7 @@ def make_plan(
             max_new_tokens=longest_answer(config),
             batch_size=evaluation.batch_size,
             judge=judge_label(evaluation),
+            backend=backend_of(config.generation),
             population=config.data.controlled.population,
             merge=config.peft.merge,
             course=course,

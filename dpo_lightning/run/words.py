@@ -22,7 +22,7 @@ OF_ROWS = (
 """Settings of rows that are looked at in the place of a run's own."""
 
 ANYWHERE = (
-    *("plugins", "evaluation", "data.micro_batch_tokens", "reference.cache_dir"),
+    *("plugins", "evaluation", "generation", "data.micro_batch_tokens", "reference.cache_dir"),
     *("trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.threads"),
 )
 """Settings that may be typed beside any policy."""

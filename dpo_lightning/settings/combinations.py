@@ -20,6 +20,7 @@ from dpo_lightning.data.source_names import (
     source_label,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
+from dpo_lightning.settings.generation import generation_problems
 from dpo_lightning.settings.judging import judge_problems, model_judge
 from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
@@ -447,3 +448,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from sampling_problems(config)
     yield from pruning_problems(config)
     yield from logger_problems(config.logger)
+    yield from generation_problems(config.generation, config.strategy.name, config.plugins)

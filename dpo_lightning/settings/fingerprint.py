@@ -33,9 +33,17 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
+    own |= _own_generation(kept.pop("generation", None))
     own |= {"loss": own_loss_settings(kept["loss"])}
     own |= {"evaluation": hashed_evaluation(kept["evaluation"])}
     return kept | own | {"optimizer": own_optimizer_settings(kept["optimizer"])}
+
+
+def _own_generation(section: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of who draws answers; none for transformers, which runs of before had."""
+    if section is None or section["backend"] == "hf":
+        return {}
+    return {"generation": {name: section[name] for name in ("backend", "model", "options")}}
 
 
 def settings_hash(config: Config) -> str:

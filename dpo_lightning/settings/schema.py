@@ -28,6 +28,7 @@ from dpo_lightning.settings.conduct import (
     TrainerConfig,
 )
 from dpo_lightning.settings.fields import LARGEST_SEED, setting
+from dpo_lightning.settings.generation import GenerationConfig
 from dpo_lightning.settings.material import (
     BASE,
     DataConfig,
@@ -67,6 +68,7 @@ FREE_FORM = (
     "data.columns",
     "evaluation.judge_options",
     "loss.terms",
+    "generation.options",
 )
 """Mappings whose keys belong to the user: any key may be set in them."""
 
@@ -132,6 +134,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 

@@ -28,8 +28,8 @@ PUBLIC = {
         *("listwise_loss", "log_partition", "optimal_logps", "pairwise_loss", "register_loss"),
     ],
     "plugins": [
-        *("load_plugins", "make_callbacks", "register_callback", "register_loss"),
-        *("register_optimizer", "register_reader"),
+        *("SampleRequest", "load_plugins", "make_callbacks", "register_callback"),
+        *("register_loss", "register_optimizer", "register_reader", "register_sampler"),
         "register_scorer",
     ],
 }

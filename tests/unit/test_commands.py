@@ -38,7 +38,7 @@ def test_the_version(capsys):
         ("trian", "trian: unknown command; did you mean `train`?"),
         ("Train", "Train: unknown command; did you mean `train`?"),
         ("reports", "reports: unknown command; did you mean `report`?"),
-        ("x", "x: unknown command; available: train, inspect, preflight, evaluate, compare, "),
+        ("x", f"x: unknown command; available: {', '.join(COMMANDS)}"),
         ("beta=0.1", "beta=…: a command comes first, such as `python train.py`; available: "),
         ("-m", "-m: a command comes first, such as `python train.py`; available: "),
         ("--cfg", "--cfg: a command comes first"),

@@ -15,6 +15,7 @@ STAIR = (
     *("objectives", "plugins", "processes", "data", "assets", "settings", "models", "tracking"),
     *("reference", "memory", "training/checkpoints", "training", "evaluation", "run"),
     *("sweeps/trials", "sweeps/places", "sweeps/report", "sweeps", "sweeps/compare"),
+    "sweeps/generate",
     *("preflight", "cli", "api", "__main__"),
 )
 """From the bottom to the top: a step imports from those before it. A file stands on the longest of

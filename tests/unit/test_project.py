@@ -194,15 +194,15 @@ STARTS = ("python train.py", "make train", "dpo-lightning ", "python -m dpo_ligh
 """How a line of a page begins that starts our program."""
 
 OTHERS = (
-    *("report", "doctor", "interpolate", "evaluate", "compare", "judge", "export", "push"),
-    "--help",
+    *("report", "doctor", "interpolate", "evaluate", "compare", "judge", "generate", "chat"),
+    *("export", "push", "--help"),
 )
 """Commands that take no settings of a run; their own tests run them."""
 
 PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
-    "docs/selection.md",
+    *("docs/selection.md", "docs/answers.md"),
 )
 
 
@@ -265,3 +265,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands("docs/data.md")) == 11
     assert len(readme_commands("docs/frontier.md")) == 4
     assert len(readme_commands("docs/judges.md")) == 6
+    assert len(readme_commands("docs/answers.md")) >= 8

@@ -30,8 +30,8 @@ from dpo_lightning.evaluation.sampling import Precision
 from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
-from dpo_lightning.objectives.betas import BetaPlan
-from dpo_lightning.objectives.optimum import MOST_LAMBDA, why_no_beta
+from dpo_lightning.objectives.optimum import MOST_LAMBDA
+from dpo_lightning.run.beta_path import why_no_beta_of
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
 from dpo_lightning.run.loaded import load_opened
@@ -69,7 +69,7 @@ def interpolate(
     Raises:
         UserError: If a beta is asked of a loss that has none, or data and models are gone.
     """
-    no_beta = _why_no_beta(config) if beta_known else _UNKNOWN
+    no_beta = why_no_beta_of(config) if beta_known else _UNKNOWN
     asked = [*_places(config, betas, no_beta), *lambdas]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -79,7 +79,7 @@ def interpolate(
     set_threads(config, source)
     questions = _questions(config, source, hardware, opened.name, rows_named=rows_named)
     with _pair(config, source, opened, hardware.beside) as pair:
-        drawer = Drawer(config, source, pair, questions, _precision(hardware))
+        drawer = Drawer(config, source, pair, questions, precision_of(hardware))
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
         axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
@@ -127,17 +127,6 @@ def _places(config: Config, betas: Sequence[float], no_beta: str | None) -> list
     return [config.beta / beta for beta in betas]
 
 
-def _why_no_beta(config: Config) -> str | None:
-    loss = config.loss
-    plan = BetaPlan(
-        start=config.beta,
-        end=loss.beta_end,
-        schedule=loss.beta_schedule,
-        adaptive=loss.adaptive_beta,
-    )
-    return why_no_beta(objective_settings(loss), changes=plan.changes)
-
-
 def _points(
     drawn: Drawn, lambdas: Sequence[float], axis: Axis
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -180,7 +169,7 @@ def _notes(config: Config, no_beta: str | None, questions: Questions) -> list[st
 # Models and prompts -----------------------------------------------------------------------------
 
 
-def _precision(hardware: Hardware) -> Precision:
+def precision_of(hardware: Hardware) -> Precision:
     """The context that the run computed in, on the device that is here."""
     if not hardware.mixed or hardware.precision == "bf16-true":
         return contextlib.nullcontext

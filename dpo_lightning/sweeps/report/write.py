@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from dpo_lightning.sweeps.report.answers import spread
 from dpo_lightning.sweeps.report.content import make_content, report_command
 from dpo_lightning.sweeps.report.curves import CAPTION, LEARNING, LOGRATIOS, curves
 from dpo_lightning.sweeps.report.figures import frontier, frontier_svg
+from dpo_lightning.sweeps.report.marks import MARKS, kept_marks, read_marks
 from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.sweep_file import summary
-from dpo_lightning.sweeps.report.text import address, code_block, escape_markdown
+from dpo_lightning.sweeps.report.text import address, clean, code_block, escape_markdown
 from dpo_lightning.sweeps.report.theme import colours_of, variables
 from dpo_lightning.sweeps.report.trial_table import TRIALS_FILE, trials_csv
 from dpo_lightning.tracking.terminal import outlive_terminal
@@ -47,6 +48,7 @@ def write_report(
     metric: str | None = None,
     margin: float | None = None,
     kl_budget: float | None = None,
+    marks: Path | None = None,
 ) -> dict[str, Any]:
     """Reads a sweep, in whatever state it is, and writes its report into its folder.
 
@@ -55,16 +57,21 @@ def write_report(
         metric: Metric to rank by; None takes the first of ``METRICS`` that the trials have.
         margin: Loss against the best that does not matter; None takes one by the metric.
         kl_budget: Largest KL of the pick, in nats per answer; None sets no limit.
+        marks: A leaderboard's CSV file; None keeps the marks that ``sweep.json`` has.
 
     Returns:
         The content of ``sweep.json``; ``pick`` is None where nothing could be picked.
 
     Raises:
-        UserError: If there is no sweep in the folder, or no trial has the metric.
+        UserError: If there is no sweep in the folder, or no trial has the metric, or a mark.
     """
     sweep = read_sweep(folder)
+    before = read_json(folder / SWEEP_FILE)
+    given = kept_marks(before.get(MARKS), sweep) if marks is None else read_marks(marks, sweep)
     analysis = analyse(sweep, metric, PickRule(margin, kl_budget))
     content = make_content(sweep, analysis)
+    if given is not None:
+        content = replace(content, tables=(*content.tables, given.table(sweep)))
     asked = {"--metric": metric, "--margin": margin, "--kl-budget": kl_budget}
     again = report_command(str(folder), asked)
     environment = page_environment(escape=True)
@@ -87,8 +94,8 @@ def write_report(
         markdown.render(c=content, picture=PICTURE, csv=TRIALS_FILE, again=again),
     )
     # What a pruned sweep decided is its own.
-    kept = {key: value for key, value in read_json(folder / SWEEP_FILE).items() if key == PRUNING}
-    written |= kept
+    written |= {key: value for key, value in before.items() if key == PRUNING}
+    written |= {} if given is None else {MARKS: given.entry()}
     write_json(folder / SWEEP_FILE, written)
     return written
 
@@ -190,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kl-budget", type=_not_negative, help="largest KL of the pick, in nats per answer"
     )
+    parser.add_argument(
+        "--marks", type=Path, help="a leaderboard's CSV file, whose rows are named as trials are"
+    )
     arguments = parser.parse_args(argv)
     outlive_terminal()
     try:
@@ -198,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metric=arguments.metric,
             margin=arguments.margin,
             kl_budget=arguments.kl_budget,
+            marks=arguments.marks,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -208,6 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"report    {arguments.folder / 'report.html'}")
     if report["configurations"]:
         print(f"pick      {report['reason']}")
+    if arguments.marks is not None:
+        found = report[MARKS]
+        print(f"marks     {len(found['trials'])} trials, {', '.join(found['columns'])}")
+        for key, said in (("unmatched", "rows of no trial"), ("without", "trials without a row")):
+            if found[key]:
+                print(f"marks     {said}: {', '.join(map(clean, found[key]))}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Answers of trained policies to prompts of a user: what ``generate`` and ``chat`` share."""
