@@ -6,7 +6,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -107,6 +107,7 @@ def _number(value: object) -> float | None:
 
 @settings(max_examples=examples(40))
 @given(blocks)
+@example([{"name": ["a,b", "range(1,3)", "", "x"]}])
 def test_a_value_is_the_same_in_a_file_in_a_list_and_on_the_command_line(tmp_path_factory, grids):
     """Whatever texts hold, nothing becomes several values, and no cell is lost or made up."""
     path = tmp_path_factory.mktemp("blocks") / "grid.yaml"
