@@ -161,22 +161,24 @@ def prepare_rows(
     prepared.train = tokenized.groups
     _account(prepared, key, train, tokenized)
     parts = [(key, train, tokenized)]
-    sets: Mapping[str | None, Rows] = {}
-    if evaluation is not None:
-        sets = {None: evaluation} if isinstance(evaluation, Rows) else evaluation
-    if not sets:
+    if not evaluation:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
-    for name, rows in sets.items():
+    for name, rows in _by_name(evaluation).items():
         held_out = tokenize(eval_key(name), rows)
         _add_held_out(prepared, name, rows, held_out)
         parts.append((eval_key(name), rows, held_out))
     try:
         _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
-        for named, rows, left in parts:
-            _check_left(named, rows, left, limits)
     except UserError as error:
         refuse(error)
     return prepared
+
+
+def _by_name(evaluation: Rows | Mapping[str | None, Rows] | None) -> Mapping[str | None, Rows]:
+    """Held-out rows by the name of their set, which is None where they have none."""
+    if evaluation is None:
+        return {}
+    return {None: evaluation} if isinstance(evaluation, Rows) else evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,9 +344,12 @@ def _check_dropped(
     max_dropped: float,
     limits: Lengths,
 ) -> None:
+    """Stops where too many rows were dropped, or all of one source."""
     rows, dropped = sum(rows.total for _, rows, _ in parts), prepared.dropped.total()
     # A quotient, as it is rounded like the literal: 0.29 * 100 is less than 29.
     if not rows or dropped / rows <= max_dropped:
+        for key, own, left in parts:
+            _check_left(key, own, left, limits)
         return
     made = [tokenized for *_, tokenized in parts]
     remedies = _length_remedies(made, limits, enough=dropped - max_dropped * rows)

@@ -43,7 +43,7 @@ _DICE = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class JudgeQuestion:
     """A question.
 
     Attributes:
@@ -151,7 +151,9 @@ class Endpoint:
         self._cache = cache
         self._wait = wait
 
-    def ask(self, questions: Sequence[Question], read: Read) -> tuple[list[Value | None], Spent]:
+    def ask(
+        self, questions: Sequence[JudgeQuestion], read: Read
+    ) -> tuple[list[Value | None], Spent]:
         """The value of the reply to each question, None where there is none that can be read.
 
         Equal questions are asked once.
@@ -355,7 +357,7 @@ class Endpoint:
         body |= self._settings.options or {}
         return {name: value for name, value in body.items() if value is not None}
 
-    def _key_of(self, question: Question) -> str:
+    def _key_of(self, question: JudgeQuestion) -> str:
         settings = self._settings
         judge = {"url": settings.url, "template": self._template, "body": self._body("")}
         return key_of(judge, question.content)

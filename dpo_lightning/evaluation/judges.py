@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.endpoint import Endpoint, Question, Spent
+from dpo_lightning.evaluation.endpoint import Endpoint, JudgeQuestion, Spent
 from dpo_lightning.evaluation.mark_cache import MarkCache
 from dpo_lightning.evaluation.rubric import (
     QUESTIONS,
@@ -295,9 +295,9 @@ class EndpointJudge:
         count = 2 * len(texts)
         return f"{count} questions, {self._endpoint.upper_bound(2 * size + own * count, count)}"
 
-    def _question(self, prompt: Prompt, texts: Mapping[str, str]) -> Question:
+    def _question(self, prompt: Prompt, texts: Mapping[str, str]) -> JudgeQuestion:
         written = question(self._template, {"prompt": conversation(prompt), **texts})
-        return Question({"prompt": prompt, **texts}, written)
+        return JudgeQuestion({"prompt": prompt, **texts}, written)
 
 
 def _said_of(spent: Spent) -> dict[str, Any]:

@@ -270,7 +270,6 @@ def make_plan(
         course: Evaluations of the training; None where there is none.
     """
     schedule = make_schedule(config, groups=groups, bundled=source.bundled)
-    evaluation = config.evaluation
     return RunPlan(
         folders=folders,
         hardware=hardware,
@@ -291,17 +290,7 @@ def make_plan(
         ),
         learning=learning_plan(config, schedule),
         memory=memory_settings(config),
-        evaluation=EvaluationPlan(
-            samples=evaluation.samples,
-            partition_samples=evaluation.partition_samples,
-            max_new_tokens=longest_answer(config),
-            batch_size=evaluation.batch_size,
-            judge=judge_label(evaluation),
-            backend=backend_of(config.generation),
-            population=config.data.controlled.population,
-            merge=config.peft.merge,
-            course=course,
-        ),
+        evaluation=_evaluation_plan(config, course),
         logger=logger_settings(config.logger, run_name=config.name),
         names=_names(
             config,
@@ -309,6 +298,21 @@ def make_plan(
             _filled_in(resolved, source, schedule, longest=longest_answer(config)),
         ),
         seed=config.seed,
+    )
+
+
+def _evaluation_plan(config: Config, course: EvaluationCourse | None) -> EvaluationPlan:
+    evaluation = config.evaluation
+    return EvaluationPlan(
+        samples=evaluation.samples,
+        partition_samples=evaluation.partition_samples,
+        max_new_tokens=longest_answer(config),
+        batch_size=evaluation.batch_size,
+        judge=judge_label(evaluation),
+        backend=backend_of(config.generation),
+        population=config.data.controlled.population,
+        merge=config.peft.merge,
+        course=course,
     )
 
 

@@ -204,7 +204,7 @@ class LoggerConfig:
     name: Any = setting(
         "wandb",
         "Logger, or list of them, beside metrics.jsonl, which is always written.",
-        expected=f"one of {', '.join(LOGGERS)}; several are logger=[wandb,tensorboard]",
+        expected=f"one of {', '.join(LOGGERS)}, or a list such as logger=[wandb,tensorboard]",
     )
     project: str | None = setting(
         None,

@@ -150,7 +150,7 @@ def test_each_objective_and_beta_of_a_pruned_grid_in_blocks_keeps_its_best_rate(
 
 @pytest.mark.long
 def test_trials_of_two_ranks_are_pruned_like_those_of_one_process(tmp_path):
-    """What two gloo ranks report at a rung, and where they stop, is what one process does."""
+    """Two gloo ranks report at their rungs, and stop there, as one process does."""
     done = {}
     for name, ranks in (("one", ()), ("two", ("trainer.devices=2", "strategy=ddp"))):
         (tmp_path / name).mkdir()

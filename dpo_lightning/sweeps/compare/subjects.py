@@ -18,6 +18,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE, read_json
 from dpo_lightning.run.opened import Opened
 from dpo_lightning.settings.recorded import SETTINGS_FILE
+from dpo_lightning.settings.renamed import present_evaluation, present_result
 from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.sweeps.report.pooling import ACCURACY, MARK, SAMPLED_KL, WIN_RATE, win_of
 from dpo_lightning.sweeps.report.read import EVALUATION_FILE, as_mapping, as_rows, number
@@ -109,8 +110,8 @@ def recorded(opened: Opened, label: str) -> Subject | None:
     """
     if opened.run is None:
         return None
-    evaluation = read_json(opened.run / EVALUATION_FILE)
-    result = read_json(opened.run / RESULT_FILE)
+    evaluation = present_evaluation(read_json(opened.run / EVALUATION_FILE))
+    result = present_result(read_json(opened.run / RESULT_FILE))
     groups, accuracies = evaluation.get("groups"), evaluation.get("accuracies")
     if not isinstance(groups, list) or not isinstance(accuracies, list):
         return None

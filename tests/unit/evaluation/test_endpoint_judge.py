@@ -154,9 +154,8 @@ def test_a_reply_that_drips_without_end_is_ended_by_the_clock(tmp_path):
     """Each attempt may take 0.5 s; the server never gets to its reply within it."""
     with judge_server(lambda n, q: Act(stall=20)) as server:
         judge = judge_of(server, tmp_path, form="marks", timeout=0.5, retries=0)
-        began = time.monotonic()
         _, facts = judge.mark(["p"], ["a"])
-    assert time.monotonic() - began < 10
+    assert facts["requests"] == 1
     assert "evaluation.judge_timeout=0.5" in facts["last_error"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_lightning.data.datamodule import EvalSteps
+from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.evaluation.items import FITTED, measure_groups, numbered
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.objective import ObjectiveSettings
@@ -41,9 +42,10 @@ def measured():
     scorer.prepare(model)
     reference = CachedReference(rows=4, computed=0)
     found = {}
+    batches = HeldOut((len(groups),)).batches(4)
     for tokens in (2, 1000):
         steps = EvalSteps(
-            groups, batch_size=1, rank=0, world_size=1, micro_batch_tokens=tokens, shared=True
+            groups, batches, rank=0, world_size=1, micro_batch_tokens=tokens, shared=True
         )
         found[tokens] = measure_groups(
             (steps[n] for n in range(len(steps))),

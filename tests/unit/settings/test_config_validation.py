@@ -212,7 +212,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("strategy.name", "deepspeed"),
     ("strategy.sync_gradients", "never"),
     ("strategy.timeout_minutes", 0),
-    ("logger.name", "tensorboard"),
+    ("logger.name", "comet"),
     ("logger.mode", "on"),
     ("logger.project", ""),
     ("checkpoint.every_n_steps", 0),

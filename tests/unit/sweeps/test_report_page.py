@@ -96,7 +96,7 @@ def test_what_is_not_known_is_left_out_of_the_title(sweep, text):
     if text is not None:
         (sweep / "a" / "config.yaml").write_text(text)
     title = about(read_sweep(sweep)).title
-    assert title in (sweep.name, "{'a': 1}: 100 steps, seed 1")
+    assert title in (sweep.name, "{a: 1}: 100 steps, seed 1")
 
 
 def test_the_recommended_trial_comes_first_and_each_row_opens_its_trials(sweep, monkeypatch):

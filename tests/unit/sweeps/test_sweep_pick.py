@@ -201,7 +201,7 @@ def test_above_five_percent_cut_off_there_is_no_pick_by_judge(tmp_path, cut):
     assert (report["pick"] is None) == (cut > 0.05)
     if cut > 0.05:
         assert report["reason"].startswith(
-            "No pick by the score of sampled responses: more than 5%"
+            "No pick by the judge's mark of sampled responses: more than 5%"
         )
         assert "6% of its answers were cut off at the limit" in report["reason"]
 
