@@ -133,8 +133,7 @@ def prepare_rows(
 
     Args:
         train: The rows of ``data.train``.
-        evaluation: The rows of ``data.eval``, or of its sets by their names; None or empty to hold
-            out a part of the training rows.
+        evaluation: Those of ``data.eval``, or of its sets by name; None or none: a share of train.
         tokenizer: A transformers tokenizer.
         max_length: Longest prompt + response, in tokens.
         truncation: The part that gives way above it: ``drop``, ``prompt`` or ``response``.
