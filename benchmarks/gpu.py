@@ -134,7 +134,8 @@ def rounds(benches: list[tuple[Part, Bench]], deadline: float) -> Iterator[int]:
             # The other way round every other time, so that drift favours nobody.
             for arm in part.arms[:: -1 if turn % 2 else 1]:
                 record = bench.arm(arm, _SHAPE, _PRECISION, part.steps)
-                bench.records.append(record | {"round": turn, "size": part.size})
+                of_part = {"size": part.size, "pairs_per_step": part.pairs}
+                bench.records.append(record | of_part | {"round": turn})
                 print(
                     f"round {turn + 1}  {part.size:5} {arm:10} "
                     f"{record['pairs_per_second']:8.2f} pairs/s  "

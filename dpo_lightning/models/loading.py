@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -165,6 +166,19 @@ def load_onto(base: Any, source: str, *, key: str) -> Any:
         return PeftModel.from_pretrained(base, source)
     except Exception as error:
         raise load_error(f"{key}={source}: no adapter", error, remedy=f"{key}=") from error
+
+
+def stated_ends(source: str) -> list[int]:
+    """Tokens that end an answer by a model's ``generation_config.json``; none where it has none.
+
+    Args:
+        source: Folder or hub id of the model.
+    """
+    try:
+        found = GenerationConfig.from_pretrained(source).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def check_reward_model(source: str, *, key: str) -> Any:

@@ -170,8 +170,9 @@ def test_trials_of_two_ranks_are_pruned_like_those_of_one_process(tmp_path):
             [json.loads(line) for line in (run.folder / "rungs.jsonl").read_text().splitlines()]
             for run in (one, two)
         ]
-        assert len(reports[0]) == len(reports[1]) >= 1
-        for left, right in zip(*reports, strict=True):
+        # One that can no longer be cut may run ahead past a rung, if a device is free by then.
+        assert min(map(len, reports)) >= 1
+        for left, right in zip(*reports, strict=False):
             assert left["values"] == pytest.approx(right["values"], rel=1e-4, abs=1e-6)
             assert {key: left[key] for key in ("rung", "step", "metric")} == {
                 key: right[key] for key in ("rung", "step", "metric")
@@ -309,7 +310,7 @@ def test_a_sweep_on_real_data_with_a_scorer(shared: Path, tmp_path):
     # Nearly all answers end at 24 tokens: neither judge nor KL says which is better.
     assert min(result["metrics"]["samples/cut_off"] for result in results) > 0.05
     assert report["pick"] is None
-    assert report["reason"].startswith("No pick by the score of sampled responses")
+    assert report["reason"].startswith("No pick by the judge's mark of sampled responses")
     origins = [c["kl_origin"] for c in report["configurations"]]
     assert {(o["answers"], o["max_new_tokens"], o["temperature"]) for o in origins} == {(64, 24, 1)}
     assert all(o["per_token"] > 0 and o["cut_off"] > 0.05 for o in origins)

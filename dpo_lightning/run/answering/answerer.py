@@ -22,7 +22,7 @@ from dpo_lightning.evaluation.keyed import DrawnFrom, Sampling, answer_limit, dr
 from dpo_lightning.evaluation.sampling import end_ids
 from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.models.devices import settle_attention
-from dpo_lightning.models.loading import max_positions
+from dpo_lightning.models.loading import max_positions, stated_ends
 from dpo_lightning.models.source import set_chat_template
 from dpo_lightning.plugins import SampleRequest
 from dpo_lightning.run.answering.subject import AnsweringPolicy
@@ -248,10 +248,7 @@ def _check_words(question: Question) -> None:
 
 def _ends(source: str, config: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, of a model that is not loaded here."""
-    found = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError, ValueError):
-        own = transformers.GenerationConfig.from_pretrained(source).eos_token_id
-        found |= set(own) if isinstance(own, list) else {own}
+    found = {tokenizer.eos_token_id, *stated_ends(source)}
     stated = config.get_text_config().eos_token_id
     found |= set(stated) if isinstance(stated, list) else {stated}
     return sorted(found - {None})
