@@ -396,7 +396,8 @@ FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glo
 )
 def test_every_file_composes_and_is_valid(choice: str, monkeypatch) -> None:
     # Installed or not, the packages of the extras are looked for and not imported.
-    monkeypatch.setattr("dpo_lightning.settings.combinations.find_spec", lambda package: True)
+    for module in ("combinations", "logger_group"):
+        monkeypatch.setattr(f"dpo_lightning.settings.{module}.find_spec", lambda package: True)
     group, option = choice.split("=")
     fallback = {"model": WITH_ROWS, "data": ["model=qwen3-0.6b"]}.get(group, [])
     register()

@@ -32,6 +32,7 @@ def whole(request, tmp_path_factory) -> tuple[tuple[str, ...], Run]:
     return settings, run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_resumed_run_ends_like_an_undisturbed_one(whole, tmp_path):
     settings, run = whole

@@ -165,6 +165,7 @@ def test_margins_of_rows_reach_their_loss(tmp_path, tiny_model):
     assert other.values("train/loss")[0] == pytest.approx(math.log(2), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",

@@ -217,6 +217,7 @@ def test_two_processes_of_one_run(bin_folder, tmp_path):
     assert Run(0, tmp_path / "run").result["status"] == "finished"
 
 
+@pytest.mark.long
 def test_a_sweep_and_its_report(bin_folder, tmp_path):
     # By this name Python would find it ahead of the library.
     (tmp_path / "datasets.py").write_text("raise SystemExit('a file of the user was imported')")

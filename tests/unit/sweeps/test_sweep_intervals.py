@@ -113,6 +113,7 @@ def test_simultaneous_bounds_cover_in_a_thousand_sweeps():
     assert 0.935 <= found <= 0.975
 
 
+@pytest.mark.long
 @pytest.mark.slow  # repeats the quick one, for marks, for seeds, and where all are equal
 @pytest.mark.parametrize("kind", ["marks", "answers"])
 @pytest.mark.parametrize(

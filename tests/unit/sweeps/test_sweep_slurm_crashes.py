@@ -54,6 +54,7 @@ def check_ran_once(folder: Path, *, jobs_in_all: int) -> None:
 QUICK_MOMENTS = ("in sbatch before its job", "before the note")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
