@@ -85,7 +85,7 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
             ratios = [
                 run["reported_pairs_per_second"]
                 * run["loop_seconds"]
-                / (run.get("pairs_per_step", report.get("pairs_per_step")) * len(run["times"]))
+                / ((report | run)["pairs_per_step"] * len(run["times"]))
                 for run in found
             ]
             row["reported_over_outside"] = float(np.median(ratios))
