@@ -210,6 +210,8 @@ def signal_tasks(number: str, signum: int) -> None:
 
 
 def scancel(number: str) -> None:
+    with here("scancel-calls").open("a") as calls:
+        calls.write(f"{number}\n")
     if set_state(job_folder(number), "CANCELLED by 1000", only=LIVE):
         signal_tasks(number, signal.SIGTERM)
 

@@ -50,16 +50,8 @@ def check_ran_once(folder: Path, *, jobs_in_all: int) -> None:
     until(lambda: alive(folder / "sweep") == [])
 
 
-# One without a job and one whose job nobody has noted.
-QUICK_MOMENTS = ("in sbatch before its job", "before the note")
-
-
 @pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment",
-    [m if m in QUICK_MOMENTS else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS],
-)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_command_that_dies_at_any_moment_of_a_submission_is_gone_on_with(
     tmp_path, slurm, monkeypatch, moment
 ):
@@ -154,7 +146,9 @@ def test_ctrl_c_while_a_job_is_submitted_cancels_it(tmp_path, slurm):
     (slurm / "sbatch").write_text("is_interrupted")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, [plan("a", PATIENT)])
-    assert jobs() == {"1000": "CANCELLED by 1000"}
+    assert {*(slurm / "scancel-calls").read_text().split()} == {"1000"}
+    # One that begins when its order is withdrawn already ends by itself.
+    assert jobs() in ({"1000": "CANCELLED by 1000"}, {"1000": "COMPLETED"})
     until(lambda: alive(tmp_path / "sweep") == [])
     [trial], _ = run(tmp_path, [plan("a", PATIENT)], view=LetGo())
     assert (trial.status, trial.devices[0]) == ("finished", "slurm:1001")
