@@ -90,6 +90,10 @@ class PreparedData:
         """The groups of the first set to evaluate on, which rank trials."""
         return next(iter(self.evaluated_sets().values()))
 
+    def all_evaluated_groups(self) -> list[TokenGroup]:
+        """The groups of all sets to evaluate on."""
+        return [group for groups in self.evaluated_sets().values() for group in groups]
+
     def ranking(self) -> list[TokenGroup]:
         """All groups of the first held-out set."""
         return self.eval[: self._sizes()[0]]

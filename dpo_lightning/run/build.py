@@ -186,7 +186,7 @@ def _best(
     course = plan.evaluation.course
     if course is None or course.selection is None:
         return None
-    groups = [group for own in prepared.data.evaluated_sets().values() for group in own]
+    groups = prepared.data.all_evaluated_groups()
     rows = monitored_rows(course.selection.monitor, course.held_out)
     return BestCheckpoint(
         plan.folders.checkpoints,
@@ -238,7 +238,7 @@ def make_trainer(
             callbacks=callbacks,
             # The module decides when to log, so that an interval's mean is logged.
             log_every_n_steps=1,
-            val_check_interval=schedule.eval_every_n_steps if course is None else course.every,
+            val_check_interval=schedule.total_steps if course is None else course.every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
@@ -361,7 +361,7 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
     """The data module of prepared groups."""
     return PreferenceDataModule(
         train_groups=prepared.data.train,
-        eval_groups=[g for own in prepared.data.evaluated_sets().values() for g in own],
+        eval_groups=prepared.data.all_evaluated_groups(),
         held_out=None if plan.evaluation.course is None else plan.evaluation.course.held_out,
         batch_size=plan.batches.size,
         micro_batch_tokens=placed.budget.tokens,

@@ -16,12 +16,11 @@ _LEARNING_RATE_FULL = 5e-7
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Number of steps, warmup, intervals of logging and evaluation, peak learning rate."""
+    """Number of steps, warmup, interval of logging, peak learning rate."""
 
     total_steps: int
     warmup_steps: int
     log_every_n_steps: int
-    eval_every_n_steps: int
     learning_rate: float
 
 
@@ -50,6 +49,5 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
         total_steps=total,
         warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
         log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
-        eval_every_n_steps=config.evaluation.every_n_steps or math.ceil(total / 10),
         learning_rate=learning_rate,
     )

@@ -66,7 +66,7 @@ def tokenized(
     data.choose_evaluated(config.evaluation.max_prompts)
     entries: dict[str, Any] = {"plan": None, "memory": None, "time": None}
     if data.train:
-        planned = plan_run(config, source, hardware, data, outputs=outputs)
+        planned = plan_run(config, source, hardware, data, outputs=outputs, refuse=refuse)
         entries = {"plan": planned.plan, "memory": planned.memory, "time": planned.time}
         try:
             check_fits(planned.estimate, config.trainer.memory_check)

@@ -303,8 +303,6 @@ def report_command(folder: str, asked: Mapping[str, object]) -> str:
         asked: ``metric``, ``margin`` and ``kl_budget``; None where the report decides.
     """
     flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in asked.items()
-        if value is not None
+        f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if value is not None
     ]
     return shlex.join([*typed("report"), folder, *flags])

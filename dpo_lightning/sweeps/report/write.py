@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
     rule = parser.add_argument_group(
         "rule of the pick",
-        "A flag that is left out stays as the sweep or the last report had it; none is the default.",
+        "A flag that is left out stays as the sweep, or the last report, had it; none resets it.",
     )
     rule.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
     rule.add_argument(

@@ -69,6 +69,31 @@ def test_the_object_tells_what_becomes_of_each_row(words, capsys):
     assert {"template", "example", "notes", "model", "length_bias"} <= set(found)
 
 
+def test_evaluations_are_those_of_the_run_and_of_all_sets(words, capsys, tmp_path):
+    """Steps 2 and 3 of 3 are evaluated, on the 2 rows of both sets.
+
+    The reference reads the three training groups of 8, 8 and 7 tokens once, the first set's row of
+    8 and the second's of 1 + 4 + 2.
+    """
+    other = {"prompt": "e", "chosen": "one", "rejected": "b"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    words = [word for word in words if not word.startswith("data.eval=")]
+    words += ["data.eval={first: eval.jsonl, second: other.jsonl}", "evaluation.every_n_steps=2"]
+    found = inspect_json(capsys, *words)
+    assert found["time"]["reference_tokens"] == 8 + 8 + 7 + 8 + 7
+    told = found["plan"]["evaluations"]
+    assert (told["every_n_steps"], told["before_last"], told["on_start"]) == (2, 1, False)
+    assert (told["rows"], told["rows_at_the_end"]) == (2, 2)
+    assert told["sets"] == {"first": 1, "second": 1}
+    assert told["says"] == "every 2 steps on all 2 rows, all at the end"
+    assert main(words) == 0
+    assert told["says"] in capsys.readouterr().out
+    # A limit that leaves no row is what a run would stop for.
+    found = inspect_json(capsys, *words[:-1], "evaluation.max_token_share=0.001", code=2)
+    assert found["plan"]["evaluations"] is None
+    assert found["refused"][0].startswith("evaluation.max_token_share=0.001: evaluations before")
+
+
 def test_nothing_is_written_and_kept_tokens_are_read(words, capsys, tmp_path, monkeypatch):
     """Neither with an empty folder nor with token ids of an earlier run in it."""
     from dpo_lightning.data import token_cache, tokens

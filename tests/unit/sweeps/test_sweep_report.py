@@ -344,7 +344,7 @@ def test_many_configurations_are_drawn_and_few_answers_shown(sweep):
 
 
 def test_a_report_made_again_keeps_the_rule_of_the_sweep(sweep, capsys):
-    """The rule that the sweep was started with is that of `report SWEEP`, until a flag changes it."""
+    """The rule that a sweep was started with is that of `report SWEEP`, until a flag changes it."""
     reward_trial(sweep, 0.1, 6.0, 9.0)
     reward_trial(sweep, 0.5, 5.0, 4.0)
     write_report(sweep, margin=0.03, kl_budget=12.0)
