@@ -16,6 +16,7 @@ from typing import Any
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.mark_cache import MarkCache, Reply, key_of
 from dpo_lightning.evaluation.posting import Poster, PostFailure, Server, open_poster
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.settings.judging import EndpointSettings
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class _Round:
         lock: Held by who counts.
         refusal: The reason, if the server takes no question at all.
         in_a_row: Questions that failed since one got a reply.
+        done: Questions that are over.
     """
 
     poster: Poster
@@ -90,6 +92,7 @@ class _Round:
     lock: threading.Lock = field(default_factory=threading.Lock)
     refusal: str | None = None
     in_a_row: int = 0
+    done: int = 0
 
 
 class Endpoint:
@@ -116,7 +119,7 @@ class Endpoint:
         self._wait = wait
 
     def ask(
-        self, questions: Sequence[JudgeQuestion], read: Read
+        self, questions: Sequence[JudgeQuestion], read: Read, *, show: ShowPhase = unshown
     ) -> tuple[list[Value | None], Spent]:
         """The value of the reply to each question, None where there is none that can be read.
 
@@ -125,6 +128,7 @@ class Endpoint:
         Args:
             questions: In any order.
             read: Reads replies.
+            show: Shows how far it is.
 
         Raises:
             UserError: If the server takes no question at all: no such model, or a wrong key.
@@ -137,7 +141,7 @@ class Endpoint:
         missing = {key: q.text for key, q in different.items() if key not in known}
         if missing:
             log.info("judge: %s", self._bound(list(missing.values()), kept=len(known)))
-            known |= self._ask_all(missing, read, spent)
+            known |= self._ask_all(missing, read, spent, show)
             log.info("judge: %s", self.bill(spent))
         return [known.get(key) for key in keys], spent
 
@@ -193,9 +197,15 @@ class Endpoint:
         before = f" ({kept} more are kept from before)" if kept else ""
         return f"{len(texts)} questions{before}, {self.upper_bound(size, len(texts))}"
 
-    def _ask_all(self, missing: Mapping[str, str], read: Read, spent: Spent) -> dict[str, Value]:
+    def _ask_all(
+        self, missing: Mapping[str, str], read: Read, spent: Spent, show: ShowPhase
+    ) -> dict[str, Value]:
         found: dict[str, Value] = {}
-        with open_poster(self._server(), self._wait) as poster:
+        total = len(missing)
+        with (
+            open_poster(self._server(), self._wait) as poster,
+            show("judging", total=total, unit="questions") as say,
+        ):
             state = _Round(poster, spent)
 
             def one(item: tuple[str, str]) -> None:
@@ -205,9 +215,10 @@ class Endpoint:
                     # Nonsense is asked again another time: it may have been the server's.
                     self._cache.put(item[0], reply)
                     found[item[0]] = value
-                elif reply is not None:
-                    with state.lock:
-                        spent.nonsense += 1
+                with state.lock:
+                    spent.nonsense += reply is not None and value is None
+                    state.done += 1
+                    say(state.done)
 
             try:
                 poster.each(one, missing.items())

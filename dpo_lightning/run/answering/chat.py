@@ -174,9 +174,7 @@ class Talk:
         prompts = self._answerer.encode([question for _, _, question in asked])
         found = []
         for (speaker, turn, _), ids in zip(asked, prompts, strict=True):
-            [answer] = self._answerer.answer(
-                [ids], self._sampling, lam=speaker.lam, told=lambda count: None
-            )
+            [answer] = self._answerer.answer([ids], self._sampling, lam=speaker.lam)
             found.append((speaker, turn, answer.text))
         for speaker, turn, text in found:
             if self._keeps:

@@ -139,9 +139,10 @@ def measured(opened: Opened, config: Config, settings: Sequence[str]) -> Evaluat
     import torch
 
     from dpo_lightning.run.evaluate.measure import evaluate
+    from dpo_lightning.tracking.phases import Phases
 
     try:
-        return evaluate(opened, config, rows_named=names_rows(settings))
+        return evaluate(opened, config, rows_named=names_rows(settings), show=Phases.on_stderr())
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "the device's memory does not suffice: lower evaluation.batch_size= or "

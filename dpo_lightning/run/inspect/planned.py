@@ -11,7 +11,8 @@ import torch
 
 from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
 from dpo_lightning.data.packing import plan_step
-from dpo_lightning.data.splits import PreparedData, Refuse
+from dpo_lightning.data.refused import Refuse
+from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.budget import Budget, Room, memory_of

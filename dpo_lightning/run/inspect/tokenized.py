@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.packing import epoch_order
-from dpo_lightning.data.splits import PreparedData, Refuse
+from dpo_lightning.data.refused import Refuse
+from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware

@@ -175,6 +175,7 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
     import torch
 
     from dpo_lightning.run.interpolate.experiment import interpolate
+    from dpo_lightning.tracking.phases import Phases
 
     try:
         found = interpolate(
@@ -184,6 +185,7 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
             rows_named=names_rows(words.settings),
             betas=words.betas,
             lambdas=words.lambdas,
+            show=Phases.on_stderr(),
         )
         found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
     except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ from dpo_lightning.evaluation.sampling import Precision, answer_prompts, end_ids
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.plugins import Prompt
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.schema import Config
 
@@ -75,6 +76,7 @@ class Drawer:
         pair: Policy and reference.
         questions: The prompts.
         precision: The context to compute in.
+        show: Shows how far the drawing is.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Drawer:
         pair: Pair,
         questions: Questions,
         precision: Precision,
+        show: ShowPhase = unshown,
     ) -> None:
         longest = longest_answer(config)
         if questions.task is not None:
@@ -98,6 +101,7 @@ class Drawer:
         self._pair = pair
         self._questions = questions
         self._precision = precision
+        self._show = show
 
     def draw(self, mixtures: Sequence[Mixture]) -> Drawn:
         """All answers, with their log-probabilities and marks."""
@@ -136,6 +140,7 @@ class Drawer:
             "batch_size": self._batch_size,
             "seed": mixture.seed,
             "precision": self._precision,
+            "show": self._show,
         }
         pair = self._pair
         if mixture.lam in (0.0, 1.0):  # one of the models alone

@@ -31,6 +31,7 @@ from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.optimum import MOST_LAMBDA
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.run.beta_path import why_no_beta_of
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
@@ -55,6 +56,7 @@ def interpolate(
     rows_named: bool,
     betas: Sequence[float],
     lambdas: Sequence[float],
+    show: ShowPhase = unshown,
 ) -> dict[str, Any]:
     """The frontier of one policy, as plain values.
 
@@ -65,6 +67,7 @@ def interpolate(
         rows_named: True if rows of their own are asked, and not those that its run held out.
         betas: Values of beta that are asked for.
         lambdas: The same by their place.
+        show: Shows how far long phases are.
 
     Raises:
         UserError: If a beta is asked of a loss that has none, or data and models are gone.
@@ -77,9 +80,9 @@ def interpolate(
     prefer_cache_without_network(config)
     source = resolve_source(config, hardware)
     set_threads(config, source)
-    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named)
+    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named, show=show)
     with _pair(config, source, opened, hardware.beside) as pair:
-        drawer = Drawer(config, source, pair, questions, precision_of(hardware))
+        drawer = Drawer(config, source, pair, questions, precision_of(hardware), show)
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
         axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
@@ -190,7 +193,13 @@ def _pair(
 
 
 def _questions(
-    config: Config, source: ModelSource, hardware: Hardware, name: str, *, rows_named: bool
+    config: Config,
+    source: ModelSource,
+    hardware: Hardware,
+    name: str,
+    *,
+    rows_named: bool,
+    show: ShowPhase,
 ) -> Questions:
     """Held-out prompts, each once, and their judge."""
     judge = choose_judge(config, hardware, judges=True)
@@ -207,6 +216,7 @@ def _questions(
         source,
         cache_folder(config.reference.cache_dir) / "tokens",
         key=key,
+        show=show,
     )
     positions = max_positions(source.config)
     groups = choose_prompts(

@@ -160,7 +160,10 @@ def _judge(words: _JudgeWords) -> dict[str, Any]:
             "endpoint"
         )
     own, other = _answers(words, is_run=is_run)
-    judged, other = mark_answers(_make(config, settings), own, other)
+    # Here, because drawing bars takes a moment to import.
+    from dpo_lightning.tracking.phases import Phases
+
+    judged, other = mark_answers(_make(config, settings), own, other, show=Phases.on_stderr())
     found = summary(settings.name, judged, own, other)
     found["kept_in"] = None
     if is_run and words.against is None:

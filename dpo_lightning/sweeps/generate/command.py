@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -166,6 +166,7 @@ def _answer(
     # Here, because it imports torch: by now every setting is checked.
     from dpo_lightning.evaluation.keyed import Sampling
     from dpo_lightning.run.answering.answerer import answering
+    from dpo_lightning.tracking.phases import Phases
 
     draws = request.draws
     sampling = Sampling(draws.temperature, draws.top_p, draws.max_new_tokens, draws.seed)
@@ -173,9 +174,8 @@ def _answer(
         chat = _as_chat(request, questions, has_template=answerer.has_template)
         own = [question.as_chat() for question in questions] if chat else questions
         prompts = answerer.encode(own)
-        found = answerer.answer(
-            prompts, sampling, lam=lam, told=_telling(target.generator, len(prompts))
-        )
+        _say(f"{target.generator}: {len(prompts):,} answers")
+        found = answerer.answer(prompts, sampling, lam=lam, show=Phases.on_stderr())
     written = [Written(q, a.text, a.tokens) for q, a in zip(questions, found, strict=True)]
     cut = sum(answer.cut_off for answer in found)
     if cut and not target.subject.speaks_of_weather:
@@ -211,18 +211,6 @@ def _as_chat(request: Request, questions: Sequence[Question], *, has_template: b
     elif has_template:
         _say("prompts are given as they are (--prompts chat: as a user's turn, by the template)")
     return chat
-
-
-def _telling(name: str, count: int) -> Callable[[int], None]:
-    """A function that says how far answering is, each time a tenth more is done."""
-    said = [0]
-
-    def tell(done: int) -> None:
-        if done * 10 // count > said[0]:
-            said[0] = done * 10 // count
-            _say(f"{name}: {done:,} of {count:,} answers")
-
-    return tell
 
 
 def _say(line: str) -> None:
