@@ -155,16 +155,14 @@ def prepare_rows(
     tokenize = _Tokenizing(
         prepared, tokenizer, limits, cache, options, on_bad_row, refuse, keep_tokens, show
     )
-    tokenized = tokenize(key, train)
-    prepared.train = tokenized.groups
-    _account(prepared, key, train, tokenized)
-    parts = [(key, train, tokenized)]
+    parts = [(key, train, tokenize(key, train))]
+    prepared.train = parts[0][2].groups
+    _account(prepared, *parts[0])
     if not evaluation:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
     for name, rows in _by_name(evaluation).items():
-        held_out = tokenize(eval_key(name), rows)
-        _add_held_out(prepared, name, rows, held_out)
-        parts.append((eval_key(name), rows, held_out))
+        parts.append((eval_key(name), rows, tokenize(eval_key(name), rows)))
+        _add_held_out(prepared, name, rows, parts[-1][2])
     try:
         _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
     except UserError as error:

@@ -122,9 +122,7 @@ def conclude(
     record.signs = _signs(
         trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
     )
-    with trained.show("saving", total=1, unit="models") as say:
-        _export(trained, policy, adapters, record=record, metrics=metrics | record.metrics)
-        say(1)
+    _export(trained, policy, adapters, record=record, metrics=metrics | record.metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
@@ -315,4 +313,6 @@ def _export(
             return
         adapters.merge()
         folder = plan.folders.run / "model-merged"
-    export_model(policy, source.tokenizer, folder, config=source.config, card=card)
+    with trained.show("saving", total=1, unit="models") as say:
+        export_model(policy, source.tokenizer, folder, config=source.config, card=card)
+        say(1)
