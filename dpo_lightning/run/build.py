@@ -19,6 +19,7 @@ from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.splits import digest_of
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.answer_rows import AnswerRows, Keeper
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
@@ -30,6 +31,7 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
+from dpo_lightning.settings.metric_names import JUDGE_METRIC
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
 from dpo_lightning.training.checkpoints.best import BestCheckpoint
@@ -100,6 +102,7 @@ def make_session_callbacks(
     throughput: Throughput,
     config_hash: str,
     signals: SignalWatch,
+    keeper: Keeper,
     first: Beginning,
     resumed: Path | None,
 ) -> SessionCallbacks:
@@ -112,11 +115,12 @@ def make_session_callbacks(
         throughput: Counts what progress shows.
         config_hash: What all ranks have to agree about.
         signals: Those that stop the run.
+        keeper: Says when files may be written.
         first: Puts the run's files in their place.
         resumed: The checkpoint that the run goes on from.
     """
     # Before all others but that: what they ask at evaluations is no part of the loop's time.
-    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan)
+    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan, keeper)
     own: list[Callback] = [first, samples, *(x for x in (curve, answers) if x is not None)]
     own += [SameConfig(config_hash), MetricRows(metrics), throughput]
     own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]
@@ -169,13 +173,18 @@ def _curve(plan: RunPlan, prepared: Prepared) -> ExactCurve | None:
     )
 
 
-def _answers(plan: RunPlan) -> AnswersOnTheWay | None:
+def _answers(plan: RunPlan, keeper: Keeper) -> AnswersOnTheWay | None:
     """Answers at evaluations before the last."""
     course = plan.evaluation.course
     if course is None or not course.samples:
         return None
+    selects = course.selection is not None and course.selection.monitor == JUDGE_METRIC
     return AnswersOnTheWay(
-        count=course.samples, total_steps=plan.schedule.total_steps, seed=plan.seed
+        count=course.samples,
+        total_steps=plan.schedule.total_steps,
+        seed=plan.seed,
+        last_too=selects,
+        rows=AnswerRows(plan.folders.run, keeper),
     )
 
 

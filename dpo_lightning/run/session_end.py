@@ -12,6 +12,7 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import (
     OutOfMemoryError,
 )
+from dpo_lightning.evaluation.answer_rows import ANSWER_COLUMNS
 from dpo_lightning.evaluation.answers import COLUMNS
 from dpo_lightning.memory.peaks import (
     peak_bytes,
@@ -91,6 +92,8 @@ def conclude_session(
         if rows:
             display.show_samples(session.console, COLUMNS, rows)
             session.loggers.write_table("samples", COLUMNS, rows)
+        if callbacks.answers is not None and (table := callbacks.answers.rows.table()):
+            session.loggers.write_table("answers", ANSWER_COLUMNS, table)
         if session.plan.logger.log_model:
             session.loggers.keep_model(session.plan.folders.run / EXPORT)
         for sign in session.record.signs:

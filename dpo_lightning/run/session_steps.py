@@ -198,6 +198,7 @@ def _make_trainer(session: Session, checkpoint: Path | None) -> tuple[SessionCal
         throughput=session.throughput,
         config_hash=session.record.config_hash,
         signals=session.supervision.signals,
+        keeper=session.supervision.folder,
         first=Beginning(session.supervision.folder, resumed=session.record.resumed is not None),
         resumed=checkpoint,
     )
@@ -264,7 +265,7 @@ def _build(
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
     if callbacks.answers is not None:
-        callbacks.answers.ask(groups, models=models, answering=answering)
+        callbacks.answers.ask(groups, models=models, answering=answering, judge=prepared.judge)
     if callbacks.rung is not None:
         measure = make_measure(
             plan, prepared, groups=groups, answering=answering, signals=session.supervision.signals
