@@ -74,15 +74,8 @@ def interpolate(
     """
     no_beta = why_no_beta_of(config) if beta_known else _UNKNOWN
     asked = [*_places(config, betas, no_beta), *lambdas]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
-    prefer_cache_without_network(config)
-    source = resolve_source(config, hardware)
-    set_threads(config, source)
-    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named, show=show)
-    with _pair(config, source, opened, hardware.beside) as pair:
-        drawer = Drawer(config, source, pair, questions, precision_of(hardware), show)
+    ready = opened_on_prompts(config, opened, rows_named=rows_named, show=show)
+    with ready as (pair, questions, drawer):
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
         axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
@@ -104,6 +97,32 @@ def interpolate(
         "notes": _notes(config, no_beta, questions),
         "drawn": drawer.facts(drawn),
     }
+
+
+@contextlib.contextmanager
+def opened_on_prompts(
+    config: Config, opened: Opened, *, rows_named: bool = False, show: ShowPhase = unshown
+) -> Iterator[tuple[Pair, Questions, Drawer]]:
+    """Context with policy and reference in memory, held-out prompts, and who draws answers.
+
+    Args:
+        config: The settings of the policy.
+        opened: The policy.
+        rows_named: True if rows of their own are asked, and not those that its run held out.
+        show: Shows how far long phases are.
+
+    Raises:
+        UserError: If data and models are gone.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
+    prefer_cache_without_network(config)
+    source = resolve_source(config, hardware)
+    set_threads(config, source)
+    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named, show=show)
+    with _pair(config, source, opened, hardware.beside) as pair:
+        yield pair, questions, Drawer(config, source, pair, questions, precision_of(hardware), show)
 
 
 _UNKNOWN = "it is not known at which beta this model was trained; beta= names it"
