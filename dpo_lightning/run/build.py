@@ -58,10 +58,13 @@ class Beginning(Callback):
     Args:
         folder: The run's folder.
         resumed: True if the run goes on from a checkpoint.
+
+    Attributes:
+        folder: The run's folder.
     """
 
     def __init__(self, folder: RunFolder, *, resumed: bool) -> None:
-        self._folder = folder
+        self.folder = folder
         self._resumed = resumed
 
     def on_train_batch_end(
@@ -69,8 +72,8 @@ class Beginning(Callback):
     ) -> None:
         """Begins after the first step, and looks after each if the folder is still there."""
         if trainer.is_global_zero:
-            self._folder.check()
-        self._folder.begin(resumed=self._resumed)
+            self.folder.check()
+        self.folder.begin(resumed=self._resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,6 @@ def make_session_callbacks(
     throughput: Throughput,
     config_hash: str,
     signals: SignalWatch,
-    keeper: Keeper,
     first: Beginning,
     resumed: Path | None,
 ) -> SessionCallbacks:
@@ -115,12 +117,11 @@ def make_session_callbacks(
         throughput: Counts what progress shows.
         config_hash: What all ranks have to agree about.
         signals: Those that stop the run.
-        keeper: Says when files may be written.
         first: Puts the run's files in their place.
         resumed: The checkpoint that the run goes on from.
     """
     # Before all others but that: what they ask at evaluations is no part of the loop's time.
-    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan, keeper)
+    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan, first.folder)
     own: list[Callback] = [first, samples, *(x for x in (curve, answers) if x is not None)]
     own += [SameConfig(config_hash), MetricRows(metrics), throughput]
     own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]

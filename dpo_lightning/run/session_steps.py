@@ -198,7 +198,6 @@ def _make_trainer(session: Session, checkpoint: Path | None) -> tuple[SessionCal
         throughput=session.throughput,
         config_hash=session.record.config_hash,
         signals=session.supervision.signals,
-        keeper=session.supervision.folder,
         first=Beginning(session.supervision.folder, resumed=session.record.resumed is not None),
         resumed=checkpoint,
     )

@@ -34,11 +34,13 @@ NOT_IN_MARKS = (
 )
 """Settings of ``evaluation`` that change no mark."""
 
-_ENDPOINT = (
+ENDPOINT_KEYS = (
     *("judge_url", "judge_model", "judge_form", "judge_prompt", "judge_key_variable"),
     *("judge_price", "judge_reply_tokens", "judge_timeout", "judge_retries", "judge_concurrency"),
     "judge_options",
 )
+"""Settings of ``evaluation`` that are of an endpoint."""
+
 _PLACE = re.compile(r"\{(prompt|answer|first|second)\}")
 # What is decided by a question itself.
 _OWN_ENTRIES = ("model", "messages", "stream", "n")
@@ -222,7 +224,7 @@ def judge_problems(config: Config) -> Iterator[str]:
             f"evaluation.judge={name} has nothing to judge with evaluation.samples=0; raise that"
         )
     if name != "endpoint":
-        for key in _ENDPOINT:
+        for key in ENDPOINT_KEYS:
             if getattr(evaluation, key) != getattr(default, key):
                 yield (
                     f"evaluation.{key}={getattr(evaluation, key)} is of an endpoint, and "
@@ -302,5 +304,5 @@ def hashed_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in evaluation.items() if key not in NOT_IN_MARKS}
     if kept.get("judge") != "endpoint":
         # Settings of what nobody asks.
-        kept = {key: value for key, value in kept.items() if key not in _ENDPOINT}
+        kept = {key: value for key, value in kept.items() if key not in ENDPOINT_KEYS}
     return kept

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import re
 import shutil
@@ -15,6 +13,7 @@ from typing import Any
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_json
 from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.framed import answer_alone, print_answer
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.share.at_beta import (
     AT_BETA_FILE,
@@ -60,20 +59,20 @@ def _main(argv: list[str]) -> int:
     words = parser.read([_AT_BETA.sub("--at-beta=", word) for word in argv])
     if words.at_beta is not None and not 0 < words.at_beta < math.inf:
         raise UserError(f"--at-beta {words.at_beta:g}: it must be a finite number above 0")
-    # What libraries say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         found = _export(
             words.run, words.output.expanduser(), merge=words.merge, at_beta=words.at_beta
         )
-    if words.json:
-        print(json.dumps(found, indent=2))
-        return 0
+    print_answer(found, as_json=words.json, show=_show)
+    return 0
+
+
+def _show(found: Mapping[str, Any]) -> None:
     for file in found["files"]:
         print(f"{file['name']:<28} {in_words(file['bytes']):>10}")
     if found["at_beta"] is not None:
         print(cost_in_words(found["at_beta"]))
     print(f"written to {found['output']}")
-    return 0
 
 
 def _export(run: Path, output: Path, *, merge: bool, at_beta: float | None) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +10,11 @@ import yaml
 
 from dpo_lightning.data.questions import Question, carried_for_the_model, read_questions
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import finite, write_whole
+from dpo_lightning.files import write_whole
 from dpo_lightning.run.answering.formats import Written, file_of, judge_commands
 from dpo_lightning.run.beta_path import place_of
 from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.generate.request import Request, read_request
@@ -68,19 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("generate"))))
+    if said_help(argv, _HELP, "generate"):
         return 0
     request = read_request(argv)
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         found = generate(request)
-    if request.as_json:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        for entry in found["files"]:
-            print(f"answers   {entry['path']}")
+    print_answer(found, as_json=request.as_json, show=_show)
     return 0
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    for entry in found["files"]:
+        print(f"answers   {entry['path']}")
 
 
 def generate(request: Request) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_lightning.run.inspect.command import main, read_words
+from dpo_lightning.run.inspect.command import main, read_asked
 from tests.support.inspected import files_below, inspect_json
 
 PAIRS = [
@@ -163,8 +163,8 @@ def test_a_page_and_a_group_by_its_number(words, capsys, tmp_path):
     [
         (["--group", "4"], "--group 4: there are 3 training groups; name one of these"),
         (["--group=0"], "--group 0: needs a whole number from 1 on, such as --group 1"),
-        (["--group"], "--group : needs a whole number"),
-        (["--html"], "--html: needs the name of a file"),
+        (["--group"], "--group: needs a value behind it"),
+        (["--html"], "--html: needs a value behind it"),
         (["--html=none/x.html"], "--html none/x.html: no folder none; make it first"),
         (["seed=1,2"], "seed=1,2 gives several values, but this looks at one run"),
         (["data.train=gone.jsonl"], "data.train=gone.jsonl: "),
@@ -178,6 +178,6 @@ def test_a_wrong_word_is_one_line(words, capsys, more, said):
 
 
 def test_flags_stand_anywhere_among_the_settings():
-    asked = read_words(["beta=1", "--json", "--html", "a.html", "seed=2", "--group=7"])
+    asked = read_asked(["beta=1", "--json", "--html", "a.html", "seed=2", "--group=7"])
     assert asked.settings == ("beta=1", "seed=2")
     assert (asked.as_json, str(asked.page), asked.number) == (True, "a.html", 7)
