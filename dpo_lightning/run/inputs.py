@@ -92,7 +92,19 @@ def ask_hub(names: Sequence[str]) -> bool:
         log.info("%s does not answer: %s from the local cache", hub.hostname, ", ".join(names))
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
+    new = [name for name in names if not _is_cached(name)]
+    if new:
+        log.info("downloading from %s: %s", hub.hostname, ", ".join(new))
     return True
+
+
+def _is_cached(name: str) -> bool:
+    """True if something of a repository is in the hub's local cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = name.replace("/", "--")
+    kinds = ("models", "datasets")
+    return any(Path(HF_HUB_CACHE, f"{kind}--{folder}").is_dir() for kind in kinds)
 
 
 def _is_function(config: Config) -> bool:

@@ -6,6 +6,7 @@ Only these: whatever else a library warns of reaches the user. Imports no torch.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -76,9 +77,18 @@ def quiet_loggers() -> None:
 
 def quiet_libraries() -> None:
     """Silences what libraries say in every run and nobody can act on."""
+    quiet_transformers()
+    quiet_loggers()
+    hide_warnings()
+
+
+def quiet_transformers() -> None:
+    """Silences transformers, but not the bars of downloads on a terminal."""
     import transformers
+    from huggingface_hub.utils import enable_progress_bars
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    quiet_loggers()
-    hide_warnings()
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        # It switched those of the hub off with its own, and a download may take minutes.
+        enable_progress_bars()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from dpo_lightning.data.controlled import MAX_TOKENS, WORDS
 from dpo_lightning.data.questions import Question, encode_questions
@@ -31,6 +30,7 @@ from dpo_lightning.run.inputs import prefer_cache_without_network
 from dpo_lightning.run.interpolate.experiment import precision_of
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.prepare import resolve_source, set_threads
+from dpo_lightning.tracking.quiet import quiet_transformers
 from dpo_lightning.training.devices import take_device
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class Answerer:
 
     def __init__(self, subject: AnsweringPolicy) -> None:
         config = subject.config
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        quiet_transformers()
         take_device(config.trainer.accelerator, config.trainer.devices)
         self._subject = subject
         self._hardware = decide_hardware(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.datamodule import EvalSteps
@@ -47,7 +46,7 @@ from dpo_lightning.run.prepare import (
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
+from dpo_lightning.tracking.quiet import quiet_libraries
 from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.devices import take_device
 from dpo_lightning.training.traced import traced_optimizer
@@ -95,10 +94,7 @@ def evaluate(
         UserError: If there are no held-out rows, or data and models are gone.
     """
     config = _on_one_device(config)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    quiet_loggers()
-    hide_warnings()
+    quiet_libraries()
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     settle_attention(hardware.beside)

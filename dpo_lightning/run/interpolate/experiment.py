@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from dpo_lightning.data.controlled import PROMPTS, ControlledTask
 from dpo_lightning.data.rows import prompt_of_key
@@ -46,6 +45,7 @@ from dpo_lightning.run.prepare import (
 from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.tracking.quiet import quiet_transformers
 
 
 def interpolate(
@@ -114,8 +114,7 @@ def opened_on_prompts(
     Raises:
         UserError: If data and models are gone.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     prefer_cache_without_network(config)
     source = resolve_source(config, hardware)

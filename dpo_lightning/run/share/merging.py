@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from huggingface_hub import ModelCard
 
 from dpo_lightning.errors import UserError
@@ -20,6 +19,7 @@ from dpo_lightning.run.export import export_model
 from dpo_lightning.run.share.facts import card_facts
 from dpo_lightning.run.share.words import Exported
 from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
+from dpo_lightning.tracking.quiet import quiet_transformers
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,7 @@ def merge_adapter(exported: Exported, output: Path, *, weights: Path) -> None:
     Raises:
         UserError: If the base model is gone, random, or another one.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     file = read_adapter(str(weights), key="RUN")
     values = _recorded(exported)
     base, revision = _base(exported, file, values)
