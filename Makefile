@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := .venv-bench
 LAUNCHERS := .venv-launchers
+SITE := .venv-docs
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 SLOW := (slow or docs) and not long and not launchers and not faults
@@ -74,8 +75,15 @@ coverage: $(READY) ## branches that the tests of test-all reach, in every proces
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
-docs: $(READY) ## regenerate the pages that are made from the code
+# The generator of the site needs no more than Python.
+$(SITE)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python $(INSTALL) zensical
+	@touch $@
+
+docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the code, and build site/ from docs/
 	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
+	@$(SITE)/bin/zensical build --strict --clean
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)
@@ -101,13 +109,13 @@ bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## regenerate constraints.txt in a clean environment
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,qlora,slurm,ray,mlflow]" torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[dev,bench,docs,qlora,slurm,ray,mlflow]" torch==2.13.0
 	{ echo "# Exact versions for every machine; written by 'make lock', used with 'pip install -c'."; \
 	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)[-_a-z0-9]*==' ; } > constraints.txt
 	rm -rf $(VENV)-lock
 
 clean: ## remove the environments and caches; outputs/ stays
-	rm -rf $(VENV) $(VENV)-lock $(BENCH) $(LAUNCHERS) build dist *.egg-info .pytest_cache .mypy_cache \
+	rm -rf $(VENV) $(VENV)-lock $(BENCH) $(LAUNCHERS) $(SITE) site build dist *.egg-info .pytest_cache .mypy_cache \
 		.ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
