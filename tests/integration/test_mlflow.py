@@ -64,7 +64,7 @@ def test_a_run_is_read_back_and_goes_on_as_one(tmp_path):
     assert found.data.tags["mlflow.runName"] == "my-run"
     assert client.get_experiment(found.info.experiment_id).name == "p"
     assert found.data.metrics["controlled/log_z"] == first.result["metrics"]["controlled/log_z"]
-    assert [f.path for f in client.list_artifacts(identity)] == ["samples.json"]
+    assert [f.path for f in client.list_artifacts(identity)] == [*("answers.json", "samples.json")]
     resume = f"resume={first.folder / 'checkpoints' / 'step-000002.ckpt'}"
     for name, more in (("a", ["overwrite=true"]), ("b", [])):
         again = train(tmp_path, name, resume, *more)
