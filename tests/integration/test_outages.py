@@ -248,13 +248,13 @@ def test_a_full_disk_under_the_log(tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize("name", ["config.yaml", "model", "evaluation.json"])
 def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path, capfd, monkeypatch, name):
     from dpo_lightning.run import conclude as conclusion
-    from dpo_lightning.run import session
+    from dpo_lightning.run import session_steps
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "run" / name))
 
     if name == "config.yaml":
-        monkeypatch.setattr(session.yaml, "safe_dump", full)
+        monkeypatch.setattr(session_steps.yaml, "safe_dump", full)
     else:
         attribute = "export_model" if name == "model" else "write_json"
         monkeypatch.setattr(conclusion, attribute, full)
