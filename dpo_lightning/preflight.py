@@ -16,10 +16,11 @@ from dpo_lightning.memory.estimate import (
     check_fits,
 )
 from dpo_lightning.memory.footprint import GIB, in_gib
+from dpo_lightning.run.framed import said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.needs import estimate_for
+from dpo_lightning.run.words import Grammar, read_words
 from dpo_lightning.settings.compose import compose_one
-from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
 
 _HELP = """\
@@ -30,6 +31,8 @@ Prints how much memory each device would take, before anything is downloaded or 
   --gib N  compare with a GPU of N GiB, which need not be there
 
 The settings are those of `{train}`. Exit code 2: they are wrong, or the run would not fit."""
+
+GRAMMAR = Grammar("preflight", flags=("--gib",), switches=(), settings=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("preflight")), train=" ".join(typed())))
+    if said_help(argv, _HELP, "preflight", train="train"):
         return 0
-    gib, rest = _taken_out("--gib", argv)
-    config = compose_one(rest)
+    words = read_words(argv, GRAMMAR)
+    gib = _gib(words.one("--gib"))
+    config = compose_one([*words.settings])
     estimate = estimate_for(
         config,
         None if gib is None else "cuda",
@@ -60,20 +63,17 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _taken_out(flag: str, argv: list[str]) -> tuple[float | None, list[str]]:
-    """A flag's number, and the other arguments."""
-    joined = [a for a in argv if a.startswith(f"{flag}=")]
-    if flag not in argv and not joined:
-        return None, argv
-    at = argv.index(joined[0] if joined else flag)
-    text = joined[0].partition("=")[2] if joined else "".join(argv[at + 1 : at + 2])
+def _gib(text: str | None) -> float | None:
+    """Memory of the GPU to compare with; None: those of this machine."""
+    if text is None:
+        return None
     try:
         number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise UserError(f"{flag} {text}: needs the memory of a GPU in GiB, such as {flag} 80")
-    return number, argv[:at] + argv[at + (1 if joined else 2) :]
+        raise UserError(f"--gib {text}: needs the memory of a GPU in GiB, such as --gib 80")
+    return number
 
 
 def _show(estimate: MemoryEstimate, config: Config) -> None:

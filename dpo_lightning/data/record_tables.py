@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,9 @@ def hub_table(
     import datasets
 
     where = f"{key}={name}"
+    if not sys.stderr.isatty():
+        # Its bars, which it draws in files too.
+        datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:

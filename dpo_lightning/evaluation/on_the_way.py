@@ -179,7 +179,8 @@ class AnswersOnTheWay(Callback):
         if self._judge is None:
             return [None] * len(texts)
         try:
-            return self._judge.mark([prompt_of_key(own.prompt_key) for own in groups], texts)[0]
+            prompts = [prompt_of_key(own.prompt_key) for own in groups]
+            return self._judge.mark(prompts, texts, show=self._answering.show)[0]
         except UserError as error:
             log.warning(
                 "answers on the way are judged no more, the training goes on: %s",

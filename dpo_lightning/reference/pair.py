@@ -16,6 +16,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.adapter_files import AdapterFile
 from dpo_lightning.models.adapters import Adapters, LoraSettings
 from dpo_lightning.models.config_numbers import numbers_hash, without_dropout
+from dpo_lightning.models.fetching import fetch_weights
 from dpo_lightning.models.kernel import HeadShape
 from dpo_lightning.models.kinds import check_kind
 from dpo_lightning.models.loading import (
@@ -32,6 +33,7 @@ from dpo_lightning.models.quantization import keep_trainable
 from dpo_lightning.models.rope import RopeLengths
 from dpo_lightning.models.scoring import Scorer, ScoringPath
 from dpo_lightning.models.source import ModelSource
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.kinds import LiveReference, NoReference, Reference
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,7 @@ def load_models(
     seed: int,
     from_first: FromFirst | None = None,
     adapters: AdapterSettings | None = None,
+    show: ShowPhase = unshown,
 ) -> Models:
     """Loads the policy and its reference and chooses the path on which both are scored.
 
@@ -135,8 +138,10 @@ def load_models(
             models: rank 0 then has them whole, on the CPU, and the others have models without
             weights. None: each process has its own.
         adapters: What is trained beside frozen weights; None trains all.
+        show: Shows how far a download is.
     """
     loader = _Loader(model, wanted, seed=seed, from_first=from_first)
+    loader.fetch(show)
     policy, scorer, hashes = loader.load_policy()
     own: Adapters | None = None
     starts_alike = wanted.pretrained is None
@@ -203,6 +208,18 @@ class _Loader:
         self._wanted = wanted
         self._seed = seed
         self._from_first = from_first
+
+    def fetch(self, show: ShowPhase) -> None:
+        """Downloads what is to be loaded, if it is not there."""
+        model, wanted = self._model, self._wanted
+
+        def fetch() -> None:
+            if not model.random:
+                fetch_weights(model.source, model.revision, show)
+            if wanted.pretrained is not None:
+                fetch_weights(wanted.pretrained, wanted.revision, show)
+
+        self._ask(fetch)
 
     def load_policy(self) -> tuple[Any, Scorer, _Hashes]:
         """The policy, the scorer that prepared it, and the hashes of both models."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,28 @@ def check_output(path: Path, opened: Opened, *, flag: str = "--output") -> None:
         )
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context in which files of the user's are written.
+
+    Args:
+        path: The file, for errors that name none.
+
+    Raises:
+        UserError: If one cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(disk_fault(error) or f"{where}: {error.strerror or error}") from error
+
+
 def write_answer(path: Path, found: Mapping[str, Any]) -> None:
     """Writes an answer to a file of the user's, whole or not at all.
 
     Raises:
         UserError: If it cannot be written.
     """
-    try:
+    with writing(path):
         write_json(path, found)
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error

@@ -7,6 +7,7 @@ from dataclasses import replace
 from dpo_lightning.models.adapter_files import read_adapter
 from dpo_lightning.models.loading import load_config, load_model
 from dpo_lightning.models.source import ModelSource
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.opened import Opened
@@ -14,7 +15,13 @@ from dpo_lightning.settings.schema import Config
 
 
 def load_opened(
-    opened: Opened, config: Config, source: ModelSource, *, kind: str, needed: bool
+    opened: Opened,
+    config: Config,
+    source: ModelSource,
+    *,
+    kind: str,
+    needed: bool,
+    show: ShowPhase = unshown,
 ) -> Models:
     """Loads a policy as it was trained, and how its reference is to be had.
 
@@ -24,6 +31,7 @@ def load_opened(
         source: The model that these start from.
         kind: ``reference``, such as ``auto``.
         needed: True if the reference is compared with.
+        show: Shows how far a download is.
 
     Raises:
         UserError: If the weights are gone, or do not fit.
@@ -46,6 +54,7 @@ def load_opened(
         ),
         seed=config.seed,
         adapters=adapters,
+        show=show,
     )
     if adapters is None and opened.run is not None:
         export = str(opened.weights)

@@ -84,7 +84,7 @@ def open_named(
     Raises:
         UserError: If it is nothing that could answer, or its reference is missing or given twice.
     """
-    return _opened(name, _find(name, key), reference, key, alone=alone)
+    return _opened(name, find_weights(name, key), reference, key, alone=alone)
 
 
 def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Opened]:
@@ -97,7 +97,7 @@ def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Open
     Raises:
         UserError: If one is nothing that could answer, or the reference is that of none.
     """
-    found = [_find(name, "run") for name in names]
+    found = [find_weights(name, "run") for name in names]
     if reference is not None and all(own.run is not None for own in found):
         raise UserError(
             f"--reference {reference}: all of these are runs, which have references of their own; "
@@ -110,7 +110,7 @@ def open_all(names: Sequence[str], *, reference: str | None = None) -> list[Open
 
 
 def _opened(
-    name: str, found: _Found, reference: str | None, key: str, *, alone: bool = False
+    name: str, found: FoundWeights, reference: str | None, key: str, *, alone: bool = False
 ) -> Opened:
     if found.run is not None:
         return _run(name, found, reference, key)
@@ -193,7 +193,7 @@ def _all_held_out(typed: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class FoundWeights:
     """Weights behind a name.
 
     Attributes:
@@ -209,8 +209,12 @@ class _Found:
     base: str | None = None
 
 
-def _find(name: str, key: str) -> _Found:
+def find_weights(name: str, key: str) -> FoundWeights:
     """Finds the weights behind a name.
+
+    Args:
+        name: As :func:`open_named` takes it.
+        key: The word or flag that was behind it, for errors.
 
     Raises:
         UserError: If there are none.
@@ -225,26 +229,35 @@ def _find(name: str, key: str) -> _Found:
             f"{key}={name}: it is a file; name the folder of a run, or of a model or an adapter in "
             "safetensors"
         )
-    if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
+    if not may_be_on_hub(name):
         raise UserError(
             f"{key}={name}: no such folder; name a run's, such as outputs/runs/<run>, one with a "
             "model or an adapter, or a hub id (owner/name)"
         )
     config = _hub_adapter(name)
-    return _Found(None, name, None) if config is None else _Found(None, None, name, _base(config))
+    return (
+        FoundWeights(None, name, None)
+        if config is None
+        else FoundWeights(None, None, name, _base(config))
+    )
 
 
-def _in_folder(folder: Path, run: Path | None, key: str) -> _Found:
+def may_be_on_hub(name: str) -> bool:
+    """True if a name that is no path of this machine is a hub id, and no mistyped folder."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().parent.is_dir()
+
+
+def _in_folder(folder: Path, run: Path | None, key: str) -> FoundWeights:
     fault = found_instead(key, folder, (MODEL_FILE, ADAPTER_FILE))
     if fault is None and (folder / ADAPTER_FILE).is_file():
         config = read_json(folder / ADAPTER_FILE)
         if config:
-            return _Found(run, None, str(folder), _base(config))
+            return FoundWeights(run, None, str(folder), _base(config))
         fault = f"its {ADAPTER_FILE} is damaged"
     fault = fault or missing_weights(folder)
     if fault is not None:
         raise UserError(f"{key}={folder}: {fault}")
-    return _Found(run, str(folder), None)
+    return FoundWeights(run, str(folder), None)
 
 
 def _base(config: Mapping[str, Any]) -> str | None:
@@ -252,7 +265,7 @@ def _base(config: Mapping[str, Any]) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _run(name: str, found: _Found, reference: str | None, key: str) -> Opened:
+def _run(name: str, found: FoundWeights, reference: str | None, key: str) -> Opened:
     assert found.run is not None
     if reference is not None:
         raise UserError(
@@ -279,7 +292,7 @@ def _model(name: str, source: str, reference: str | None, key: str) -> Opened:
             f"{key}={name}: a model alone has no reference to be compared with; name one with "
             f"--reference MODEL{f', or name its run, {run}, which has one' if is_export else ''}"
         )
-    other = _find(reference, "--reference")
+    other = find_weights(reference, "--reference")
     if other.weights is None:
         raise UserError(
             f"--reference {reference}: an adapter cannot be the reference of whole weights; merge "
@@ -289,7 +302,7 @@ def _model(name: str, source: str, reference: str | None, key: str) -> Opened:
     return Opened(name, "model", source, None, other.weights, source, None, words)
 
 
-def _adapter(name: str, found: _Found, reference: str | None, key: str) -> Opened:
+def _adapter(name: str, found: FoundWeights, reference: str | None, key: str) -> Opened:
     base, source = found.base, str(found.adapter)
     if base is None:
         raise UserError(
@@ -302,7 +315,7 @@ def _adapter(name: str, found: _Found, reference: str | None, key: str) -> Opene
             f"{ADAPTER_FILE}"
         )
     words = ["peft=lora", _word("peft.adapter", source), _word("model.pretrained", base)]
-    other = None if reference is None else _find(reference, "--reference")
+    other = None if reference is None else find_weights(reference, "--reference")
     if other is None:
         words.append(f"reference.adapter={BASE}")
     elif other.adapter is not None:

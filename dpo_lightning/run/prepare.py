@@ -35,6 +35,7 @@ from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.memory.step_memory import StepMemory
 from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
+from dpo_lightning.models.fetching import fetch_weights
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model
@@ -123,7 +124,7 @@ def prepare(
         data, chat = prepare_groups(config, rows, source, tokens, show=show)
         _set_aside(rows, data, folder)
     memory = _checked_memory(config, source, hardware)
-    models = _load_models(config, source, ranks)
+    models = _load_models(config, source, ranks, show)
     if task is not None:
         reference_logps = outcome_logps(task, models, ranks)
         data = controlled_data(config, task, reference_logps)
@@ -143,7 +144,7 @@ def prepare(
         identity=identity,
         task=task,
         reference_outcome_logps=reference_logps,
-        judge=choose_judge(config, hardware, judges=ranks is None or ranks.is_first),
+        judge=choose_judge(config, hardware, judges=ranks is None or ranks.is_first, show=show),
         threads=threads,
         ranks=ranks,
         chat=chat,
@@ -297,7 +298,9 @@ def prepare_groups(
     return data, chat
 
 
-def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Models:
+def _load_models(
+    config: Config, source: ModelSource, ranks: Ranks | None, show: ShowPhase = unshown
+) -> Models:
     reference = config.reference
     return load_models(
         source,
@@ -310,16 +313,20 @@ def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Mo
         seed=config.seed,
         adapters=adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
+        show=show,
     )
 
 
-def choose_judge(config: Config, hardware: Hardware, *, judges: bool) -> Judge | None:
+def choose_judge(
+    config: Config, hardware: Hardware, *, judges: bool, show: ShowPhase = unshown
+) -> Judge | None:
     """The judge, before the training: what is wrong with it need not cost one.
 
     Args:
         config: The settings.
         hardware: Devices; a reward model takes the one that a policy is on.
         judges: False on a rank that leaves it to the first.
+        show: Shows how far a download is.
     """
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
     if settings is None:
@@ -328,6 +335,7 @@ def choose_judge(config: Config, hardware: Hardware, *, judges: bool) -> Judge |
         return SilentJudge()
 
     def reward_model(source: str) -> RewardModel:
+        fetch_weights(source, None, show)
         return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
 
     return make_judge(settings, reward_model=reward_model)

@@ -16,12 +16,13 @@ from dpo_lightning.memory.peaks import (
 )
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.processes.child_ranks import ChildRanks, is_child
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.run.build import (
     shows_bar,
 )
 from dpo_lightning.run.evaluations import plan_evaluations
-from dpo_lightning.run.folder import RunFolder
+from dpo_lightning.run.folder import RunFolder, is_rank_zero
 from dpo_lightning.run.inputs import SourceRows
 from dpo_lightning.run.plan import (
     Folders,
@@ -81,7 +82,7 @@ def run_experiment(
     threads = torch.get_num_threads()
     ranks = _start_ranks(trainer, children)
     checkpoint = _find_checkpoint(config.resume, folder.path, ranks)
-    show = Phases(Console() if shows_bar(trainer) and not is_child() else None)
+    show = _shows(trainer)
     prepared = prepare(
         config,
         rows,
@@ -134,6 +135,13 @@ def _plan(
         resolved=resolved,
         course=course,
     )
+
+
+def _shows(trainer: TrainerPlan) -> ShowPhase:
+    """Shows long phases, on the first rank alone."""
+    if is_child() or not is_rank_zero():
+        return unshown
+    return Phases(Console() if shows_bar(trainer) else None)
 
 
 def _settle_libraries(hardware: Hardware) -> None:

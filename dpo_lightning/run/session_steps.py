@@ -68,6 +68,7 @@ from dpo_lightning.run.session_state import Session, Supervision
 from dpo_lightning.tracking import display
 from dpo_lightning.tracking.destinations import make_loggers
 from dpo_lightning.tracking.loggers import JsonlLogger
+from dpo_lightning.tracking.progress import Progress
 from dpo_lightning.tracking.rungs import AtRung
 from dpo_lightning.tracking.tracked import TrackedRun
 from dpo_lightning.training.checkpoints.files import (
@@ -261,11 +262,12 @@ def _build(
     plan, models = session.plan, prepared.models
     groups, answering = choose_answering(plan, prepared, placed.computation)
     callbacks.samples.ask(groups[:SHOWN], models=models, answering=answering)
+    within = replace(answering, show=_show_within(session, callbacks))
     if callbacks.answers is not None:
-        callbacks.answers.ask(groups, models=models, answering=answering, judge=prepared.judge)
+        callbacks.answers.ask(groups, models=models, answering=within, judge=prepared.judge)
     if callbacks.rung is not None:
         measure = make_measure(
-            plan, prepared, groups=groups, answering=answering, signals=session.supervision.signals
+            plan, prepared, groups=groups, answering=within, signals=session.supervision.signals
         )
         callbacks.rung.ask(measure)
     pending = what_is_pending(session.trainer, session.supervision.signals)
@@ -283,13 +285,18 @@ def _build(
             prepared,
             module,
             groups,
-            # What is answered beside the training's own bar is few, and shows none.
             replace(answering, show=session.show),
             callbacks.curve,
             placed.device,
             session.show,
         ),
     )
+
+
+def _show_within(session: Session, callbacks: SessionCallbacks) -> ShowPhase:
+    """Shows phases inside the training: below its bar, where there is one."""
+    bars = [own.beside for own in callbacks.all if isinstance(own, Progress)]
+    return bars[0] if bars else session.show
 
 
 def _fit(

@@ -88,6 +88,22 @@ class Words:
             raise UserError(f"{flag} {found[-1]}: it is there {len(found)} times; give it once")
         return found[0] if found else None
 
+    def only_name(self, command: str, *, wanted: str = "one policy") -> str:
+        """The one name behind a command.
+
+        Args:
+            command: The command's name.
+            wanted: Words for what has to be named.
+
+        Raises:
+            UserError: If there is none, or there are several.
+        """
+        if len(self.names) == 1:
+            return self.names[0]
+        said = ", ".join(self.names) or "no folder"
+        program = " ".join(typed(command))
+        raise UserError(f"{said}: name {wanted}, `{program} outputs/runs/<run>`")
+
 
 def read_words(argv: Sequence[str], grammar: Grammar) -> Words:
     """Tells the words of a command line apart, in any order.
@@ -108,11 +124,13 @@ def read_words(argv: Sequence[str], grammar: Grammar) -> Words:
         name, equals, value = word.partition("=")
         if name in grammar.flags:
             value = value if equals else next(words, "")
-            if not value:
+            if not value or (not equals and value.startswith("--")):
                 raise UserError(f"{name}: needs a value behind it")
             flags[name] = (*flags.get(name, ()), value)
         elif word in grammar.switches:
             switches.add(word)
+        elif name in grammar.switches:
+            raise UserError(f"{name}: it takes no value; type {name} alone")
         elif grammar.settings is None:
             settings.append(word)
         elif not word.startswith("-") and (not equals or Path(word).is_dir()):

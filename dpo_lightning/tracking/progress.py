@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.table import Column
 from rich.text import Text
 
+from dpo_lightning.processes.phases import Say
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.phases import bar_width
 
@@ -175,6 +178,23 @@ class Progress(RichProgressBar):
             TimeRemainingColumn(compact=True),
             self._numbers,
         ]
+
+    @contextlib.contextmanager
+    def beside(self, name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Say]:
+        """Shows a phase inside the training on a line of its own.
+
+        See :class:`~dpo_lightning.processes.phases.ShowPhase`.
+        """
+        bar = self.progress
+        if bar is None:
+            yield lambda now: None
+            return
+        task = bar.add_task(name, total=total, completed=done)
+        try:
+            yield lambda now: bar.update(task, completed=now, refresh=True)
+        finally:
+            # Lightning finds its own tasks by their places, so that none is taken out.
+            bar.update(task, visible=False, refresh=True)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Nothing for a column of Lightning's; loss, accuracy and speed stand in our own."""

@@ -221,7 +221,7 @@ def test_the_command_prints_a_table_and_the_refusal(tmp_path, capsys):
     ("words", "said"),
     [
         (["--gib", "much"], "--gib much: needs the memory of a GPU"),
-        (["--gib"], "needs the memory of a GPU"),
+        (["--gib"], "--gib: needs a value behind it"),
         (["bta=1"], "did you mean `beta`?"),
         (["beta=1,2"], "beta=1,2 gives several values"),
     ],

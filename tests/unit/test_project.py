@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import dpo_lightning
-from dpo_lightning.preflight import _taken_out
+from dpo_lightning.preflight import GRAMMAR
 from dpo_lightning.run.inspect.command import read_asked
+from dpo_lightning.run.words import read_words
 from tests.support.pages import check_command_of_page
 from tests.support.runs import ROOT
 
@@ -229,8 +230,11 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
         return  # other tests run them
     else:
         assert words[0] == "python" or words[1] in ("train", "preflight", "inspect")
-        _, words = _taken_out("--gib", words)
-        words = [*read_asked(words[2:]).settings] if words[1] == "inspect" else words[2:]
+        command, words = words[1], words[2:]
+        if command == "inspect":
+            words = [*read_asked(words).settings]
+        elif command == "preflight":
+            words = [*read_words(words, GRAMMAR).settings]
     check_command_of_page(words, tmp_path, monkeypatch)
 
 

@@ -157,7 +157,7 @@ class Answerer:
         sampling = self.bounded(sampling)
         if not self._subject.backend.is_own:
             return self._by_backend(prompts, sampling)
-        pair = self._models()
+        pair = self._models(show)
         ends = end_ids(pair.policy, self.tokenizer)
         drawn = draw_keyed(
             DrawnFrom(pair, lam),
@@ -176,7 +176,7 @@ class Answerer:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
         return DrawnAnswer(text, len(ids), int(ids[-1]) not in ends)
 
-    def _models(self) -> Pair:
+    def _models(self, show: ShowPhase = unshown) -> Pair:
         """Policy and reference on the device, loaded when they are first asked."""
         if self._pair is None:
             subject, device = self._subject, self._hardware.beside
@@ -186,6 +186,7 @@ class Answerer:
                 self._source,
                 kind="auto",
                 needed=subject.needs_reference,
+                show=show,
             )
             is_placed = self._source.quantization is not None
             policy = models.policy if is_placed else models.policy.to(device)

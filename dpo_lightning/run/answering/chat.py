@@ -18,7 +18,6 @@ from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import open_named
 from dpo_lightning.run.words import Grammar, Words, read_words
 from dpo_lightning.settings.generation import GenerationConfig
-from dpo_lightning.settings.program import typed
 
 if TYPE_CHECKING:
     from dpo_lightning.evaluation.keyed import Sampling
@@ -85,10 +84,7 @@ def _main(argv: list[str]) -> int:
     if said_help(argv, _HELP, "chat"):
         return 0
     words = read_words(argv, _GRAMMAR)
-    if len(words.names) != 1:
-        program = " ".join(typed("chat"))
-        said = ", ".join(words.names) or "no folder"
-        raise UserError(f"{said}: name one policy, `{program} outputs/runs/<run>`")
+    words.only_name("chat")
     mode = words.one("--prompts")
     if mode not in (None, "chat", "text"):
         raise UserError(f"--prompts {mode}: it is chat or text")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.run.doctor.checks import Check, Finding, run_checks
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.program import typed
 
@@ -43,20 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    program = " ".join(typed("doctor"))
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=program))
+    if said_help(argv, _HELP, "doctor"):
         return 0
     unknown = [word for word in argv if word != "--json"]
     if unknown:
+        program = " ".join(typed("doctor"))
         raise UserError(f"{unknown[0]}: `{program}` takes --json alone; it has no settings")
-    # What libraries print is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         checks = list(run_checks(all_checks()))
-    if "--json" in argv:
-        print(json.dumps({"checks": [check.as_dict() for check in checks]}, indent=2))
-    else:
-        _show(checks)
+    found = {"checks": [check.as_dict() for check in checks]}
+    print_answer(found, as_json="--json" in argv, show=lambda _: _show(checks))
     return FAILED if any(check.state == "failed" for check in checks) else 0
 
 

@@ -28,7 +28,6 @@ from dpo_lightning.run.words import (
     check_settings,
     read_words,
 )
-from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
 
 if TYPE_CHECKING:
@@ -75,13 +74,9 @@ def _main(argv: list[str]) -> int:
     if said_help(argv, _HELP, "evaluate"):
         return 0
     words = read_words(argv, _GRAMMAR)
-    if len(words.names) != 1:
-        program = " ".join(typed("evaluate"))
-        said = ", ".join(words.names) or "no folder"
-        raise UserError(f"{said}: name one policy, `{program} outputs/runs/<run>`")
-    output = words.one("--output")
+    name, output = words.only_name("evaluate"), words.one("--output")
     with answer_alone():
-        opened = open_named(words.names[0], reference=words.one("--reference"))
+        opened = open_named(name, reference=words.one("--reference"))
         if output is not None:
             check_output(Path(output), opened)
         found = _evaluate(opened, words)

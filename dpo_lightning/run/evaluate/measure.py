@@ -158,6 +158,7 @@ def _prepare(
         source,
         kind=config.reference.kind,
         needed=objective_settings(config.loss).uses_reference,
+        show=show,
     )
     task, reference_logps = None, None
     if data is None:
@@ -176,7 +177,7 @@ def _prepare(
         identity={},
         task=task,
         reference_outcome_logps=reference_logps,
-        judge=choose_judge(config, hardware, judges=True),
+        judge=choose_judge(config, hardware, judges=True, show=show),
         threads=threads,
         chat=chat,
     )

@@ -31,7 +31,6 @@ from dpo_lightning.run.words import (
     read_words,
 )
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
 from dpo_lightning.settings.schema import Config
 
@@ -83,13 +82,10 @@ def _main(argv: list[str]) -> int:
     if said_help(argv, _HELP, "interpolate"):
         return 0
     words = read_words(argv, _GRAMMAR)
-    if len(words.names) != 1:
-        said = ", ".join(words.names) or "no folder"
-        program = " ".join(typed("interpolate"))
-        raise UserError(f"{said}: name the folder of one run, `{program} outputs/runs/<run>`")
+    name = words.only_name("interpolate", wanted="the folder of one run")
     with answer_alone():
         found = _interpolate(words)
-    print_answer(found, as_json="--json" in words.switches, show=partial(_show, words.names[0]))
+    print_answer(found, as_json="--json" in words.switches, show=partial(_show, name))
     return 0
 
 

@@ -120,7 +120,7 @@ def opened_on_prompts(
     source = resolve_source(config, hardware)
     set_threads(config, source)
     questions = _questions(config, source, hardware, opened.name, rows_named=rows_named, show=show)
-    with _pair(config, source, opened, hardware.beside) as pair:
+    with _pair(config, source, opened, hardware.beside, show) as pair:
         yield pair, questions, Drawer(config, source, pair, questions, precision_of(hardware), show)
 
 
@@ -200,10 +200,10 @@ def precision_of(hardware: Hardware) -> Precision:
 
 @contextlib.contextmanager
 def _pair(
-    config: Config, source: ModelSource, opened: Opened, device: torch.device
+    config: Config, source: ModelSource, opened: Opened, device: torch.device, show: ShowPhase
 ) -> Iterator[Pair]:
     """Policy and reference on the device; of an adapter both are one model."""
-    models = load_opened(opened, config, source, kind="auto", needed=True)
+    models = load_opened(opened, config, source, kind="auto", needed=True, show=show)
     policy = models.policy if source.quantization is not None else models.policy.to(device)
     policy.requires_grad_(False).eval()
     with models.reference_model(device) as frozen:
@@ -220,7 +220,7 @@ def _questions(
     show: ShowPhase,
 ) -> Questions:
     """Held-out prompts, each once, and their judge."""
-    judge = choose_judge(config, hardware, judges=True)
+    judge = choose_judge(config, hardware, judges=True, show=show)
     # Rows that cannot be read were named, and set aside, when the run read them.
     key = "data.eval" if rows_named else "data.train"
     rows = read_sources(config, Path.cwd(), when_begun=lambda write: None, key=key)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.judges import Judge, is_function, make_judge
+from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.judge.answered import Answered, answers_of_run, read_answers
@@ -123,7 +124,8 @@ def _judged(answers: Path, against: Path | None, settings: Sequence[str]) -> dic
     # Here, because drawing bars takes a moment to import.
     from dpo_lightning.tracking.phases import Phases
 
-    judged, other = mark_answers(_make(config, judge), own, other, show=Phases.on_stderr())
+    show = Phases.on_stderr()
+    judged, other = mark_answers(_make(config, judge, show), own, other, show=show)
     found = summary(judge.name, judged, own, other)
     found["kept_in"] = None
     if is_run and against is None:
@@ -146,7 +148,7 @@ def _answers(
     return own, other
 
 
-def _make(config: Config, settings: JudgeSettings) -> Judge:
+def _make(config: Config, settings: JudgeSettings, show: ShowPhase) -> Judge:
     """The judge; torch is imported for a reward model alone."""
     if settings.endpoint is not None or is_function(settings):
         return make_judge(settings)
@@ -156,7 +158,7 @@ def _make(config: Config, settings: JudgeSettings) -> Judge:
 
     prefer_cache_without_network(config)
     hardware = decide_hardware(config.trainer, half_weights=False)
-    judge = choose_judge(config, hardware, judges=True)
+    judge = choose_judge(config, hardware, judges=True, show=show)
     assert judge is not None
     return judge
 

@@ -16,8 +16,8 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.files import read_json
 from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.run.beta_path import place_of
-from dpo_lightning.run.opened import compose_opened, open_named
-from dpo_lightning.run.share.words import ADAPTER_CONFIG, Exported
+from dpo_lightning.run.opened import ADAPTER_FILE, compose_opened, open_named
+from dpo_lightning.run.share.words import Exported
 from dpo_lightning.settings.schema import BASE, Config
 
 AT_BETA_FILE = "at_beta.json"
@@ -65,7 +65,7 @@ def place_in_run(exported: Exported, beta: float) -> tuple[Config, float]:
 
 def _check_linear(exported: Exported, typed: str) -> None:
     """Refuses adapters of which more than the update would have to be scaled."""
-    about = read_json(exported.folder / ADAPTER_CONFIG)
+    about = read_json(exported.folder / ADAPTER_FILE)
     for key, none in (("use_dora", False), ("modules_to_save", None), ("bias", "none")):
         if about.get(key, none) not in (none, [], {}):
             raise UserError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,8 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_json
-from dpo_lightning.run.folder import disk_fault
-from dpo_lightning.run.framed import answer_alone, print_answer
+from dpo_lightning.run.answering.draws import read_at_beta
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help, writing
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.share.at_beta import (
     AT_BETA_FILE,
@@ -23,16 +21,30 @@ from dpo_lightning.run.share.at_beta import (
     scale_adapter,
 )
 from dpo_lightning.run.share.contents import CARD, contents_of, in_words
-from dpo_lightning.run.share.words import Exported, ShareParser, find_export
+from dpo_lightning.run.share.words import Exported, find_export, read_shared
+from dpo_lightning.run.words import Grammar
 
-_ABOUT = """\
+_HELP = """\
+usage: {program} RUN --output FOLDER [--merge] [--at-beta BETA] [--json]
+
 Writes the policy of a run into a folder of its own, with its tokenizer, chat template and card:
 a whole model, or its adapter as PEFT has them; with --merge the adapter is added into the weights
 of its base model. With --at-beta the update of an adapter is scaled to stand for another beta than
 the run's own, and what that approximation costs is measured on held-out prompts. All weights are
-safetensors."""
+safetensors. RUN is a run's folder, or that of an export.
 
-_AT_BETA = re.compile(r"^at_beta=")
+  --output FOLDER  the folder to write
+  --merge          merge an adapter into its base model
+  --at-beta BETA   the adapter scaled to stand for another beta, with the measured cost of that
+  --json           print one object, and all else on stderr"""
+
+_GRAMMAR = Grammar(
+    "export",
+    flags=("--output", "--at-beta", "at_beta"),
+    switches=("--merge", "--json"),
+    settings=(),
+    others="it has no settings",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,22 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = ShareParser("export", _ABOUT)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")
-    parser.add_argument(
-        "--at-beta", type=float, metavar="BETA",
-        help="the adapter scaled to stand for another beta, with the measured cost of that",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one object")
-    words = parser.read([_AT_BETA.sub("--at-beta=", word) for word in argv])
-    if words.at_beta is not None and not 0 < words.at_beta < math.inf:
-        raise UserError(f"--at-beta {words.at_beta:g}: it must be a finite number above 0")
+    if said_help(argv, _HELP, "export"):
+        return 0
+    words = read_shared(argv, _GRAMMAR)
+    run, output = words.only_name("export", wanted="one run"), words.one("--output")
+    if output is None:
+        raise UserError("--output: no folder to write is named; add --output <folder>")
+    beta = read_at_beta(words)
     with answer_alone():
         found = _export(
-            words.run, words.output.expanduser(), merge=words.merge, at_beta=words.at_beta
+            run, Path(output).expanduser(), merge="--merge" in words.switches, at_beta=beta
         )
-    print_answer(found, as_json=words.json, show=_show)
+    print_answer(found, as_json="--json" in words.switches, show=_show)
     return 0
 
 
@@ -75,7 +83,7 @@ def _show(found: Mapping[str, Any]) -> None:
     print(f"written to {found['output']}")
 
 
-def _export(run: Path, output: Path, *, merge: bool, at_beta: float | None) -> dict[str, Any]:
+def _export(run: str, output: Path, *, merge: bool, at_beta: float | None) -> dict[str, Any]:
     exported = find_export(run)
     if merge and not exported.is_adapter:
         raise UserError(
@@ -85,25 +93,27 @@ def _export(run: Path, output: Path, *, merge: bool, at_beta: float | None) -> d
         raise UserError(f"--output {output}: it is there already; name another folder")
     contents = contents_of(exported.folder)
     cost = None if at_beta is None else _cost(exported, at_beta)
-    # Here, because it imports torch: by now every word is checked.
+    # Here, because they import torch and rich: by now every word is checked.
     from dpo_lightning.run.export import staged_folder
+    from dpo_lightning.tracking.phases import Phases
 
-    try:
+    saving = Phases.on_stderr()("saving", total=len(contents.sizes) + merge, unit="files")
+    with writing(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with staged_folder(output) as staged:
+        with staged_folder(output) as staged, saving as say:
             staged.mkdir()
-            for name in contents.sizes:
+            for number, name in enumerate(contents.sizes, 1):
                 shutil.copyfile(exported.folder / name, staged / name)
+                say(number)
             if cost is not None:
                 scale_adapter(staged, cost["lambda"])
             if merge:
                 _merge(exported, staged)
+                say(len(contents.sizes) + 1)
             else:
                 _write_card(exported, staged)
             if cost is not None:
                 _say_cost(staged, cost)
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"--output {output}: {error}") from error
     written = contents_of(output)
     return {
         "output": str(output), "merged": merge, "files": written.entries(), "at_beta": cost

@@ -10,16 +10,32 @@ from typing import Any
 
 from dpo_lightning.data.source_names import is_hub_id
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.framed import answer_alone, print_answer
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.share.contents import CARD, Contents, contents_of, in_words
-from dpo_lightning.run.share.words import ShareParser, find_export
+from dpo_lightning.run.share.words import find_export, read_shared
+from dpo_lightning.run.words import Grammar
 from dpo_lightning.settings.credentials import redact
 
-_ABOUT = """\
+_HELP = """\
+usage: {program} RUN --repo OWNER/NAME [--public] [--dry-run] [--json]
+
 Uploads the policy of a run, or a folder that `export` wrote, to a repository on the hub. It is
-private unless --public is said. --dry-run shows what would go, and contacts nobody. The token is
-that of `hf auth login` or of HF_TOKEN in the environment; it is written nowhere."""
+private unless --public is given. --dry-run shows what would be uploaded and contacts no server. The
+token is that of `hf auth login` or of HF_TOKEN in the environment; it is written nowhere.
+
+  --repo OWNER/NAME  the repository, which is made if it is not there
+  --public           let everybody see it
+  --dry-run          upload nothing, show what would be
+  --json             print one object, and all else on stderr"""
+
+_GRAMMAR = Grammar(
+    "push",
+    flags=("--repo",),
+    switches=("--public", "--dry-run", "--json"),
+    settings=(),
+    others="it has no settings",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,31 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = ShareParser("push", _ABOUT)
-    parser.add_argument("--repo", required=True, help="owner/name")
-    parser.add_argument("--public", action="store_true", help="let everybody see it")
-    parser.add_argument("--dry-run", action="store_true", help="show what would go, and end")
-    parser.add_argument("--json", action="store_true", help="print one object")
-    words = parser.read(argv)
-    if "/" not in words.repo or not is_hub_id(words.repo):
-        raise UserError(f"--repo {words.repo}: a repository is named owner/name")
-    exported = find_export(words.run)
+    if said_help(argv, _HELP, "push"):
+        return 0
+    words = read_shared(argv, _GRAMMAR)
+    run, repo = words.only_name("push", wanted="one run"), words.one("--repo")
+    if repo is None:
+        raise UserError("--repo: no repository is named; add --repo <owner>/<name>")
+    if "/" not in repo or not is_hub_id(repo):
+        raise UserError(f"--repo {repo}: a repository is named owner/name")
+    public = "--public" in words.switches
+    exported = find_export(run)
     contents = contents_of(exported.folder)
     url = None
-    if not words.dry_run:
+    if "--dry-run" not in words.switches:
         with answer_alone():
-            url = _upload(exported.folder, contents, words.repo, public=words.public)
+            url = _upload(exported.folder, contents, repo, public=public)
     card = exported.folder / CARD
     found = {
-        "repo": words.repo,
-        "private": not words.public,
+        "repo": repo,
+        "private": not public,
         "files": contents.entries(),
         "bytes": contents.total,
         "left_out": contents.left_out,
         "card": card.read_text() if card.is_file() else None,
         "url": url,
     }
-    print_answer(found, as_json=words.json, show=_show)
+    print_answer(found, as_json="--json" in words.switches, show=_show)
     return 0
 
 

@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE, read_json
-from dpo_lightning.run.finished import EXPORT, export_of
+from dpo_lightning.run.finished import EXPORT
+from dpo_lightning.run.opened import find_weights, may_be_on_hub
+from dpo_lightning.run.words import Grammar, Words, read_words
 from dpo_lightning.settings.credentials import refusal, typed_secrets
 from dpo_lightning.settings.overrides import raise_all
-from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.recorded import SETTINGS_FILE
 
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
 
-
-class ShareParser(argparse.ArgumentParser):
-    """Parser of a command's words, with errors of one line.
+def read_shared(argv: Sequence[str], grammar: Grammar) -> Words:
+    """The words of a sharing command, of which none is a secret.
 
     Args:
-        command: Its name.
-        about: What it does, and what its words mean.
+        argv: As they were typed.
+        grammar: What the command takes.
+
+    Raises:
+        UserError: If they are wrong.
     """
-
-    def __init__(self, command: str, about: str) -> None:
-        self._command = " ".join(typed(command))
-        super().__init__(
-            prog=self._command,
-            description=about,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+    if any(word.partition("=")[0] in ("--token", "--hub-token", "token") for word in argv):
+        raise UserError(
+            "--token: a token is never typed, where others may read it; `hf auth login` or "
+            "HF_TOKEN in the environment gives it"
         )
-        self.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or an export's")
-
-    def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The words, of which none is a secret.
-
-        Args:
-            words: As they were typed.
-
-        Raises:
-            UserError: If they are wrong.
-        """
-        if any(word.partition("=")[0] in ("--token", "--hub-token", "token") for word in words):
-            raise UserError(
-                "--token: a token is never typed, where others may read it; `hf auth login` or "
-                "HF_TOKEN in the environment gives it"
-            )
-        raise_all(map(refusal, typed_secrets(words)))
-        return self.parse_args(words)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises in one line what argparse would print as several."""
-        raise UserError(f"{message}; `{self._command} --help` says more")
+    raise_all(map(refusal, typed_secrets(argv)))
+    return read_words(argv, grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +74,25 @@ class Exported:
         return found
 
 
-def find_export(path: Path) -> Exported:
+def find_export(name: str) -> Exported:
     """The export in a run's folder, or the one that is named itself.
 
     Args:
-        path: A folder.
+        name: A folder.
 
     Raises:
         UserError: If there is none.
     """
-    path = path.expanduser()
-    own = _kind(path)
-    if own is None:
-        folder = export_of(path)
-        kind = _kind(folder)
-        if kind is None:
-            raise UserError(f"{folder}: no {MODEL_CONFIG} and no {ADAPTER_CONFIG} there")
-        return Exported(folder, path, kind == "adapter")
-    run = path.absolute().parent
-    is_of_run = path.name.startswith(EXPORT) and (run / RESULT_FILE).is_file()
-    return Exported(path, run if is_of_run else None, own == "adapter")
-
-
-def _kind(folder: Path) -> str | None:
-    """Kind of an export: ``adapter``, ``model``, or None where a folder is neither."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        return "adapter"
-    return "model" if (folder / MODEL_CONFIG).is_file() else None
+    if not Path(name).expanduser().exists() and may_be_on_hub(name):
+        raise UserError(
+            f"run={name}: no such folder, and a model of the hub is shared already; `hf download "
+            f"{name} --local-dir <folder>` brings one here"
+        )
+    found = find_weights(name, "run")
+    folder = Path(found.adapter or str(found.weights))
+    run = found.run
+    if run is None:
+        above = folder.absolute().parent
+        is_of_run = folder.name.startswith(EXPORT) and (above / RESULT_FILE).is_file()
+        run = above if is_of_run else None
+    return Exported(folder, run, found.adapter is not None)

@@ -10,8 +10,13 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import finite, write_whole
-from dpo_lightning.run.folder import disk_fault
-from dpo_lightning.run.framed import answer_alone, check_output, print_answer, said_help
+from dpo_lightning.run.framed import (
+    answer_alone,
+    check_output,
+    print_answer,
+    said_help,
+    writing,
+)
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import Opened, open_all
 from dpo_lightning.run.words import (
@@ -147,10 +152,8 @@ def _write_page(path: Path, found: Mapping[str, Any], subjects: Sequence[Subject
     from dpo_lightning.sweeps.compare.page import comparison_page
 
     text = comparison_page(finite(found), subjects)
-    try:
+    with writing(path):
         write_whole(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
 
 
 def _show(found: Mapping[str, Any]) -> None:

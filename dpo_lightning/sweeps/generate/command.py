@@ -9,12 +9,10 @@ from typing import Any
 import yaml
 
 from dpo_lightning.data.questions import Question, carried_for_the_model, read_questions
-from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_whole
 from dpo_lightning.run.answering.formats import Written, file_of, judge_commands
 from dpo_lightning.run.beta_path import place_of
-from dpo_lightning.run.folder import disk_fault
-from dpo_lightning.run.framed import answer_alone, print_answer, said_help
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help, writing
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.generate.request import Request, read_request
@@ -188,12 +186,10 @@ def _answer(
     }
     recorded = {**facts, "through_template": any(not q.is_text for q in own), **counts}
     text = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
-    try:
+    with writing(target.path):
         target.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target.path, file_of(written, request.form, target.generator))
         write_whole(target.settings_path, text.encode())
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
     return counts
 
 

@@ -1,6 +1,7 @@
 """Answers at evaluations: how they are kept, and when their share of the wall time is said."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,25 @@ def test_a_disk_that_is_full_costs_answers_alone(tmp_path, caplog):
     rows.add([(2, "p", "a", None)])
     assert len(caplog.records) == 1
     assert [row[0] for row in rows.table()] == [1, 2]
+
+
+def test_a_judge_on_the_way_shows_how_far_it_is(tmp_path):
+    """By what its answers are shown by, which the session chose."""
+    given = {}
+
+    def mark(prompts, texts, *, show):
+        given.update(prompts=prompts, texts=texts, show=show)
+        return [0.5], {}
+
+    answers = AnswersOnTheWay(
+        count=1, total_steps=9, seed=1, last_too=False, rows=AnswerRows(tmp_path, Folder())
+    )
+    groups = [SimpleNamespace(prompt_key=json.dumps("sun"))]
+    judge = SimpleNamespace(gives_marks=True, mark=mark)
+    answering = SimpleNamespace(show=object())
+    answers.ask(groups, models=None, answering=answering, judge=judge)
+    assert answers._marks(groups, ["rain"]) == [0.5]
+    assert (given["texts"], given["show"]) == (["rain"], answering.show)
 
 
 @pytest.mark.parametrize(

@@ -250,8 +250,10 @@ def test_a_refusal_of_the_hub_is_one_line_without_the_token(lora, monkeypatch, c
         (["--repo", "x"], "--repo x: a repository is named owner/name"),
         (["--repo", "me/x", "--token", TOKEN], "--token: a token is never typed"),
         (["--repo", TOKEN], "credentials are no settings"),
-        ([], "the following arguments are required: --repo"),
-        (["--repo", "me/x", "--sure"], "unrecognized arguments: --sure"),
+        ([], "--repo: no repository is named; add --repo <owner>/<name>"),
+        (["--repo", "me/x", "--sure"], "--sure: `"),
+        (["--repo", "me/x", "beta=1"], "it has no settings"),
+        (["--repo", "me/x", "other"], "name one run, `"),
     ],
 )
 def test_wrong_words_are_one_line(lora, monkeypatch, capsys, words, said):

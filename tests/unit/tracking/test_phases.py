@@ -8,6 +8,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
+from dpo_lightning.processes.phases import unshown
+from dpo_lightning.run.session import _shows
+from dpo_lightning.run.session_steps import _show_within
 from dpo_lightning.tracking import phases, progress
 from dpo_lightning.tracking.phases import Phases
 from dpo_lightning.tracking.progress import Progress
@@ -82,6 +85,55 @@ def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
         assert ("accuracy 0.562" if width >= 100 else "acc 0.562") in line
         assert ("123.4 pairs/s" in line) == (width >= 100)
         assert len(line) <= width
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch):
+    """8 of 32 answers; the line goes, with an error too, and the training's own bar stays."""
+
+    def interrupted(say):
+        say(8)
+        raise KeyboardInterrupt
+
+    console = terminal(width)
+    monkeypatch.setattr(progress, "get_console", lambda: console)
+    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    with bar.beside("sampling", total=32, unit="answers") as say:
+        say(1)  # before the training there is no bar to stand below
+    assert shown(console) == ""
+    columns = bar.configure_columns(SimpleNamespace())
+    with RichProgress(*columns, console=console, auto_refresh=False) as bar.progress:
+        bar.progress.add_task("training", total=12_345, completed=1_234)
+        with pytest.raises(KeyboardInterrupt), bar.beside("sampling", total=32, unit="x") as say:
+            interrupted(say)
+        assert [(t.description, t.visible) for t in bar.progress.tasks] == [
+            ("training", True), ("sampling", False)
+        ]  # fmt: skip
+    lines = console_lines(shown(console))
+    assert {line.split()[0] for line in lines} == {"training", "sampling"}
+    assert any("8/32" in line for line in lines)
+    assert max(map(len, lines)) <= width
+
+
+def test_phases_inside_the_training_go_to_its_bar_else_where_all_go():
+    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    session = SimpleNamespace(show="a log")
+    assert _show_within(session, SimpleNamespace(all=[object(), bar])) == bar.beside
+    assert _show_within(session, SimpleNamespace(all=[object()])) == "a log"
+
+
+@pytest.mark.parametrize(
+    ("variables", "shows"),
+    [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"LOCAL_RANK": "1"}, False)],
+)
+def test_the_first_rank_alone_shows_phases(monkeypatch, variables, shows):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    show = _shows(SimpleNamespace(progress=True))
+    assert isinstance(show, Phases) == shows
+    assert (show is unshown) == (not shows)
 
 
 def console_lines(text: str) -> list[str]:
