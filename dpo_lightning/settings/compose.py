@@ -6,7 +6,7 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -238,12 +239,28 @@ def make_hydra(args: argparse.Namespace) -> ComposedOnce:
 def typed_overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
     """The settings that were typed, their keys and choices known."""
     overrides = parse_overrides(args.overrides, hydra.config_loader)
+    raise_all(override_problems(overrides, options_by_group(hydra, args)))
+    return overrides
+
+
+def options_by_group(hydra: Hydra, args: argparse.Namespace) -> Callable[[str], list[str]]:
+    """A function that lists the choices of a config group, those in folders below it too.
+
+    Args:
+        hydra: With the search path of the command line.
+        args: What was typed.
+    """
+    loader = hydra.config_loader
 
     def options_of(group: str) -> list[str]:
-        return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
+        own = loader.get_group_options(group, config_name=args.config_name)
+        if group != "hydra":  # whose folders are groups themselves
+            for folder in loader.get_group_options(group, ObjectType.GROUP):
+                below = loader.get_group_options(f"{group}/{folder}")
+                own = [*own, *(f"{folder}/{name}" for name in below)]
+        return sorted(own)
 
-    raise_all(override_problems(overrides, options_of))
-    return overrides
+    return options_of
 
 
 def by_sweep(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
