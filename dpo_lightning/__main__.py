@@ -130,14 +130,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"dpo-lightning {dpo_lightning.__version__}")
         return 0
+    if words[0] in ("-sc", "--shell-completion"):
+        return _complete(words)
     if words[0] in COMMANDS:
         return COMMANDS[words[0]][1](words[1:])
     print(f"error: {_unknown(words[0])}", file=sys.stderr)
     return 2
 
 
+def _complete(words: list[str]) -> int:
+    """Completion by Hydra, with the names of the commands ahead of settings."""
+    from dpo_lightning.settings.program import completed
+
+    if any(word.startswith("query=") for word in words):
+        names, line = completed(os.environ.get("COMP_LINE", ""), COMMANDS)
+        if line is None:
+            print("\n".join(names))
+            return 0
+        os.environ["COMP_LINE"] = line
+    return _train(words)
+
+
 def _help() -> str:
-    from dpo_lightning.settings.program import typed
+    from dpo_lightning.settings.program import completion, typed
 
     lines = {" ".join(typed(name)): what for name, (what, _) in COMMANDS.items()}
     width = max(map(len, lines))
@@ -146,6 +161,7 @@ def _help() -> str:
             "Direct Preference Optimization experiments.\n",
             *(f"  {line:{width}}  {what}" for line, what in lines.items()),
             f"\n`{' '.join(typed())} --help` says what settings there are, --version the version.",
+            *([] if (line := completion()) is None else [f"Completion in bash: {line}"]),
         ]
     )
 

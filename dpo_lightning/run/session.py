@@ -97,7 +97,7 @@ from dpo_lightning.training.checkpoints.files import (
     run_of,
     saved_checkpoints,
 )
-from dpo_lightning.training.devices import take_device
+from dpo_lightning.training.devices import check_there, take_device
 from dpo_lightning.training.launching import start_others, take_over
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
@@ -149,6 +149,7 @@ def run_experiment(
     quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, folder.path)
+    check_there(config.trainer.accelerator, config.trainer.devices)
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     _settle_libraries(hardware)

@@ -44,6 +44,7 @@ from dpo_lightning.settings.overrides import (
     typed_text,
     with_own_names,
 )
+from dpo_lightning.settings.page import first_help
 from dpo_lightning.settings.recorded import (
     SETTINGS_FILE,
     is_alone,
@@ -291,14 +292,29 @@ def compose(hydra: Hydra, args: argparse.Namespace, lines: list[str]) -> DictCon
         raise UserError(hydra_error(error)) from error
 
 
-def check_shown(args: argparse.Namespace) -> None:
-    """Check that what Hydra is asked to show can be composed; values are not judged."""
+def check_shown(args: argparse.Namespace) -> tuple[Hydra, DictConfig]:
+    """Check that what Hydra is asked to show can be composed; values are not judged.
+
+    Returns:
+        Hydra with the search path of the command line, and the config.
+    """
     if args.config is not None:
         raise UserError(f"--config {args.config} is for a run; to see its settings, read the file")
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
     raise_all(f"{line} gives several values, but --cfg shows one run" for line in lines_of(swept))
-    raise_all(hydra_problems(compose(hydra, args, lines_of(fixed)).hydra))
+    cfg = compose(hydra, args, lines_of(fixed))
+    raise_all(hydra_problems(cfg.hydra))
+    return hydra, cfg
+
+
+def help_of(args: argparse.Namespace) -> str:
+    """Text of ``--help`` for a command line."""
+    hydra, cfg = check_shown(args)
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    groups = sorted(str(group) for group in choices if not str(group).startswith("hydra/"))
+    return first_help(cfg.hydra.help.header, groups, options_by_group(hydra, args))
 
 
 def with_resumed_folder(

@@ -72,6 +72,7 @@ def flag_parser() -> argparse.ArgumentParser:
     """Parser of Hydra's flags, with errors of one line."""
     parser = _Parser(parents=[get_args_parser()], add_help=False)
     parser.add_argument("--config", help="Do again what the config.yaml of a run's folder says")
+    parser.add_argument("--help-all", action="store_true", help="List all settings")
     return parser
 
 
