@@ -215,6 +215,8 @@ def _signs(
 ) -> list[dict[str, Any]]:
     """Signs of a training that went wrong, as entries of ``result.json``."""
     plan, module = trained.plan, trained.module
+    if plan.batches.overfit:
+        return []  # which is what it looks like, on purpose
     facts = gather_facts(
         metrics=metrics,
         metrics_file=plan.folders.run / METRICS_FILE,

@@ -46,7 +46,7 @@ _OUTCOME = (
     *("model", "model-merged"),
 )
 # Its course, which a run that goes on from a checkpoint continues.
-_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv", "tensorboard")
+_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv", "tensorboard", "profile")
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
 _SAVED = ("step-*.ckpt", "step-*.json", ".step-*")

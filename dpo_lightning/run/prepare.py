@@ -277,6 +277,7 @@ def prepare_groups(
         refuse=refuse,
         keep_tokens=keep_tokens,
     )
+    data.overfit(config.data.overfit_groups)
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
@@ -401,7 +402,7 @@ def controlled_data(
     """
     sizes = config.data.controlled
     # The evaluation pairs are the same for every seed, so that seeds can be compared.
-    return PreparedData(
+    data = PreparedData(
         train=task.groups(
             sizes.train_groups,
             seed=config.seed + 1,
@@ -410,3 +411,5 @@ def controlled_data(
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
     )
+    data.overfit(config.data.overfit_groups)
+    return data

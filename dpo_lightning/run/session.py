@@ -54,6 +54,7 @@ from dpo_lightning.run.build import (
     shows_bar,
     what_is_pending,
 )
+from dpo_lightning.run.closing import closing_lines
 from dpo_lightning.run.conclude import Trained, conclude
 from dpo_lightning.run.evaluations import plan_evaluations, say_selection
 from dpo_lightning.run.exported import choose_exported, say_shares
@@ -100,6 +101,7 @@ from dpo_lightning.training.checkpoints.files import (
 from dpo_lightning.training.devices import check_there, take_device
 from dpo_lightning.training.launching import start_others, take_over
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.profiling import PROFILE
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 from dpo_lightning.training.schedule import make_schedule
 
@@ -598,14 +600,14 @@ def _conclude(
 
 
 def _say_where(session: _Session) -> None:
-    """The files to look at."""
-    run_dir = session.plan.folders.run
-    for name in ("model", "result.json", "metrics.jsonl"):
-        log.info("%-10s%s", name.partition(".")[0], run_dir / name)
-    if session.plan.evaluation.merge:
-        log.info("%-10s%s", "merged", run_dir / "model-merged")
-    for name, where in session.where.items():
-        log.info("%-9s %s", name, where)
+    """Says where the model is, what to do with it, and where the run is in its loggers."""
+    plan = session.plan
+    run_dir = plan.folders.run
+    merged = run_dir / "model-merged" if plan.evaluation.merge else None
+    profile = run_dir / PROFILE if plan.trainer.profiler else None
+    lines = closing_lines(run_dir, merged=merged, profile=profile)
+    for name, line in (lines | session.where).items():
+        log.info("%-9s %s", name, line)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

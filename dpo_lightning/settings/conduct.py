@@ -153,7 +153,8 @@ class TrainerConfig:
     enable_progress_bar: bool = setting(True, "Show the progress of the training on a terminal.")
     profiler: str | None = setting(
         None,
-        "Lightning's profiler to run with; null is none.",
+        "Lightning's profiler, whose tables and traces go to profile/ in the run's folder; null: "
+        "none.",
         choices=("simple", "advanced", "pytorch"),
     )
     memory_check: str = setting(

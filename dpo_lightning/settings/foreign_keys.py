@@ -255,8 +255,8 @@ KEYS: dict[str, Answer] = {
     "min_epochs": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
     "min_steps": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
     "limit_train_batches": _PARTS,
-    "overfit_batches": _PARTS,
-    "fast_dev_run": _use("debug=limit", "three steps, and nothing logged elsewhere"),
+    "overfit_batches": _use("debug=overfit", "or data.overfit_groups=<groups>"),
+    "fast_dev_run": _use("debug=fast", "three steps, no answers, and nothing logged elsewhere"),
     "barebones": _use("logger=none evaluation.samples=0 checkpoint.every_n_steps=null"),
     # evaluation
     "eval_steps": _same("evaluation.every_n_steps=<steps>"),

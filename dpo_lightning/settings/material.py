@@ -257,6 +257,14 @@ class DataConfig:
         least=0,
         most=1,
     )
+    overfit_groups: int | None = setting(
+        None,
+        "Groups to train on over and over, and to evaluate on, the first ones of data.train: a "
+        "test that a model learns (debug=overfit), with 20 times the default learning rate of LoRA "
+        "or of all weights. null: all.",
+        unit="groups",
+        least=1,
+    )
     num_workers: int = setting(
         0,
         "Processes that prepare batches; 0 prepares them in the run's own.",

@@ -85,3 +85,23 @@ def test_long_runs_log_every_tenth_step(steps, every, expected):
 def test_there_are_ten_evaluations_unless_it_is_said(steps, every, expected):
     found = schedule(groups=101, evaluation__every_n_steps=every, trainer__max_steps=steps)
     assert found.eval_every_n_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate", "reason"),
+    [
+        ({"bundled": True}, 1e-3, "default for the bundled model"),
+        ({}, 5e-7, "default for training all weights"),
+        ({"peft__kind": "lora"}, 5e-6, "default for LoRA"),
+        ({"optimizer__lr": 5e-7}, 5e-7, ""),
+        # Twenty times 5e-7, and of 5e-6; the bundled model learns a few groups as it is.
+        ({"data__overfit_groups": 8}, 1e-5, "20 x the default for training all weights"),
+        ({"data__overfit_groups": 8, "peft__kind": "lora"}, 1e-4, "20 x the default for LoRA"),
+        ({"data__overfit_groups": 8, "bundled": True}, 1e-3, "default for the bundled model"),
+        ({"data__overfit_groups": 8, "optimizer__lr": 1.0}, 1.0, ""),
+    ],
+)
+def test_a_default_learning_rate_has_its_reason(settings: dict, rate: float, reason: str):
+    found = schedule(**settings)
+    assert found.learning_rate == pytest.approx(rate)
+    assert found.learning_rate_of == reason or found.learning_rate_of == f"{reason}, to overfit"
