@@ -53,13 +53,22 @@ class Result:
         seed: The seed.
         step: Optimizer steps completed.
         epoch: Passes over the training groups.
-        metrics: The last value of every metric; None for one that is not finite.
+        exported_step: Step of the weights in ``model/``; None where nothing was exported.
+        selection: ``monitor``, ``best``, ``best_step`` and ``stopped_early``; None where no metric
+            selects checkpoints.
+        resumed: From which checkpoint, at which step, with which changes; None if it began anew.
+        metrics: The last value of every metric; None for one that is not finite. Those of
+            evaluations and answers are of the exported step.
+        signs: Signs of a training that went wrong: ``name``, ``values`` and what it ``says``.
         reference: Rows of the reference: ``rows``, ``computed``, ``cached``.
         throughput: Speeds and wall times.
+        memory: Bytes, as estimated and as measured.
         model: ``name``, ``parameters``, ``trainable``.
         data: Counts of groups, and of what was dropped.
         versions: The versions that ran, by package.
         config_hash: Of what decides the numbers; None where it ended before that was known.
+        settings_hash: Of the settings alone; None where it ended before they were known.
+        basis: Model, reference, rows and judge that the numbers are of.
         command: What repeats it.
     """
 
@@ -72,13 +81,20 @@ class Result:
     seed: int | None = None
     step: int = 0
     epoch: float = 0.0
+    exported_step: int | None = None
+    selection: Mapping[str, Any] | None = None
+    resumed: Mapping[str, Any] | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    signs: Sequence[Mapping[str, Any]] = ()
     reference: Mapping[str, Any] = field(default_factory=dict)
     throughput: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     config_hash: str | None = None
+    settings_hash: str | None = None
+    basis: Mapping[str, Any] = field(default_factory=dict)
     command: str | None = None
 
 

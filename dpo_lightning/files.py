@@ -20,6 +20,9 @@ PRUNING = "pruning"
 
 DIVERGED_FILE = "diverged.json"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+"""Answers at the evaluations of a run, in its folder."""
+
 INTERPOLATION_FILE = "interpolation.json"
 """The frontier of one policy, in its run's folder."""
 

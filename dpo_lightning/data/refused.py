@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_lightning.data.bad_rows import MOST_OF_ONE_CAUSE, BadRow, check_bad_rows
@@ -15,6 +15,14 @@ from dpo_lightning.data.texts import Text
 from dpo_lightning.errors import UserError
 
 _NAMED = 3
+
+Refuse = Callable[[UserError], None]
+"""Takes a reason to stop: it raises, or keeps the reason and lets the rest be looked at."""
+
+
+def stop(error: UserError) -> None:
+    """Raises the reason to stop, as a run does."""
+    raise error
 
 
 def refused_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,13 @@ from typing import Any
 from dpo_lightning.data.held_out import choose_evaluated
 from dpo_lightning.data.lengths import Lengths
 from dpo_lightning.data.records import BadRow, Rows
-from dpo_lightning.data.refused import refused_rows
+from dpo_lightning.data.refused import Refuse, refused_rows, stop
 from dpo_lightning.data.source_names import eval_key
 from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.token_cache import tokenize_once
 from dpo_lightning.data.tokens import DROP_REASONS, TokenGroup, TokenizedGroups
 from dpo_lightning.errors import UserError
-
-Refuse = Callable[[UserError], None]
-"""Takes a reason to stop: it raises, or keeps the reason and lets the rest be looked at."""
-
-
-def stop(error: UserError) -> None:
-    """Raises the reason to stop, as a run does."""
-    raise error
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 
 @dataclass(slots=True)
@@ -101,6 +94,10 @@ class PreparedData:
         """The groups of the first set to evaluate on, which rank trials."""
         return next(iter(self.evaluated_sets().values()))
 
+    def all_evaluated_groups(self) -> list[TokenGroup]:
+        """The groups of all sets to evaluate on."""
+        return [group for groups in self.evaluated_sets().values() for group in groups]
+
     def ranking(self) -> list[TokenGroup]:
         """All groups of the first held-out set."""
         return self.eval[: self._sizes()[0]]
@@ -139,6 +136,7 @@ def prepare_rows(
     key: str = "data.train",
     refuse: Refuse = stop,
     keep_tokens: bool = True,
+    show: ShowPhase = unshown,
 ) -> PreparedData:
     """Tokenizes rows, splits off the evaluation groups, and accounts for what was dropped.
 
@@ -158,6 +156,7 @@ def prepare_rows(
         key: The setting that names the rows of ``train``, for errors.
         refuse: Takes each reason to stop; the rows at fault are left out where it does not raise.
         keep_tokens: False writes nothing into ``cache``.
+        show: Shows how far the tokenizer is.
 
     Raises:
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
@@ -165,18 +164,16 @@ def prepare_rows(
     limits = Lengths(max_length, truncation, positions)
     prepared = PreparedData(train=[], eval=[], notes=[*train.notes])
     tokenize = _Tokenizing(
-        prepared, tokenizer, limits, cache, options, on_bad_row, refuse, keep_tokens
+        prepared, tokenizer, limits, cache, options, on_bad_row, refuse, keep_tokens, show
     )
-    tokenized = tokenize(key, train)
-    prepared.train = tokenized.groups
-    _account(prepared, key, train, tokenized)
-    parts = [(key, train, tokenized)]
+    parts = [(key, train, tokenize(key, train))]
+    prepared.train = parts[0][2].groups
+    _account(prepared, *parts[0])
     if not evaluation:
         _hold_out(prepared, fraction=eval_fraction, seed=split_seed)
     for name, rows in _by_name(evaluation).items():
-        held_out = tokenize(eval_key(name), rows)
-        _add_held_out(prepared, name, rows, held_out)
-        parts.append((eval_key(name), rows, held_out))
+        parts.append((eval_key(name), rows, tokenize(eval_key(name), rows)))
+        _add_held_out(prepared, name, rows, parts[-1][2])
     try:
         _check_dropped(prepared, parts, max_dropped=max_dropped, limits=limits)
     except UserError as error:
@@ -204,6 +201,7 @@ class _Tokenizing:
         on_bad_row: ``stop`` or ``skip``.
         refuse: Takes each reason to stop.
         keep: False writes nothing into the folder.
+        show: Shows how far it is.
     """
 
     prepared: PreparedData
@@ -214,6 +212,7 @@ class _Tokenizing:
     on_bad_row: str
     refuse: Refuse
     keep: bool
+    show: ShowPhase
 
     def __call__(self, key: str, rows: Rows) -> TokenizedGroups:
         """The groups of a source, which ``key`` names."""
@@ -225,6 +224,7 @@ class _Tokenizing:
             folder=self.cache,
             options=self.options,
             keep=self.keep,
+            show=self.show,
         )
         try:
             self.prepared.set_aside += refused_rows(

@@ -24,6 +24,7 @@ from dpo_lightning.data.rows import PreferenceGroup
 from dpo_lightning.data.templates import TemplateOptions
 from dpo_lightning.data.tokens import TokenGroup, TokenizedGroups, tokenize_groups
 from dpo_lightning.files import hold_lock, write_whole
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def tokenize_once(
     folder: Path | None,
     options: TemplateOptions | None = None,
     keep: bool = True,
+    show: ShowPhase = unshown,
 ) -> TokenizedGroups:
     """Turns groups of text into token ids, or finds those of an earlier run.
 
@@ -54,12 +56,18 @@ def tokenize_once(
         folder: Folder of the token ids; None keeps none.
         options: Options of the chat template; None is a template without any.
         keep: False reads the folder and writes nothing into it.
+        show: Shows how far it is.
     """
     options = options or TemplateOptions()
 
     def compute() -> TokenizedGroups:
         return tokenize_groups(
-            groups, tokenizer, max_length=max_length, truncation=truncation, options=options
+            groups,
+            tokenizer,
+            max_length=max_length,
+            truncation=truncation,
+            options=options,
+            show=show,
         )
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -22,6 +22,7 @@ from dpo_lightning.data.lengths import Lengths, Ranked, comparable, shortened
 from dpo_lightning.data.records import PreferenceGroup, Text
 from dpo_lightning.data.rendering import Renderer
 from dpo_lightning.data.templates import TemplateOptions
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 Ids = npt.NDArray[np.int32]
 
@@ -118,6 +119,7 @@ def tokenize_groups(
     truncation: str,
     options: TemplateOptions | None = None,
     chunk: int = 2048,
+    show: ShowPhase = unshown,
 ) -> TokenizedGroups:
     """Turns groups of text into groups of token ids.
 
@@ -129,6 +131,7 @@ def tokenize_groups(
             leading BOS stays) or ``response`` (the responses lose their ends).
         options: Options of the chat template; None is a template without any.
         chunk: Groups handed to the tokenizer at once.
+        show: Shows how far it is.
 
     Returns:
         The token groups that are left, with counts of what was dropped and changed.
@@ -137,13 +140,16 @@ def tokenize_groups(
     writer = _Writer(tokenizer, options or TemplateOptions(), result)
     limits = Lengths(max_length, truncation)
     assemble = _Assembly(tokenizer, limits, result)
-    for start in range(0, len(groups), chunk):
-        part = groups[start : start + chunk]
-        written = writer.write(part, first=start)
-        numbered = [group for group, texts in zip(part, written, strict=True) if texts is not None]
-        texts = [texts for texts in written if texts is not None]
-        for group, own, ids in zip(numbered, texts, _encode(texts, tokenizer), strict=True):
-            assemble(group, own, *ids)
+    with show("tokenizing", total=len(groups), unit="rows") as say:
+        for start in range(0, len(groups), chunk):
+            part = groups[start : start + chunk]
+            written = writer.write(part, first=start)
+            pairs = zip(part, written, strict=True)
+            numbered = [group for group, texts in pairs if texts is not None]
+            texts = [texts for texts in written if texts is not None]
+            for group, own, ids in zip(numbered, texts, _encode(texts, tokenizer), strict=True):
+                assemble(group, own, *ids)
+            say(start + len(part))
     if assemble.shrunk:
         result.notes.append(
             f"in {assemble.shrunk:,} of {len(groups):,} rows the tokenizer merged prompt and "

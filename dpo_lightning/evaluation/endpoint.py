@@ -1,45 +1,30 @@
 """Questions to a language model behind an OpenAI-compatible address. No torch.
 
-A question is tried again after a timeout, a broken connection, 429 and 5xx; what cannot be had is
-counted. The key is read from the environment when questions are sent; it is in no message, no log
-and no file.
+What cannot be had is counted. The key is read from the environment when questions are sent; it is
+in no message, no log and no file.
 """
 
 from __future__ import annotations
 
-import email.utils
 import json
 import logging
-import os
-import random
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.mark_cache import MarkCache, Reply, key_of
-from dpo_lightning.settings.credentials import redact
+from dpo_lightning.evaluation.posting import Poster, PostFailure, Server, open_poster
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.settings.judging import EndpointSettings
 
 log = logging.getLogger(__name__)
 
-MOST_WAIT = 300.0
-"""Seconds beyond which a server's own wish to wait is a refusal."""
-
-_FIRST_WAIT = 0.5
-_LONGEST_BACKOFF = 30.0
-_AGAIN = (408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 _LARGEST_REPLY = 1 << 22
 # Tokens that a chat template of the server's may add to a question.
 _AROUND = 64
 _MILLION = 1_000_000
-# Apart from the generator that data and training may draw from.
-_DICE = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,43 +74,25 @@ Read = Callable[[str], Value | None]
 """The value of a reply's text; None for nonsense."""
 
 
-class _Failure(Exception):
-    """A question that got no reply.
-
-    Args:
-        why: In words.
-        again: True if another attempt may help.
-        wait: Seconds that the server asks to wait.
-    """
-
-    def __init__(self, why: str, *, again: bool, wait: float = 0.0) -> None:
-        super().__init__(why)
-        self.why = why
-        self.again = again
-        self.wait = wait
-
-
 @dataclass(slots=True)
 class _Round:
     """The state of one round of questions, shared by its threads.
 
     Attributes:
-        client: Sends them.
-        key: The endpoint's key, if it takes one.
+        poster: Sends them.
         spent: Counts.
         lock: Held by who counts.
-        stopped: Set where no more is asked.
         refusal: The reason, if the server takes no question at all.
         in_a_row: Questions that failed since one got a reply.
+        done: Questions that are over.
     """
 
-    client: httpx.Client
-    key: str | None
+    poster: Poster
     spent: Spent
     lock: threading.Lock = field(default_factory=threading.Lock)
-    stopped: threading.Event = field(default_factory=threading.Event)
     refusal: str | None = None
     in_a_row: int = 0
+    done: int = 0
 
 
 class Endpoint:
@@ -152,7 +119,7 @@ class Endpoint:
         self._wait = wait
 
     def ask(
-        self, questions: Sequence[JudgeQuestion], read: Read
+        self, questions: Sequence[JudgeQuestion], read: Read, *, show: ShowPhase = unshown
     ) -> tuple[list[Value | None], Spent]:
         """The value of the reply to each question, None where there is none that can be read.
 
@@ -161,6 +128,7 @@ class Endpoint:
         Args:
             questions: In any order.
             read: Reads replies.
+            show: Shows how far it is.
 
         Raises:
             UserError: If the server takes no question at all: no such model, or a wrong key.
@@ -173,7 +141,7 @@ class Endpoint:
         missing = {key: q.text for key, q in different.items() if key not in known}
         if missing:
             log.info("judge: %s", self._bound(list(missing.values()), kept=len(known)))
-            known |= self._ask_all(missing, read, spent)
+            known |= self._ask_all(missing, read, spent, show)
             log.info("judge: %s", self.bill(spent))
         return [known.get(key) for key in keys], spent
 
@@ -229,14 +197,16 @@ class Endpoint:
         before = f" ({kept} more are kept from before)" if kept else ""
         return f"{len(texts)} questions{before}, {self.upper_bound(size, len(texts))}"
 
-    def _ask_all(self, missing: Mapping[str, str], read: Read, spent: Spent) -> dict[str, Value]:
-        settings = self._settings
-        variable = settings.key_variable
-        key = None if variable is None else os.environ.get(variable)
-        limits = httpx.Limits(max_connections=settings.concurrency)
+    def _ask_all(
+        self, missing: Mapping[str, str], read: Read, spent: Spent, show: ShowPhase
+    ) -> dict[str, Value]:
         found: dict[str, Value] = {}
-        with httpx.Client(timeout=settings.timeout, limits=limits) as client:
-            state = _Round(client, key, spent)
+        total = len(missing)
+        with (
+            open_poster(self._server(), self._wait) as poster,
+            show("judging", total=total, unit="questions") as say,
+        ):
+            state = _Round(poster, spent)
 
             def one(item: tuple[str, str]) -> None:
                 reply = self._answer(state, item[1])
@@ -245,31 +215,37 @@ class Endpoint:
                     # Nonsense is asked again another time: it may have been the server's.
                     self._cache.put(item[0], reply)
                     found[item[0]] = value
-                elif reply is not None:
-                    with state.lock:
-                        spent.nonsense += 1
+                with state.lock:
+                    spent.nonsense += reply is not None and value is None
+                    state.done += 1
+                    say(state.done)
 
-            pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
             try:
-                list(pool.map(one, missing.items()))
+                poster.each(one, missing.items())
             finally:
-                state.stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+                spent.requests = poster.requests
         if state.refusal is not None:
             raise UserError(state.refusal)
         return found
 
+    def _server(self) -> Server:
+        settings = self._settings
+        return Server(
+            settings.url,
+            settings.key_variable,
+            settings.timeout,
+            "evaluation.judge_timeout",
+            settings.retries,
+            settings.concurrency,
+            _LARGEST_REPLY,
+        )
+
     def _answer(self, state: _Round, text: str) -> Reply | None:
         """The reply to one question; None where there is none, which is counted."""
         try:
-            content = self._try(state, text)
-        except _Failure as failure:
-            with state.lock:
-                state.spent.failed += 1
-                state.spent.last_error = failure.why
-                state.in_a_row += 1
-                if state.in_a_row >= max(8, self._settings.concurrency):
-                    state.stopped.set()  # there is nobody to ask
+            content = state.poster.post("/chat/completions", self._body(text))
+        except PostFailure as failure:
+            self._count_failure(state, failure)
             return None
         said, counts = _said(content)
         with state.lock:
@@ -277,75 +253,24 @@ class Endpoint:
             state.spent.uncounted += None in counts
             state.spent.tokens_in += counts[0] or 0
             state.spent.tokens_out += counts[1] or 0
-        return Reply(_hidden(said, state.key), *counts)
+        return Reply(state.poster.hidden(said), *counts)
 
-    def _try(self, state: _Round, text: str) -> bytes:
-        """The body of a reply, by as many attempts as are allowed.
-
-        Raises:
-            _Failure: If there is none.
-        """
-        for attempt in range(self._settings.retries + 1):
-            if state.stopped.is_set():
-                raise _Failure(state.spent.last_error or "nothing more was asked", again=False)
-            with state.lock:
-                state.spent.requests += 1
-            try:
-                return self._send(state, text)
-            except _Failure as failure:
-                if not failure.again or attempt == self._settings.retries:
-                    raise
-                backoff = min(_LONGEST_BACKOFF, _FIRST_WAIT * 2**attempt)
-                # Spread, so that those who failed together do not come back together.
-                seconds = max(failure.wait, backoff * _DICE.uniform(0.5, 1.0))
-                (self._wait or state.stopped.wait)(seconds)
-        raise AssertionError("the last attempt returns or raises")  # pragma: no cover
-
-    def _send(self, state: _Round, text: str) -> bytes:
-        headers = {} if state.key is None else {"Authorization": f"Bearer {state.key}"}
-        deadline = time.monotonic() + self._settings.timeout
-        parts: list[bytes] = []
-        try:
-            with state.client.stream(
-                "POST",
-                f"{self._settings.url}/chat/completions",
-                json=self._body(text),
-                headers=headers,
-            ) as response:
-                for part in response.iter_bytes():
-                    parts.append(part)
-                    if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout("the reply did not end")
-                    if sum(map(len, parts)) > _LARGEST_REPLY:
-                        raise _Failure("a reply without end", again=False)
-        except httpx.TimeoutException:
-            raise _Failure(
-                f"no reply within evaluation.judge_timeout={self._settings.timeout:g} s", again=True
-            ) from None
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            why = _hidden(f"{type(error).__name__}: {error}", state.key)
-            raise _Failure(f"{self._settings.url}: {why}", again=True) from None
-        content = b"".join(parts)
-        if response.status_code != 200:
-            raise self._refused(state, response, content)
-        return content
-
-    def _refused(self, state: _Round, response: httpx.Response, content: bytes) -> _Failure:
-        """The failure that a status means; one that holds for all questions ends the round."""
-        status = response.status_code
-        said = _hidden(" ".join(content.decode(errors="replace").split())[:200], state.key)
-        why = f"{self._settings.url} answers {status}{f' ({said})' if said else ''}"
-        remedy = _REMEDIES.get(status)
-        if remedy is not None:
-            with state.lock:
+    def _count_failure(self, state: _Round, failure: PostFailure) -> None:
+        """Counts a failure; one that holds for all questions, and many in a row, end the round."""
+        remedy = _REMEDIES.get(failure.status or 0)
+        with state.lock:
+            state.spent.failed += 1
+            state.spent.last_error = f"{self._settings.url}: {failure.why}"
+            state.in_a_row += 1
+            if remedy is not None:
                 variable = self._settings.key_variable
                 named = "no key was sent" if variable is None else f"the key is that of {variable}"
-                state.refusal = f"evaluation.judge=endpoint: {why}; {remedy.format(key=named)}"
-                state.stopped.set()
-        wait = _retry_after(response.headers.get("Retry-After"))
-        if wait > MOST_WAIT:
-            return _Failure(f"{why} and asks to wait {wait:.0f} s", again=False)
-        return _Failure(why, again=status in _AGAIN, wait=wait)
+                state.refusal = (
+                    f"evaluation.judge=endpoint: {state.spent.last_error}; "
+                    f"{remedy.format(key=named)}"
+                )
+            if remedy is not None or state.in_a_row >= max(8, self._settings.concurrency):
+                state.poster.stop()  # there is nobody to ask
 
     def _body(self, text: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -394,22 +319,3 @@ def _said(content: bytes) -> tuple[str, tuple[int | None, int | None]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "", (None, None)
     return (text if isinstance(text, str) else ""), (first, second)
-
-
-def _hidden(text: str, key: str | None) -> str:
-    """A text without the key, which a server may repeat."""
-    return redact(text if not key else text.replace(key, "[hidden]"))
-
-
-def _retry_after(text: str | None) -> float:
-    """Seconds that a server asks to wait: given as such, or as a date; 0 for none."""
-    if text is None:
-        return 0.0
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

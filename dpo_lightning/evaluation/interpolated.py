@@ -28,6 +28,7 @@ from dpo_lightning.evaluation.sampling import (
     token_divergences,
 )
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 
 def mixed_logps(reference: Tensor, policy: Tensor, lam: float) -> Tensor:
@@ -142,6 +143,7 @@ def draw_mixed(
     batch_size: int,
     seed: int,
     precision: Precision = contextlib.nullcontext,
+    show: ShowPhase = unshown,
 ) -> list[Ids]:
     """Draws an answer to each prompt from the mixed logits, at temperature 1, nothing cut off.
 
@@ -154,6 +156,7 @@ def draw_mixed(
         batch_size: Prompts that are answered at once.
         seed: Of all draws.
         precision: The context to compute in.
+        show: Shows how far it is.
 
     Returns:
         Token ids of each answer, shapes (R,), with the token that ended it, if one did.
@@ -164,7 +167,8 @@ def draw_mixed(
     answers: list[Ids] = [np.zeros(0, dtype=np.int32)] * len(prompts)
     # Prompts of like lengths together: little padding.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with pair.plain(), precision():
+    shown = show("sampling", total=len(order), unit="answers")
+    with pair.plain(), precision(), shown as say:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             ids, mask = left_padded([prompts[i] for i in part], tokenizer.eos_token_id)
@@ -183,6 +187,7 @@ def draw_mixed(
             for i, row in zip(part, ids[:, begun:].cpu().numpy(), strict=True):
                 at = np.isin(row, ends.cpu().numpy()).nonzero()[0]
                 answers[i] = row[: at[0] + 1 if len(at) else len(row)].astype(np.int32)
+            say(start + len(part))
     return answers
 
 

@@ -25,6 +25,7 @@ from dpo_lightning.evaluation.rubric import (
 )
 from dpo_lightning.evaluation.win_rates import of_both_orders, of_marks, why_withheld
 from dpo_lightning.plugins import SCORERS, Prompt, ScoreFunction, find_scorer
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.settings.judging import EndpointSettings, JudgeSettings
 
 Mark = float | None
@@ -58,18 +59,34 @@ class Judge(Protocol):
         """True if an answer alone gets a number."""
 
     def mark(
-        self, prompts: Sequence[Prompt], answers: Sequence[str]
+        self, prompts: Sequence[Prompt], answers: Sequence[str], *, show: ShowPhase = unshown
     ) -> tuple[list[Mark], dict[str, Any]]:
         """The mark of each answer, and counts.
+
+        Args:
+            prompts: Of the answers.
+            answers: Those that are judged.
+            show: Shows how far it is.
 
         Raises:
             UserError: If the judge fails, or gives no marks.
         """
 
     def compare(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        others: Sequence[str],
+        *,
+        show: ShowPhase = unshown,
     ) -> Judged:
         """Verdicts on answers and on others to the same prompts.
+
+        Args:
+            prompts: Of the answers.
+            answers: Those that are judged.
+            others: Those that they are compared with.
+            show: Shows how far it is.
 
         Raises:
             UserError: If the judge fails.
@@ -159,16 +176,24 @@ class MarkingJudge:
         self._function = function
 
     def mark(
-        self, prompts: Sequence[Prompt], answers: Sequence[str]
+        self, prompts: Sequence[Prompt], answers: Sequence[str], *, show: ShowPhase = unshown
     ) -> tuple[list[Mark], dict[str, Any]]:
         """The mark of each answer, and no counts."""
-        return list(self._function(list(prompts), list(answers))), {}
+        with show("judging", total=len(answers), unit="answers") as say:
+            marks: list[Mark] = [*self._function(list(prompts), list(answers))]
+            say(len(answers))
+        return marks, {}
 
     def compare(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        others: Sequence[str],
+        *,
+        show: ShowPhase = unshown,
     ) -> Judged:
         """Marks of both, and the outcomes that they make."""
-        own, other = (self.mark(prompts, texts)[0] for texts in (answers, others))
+        own, other = (self.mark(prompts, texts, show=show)[0] for texts in (answers, others))
         return Judged([of_marks(a, b) for a, b in zip(own, other, strict=True)], own, other)
 
     def forecast(self, prompts: Sequence[Prompt], *, answer_tokens: int) -> str | None:
@@ -182,13 +207,18 @@ class SilentJudge:
     gives_marks = True
 
     def mark(
-        self, prompts: Sequence[Prompt], answers: Sequence[str]
+        self, prompts: Sequence[Prompt], answers: Sequence[str], *, show: ShowPhase = unshown
     ) -> tuple[list[Mark], dict[str, Any]]:
         """A mark of 0 for each answer."""
         return [0.0] * len(answers), {}
 
     def compare(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        others: Sequence[str],
+        *,
+        show: ShowPhase = unshown,
     ) -> Judged:
         """A tie for each answer."""
         return Judged([0.5] * len(answers))
@@ -227,7 +257,7 @@ class EndpointJudge:
         return self._form == "marks"
 
     def mark(
-        self, prompts: Sequence[Prompt], answers: Sequence[str]
+        self, prompts: Sequence[Prompt], answers: Sequence[str], *, show: ShowPhase = unshown
     ) -> tuple[list[Mark], dict[str, Any]]:
         """The mark of each answer, None where the reply had none, and counts.
 
@@ -243,12 +273,18 @@ class EndpointJudge:
             self._question(prompt, {"answer": answer.strip()})
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        values, spent = self._endpoint.ask(asked, partial(read_mark, bounded=self._bounded))
+        read = partial(read_mark, bounded=self._bounded)
+        values, spent = self._endpoint.ask(asked, read, show=show)
         marks = [None if value is None else float(value) for value in values]
         return marks, self._endpoint.facts(spent) | _said_of(spent)
 
     def compare(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        others: Sequence[str],
+        *,
+        show: ShowPhase = unshown,
     ) -> Judged:
         """Marks of both, or each pair in both orders.
 
@@ -256,14 +292,18 @@ class EndpointJudge:
             UserError: If it takes no question.
         """
         if not self.gives_marks:
-            return self._in_both_orders(prompts, answers, others)
-        marks, facts = self.mark([*prompts, *prompts], [*answers, *others])
+            return self._in_both_orders(prompts, answers, others, show)
+        marks, facts = self.mark([*prompts, *prompts], [*answers, *others], show=show)
         own, other = marks[: len(answers)], marks[len(answers) :]
         wins = [of_marks(a, b) for a, b in zip(own, other, strict=True)]
         return Judged(wins, own, other, facts, _notes(wins, facts))
 
     def _in_both_orders(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], others: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        others: Sequence[str],
+        show: ShowPhase,
     ) -> Judged:
         pairs = [
             (place, prompt, one.strip(), two.strip())
@@ -274,7 +314,7 @@ class EndpointJudge:
         orders = [(p, {"first": a, "second": b}) for _, p, a, b in pairs]
         orders += [(p, {"first": b, "second": a}) for _, p, a, b in pairs]
         asked = [self._question(prompt, texts) for prompt, texts in orders]
-        values, spent = self._endpoint.ask(asked, read_verdict)
+        values, spent = self._endpoint.ask(asked, read_verdict, show=show)
         said = [None if value is None else str(value) for value in values]
         wins: list[Mark] = [0.5] * len(answers)
         disagreed = 0

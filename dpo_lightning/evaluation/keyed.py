@@ -18,6 +18,7 @@ from torch import Tensor
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.interpolated import Pair, Stream, mixed_logps
 from dpo_lightning.evaluation.sampling import Precision, left_padded
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 NextLogps = Callable[[Tensor, Tensor], Tensor]
 """From all tokens so far and which of them are used, (B, T) each, to the log-probabilities of the
@@ -159,7 +160,7 @@ def draw_keyed(
     positions: int | None,
     batch_size: int,
     precision: Precision = contextlib.nullcontext,
-    each: Callable[[int], None] = lambda count: None,
+    show: ShowPhase = unshown,
 ) -> list[Ids]:
     """Draws an answer to each prompt.
 
@@ -172,7 +173,7 @@ def draw_keyed(
         positions: Those of the model, which end an answer too; None has no bound.
         batch_size: Prompts that are answered at once.
         precision: The context to compute in.
-        each: Told how many have been answered, batch by batch.
+        show: Shows how far it is.
 
     Returns:
         Token ids of each answer, shapes (R,), with the token that ended it, if one did.
@@ -180,7 +181,8 @@ def draw_keyed(
     answers: list[Ids] = [np.zeros(0, dtype=np.int32)] * len(prompts)
     # Prompts of like lengths together: little padding.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with source.plain(), precision():
+    shown = show("sampling", total=len(order), unit="answers")
+    with source.plain(), precision(), shown as say:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             own = [prompts[i] for i in part]
@@ -188,7 +190,7 @@ def draw_keyed(
             drawn = _batch(source, own, limits, sampling, ends=ends, pad=pad)
             for i, ids in zip(part, drawn, strict=True):
                 answers[i] = ids
-            each(min(start + batch_size, len(order)))
+            say(start + len(part))
     return answers
 
 

@@ -18,6 +18,7 @@ from dpo_lightning.data.tokens import Ids
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded, of_first_rank
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -43,6 +44,7 @@ def answer_prompts(
     batch_size: int,
     seed: int | None,
     precision: Precision = contextlib.nullcontext,
+    show: ShowPhase = unshown,
 ) -> list[Ids]:
     """Answers prompts, many at once.
 
@@ -56,6 +58,7 @@ def answer_prompts(
         seed: Of answers drawn from the model's own distribution, at temperature 1 and with nothing
             cut off; None decodes greedily.
         precision: The context to compute in.
+        show: Shows how far it is.
 
     Returns:
         Token ids of each answer, shapes (R,), with the token that ended it, if one did.
@@ -68,7 +71,8 @@ def answer_prompts(
     # Prompts of like lengths together: little padding.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     devices = [model.device] if model.device.type == "cuda" else []
-    with scorer.plain(model), torch.random.fork_rng(devices=devices), precision():
+    shown = show("sampling", total=len(order), unit="answers")
+    with scorer.plain(model), torch.random.fork_rng(devices=devices), precision(), shown as say:
         if seed is not None:
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
@@ -88,6 +92,7 @@ def answer_prompts(
                 ended = np.isin(row, ends).nonzero()[0]
                 length = ended[0] + 1 if len(ended) else len(row)
                 answers[i] = row[:length].astype(np.int32)
+            say(start + len(part))
     return answers
 
 

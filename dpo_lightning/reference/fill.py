@@ -16,6 +16,7 @@ from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.scoring import Scorer
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.blocks import BlockPlan, Responses, plan_blocks
 from dpo_lightning.reference.cache import Lengths, Logps, ReferenceCache, pieces
 from dpo_lightning.reference.desk import BlockDesk, Handed
@@ -24,12 +25,6 @@ from dpo_lightning.reference.kinds import CachedReference
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Say = Callable[[int], None]
-"""Takes how many responses there are by now."""
-
-Progress = Callable[[int, int], contextlib.AbstractContextManager[Say]]
-"""Shows how far a pass is, of which so many responses are there already, and so many needed."""
 
 
 class Team(Protocol):
@@ -54,22 +49,17 @@ def _nothing() -> None:
     """Checks nothing."""
 
 
-@contextlib.contextmanager
-def _shows_nothing(done: int, total: int) -> Iterator[Say]:
-    yield lambda now: None
-
-
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Eyes on a pass.
 
     Attributes:
         check: Called between blocks; what it raises ends the pass.
-        progress: Shows how far the pass is.
+        show: Shows how far the pass is.
     """
 
     check: Callable[[], None] = _nothing
-    progress: Progress = _shows_nothing
+    show: ShowPhase = unshown
 
 
 _UNWATCHED = Watch()
@@ -219,7 +209,8 @@ def _read_or_compute(
     log.info("computing reference log-probs (cached for later runs)")
     model = computing.load().to(computing.device)
     done = plan.count(values)
-    with contextlib.closing(desk), computing.watch.progress(done, plan.count(needed)) as say:
+    show = computing.watch.show("reference", total=plan.count(needed), unit="responses", done=done)
+    with contextlib.closing(desk), show as say:
         while len(values) < len(needed):
             computing.watch.check()
             handed: Handed = computing.ask(lambda: desk.hand_out(computing.size))

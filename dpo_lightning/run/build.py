@@ -19,6 +19,7 @@ from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.splits import digest_of
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.answer_rows import AnswerRows, Keeper
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
@@ -30,6 +31,7 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
+from dpo_lightning.settings.metric_names import JUDGE_METRIC
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
 from dpo_lightning.training.checkpoints.best import BestCheckpoint
@@ -58,10 +60,13 @@ class Beginning(Callback):
     Args:
         folder: The run's folder.
         resumed: True if the run goes on from a checkpoint.
+
+    Attributes:
+        folder: The run's folder.
     """
 
     def __init__(self, folder: RunFolder, *, resumed: bool) -> None:
-        self._folder = folder
+        self.folder = folder
         self._resumed = resumed
 
     def on_train_batch_end(
@@ -69,8 +74,8 @@ class Beginning(Callback):
     ) -> None:
         """Begins after the first step, and looks after each if the folder is still there."""
         if trainer.is_global_zero:
-            self._folder.check()
-        self._folder.begin(resumed=self._resumed)
+            self.folder.check()
+        self.folder.begin(resumed=self._resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def make_session_callbacks(
         resumed: The checkpoint that the run goes on from.
     """
     # Before all others but that: what they ask at evaluations is no part of the loop's time.
-    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan)
+    samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan, first.folder)
     own: list[Callback] = [first, samples, *(x for x in (curve, answers) if x is not None)]
     own += [SameConfig(config_hash), MetricRows(metrics), throughput]
     own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]
@@ -179,13 +184,18 @@ def _curve(plan: RunPlan, prepared: Prepared) -> ExactCurve | None:
     )
 
 
-def _answers(plan: RunPlan) -> AnswersOnTheWay | None:
+def _answers(plan: RunPlan, keeper: Keeper) -> AnswersOnTheWay | None:
     """Answers at evaluations before the last."""
     course = plan.evaluation.course
     if course is None or not course.samples:
         return None
+    selects = course.selection is not None and course.selection.monitor == JUDGE_METRIC
     return AnswersOnTheWay(
-        count=course.samples, total_steps=plan.schedule.total_steps, seed=plan.seed
+        count=course.samples,
+        total_steps=plan.schedule.total_steps,
+        seed=plan.seed,
+        last_too=selects,
+        rows=AnswerRows(plan.folders.run, keeper),
     )
 
 
@@ -196,7 +206,7 @@ def _best(
     course = plan.evaluation.course
     if course is None or course.selection is None:
         return None
-    groups = [group for own in prepared.data.evaluated_sets().values() for group in own]
+    groups = prepared.data.all_evaluated_groups()
     rows = monitored_rows(course.selection.monitor, course.held_out)
     return BestCheckpoint(
         plan.folders.checkpoints,
@@ -248,7 +258,7 @@ def make_trainer(
             callbacks=callbacks,
             # The module decides when to log, so that an interval's mean is logged.
             log_every_n_steps=1,
-            val_check_interval=schedule.eval_every_n_steps if course is None else course.every,
+            val_check_interval=schedule.total_steps if course is None else course.every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # Lightning's own
@@ -371,7 +381,7 @@ def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> Prefe
     """The data module of prepared groups."""
     return PreferenceDataModule(
         train_groups=prepared.data.train,
-        eval_groups=[g for own in prepared.data.evaluated_sets().values() for g in own],
+        eval_groups=prepared.data.all_evaluated_groups(),
         held_out=None if plan.evaluation.course is None else plan.evaluation.course.held_out,
         batch_size=plan.batches.size,
         micro_batch_tokens=placed.budget.tokens,

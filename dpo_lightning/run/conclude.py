@@ -14,13 +14,15 @@ import torch
 from dpo_lightning.data.splits import group_id
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.answers import Answering, Sampled, evaluate_samples
+from dpo_lightning.evaluation.answers import Answering
+from dpo_lightning.evaluation.drawn import Sampled, evaluate_samples
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.signs import find_signs
 from dpo_lightning.files import METRICS_FILE, write_json
 from dpo_lightning.models.adapters import Adapters
 from dpo_lightning.models.sharding import is_sharded, whole_model
 from dpo_lightning.objectives.closed_form import fit_tabular_policy
+from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.run.card import CardFacts, model_card
 from dpo_lightning.run.export import export_adapter, export_model
 from dpo_lightning.run.findings import gather_facts
@@ -52,6 +54,7 @@ class Trained:
         curve: What is exactly true of the policy at its evaluations; None but for the controlled
             task.
         device: Where to compute.
+        show: Shows how far long phases are.
     """
 
     plan: RunPlan
@@ -61,6 +64,7 @@ class Trained:
     answering: Answering
     curve: ExactCurve | None
     device: torch.device
+    show: ShowPhase
 
 
 def conclude(
@@ -311,4 +315,6 @@ def _export(
             return
         adapters.merge()
         folder = plan.folders.run / "model-merged"
-    export_model(policy, source.tokenizer, folder, config=source.config, card=card)
+    with trained.show("saving", total=1, unit="models") as say:
+        export_model(policy, source.tokenizer, folder, config=source.config, card=card)
+        say(1)

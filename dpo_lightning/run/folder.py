@@ -23,6 +23,7 @@ from dpo_lightning.files import (
     DIVERGED_FILE,
     INTERPOLATION_FILE,
     RESULT_FILE,
+    SAMPLES_FILE,
     read_json,
     stage,
     sync_folder,
@@ -46,7 +47,10 @@ _OUTCOME = (
     *("model", "model-merged"),
 )
 # Its course, which a run that goes on from a checkpoint continues.
-_COURSE = ("metrics.jsonl", RUNGS_FILE, QUARANTINE_FILE, "csv", "tensorboard", "profile")
+_COURSE = (
+    *("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE),
+    *("csv", "tensorboard", "profile"),
+)
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
 _SAVED = ("step-*.ckpt", "step-*.json", ".step-*")
@@ -144,7 +148,14 @@ def find_earlier(folder: Path) -> Earlier | None:
 def _check_kinds(folder: Path) -> None:
     """Refuses a folder in which what a run writes would meet something of another kind."""
     folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
-    files = (RESULT_FILE, DIVERGED_FILE, "evaluation.json", "metrics.jsonl", _SETTINGS)
+    files = (
+        RESULT_FILE,
+        DIVERGED_FILE,
+        "evaluation.json",
+        "metrics.jsonl",
+        SAMPLES_FILE,
+        _SETTINGS,
+    )
     saved = (folder / CHECKPOINTS).glob("step-*")
     for path in (*(folder / name for name in (*files, QUARANTINE_FILE)), *saved):
         if path.is_dir():

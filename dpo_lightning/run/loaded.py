@@ -8,8 +8,8 @@ from dpo_lightning.models.adapter_files import read_adapter
 from dpo_lightning.models.loading import load_config, load_model
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
+from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.opened import Opened
-from dpo_lightning.run.prepare import adapter_settings
 from dpo_lightning.settings.schema import Config
 
 

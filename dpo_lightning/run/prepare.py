@@ -15,13 +15,12 @@ from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
 from dpo_lightning.data.records import write_quarantine
+from dpo_lightning.data.refused import Refuse, stop
 from dpo_lightning.data.splits import (
     PreparedData,
-    Refuse,
     data_hash,
     digest_of,
     prepare_rows,
-    stop,
 )
 from dpo_lightning.evaluation.judges import Judge, SilentJudge, make_judge
 from dpo_lightning.evaluation.scorers import RewardModel
@@ -34,14 +33,15 @@ from dpo_lightning.memory.estimate import (
 )
 from dpo_lightning.memory.hardware import Hardware
 from dpo_lightning.memory.step_memory import StepMemory
-from dpo_lightning.models.adapter_files import AdapterFile, read_adapter
-from dpo_lightning.models.adapters import LoraSettings, count_parameters
+from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.models.config_numbers import config_numbers, numbers_hash
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.models.vocabulary import check_ids
-from dpo_lightning.reference.pair import AdapterSettings, Models, ReferenceSettings, load_models
+from dpo_lightning.processes.phases import ShowPhase, unshown
+from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
+from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.chat import ChatTemplate, choose_template
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import basis_of, config_hash, identity_of
@@ -50,7 +50,7 @@ from dpo_lightning.run.record import RunRecord
 from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.schema import BASE, Config, PeftConfig
+from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.ranks import Ranks
 from dpo_lightning.training.traced import traced_optimizer
 
@@ -99,6 +99,7 @@ def prepare(
     resolved: dict[str, Any],
     record: RunRecord,
     folder: RunFolder,
+    show: ShowPhase,
 ) -> Prepared:
     """Loads models and data, as far as a session needs them before it begins.
 
@@ -112,13 +113,14 @@ def prepare(
         resolved: The settings as plain values.
         record: What is known of the run; filled.
         folder: The run's folder, for the rows that are set aside.
+        show: Shows how far long phases are.
     """
     source = resolve_source(config, hardware)
     threads = set_threads(config, source) or threads
     task = ControlledTask() if rows is None else None
     data = chat = reference_logps = None
     if rows is not None:
-        data, chat = prepare_groups(config, rows, source, tokens)
+        data, chat = prepare_groups(config, rows, source, tokens, show=show)
         _set_aside(rows, data, folder)
     memory = _checked_memory(config, source, hardware)
     models = _load_models(config, source, ranks)
@@ -245,6 +247,7 @@ def prepare_groups(
     key: str = "data.train",
     refuse: Refuse = stop,
     keep_tokens: bool = True,
+    show: ShowPhase = unshown,
 ) -> tuple[PreparedData, ChatTemplate | None]:
     """Token groups of the rows, and the chat template that they went through.
 
@@ -256,6 +259,7 @@ def prepare_groups(
         key: The setting by which the user named ``rows.train``, for errors.
         refuse: Takes each reason to stop that lies in the rows.
         keep_tokens: False writes nothing there.
+        show: Shows how far the tokenizer is.
     """
     chat = choose_template(source.tokenizer, rows, config.data)
     for note in chat.notes if chat else ():
@@ -276,6 +280,7 @@ def prepare_groups(
         key=key,
         refuse=refuse,
         keep_tokens=keep_tokens,
+        show=show,
     )
     data.overfit(config.data.overfit_groups)
     name = f"{source.key}={source.source}"
@@ -307,55 +312,6 @@ def _load_models(config: Config, source: ModelSource, ranks: Ranks | None) -> Mo
         adapters=adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
     )
-
-
-def adapter_settings(config: Config, source: ModelSource) -> AdapterSettings | None:
-    """Adapter settings with their files read; None where all weights are trained."""
-    peft, reference = config.peft, config.reference
-    if peft.kind == "none":
-        return None
-
-    def read(name: str, key: str, revision: str | None) -> AdapterFile:
-        file = read_adapter(name, key=key, revision=revision)
-        if file.base is not None and not _same_place(file.base, source.source):
-            log.info("%s was trained on %s, here on %s", file.name, file.base, source.source)
-        return file
-
-    start: LoraSettings | AdapterFile
-    frozen = None
-    if peft.adapter is None:
-        start = _new_adapter(peft)
-    else:
-        # Where nothing else is said, what the policy starts as is the reference, and not the base.
-        start = frozen = read(peft.adapter, "peft.adapter", peft.revision)
-        if start.dropout != peft.dropout:
-            log.info(
-                "%s was trained with dropout %g, here with peft.dropout=%g",
-                *(start.name, start.dropout, peft.dropout),
-            )
-    if reference.adapter == BASE:
-        frozen = None
-    elif reference.adapter is not None:
-        frozen = read(reference.adapter, "reference.adapter", reference.revision)
-    return AdapterSettings(start=start, reference=frozen, dropout=peft.dropout)
-
-
-def _new_adapter(peft: PeftConfig) -> LoraSettings:
-    return LoraSettings(
-        r=peft.r,
-        alpha=peft.alpha,
-        target_modules=peft.target_modules,
-        rslora=peft.rslora,
-        dora=peft.dora,
-        gaussian=peft.init == "gaussian",
-    )
-
-
-def _same_place(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    paths = Path(one), Path(other)
-    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
 def choose_judge(config: Config, hardware: Hardware, *, judges: bool) -> Judge | None:

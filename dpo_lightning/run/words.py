@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.run.opened import Opened, key_of
+from dpo_lightning.settings.overrides import with_own_names
 from dpo_lightning.settings.program import typed
 
 OF_ROWS = (
@@ -43,16 +44,20 @@ class Grammar:
         command: Its name.
         flags: Flags with a value, such as ``--output``.
         switches: Flags without one, such as ``--json``.
-        settings: Settings, or sections of them.
+        settings: Settings, or sections of them; None: all other words are those of a run.
+        others: What is said of all other settings.
     """
 
     command: str
     flags: Collection[str]
     switches: Collection[str]
-    settings: Collection[str]
+    settings: Collection[str] | None
+    others: str = "all else is what the run was trained with"
 
     def takes(self, key: str) -> bool:
         """True for a setting, or one of a section, that the command takes."""
+        if self.settings is None:
+            return True
         return any(key == own or key.startswith(f"{own}.") for own in self.settings)
 
 
@@ -98,7 +103,7 @@ def read_words(argv: Sequence[str], grammar: Grammar) -> Words:
     settings: list[str] = []
     flags: dict[str, tuple[str, ...]] = {}
     switches: set[str] = set()
-    words = iter(argv)
+    words = iter(with_own_names(argv))
     for word in words:
         name, equals, value = word.partition("=")
         if name in grammar.flags:
@@ -108,6 +113,8 @@ def read_words(argv: Sequence[str], grammar: Grammar) -> Words:
             flags[name] = (*flags.get(name, ()), value)
         elif word in grammar.switches:
             switches.add(word)
+        elif grammar.settings is None:
+            settings.append(word)
         elif not word.startswith("-") and (not equals or Path(word).is_dir()):
             names.append(word)
         elif grammar.takes(key_of(word)) and equals:
@@ -124,8 +131,8 @@ def _refuse(key: str, grammar: Grammar) -> None:
         UserError: Always.
     """
     program = " ".join(typed(grammar.command))
-    there = ", ".join([*grammar.flags, *grammar.switches, *grammar.settings])
-    raise UserError(f"{key}: `{program}` takes {there}; all else is what the run was trained with")
+    there = ", ".join([*grammar.flags, *grammar.switches, *(grammar.settings or ())])
+    raise UserError(f"{key}: `{program}` takes {there}; {grammar.others}")
 
 
 def check_settings(opened: Opened, settings: Sequence[str]) -> None:

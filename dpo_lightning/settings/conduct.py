@@ -244,11 +244,17 @@ class CheckpointConfig:
     every_n_steps: int | None = setting(
         500, "Steps between two checkpoints; null: none but the last.", unit="steps", least=1
     )
-    keep: int = setting(1, "Checkpoints that stay; older ones are removed.", unit="files", least=1)
+    keep: int = setting(
+        1,
+        "Checkpoints that stay: the newest; with checkpoint.monitor the best by it, and the newest "
+        "beside them, from which a run goes on.",
+        unit="files",
+        least=1,
+    )
     last: bool = setting(True, "Save one more checkpoint at the end of the run.")
     monitor: str | None = setting(
         None,
-        "Metric of the evaluations by which the best checkpoint is kept beside the newest, such as "
+        "Metric of the evaluations by which the best checkpoints are kept beside the newest, as "
         "eval/loss, or eval/b/loss of a set in data.eval that ranks no trials; null: the newest "
         "alone.",
         expected="a metric that evaluations measure and that has a better and a worse",
@@ -312,9 +318,9 @@ class EvaluationConfig:
     )
     intermediate_samples: int = setting(
         32,
-        "Answers that the policy draws at each evaluation before the last, for their length and, "
-        "where the reference is in memory, their KL; 0 for none, and none with "
-        "evaluation.samples=0.",
+        "Answers that the policy draws at each evaluation before the last: kept in samples.jsonl, "
+        "measured, and marked where the judge marks answers by themselves; 0 for none, and none "
+        "with evaluation.samples=0.",
         unit="answers",
         least=0,
     )

@@ -5,17 +5,15 @@ A server's key is never a setting: the settings name the variable of the environ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.plugins import OWN_SAMPLERS, SAMPLERS
+from dpo_lightning.settings.addresses import is_http_address, key_problems
 from dpo_lightning.settings.fields import setting
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 # Decided by what is asked.
 _OF_A_REQUEST = (
     *("prompt", "model", "n", "stream", "max_tokens", "temperature", "top_p", "seed"),
@@ -103,15 +101,9 @@ def backend_of(config: GenerationConfig) -> Backend:
 
 def is_backend(value: str) -> bool:
     """True for a value that may name a backend."""
-    if "://" not in value:
-        return value != "" and not value.isspace()
-    try:
-        parts = urlsplit(value)
-        _ = parts.port
-    except ValueError:
-        return False
-    plain = not (parts.query or parts.fragment or "@" in parts.netloc)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+    if "://" in value:
+        return is_http_address(value)
+    return value != "" and not value.isspace()
 
 
 def generation_problems(
@@ -157,20 +149,12 @@ def _server_problems(config: GenerationConfig) -> Iterator[str]:
             f"generation.backend={config.backend} needs the name that its server has the model "
             "by: generation.model=<name>"
         )
-    variable = config.key_variable
-    if variable is None:
-        return
-    if not os.environ.get(variable):
-        yield (
-            f"generation.key_variable={variable}: the environment has no such variable, or it is "
-            "empty; set it there, or leave it out where the server takes no key"
-        )
-    parts = urlsplit(config.backend)
-    if parts.scheme == "http" and parts.hostname not in _LOCAL:
-        yield (
-            f"generation.backend={config.backend}: a key would be sent over an open line; use "
-            "https, or leave generation.key_variable out"
-        )
+    yield from key_problems(
+        address_key="generation.backend",
+        address=config.backend,
+        variable_key="generation.key_variable",
+        variable=config.key_variable,
+    )
 
 
 def check_trainable(backend: Backend, *, answers: int) -> None:

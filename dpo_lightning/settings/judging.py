@@ -7,16 +7,15 @@ it, and its value is read where a question is sent.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dpo_lightning.data.source_names import is_address
 from dpo_lightning.errors import UserError
+from dpo_lightning.settings.addresses import key_problems
 from dpo_lightning.settings.conduct import JUDGE_KINDS, EvaluationConfig
 from dpo_lightning.settings.schema import Config
 
@@ -35,15 +34,16 @@ NOT_IN_MARKS = (
 )
 """Settings of ``evaluation`` that change no mark."""
 
-_ENDPOINT = (
+ENDPOINT_KEYS = (
     *("judge_url", "judge_model", "judge_form", "judge_prompt", "judge_key_variable"),
     *("judge_price", "judge_reply_tokens", "judge_timeout", "judge_retries", "judge_concurrency"),
     "judge_options",
 )
+"""Settings of ``evaluation`` that are of an endpoint."""
+
 _PLACE = re.compile(r"\{(prompt|answer|first|second)\}")
 # What is decided by a question itself.
 _OWN_ENTRIES = ("model", "messages", "stream", "n")
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 _LARGEST_PROMPT = 1 << 20
 
 
@@ -224,7 +224,7 @@ def judge_problems(config: Config) -> Iterator[str]:
             f"evaluation.judge={name} has nothing to judge with evaluation.samples=0; raise that"
         )
     if name != "endpoint":
-        for key in _ENDPOINT:
+        for key in ENDPOINT_KEYS:
             if getattr(evaluation, key) != getattr(default, key):
                 yield (
                     f"evaluation.{key}={getattr(evaluation, key)} is of an endpoint, and "
@@ -241,7 +241,7 @@ def judge_problems(config: Config) -> Iterator[str]:
 
 
 def _endpoint_problems(evaluation: EvaluationConfig) -> Iterator[str]:
-    url, variable = evaluation.judge_url, evaluation.judge_key_variable
+    url = evaluation.judge_url
     if url is None:
         yield (
             "evaluation.judge=endpoint needs its address: "
@@ -249,16 +249,12 @@ def _endpoint_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         )
     if evaluation.judge_model is None:
         yield "evaluation.judge=endpoint needs a model: evaluation.judge_model=<name>"
-    if variable is not None and not os.environ.get(variable):
-        yield (
-            f"evaluation.judge_key_variable={variable}: the environment has no such variable, or "
-            "it is empty; set it there, or leave it out where the endpoint takes no key"
-        )
-    if variable is not None and url is not None and _is_open(url):
-        yield (
-            f"evaluation.judge_url={url}: a key would be sent over an open line; use https, or "
-            "leave evaluation.judge_key_variable out"
-        )
+    yield from key_problems(
+        address_key="evaluation.judge_url",
+        address=url,
+        variable_key="evaluation.judge_key_variable",
+        variable=evaluation.judge_key_variable,
+    )
     for name in _OWN_ENTRIES:
         if name in evaluation.judge_options:
             yield (
@@ -266,11 +262,6 @@ def _endpoint_problems(evaluation: EvaluationConfig) -> Iterator[str]:
                 "itself decides it; leave it out"
             )
     yield from _template_problems(evaluation)
-
-
-def _is_open(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "http" and parts.hostname not in _LOCAL
 
 
 def _template_problems(evaluation: EvaluationConfig) -> Iterator[str]:
@@ -295,17 +286,6 @@ def _template_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         )
 
 
-def is_judge_address(value: str) -> bool:
-    """True for an address that a question can be sent to, without a query or a user in it."""
-    try:
-        parts = urlsplit(value)
-        _ = parts.port
-    except ValueError:
-        return False
-    plain = not (parts.query or parts.fragment or "@" in parts.netloc)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
-
-
 def is_price(value: object) -> bool:
     """True for a price of tokens in and of tokens out."""
     return (
@@ -324,5 +304,5 @@ def hashed_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in evaluation.items() if key not in NOT_IN_MARKS}
     if kept.get("judge") != "endpoint":
         # Settings of what nobody asks.
-        kept = {key: value for key, value in kept.items() if key not in _ENDPOINT}
+        kept = {key: value for key, value in kept.items() if key not in ENDPOINT_KEYS}
     return kept

@@ -49,7 +49,6 @@ _WHOLE_NAMES = {
     "controlled/log_z": NEITHER,
     "controlled/probability_sum": NEITHER,
     # Of answers.
-    "samples/score": LARGER,
     "samples/judge": LARGER,
     "samples/win_rate": LARGER,
     "samples/win_rate_low": LARGER,
@@ -58,7 +57,6 @@ _WHOLE_NAMES = {
     "samples/kl": NEITHER,
     "samples/kl_per_token": NEITHER,
     "samples/length": NEITHER,
-    "samples/reference_score": NEITHER,
     "samples/reference_judge": NEITHER,
     "samples/reference_length": NEITHER,
     "samples/reference_cut_off": NEITHER,
@@ -77,6 +75,9 @@ DURING_TRAINING = (
     "controlled/kl_policy_reference",
 )
 """Exact metrics that each evaluation of the embedded task measures; the others come at the end."""
+
+JUDGE_METRIC = "samples/judge"
+"""Mean mark of answers, which evaluations measure where a judge marks answers by themselves."""
 
 _ERROR = "_stderr"
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
@@ -130,16 +131,21 @@ def direction(metric: str) -> int | None:
     return _OF_RESPONSES.get(name if own is None else name.partition("/")[2])
 
 
-def directed(sets: tuple[str, ...] = (), *, exact: bool = False) -> tuple[str, ...]:
+def directed(
+    sets: tuple[str, ...] = (), *, exact: bool = False, judged: bool = False
+) -> tuple[str, ...]:
     """Metrics that evaluations measure during a training and of which more or less is better.
 
     Args:
         sets: Names of the held-out sets.
         exact: True on the embedded task.
+        judged: True if answers are drawn on the way, and a judge marks them by themselves.
     """
     of_responses = [name for name, better in _OF_RESPONSES.items() if better]
     found = [f"eval/{name}" for name in of_responses]
     found += [f"eval/{own}/{name}" for own in sets for name in of_responses]
     if exact:
         found += [name for name in DURING_TRAINING if direction(name)]
+    if judged:
+        found.append(JUDGE_METRIC)
     return tuple(found)

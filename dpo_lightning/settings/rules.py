@@ -10,9 +10,10 @@ from dpo_lightning.data.dates import is_date
 from dpo_lightning.data.forms import NAMES
 from dpo_lightning.data.source_names import entries, eval_sets
 from dpo_lightning.plugins import READERS, known_optimizers
+from dpo_lightning.settings.addresses import is_http_address
 from dpo_lightning.settings.conduct import PRUNE_METRICS, scales_with_beta
 from dpo_lightning.settings.generation import is_backend
-from dpo_lightning.settings.judging import is_judge_address, is_price
+from dpo_lightning.settings.judging import is_price
 from dpo_lightning.settings.keys import is_import_name, settings
 from dpo_lightning.settings.logger_group import are_loggers
 from dpo_lightning.settings.metric_names import is_set_name
@@ -72,7 +73,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.train": _valid_source,
     "evaluation.judge_key_variable": lambda value: re.fullmatch(r"[A-Za-z_]\w*", value) is not None,
     "evaluation.judge_price": is_price,
-    "evaluation.judge_url": is_judge_address,
+    "evaluation.judge_url": is_http_address,
     "generation.backend": is_backend,
     "logger.name": are_loggers,
     "optimizer.betas": lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_lightning.data.source_names import eval_sets
-from dpo_lightning.settings.metric_names import directed, direction, set_of
+from dpo_lightning.settings.judging import gives_marks
+from dpo_lightning.settings.metric_names import JUDGE_METRIC, directed, direction, set_of
 from dpo_lightning.settings.schema import CheckpointConfig, Config, EvaluationConfig
 
 
@@ -96,7 +97,10 @@ def sampling_problems(config: Config) -> Iterator[str]:
 def _monitor(config: Config, metric: str) -> Iterator[str]:
     """Yields why a metric selects nothing."""
     data, sets = config.data, set_names(config)
-    possible = directed(sets, exact=data.train is None)
+    evaluation = config.evaluation
+    drawn = bool(evaluation.samples and evaluation.intermediate_samples)
+    judged = drawn and gives_marks(evaluation)
+    possible = directed(sets, exact=data.train is None, judged=judged)
     key = f"checkpoint.monitor={metric}"
     known = direction(metric)
     own = set_of(metric)
@@ -125,6 +129,12 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
         yield (
             f"{key} is known of the embedded task alone; use checkpoint.monitor={possible[0]}, one "
             f"of {names}"
+        )
+    elif metric == JUDGE_METRIC and not judged:
+        yield (
+            f"{key} needs a judge that marks answers, and answers to mark: set evaluation.judge= "
+            "(an endpoint with evaluation.judge_form=marks), evaluation.samples= and "
+            "evaluation.intermediate_samples="
         )
     elif metric not in possible:
         yield (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from rich.console import Console
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.logger_group import chosen_loggers
-from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.trials import SweepFacts, Trial
 from dpo_lightning.sweeps.view import show_end
 from dpo_lightning.tracking.logger_settings import logger_settings
@@ -63,9 +61,11 @@ def _resume(sweep: SweepFacts) -> str:
 
 def _report(sweep: SweepFacts) -> bool:
     # Here, because drawing takes a second to import.
+    from dpo_lightning.sweeps.report.content import report_command
     from dpo_lightning.sweeps.report.write import write_report
 
-    again = shlex.join([*typed("report"), str(sweep.folder)])
+    rule = {"metric": sweep.metric, "margin": sweep.margin, "kl_budget": sweep.kl_budget}
+    again = report_command(str(sweep.folder), rule)
     try:
         report = write_report(
             sweep.folder, metric=sweep.metric, margin=sweep.margin, kl_budget=sweep.kl_budget

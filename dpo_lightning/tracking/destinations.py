@@ -449,7 +449,7 @@ _COLUMNS = (
 _SHORT = {
     "accuracy": ("eval/rewards/accuracies",),
     "margin": ("eval/logratios/margins",),
-    "reward": ("controlled/expected_reward", "samples/judge", "samples/score"),
+    "reward": ("controlled/expected_reward", "samples/judge"),
     "kl": ("controlled/kl_policy_reference", "samples/kl"),
 }
 """Short names of what a plot over runs shows, and the metrics that they are the first of."""

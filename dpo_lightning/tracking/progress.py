@@ -1,25 +1,28 @@
-"""Throughput, metrics, and progress of a training and of a reference pass."""
+"""Throughput, metrics, and progress of a training."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich import get_console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from dpo_lightning.tracking.loggers import JsonlLogger
+from dpo_lightning.tracking.phases import bar_width
 
 log = logging.getLogger(__name__)
 
-# How often a log has a line of a reference pass.
-_SAY_SECONDS = 60.0
+_TRAINING = "training"
+# Columns from which on a terminal has room for all numbers.
+_WIDE = 100
+# How often a log has a line of a long evaluation.
+_SAY_SECONDS = 30.0
 
 
 class Throughput(Callback):
@@ -128,22 +131,60 @@ class MetricRows(Callback):
             self.on_train_start(trainer, pl_module)
 
 
+class _Numbers(ProgressColumn):
+    """Numbers of the training beside its bar, cut where the line ends.
+
+    Attributes:
+        text: The numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True, overflow="crop"))
+        self.text = ""
+
+    def render(self, task: Task) -> Text:
+        """The numbers, of the training alone."""
+        return Text(self.text if task.description == _TRAINING else "", style="italic")
+
+
 class Progress(RichProgressBar):
-    """Lightning's progress bar, which shows the run as one pass of steps."""
+    """Lightning's progress bar, which shows the run as one pass of steps, on one line.
+
+    Args:
+        throughput: Knows the speed.
+    """
 
     def __init__(self, throughput: Throughput) -> None:
         super().__init__(leave=True)
         self._throughput = throughput
+        self._numbers = _Numbers()
+        self._is_wide = True
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
+        return _TRAINING
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Columns that fit on the terminal's line: a narrow one has shorter words."""
+        width = get_console().width
+        self._is_wide = width >= _WIDE
+        self._numbers = _Numbers()
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width(width, beside=70 if self._is_wide else 54)),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(compact=True),
+            self._numbers,
+        ]
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-        """Loss, accuracy and pairs per second."""
+        """Nothing for a column of Lightning's; loss, accuracy and speed stand in our own."""
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        metrics["pairs/s"] = f"{self._throughput.pairs_per_second:.1f}"
-        return metrics
+        names = {"loss": "loss", "accuracy": "accuracy" if self._is_wide else "acc"}
+        parts = [f"{names[key]} {metrics[key]:.3f}" for key in names if key in metrics]
+        if self._is_wide:
+            parts.append(f"{self._throughput.pairs_per_second:.1f} pairs/s")
+        self._numbers.text = " ".join(parts)
+        return {}
 
 
 class LogProgress(Callback):
@@ -154,6 +195,7 @@ class LogProgress(Callback):
         self._total = total_steps
         self._every = max(1, total_steps // 20)
         self._first: int | None = None
+        self._said = 0.0
 
     def on_train_batch_end(
         self,
@@ -182,61 +224,22 @@ class LogProgress(Callback):
             left,
         )
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the start of an evaluation."""
+        self._said = time.monotonic()
 
-class PassProgress:
-    """Progress of a reference pass: a bar on a terminal, else a line of the log now and then.
-
-    Args:
-        console: The terminal of a bar; None: there is none.
-    """
-
-    def __init__(self, console: Console | None) -> None:
-        self._console = console
-
-    @contextlib.contextmanager
-    def __call__(self, done: int, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a pass.
-
-        Args:
-            done: Responses that are there already.
-            total: All that are needed.
-
-        Yields:
-            Takes how many there are by now.
-        """
-        if self._console is None:
-            yield _PassLines(done, total).say
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("responses"),
-            TimeRemainingColumn(),
-        )
-        with RichProgress(*columns, console=self._console) as bar:
-            task = bar.add_task("reference", total=total, completed=done)
-            yield lambda now: bar.update(task, completed=now)
-
-
-class _PassLines:
-    """Lines of a pass.
-
-    Args:
-        begun: Responses that were there before.
-        total: All that are needed.
-    """
-
-    def __init__(self, begun: int, total: int) -> None:
-        self._begun = begun
-        self._total = total
-        self._start = self._said = time.monotonic()
-
-    def say(self, done: int) -> None:
-        """Logs a line, if the last one is long ago."""
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Logs a line of an evaluation that takes long."""
         now = time.monotonic()
-        if now - self._said < _SAY_SECONDS or done in (self._begun, self._total):
-            return
-        self._said = now
-        left = (now - self._start) / (done - self._begun) * (self._total - done)
-        log.info("reference: %d of %d responses, %ds left", done, self._total, left)
+        if now - self._said >= _SAY_SECONDS:
+            self._said = now
+            batches = trainer.num_val_batches[dataloader_idx]
+            log.info("evaluation: batch %d of %d", batch_idx + 1, batches)

@@ -18,7 +18,7 @@ _OVERFIT_FACTOR = 20
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Number of steps, warmup, intervals of logging and evaluation, peak learning rate.
+    """Number of steps, warmup, interval of logging, peak learning rate.
 
     Attributes:
         learning_rate_of: Reason of a learning rate that nobody set; empty where somebody did.
@@ -27,7 +27,6 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     log_every_n_steps: int
-    eval_every_n_steps: int
     learning_rate: float
     learning_rate_of: str = ""
 
@@ -56,7 +55,6 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
         total_steps=total,
         warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
         log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
-        eval_every_n_steps=config.evaluation.every_n_steps or math.ceil(total / 10),
         learning_rate=learning_rate,
         learning_rate_of=reason,
     )

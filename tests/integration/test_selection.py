@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -106,6 +107,37 @@ def test_each_metric_that_runs_write_has_a_direction(best: Run, tmp_path):
     assert row["step"] == 1
     assert row["samples/length"] > 0
     assert abs(row["samples/kl"]) < 1
+    kept = [json.loads(line) for line in (rich.folder / "samples.jsonl").read_text().splitlines()]
+    assert [own["step"] for own in kept] == [1, 1]
+    # Shorter answers are better.
+    assert [own["judge"] for own in kept] == [-len(own["answer"]) for own in kept]
+    assert row["samples/judge"] == sum(own["judge"] for own in kept) / 2
+
+
+def test_a_judge_selects_and_a_run_that_goes_on_has_the_same_answers(tmp_path):
+    """Of 3 steps each is evaluated, the last one too, whose weights are the second checkpoint's."""
+    words = (
+        *TINY[:3], "trainer.max_steps=3", "trainer.threads=1", "evaluation.every_n_steps=1",
+        "evaluation.samples=4", "evaluation.partition_samples=0", "checkpoint.every_n_steps=2",
+        "evaluation.intermediate_samples=2", "plugins=[tests.support.marks]", "logger=none",
+        "evaluation.judge=brevity", "checkpoint.monitor=samples/judge", "checkpoint.keep=3",
+    )  # fmt: skip
+    run = run_train(tmp_path / "run", *words)
+    assert run.code == 0
+    rows = (run.folder / "samples.jsonl").read_bytes()
+    means = {row["step"]: row["samples/judge"] for row in run.rows if "samples/judge" in row}
+    assert [*means] == [1, 2, 3]
+    selection = run.result["selection"]
+    assert selection["best"] == max(means.values())
+    assert means[selection["best_step"]] == selection["best"]
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    saved = copy / "checkpoints" / checkpoint(run, 2).name
+    again = run_train(copy, *words, f"resume={saved}", "overwrite=true")
+    assert again.code == 0
+    assert again.result["resumed"]["step"] == 2
+    assert (copy / "samples.jsonl").read_bytes() == rows
+    assert again.result["selection"] == selection
 
 
 def test_the_first_set_ranks_and_another_selects(shared, tmp_path):

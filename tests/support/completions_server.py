@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any], int], tuple[int, Any]]
-"""From a body and the number of the request to a status and what is sent, JSON or bytes."""
+Answer = Callable[[dict[str, Any], int], tuple[Any, ...]]
+"""From a body and the number of the request to a status, what is sent (JSON, bytes, or an iterator
+of bytes, which is sent as it comes), and headers if there are more."""
 
 
 @dataclass
@@ -35,9 +36,17 @@ def completions(answer: Answer) -> Iterator[Sent]:
                 sent.paths.append(self.path)
                 sent.bodies.append(body)
                 sent.keys.append(self.headers.get("Authorization"))
-            status, found = answer(body, number)
-            content = found if isinstance(found, bytes) else json.dumps(found).encode()
+            status, found, *more = answer(body, number)
             self.send_response(status)
+            for name, value in (more[0] if more else {}).items():
+                self.send_header(name, value)
+            if isinstance(found, Iterator):
+                self.end_headers()  # its end is that of the connection
+                with contextlib.suppress(OSError):  # it may have hung up
+                    for part in found:
+                        self.wfile.write(part)
+                return
+            content = found if isinstance(found, bytes) else json.dumps(found).encode()
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -75,6 +75,9 @@ def test_a_run_comes_to_a_result(result):
     assert result.folder.name.endswith("mine")
     written = json.loads((result.folder / "result.json").read_text())
     assert result.metrics == written["metrics"]
+    for name, value in written.items():
+        assert getattr(result, name) == value, name
+    assert (result.exported_step, result.resumed, result.selection) == (2, None, None)
     assert 0 < result.metrics["train/loss"] < 5
     assert result.data["train_groups"] == 96
     assert result.model["trainable"] == 74_624

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 import dpo_lightning
 from dpo_lightning.preflight import _taken_out
-from dpo_lightning.run.inspect.command import read_words
+from dpo_lightning.run.inspect.command import read_asked
 from tests.support.pages import check_command_of_page
 from tests.support.runs import ROOT
 
@@ -230,7 +230,7 @@ def test_every_command_of_the_readme_composes_and_validates(command: str, tmp_pa
     else:
         assert words[0] == "python" or words[1] in ("train", "preflight", "inspect")
         _, words = _taken_out("--gib", words)
-        words = [*read_words(words[2:]).settings] if words[1] == "inspect" else words[2:]
+        words = [*read_asked(words[2:]).settings] if words[1] == "inspect" else words[2:]
     check_command_of_page(words, tmp_path, monkeypatch)
 
 

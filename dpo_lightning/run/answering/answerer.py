@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.models.loading import max_positions, stated_ends
 from dpo_lightning.models.source import set_chat_template
 from dpo_lightning.plugins import SampleRequest
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.run.answering.subject import AnsweringPolicy
 from dpo_lightning.run.inputs import prefer_cache_without_network
 from dpo_lightning.run.interpolate.experiment import precision_of
@@ -33,9 +34,6 @@ from dpo_lightning.run.prepare import resolve_source, set_threads
 from dpo_lightning.training.devices import take_device
 
 log = logging.getLogger(__name__)
-
-Told = Callable[[int], None]
-"""Told how many prompts have been answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +137,12 @@ class Answerer:
         return Sampling(sampling.temperature, sampling.top_p, longest, sampling.seed)
 
     def answer(
-        self, prompts: Sequence[Ids], sampling: Sampling, *, lam: float, told: Told
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        *,
+        lam: float,
+        show: ShowPhase = unshown,
     ) -> list[DrawnAnswer]:
         """Answers prompts.
 
@@ -147,7 +150,7 @@ class Answerer:
             prompts: Token ids of each.
             sampling: How they are drawn.
             lam: Place of what answers: 0 is the reference, 1 the policy.
-            told: Told of how many, batch by batch.
+            show: Shows how far it is.
 
         Raises:
             UserError: If another backend than transformers fails.
@@ -166,7 +169,7 @@ class Answerer:
             positions=self._positions,
             batch_size=self._subject.config.evaluation.batch_size,
             precision=precision_of(self._hardware),
-            each=told,
+            show=show,
         )
         return [self._answer(ids, ends) for ids in drawn]
 

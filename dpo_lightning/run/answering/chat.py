@@ -13,6 +13,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.run.answering.draws import DRAW_FLAGS, read_at_beta, read_draws
 from dpo_lightning.run.answering.subject import OF_ANSWERS, AnsweringPolicy, subject_of
 from dpo_lightning.run.beta_path import place_of
+from dpo_lightning.run.framed import answer_alone, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import open_named
 from dpo_lightning.run.words import Grammar, Words, read_words
@@ -81,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("chat"))))
+    if said_help(argv, _HELP, "chat"):
         return 0
     words = read_words(argv, _GRAMMAR)
     if len(words.names) != 1:
@@ -94,7 +94,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"--prompts {mode}: it is chat or text")
     draws = read_draws(words, _LONGEST)
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         subject, speakers = _speakers(words)
         # Here, because they import torch: by now every setting is checked.
         from dpo_lightning.evaluation.keyed import Sampling
@@ -174,9 +174,7 @@ class Talk:
         prompts = self._answerer.encode([question for _, _, question in asked])
         found = []
         for (speaker, turn, _), ids in zip(asked, prompts, strict=True):
-            [answer] = self._answerer.answer(
-                [ids], self._sampling, lam=speaker.lam, told=lambda count: None
-            )
+            [answer] = self._answerer.answer([ids], self._sampling, lam=speaker.lam)
             found.append((speaker, turn, answer.text))
         for speaker, turn, text in found:
             if self._keeps:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_lightning.data.columns import column_values
 from dpo_lightning.errors import OutOfMemoryError, UserError
-from dpo_lightning.files import finite, write_json
-from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.framed import (
+    answer_alone,
+    check_output,
+    print_answer,
+    said_help,
+    write_answer,
+)
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import Opened, compose_opened, key_of, names_rows, open_named
 from dpo_lightning.run.words import (
@@ -69,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("evaluate"))))
+    if said_help(argv, _HELP, "evaluate"):
         return 0
     words = read_words(argv, _GRAMMAR)
     if len(words.names) != 1:
@@ -78,18 +80,14 @@ def _main(argv: list[str]) -> int:
         said = ", ".join(words.names) or "no folder"
         raise UserError(f"{said}: name one policy, `{program} outputs/runs/<run>`")
     output = words.one("--output")
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         opened = open_named(words.names[0], reference=words.one("--reference"))
         if output is not None:
             check_output(Path(output), opened)
         found = _evaluate(opened, words)
         if output is not None:
             write_answer(Path(output), found)
-    if "--json" in words.switches:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        _show(found)
+    print_answer(found, as_json="--json" in words.switches, show=_show)
     return 0
 
 
@@ -139,9 +137,10 @@ def measured(opened: Opened, config: Config, settings: Sequence[str]) -> Evaluat
     import torch
 
     from dpo_lightning.run.evaluate.measure import evaluate
+    from dpo_lightning.tracking.phases import Phases
 
     try:
-        return evaluate(opened, config, rows_named=names_rows(settings))
+        return evaluate(opened, config, rows_named=names_rows(settings), show=Phases.on_stderr())
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             "the device's memory does not suffice: lower evaluation.batch_size= or "
@@ -267,39 +266,6 @@ def _notes(opened: Opened, config: Config, settings: Sequence[str]) -> list[str]
             "(evaluation.max_prompts)."
         )
     return notes
-
-
-def check_output(path: Path, opened: Opened, *, flag: str = "--output") -> None:
-    """Refuses a file that could not be written, or that would change a run's folder.
-
-    Args:
-        path: The file.
-        opened: The policy.
-        flag: The flag that named it.
-
-    Raises:
-        UserError: If it is such a one.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{flag} {path}: needs a file in a folder that is there")
-    folder = opened.run or Path(opened.weights or "")
-    if folder.is_dir() and folder.resolve() in path.resolve().parents:
-        raise UserError(
-            f"{flag} {path}: the folder of what is evaluated stays as it is; name a file outside "
-            "of it"
-        )
-
-
-def write_answer(path: Path, found: Mapping[str, Any]) -> None:
-    """Writes an answer to a file of the user's, whole or not at all.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    try:
-        write_json(path, found)
-    except OSError as error:
-        raise UserError(disk_fault(error) or f"{error.filename}: {error.strerror}") from error
 
 
 # Shown ------------------------------------------------------------------------------------------

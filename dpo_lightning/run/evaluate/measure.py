@@ -7,7 +7,7 @@ and draws are the run's own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dpo_lightning.memory.peaks import bound_product_caches
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.models.master_weights import cast_parameters
 from dpo_lightning.objectives.betas import BetaPlan
+from dpo_lightning.processes.phases import Say, ShowPhase, unshown
 from dpo_lightning.reference.fill import Watch
 from dpo_lightning.run.build import make_trainer
 from dpo_lightning.run.conclude import draw_answers, exact_metrics, kl_facts
@@ -46,7 +47,6 @@ from dpo_lightning.run.prepare import (
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.tracking.progress import PassProgress
 from dpo_lightning.tracking.quiet import hide_warnings, quiet_loggers
 from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.devices import take_device
@@ -80,13 +80,16 @@ class Evaluation:
     max_length: int
 
 
-def evaluate(opened: Opened, config: Config, *, rows_named: bool) -> Evaluation:
+def evaluate(
+    opened: Opened, config: Config, *, rows_named: bool, show: ShowPhase = unshown
+) -> Evaluation:
     """Measures a policy on held-out rows.
 
     Args:
         opened: The policy.
         config: Its settings, from :func:`~dpo_lightning.run.opened.compose_opened`.
         rows_named: True if rows of their own are all held out; else those that the run held out.
+        show: Shows how far long phases are.
 
     Raises:
         UserError: If there are no held-out rows, or data and models are gone.
@@ -102,13 +105,13 @@ def evaluate(opened: Opened, config: Config, *, rows_named: bool) -> Evaluation:
     if hardware.kind == "cpu":
         bound_product_caches()
     prefer_cache_without_network(config)
-    prepared = _prepare(opened, config, hardware, rows_named=rows_named)
+    prepared = _prepare(opened, config, hardware, rows_named=rows_named, show=show)
     if not prepared.data.eval:
         raise UserError(
             f"run={opened.name}: it held out no rows; name some with data.eval=<file or hub id>"
         )
     plan = _plan(config, hardware, prepared)
-    return _measure(plan, prepared, _beta_of(opened, plan.learning.beta))
+    return _measure(plan, prepared, _beta_of(opened, plan.learning.beta), show)
 
 
 def _on_one_device(config: Config) -> Config:
@@ -133,7 +136,9 @@ def _beta_of(opened: Opened, beta: BetaPlan) -> float:
 # Models and data --------------------------------------------------------------------------------
 
 
-def _prepare(opened: Opened, config: Config, hardware: Hardware, *, rows_named: bool) -> Prepared:
+def _prepare(
+    opened: Opened, config: Config, hardware: Hardware, *, rows_named: bool, show: ShowPhase
+) -> Prepared:
     source = resolve_source(config, hardware)
     threads = set_threads(config, source) or torch.get_num_threads()
     data, chat = None, None
@@ -147,10 +152,10 @@ def _prepare(opened: Opened, config: Config, hardware: Hardware, *, rows_named: 
     tokens = choose_folders(config, Path.cwd()).tokens
     if rows is not None and rows_named:
         whole = replace(config, data=replace(config.data, eval_fraction=0.0, overfit_groups=None))
-        data, chat = prepare_groups(whole, rows, source, tokens, key="data.eval")
+        data, chat = prepare_groups(whole, rows, source, tokens, key="data.eval", show=show)
         data.train, data.eval = [], data.train
     elif rows is not None:
-        data, chat = prepare_groups(config, rows, source, tokens)
+        data, chat = prepare_groups(config, rows, source, tokens, show=show)
     models = load_opened(
         opened,
         config,
@@ -199,7 +204,7 @@ def _plan(config: Config, hardware: Hardware, prepared: Prepared) -> RunPlan:
 # Measuring --------------------------------------------------------------------------------------
 
 
-def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
+def _measure(plan: RunPlan, prepared: Prepared, beta: float, show: ShowPhase) -> Evaluation:
     metrics: dict[str, float] = {}
     if prepared.task is not None:
         # Of the weights as they are exported; what follows is of those that are computed with.
@@ -209,14 +214,15 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
     prepared.models.scorer.choose_kernel(
         placed.device, placed.computation.dtype(prepared.source.dtype)
     )
-    prepared = with_reference(plan, prepared, placed, watch=Watch(lambda: None, PassProgress(None)))
+    prepared = with_reference(plan, prepared, placed, watch=Watch(lambda: None, show))
     policy = prepared.models.policy
     if placed.computation.master_dtype is not None:
         cast_parameters(policy, placed.computation.master_dtype)
     policy = policy if prepared.source.quantization is not None else policy.to(placed.device)
     policy.eval()
-    measured, items = _groups(plan, prepared, placed, beta)
+    measured, items = _groups(plan, prepared, placed, beta, show)
     asked, answering = choose_answering(plan, prepared, placed.computation)
+    answering = replace(answering, show=show)
     sampled = draw_answers(plan, prepared, asked, answering, placed.device)
     if sampled.failure is not None:
         log.warning("the answers are not judged: %s", redact(" ".join(sampled.failure.split())))
@@ -234,7 +240,7 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float) -> Evaluation:
 
 
 def _groups(
-    plan: RunPlan, prepared: Prepared, placed: Placed, beta: float
+    plan: RunPlan, prepared: Prepared, placed: Placed, beta: float, show: ShowPhase
 ) -> tuple[dict[str, float], GroupItems]:
     """Metrics of the held-out sets, and the groups of the first one by one."""
     sets = prepared.data.evaluated_sets()
@@ -242,7 +248,7 @@ def _groups(
     metrics: dict[str, float] = {}
     first: GroupItems | None = None
     for number, groups in enumerate(sets.values()):
-        measured, items = _set(plan, prepared, placed, beta, groups)
+        measured, items = _set(plan, prepared, placed, beta, groups, show)
         first = first or items
         for beginning in held_out.metrics_of(number):
             metrics |= {f"{beginning}{name}": value for name, value in measured.items()}
@@ -251,7 +257,12 @@ def _groups(
 
 
 def _set(
-    plan: RunPlan, prepared: Prepared, placed: Placed, beta: float, groups: Sequence[TokenGroup]
+    plan: RunPlan,
+    prepared: Prepared,
+    placed: Placed,
+    beta: float,
+    groups: Sequence[TokenGroup],
+    show: ShowPhase,
 ) -> tuple[dict[str, float], GroupItems]:
     models = prepared.models
     scorer, reference = models.scorer, models.reference
@@ -267,9 +278,10 @@ def _set(
         gathers=scorer.gathers,
     )
     objective = plan.learning.objective
-    with placed.context():
+    shown = show("evaluation", total=len(steps), unit="batches")
+    with placed.context(), shown as say:
         return measure_groups(
-            (steps[number] for number in range(len(steps))),
+            _told(steps, say),
             count=len(groups),
             objective=objective,
             logps=lambda batch: batch_logps(
@@ -282,3 +294,10 @@ def _set(
             device=placed.device,
             betas=(beta, plan.beta),
         )
+
+
+def _told(steps: EvalSteps, say: Say) -> Iterator[Any]:
+    """The batches of an evaluation; each is told when it is over."""
+    for number in range(len(steps)):
+        yield steps[number]
+        say(number + 1)

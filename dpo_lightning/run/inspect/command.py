@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import finite
 from dpo_lightning.plugins import load_plugins
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
+from dpo_lightning.run.words import Grammar, read_words
 from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.program import typed
@@ -34,6 +33,7 @@ nothing is written but FILE.
 The settings are those of `{train}`. Exit code 2: they are wrong, or the run would stop for the
 rows or the memory; the answer is printed all the same where there is something to look at."""
 
+_GRAMMAR = Grammar("inspect", flags=("--html", "--group"), switches=("--json",), settings=None)
 _OUTPUTS = Path("outputs")
 
 
@@ -67,13 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        program, train = " ".join(typed("inspect")), " ".join(typed())
-        print(_HELP.format(program=program, train=train))
+    if said_help(argv, _HELP, "inspect", train="train"):
         return 0
-    asked = read_words(argv)
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    asked = read_asked(argv)
+    with answer_alone():
         found = _inspect(asked)
     # Here, because it takes a moment that a wrong setting need not wait for.
     from dpo_lightning.run.inspect.content import parts_of
@@ -83,39 +80,25 @@ def _main(argv: list[str]) -> int:
     if asked.page is not None:
         command = redact(shlex.join([*typed("inspect"), *argv]))
         write_page(asked.page, parts_of(found), command=command)
-    if asked.as_json:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        show(parts_of(found))
+    print_answer(found, as_json=asked.as_json, show=lambda own: show(parts_of(own)))
     if found["refused"]:
         raise UserError(found["refused"][0])
     return 0
 
 
-def read_words(argv: Sequence[str]) -> Asked:
+def read_asked(argv: Sequence[str]) -> Asked:
     """The words that were typed, in any order.
 
     Raises:
         UserError: If a flag has no value, or a wrong one.
     """
-    flags: dict[str, str] = {}
-    settings: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--html", "--group"):
-            flags[name] = value if equals else next(words, "")
-        elif word != "--json":
-            settings.append(word)
-    page = flags.get("--html")
-    if page == "":
-        raise UserError("--html: needs the name of a file, such as --html rows.html")
-    number = flags.get("--group")
+    words = read_words(argv, _GRAMMAR)
+    page, number = words.one("--html"), words.one("--group")
     if number is not None and not (number.isascii() and number.isdigit() and int(number)):
         raise UserError(f"--group {number}: needs a whole number from 1 on, such as --group 1")
     return Asked(
-        tuple(settings),
-        as_json="--json" in argv,
+        words.settings,
+        as_json="--json" in words.switches,
         page=None if page is None else Path(page).expanduser(),
         number=None if number is None else int(number),
     )

@@ -237,6 +237,8 @@ def _plan(found: Mapping[str, Any]) -> Iterator[Fact]:
         f"{plan['steps']:,} of {plan['batch_size']:,} groups ({epochs}), "
         f"{plan['warmup_steps']:,} warm-up, learning rate {plan['learning_rate']:g}",
     )
+    if plan["evaluations"] is not None:
+        yield Fact("evaluation", plan["evaluations"]["says"])
     yield Fact("tokens a step", _spread(plan["tokens_per_step"]))
     yield Fact(
         "micro-batches",

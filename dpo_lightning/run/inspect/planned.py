@@ -11,8 +11,10 @@ import torch
 
 from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
 from dpo_lightning.data.packing import plan_step
+from dpo_lightning.data.refused import Refuse
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.errors import UserError
 from dpo_lightning.memory.budget import Budget, Room, memory_of
 from dpo_lightning.memory.estimate import (
     MemoryEstimate,
@@ -26,6 +28,7 @@ from dpo_lightning.memory.lengths import GroupLengths
 from dpo_lightning.models.loading import meta_model
 from dpo_lightning.models.probe import known_unshared
 from dpo_lightning.models.source import ModelSource
+from dpo_lightning.run.evaluations import EvaluationCourse, plan_evaluations
 from dpo_lightning.run.inspect.speed import Workload, estimated_time
 from dpo_lightning.run.plan import LearningPlan, learning_plan
 from dpo_lightning.settings.schema import Config
@@ -54,7 +57,13 @@ class Planned:
 
 
 def plan_run(
-    config: Config, source: ModelSource, hardware: Hardware, data: PreparedData, *, outputs: Path
+    config: Config,
+    source: ModelSource,
+    hardware: Hardware,
+    data: PreparedData,
+    *,
+    outputs: Path,
+    refuse: Refuse,
 ) -> Planned:
     """The plan of a run, as it would be made; nothing is loaded.
 
@@ -64,6 +73,7 @@ def plan_run(
         hardware: Devices and precision.
         data: The groups; some are to be trained on.
         outputs: Parent of the folders of runs and sweeps, where earlier ones are looked for.
+        refuse: Takes the reason for which the evaluations would stop the run.
 
     Raises:
         UserError: If the loss needs a whole step at once and the settings allow less.
@@ -75,7 +85,8 @@ def plan_run(
     costs = _costs(data.train, shared=shared)
     budget, estimate = _memory(config, source, hardware, data, learning, shared=shared)
     return Planned(
-        plan=_plan(config, schedule, budget, data, estimate.devices, costs, unshared),
+        plan=_plan(config, schedule, budget, data, estimate.devices, costs, unshared)
+        | {"evaluations": _evaluations(config, schedule, data, shared, refuse)},
         memory=_memory_entry(estimate, budget),
         time=estimated_time(
             Workload(
@@ -181,7 +192,6 @@ def _plan(
         "steps_per_epoch": steps_per_epoch(len(costs), config.data.batch_size),
         "warmup_steps": schedule.warmup_steps,
         "learning_rate": schedule.learning_rate,
-        "eval_every_n_steps": schedule.eval_every_n_steps,
         "steps_looked_at": looked_at,
         "micro_batches": _range(counts),
         "tokens_per_step": _range(tokens),
@@ -189,6 +199,40 @@ def _plan(
         "not_shared_because": unshared,
         "prompt_tokens_saved": 0 if unshared else saved,
         "share_saved": 0.0 if unshared else saved / padded,
+    }
+
+
+def _evaluations(
+    config: Config, schedule: Schedule, data: PreparedData, shared: bool, refuse: Refuse
+) -> dict[str, Any] | None:
+    """Evaluations of the run; None where it would stop because of them."""
+    try:
+        course = plan_evaluations(
+            config.evaluation,
+            config.checkpoint,
+            data,
+            total_steps=schedule.total_steps,
+            batch_size=config.data.batch_size,
+            shared=shared,
+        )
+    except UserError as error:
+        refuse(error)
+        return None
+    return _course(course)
+
+
+def _course(course: EvaluationCourse) -> dict[str, Any]:
+    names = [name for name in course.held_out.names if name is not None]
+    return {
+        "every_n_steps": course.every,
+        "on_start": course.on_start,
+        "before_last": course.before_last,
+        "rows": course.rows if course.before_last else 0,
+        "rows_at_the_end": sum(course.held_out.sizes),
+        "sets": dict(zip(names, course.held_out.sizes, strict=True)) if names else {},
+        "max_token_share": course.share,
+        "answers": course.samples,
+        "says": course.describe(),
     }
 
 
@@ -228,5 +272,5 @@ def _reference_tokens(
         steps=schedule.total_steps,
         seed=config.seed,
     )
-    evaluated = _costs(data.evaluated_groups(), shared=shared)
+    evaluated = _costs(data.all_evaluated_groups(), shared=shared)
     return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)

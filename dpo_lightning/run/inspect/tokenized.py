@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.packing import epoch_order
-from dpo_lightning.data.splits import PreparedData, Refuse
+from dpo_lightning.data.refused import Refuse
+from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.estimate import check_fits
 from dpo_lightning.memory.hardware import decide_hardware
@@ -66,7 +67,7 @@ def tokenized(
     data.choose_evaluated(config.evaluation.max_prompts)
     entries: dict[str, Any] = {"plan": None, "memory": None, "time": None}
     if data.train:
-        planned = plan_run(config, source, hardware, data, outputs=outputs)
+        planned = plan_run(config, source, hardware, data, outputs=outputs, refuse=refuse)
         entries = {"plan": planned.plan, "memory": planned.memory, "time": planned.time}
         try:
             check_fits(planned.estimate, config.trainer.memory_check)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import OutOfMemoryError, UserError
-from dpo_lightning.files import INTERPOLATION_FILE, finite
+from dpo_lightning.files import INTERPOLATION_FILE
 from dpo_lightning.objectives.optimum import MOST_LAMBDA
 from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
-from dpo_lightning.run.evaluate.command import check_output, write_answer
+from dpo_lightning.run.framed import (
+    answer_alone,
+    check_output,
+    print_answer,
+    said_help,
+    write_answer,
+)
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import Opened, compose_opened, key_of, names_rows, open_named
-from dpo_lightning.run.words import OF_A_MODEL, OF_ROWS, check_settings
+from dpo_lightning.run.words import (
+    OF_A_MODEL,
+    OF_ROWS,
+    Grammar,
+    Words,
+    check_settings,
+    read_words,
+)
 from dpo_lightning.settings.loss_group import objective_settings
-from dpo_lightning.settings.overrides import with_own_names
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
 from dpo_lightning.settings.schema import Config
@@ -47,32 +57,14 @@ _SETTINGS = (
     *("plugins", "evaluation.judge", "evaluation.max_new_tokens", "evaluation.batch_size"),
     *("trainer.accelerator", "trainer.threads", *OF_ROWS, *OF_A_MODEL),
 )
-_FLAGS = ("--betas", "--lambdas", "--output", "--reference")
+_GRAMMAR = Grammar(
+    "interpolate",
+    flags=("--betas", "--lambdas", "--output", "--reference"),
+    switches=("--json",),
+    settings=_SETTINGS,
+)
 # With another one the points are of other marks, or other answers, than the run's own metrics.
 _CHANGES = ("evaluation.judge=", "evaluation.max_new_tokens=", "data.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Typed:
-    """The words of a command line.
-
-    Attributes:
-        name: The policy, as it was named.
-        betas: Under ``--betas``.
-        lambdas: Under ``--lambdas``.
-        as_json: True if one object is printed.
-        output: File to write it to, if there is one.
-        reference: Model to compare with, if one was named.
-        settings: The other words.
-    """
-
-    name: str
-    betas: tuple[float, ...]
-    lambdas: tuple[float, ...]
-    as_json: bool
-    output: Path | None
-    reference: str | None
-    settings: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,60 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("interpolate"))))
+    if said_help(argv, _HELP, "interpolate"):
         return 0
-    words = _read_words(with_own_names(argv))
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
-        found = _interpolate(words)
-    if words.as_json:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        _show(found, words.name)
-    return 0
-
-
-def _read_words(argv: list[str]) -> _Typed:
-    """The words that were typed, in any order.
-
-    Raises:
-        UserError: If a word means nothing.
-    """
-    flags: dict[str, str] = {}
-    others: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in _FLAGS:
-            flags[name] = value if equals else next(words, "")
-        elif word != "--json":
-            others.append(word)
-    folders = [word for word in others if "=" not in word and not word.startswith("-")]
-    settings = [word for word in others if word not in folders]
-    program = " ".join(typed("interpolate"))
-    for word in settings:
-        key = key_of(word)
-        if not any(key == own or key.startswith(f"{own}.") for own in _SETTINGS):
-            raise UserError(
-                f"{key}: `{program}` takes {', '.join(_FLAGS)}, --json and "
-                f"{', '.join(_SETTINGS)}; all else is what the run was trained with"
-            )
-    for flag in ("--output", "--reference"):
-        if not flags.get(flag, flag):
-            raise UserError(f"{flag}: needs a value behind it")
-    if len(folders) != 1:
-        said = ", ".join(folders) or "no folder"
+    words = read_words(argv, _GRAMMAR)
+    if len(words.names) != 1:
+        said = ", ".join(words.names) or "no folder"
+        program = " ".join(typed("interpolate"))
         raise UserError(f"{said}: name the folder of one run, `{program} outputs/runs/<run>`")
-    return _Typed(
-        folders[0],
-        betas=_numbers("--betas", flags.get("--betas"), least=None),
-        lambdas=_numbers("--lambdas", flags.get("--lambdas"), least=0.0),
-        as_json="--json" in argv,
-        output=None if "--output" not in flags else Path(flags["--output"]),
-        reference=flags.get("--reference"),
-        settings=tuple(settings),
-    )
+    with answer_alone():
+        found = _interpolate(words)
+    print_answer(found, as_json="--json" in words.switches, show=partial(_show, words.names[0]))
+    return 0
 
 
 def _numbers(flag: str, text: str | None, *, least: float | None) -> tuple[float, ...]:
@@ -162,19 +111,24 @@ def _numbers(flag: str, text: str | None, *, least: float | None) -> tuple[float
     return tuple(numbers)
 
 
-def _interpolate(words: _Typed) -> dict[str, Any]:
-    opened = open_named(words.name, reference=words.reference)
-    if words.output is not None:
-        check_output(words.output, opened)
+def _interpolate(words: Words) -> dict[str, Any]:
+    betas = _numbers("--betas", words.one("--betas"), least=None)
+    lambdas = _numbers("--lambdas", words.one("--lambdas"), least=0.0)
+    opened = open_named(words.names[0], reference=words.one("--reference"))
+    named = words.one("--output")
+    output = None if named is None else Path(named)
+    if output is not None:
+        check_output(output, opened)
     check_settings(opened, words.settings)
     # Answers are drawn here whatever the run itself drew, and there may be a judge of them.
     drawing = ["evaluation.samples=16", *_without_endpoint(words, opened)]
     config = compose_opened(opened, [*drawing, *words.settings])
-    _check_loss(config, words.name)
+    _check_loss(config, words.names[0])
     # Here, because they import torch: by now every setting is checked.
     import torch
 
     from dpo_lightning.run.interpolate.experiment import interpolate
+    from dpo_lightning.tracking.phases import Phases
 
     try:
         found = interpolate(
@@ -182,8 +136,9 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
             opened,
             beta_known=opened.trained_beta or any(key_of(w) == "beta" for w in words.settings),
             rows_named=names_rows(words.settings),
-            betas=words.betas,
-            lambdas=words.lambdas,
+            betas=betas,
+            lambdas=lambdas,
+            show=Phases.on_stderr(),
         )
         found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
     except torch.OutOfMemoryError as error:
@@ -193,13 +148,13 @@ def _interpolate(words: _Typed) -> dict[str, Any]:
         ) from error
     own = opened.run is not None and not names_rows(words.settings)
     kept = [opened.run / INTERPOLATION_FILE] if own and opened.run is not None else []
-    for path in [*kept, *([] if words.output is None else [words.output])]:
+    for path in [*kept, *([] if output is None else [output])]:
         write_answer(path, found)
         print(f"kept in {path}")
     return found
 
 
-def _without_endpoint(words: _Typed, opened: Opened) -> list[str]:
+def _without_endpoint(words: Words, opened: Opened) -> list[str]:
     """The setting that leaves out the run's endpoint, if it has one and no judge is named.
 
     Raises:
@@ -238,7 +193,7 @@ def _check_loss(config: Config, run: str) -> None:
         )
 
 
-def _show(found: Mapping[str, Any], run: str) -> None:
+def _show(run: str, found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

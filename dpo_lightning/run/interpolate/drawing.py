@@ -16,6 +16,7 @@ from dpo_lightning.evaluation.sampling import Precision, answer_prompts, end_ids
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.plugins import Prompt
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.settings.judging import judge_label, longest_answer
 from dpo_lightning.settings.schema import Config
 
@@ -75,6 +76,11 @@ class Drawer:
         pair: Policy and reference.
         questions: The prompts.
         precision: The context to compute in.
+        show: Shows how far the drawing is.
+
+    Attributes:
+        longest: Tokens of the longest answer.
+        precision: The context to compute in.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Drawer:
         pair: Pair,
         questions: Questions,
         precision: Precision,
+        show: ShowPhase = unshown,
     ) -> None:
         longest = longest_answer(config)
         if questions.task is not None:
@@ -91,13 +98,14 @@ class Drawer:
         positions = max_positions(source.config)
         if positions is not None:
             longest = min(longest, positions - max(map(len, questions.ids)))
-        self._longest = longest
+        self.longest = longest
         self._batch_size = config.evaluation.batch_size
         self._judge = None if questions.marker is None else judge_label(config.evaluation)
         self._tokenizer = source.tokenizer
         self._pair = pair
         self._questions = questions
-        self._precision = precision
+        self.precision = precision
+        self._show = show
 
     def draw(self, mixtures: Sequence[Mixture]) -> Drawn:
         """All answers, with their log-probabilities and marks."""
@@ -120,11 +128,28 @@ class Drawer:
                 own=own,
                 lambdas=[mixture.lam for mixture in mixtures],
                 pad=self._tokenizer.eos_token_id,
-                precision=self._precision,
+                precision=self.precision,
             ),
             judge=self._questions.judge(self._text, owners),
             prompts=len(prompts),
         )
+
+    @property
+    def pad(self) -> int:
+        """A token id to stand where nothing is."""
+        pad: int = self._tokenizer.eos_token_id
+        return pad
+
+    def drawn_at(self, lam: float, *, count: int, seed: int) -> tuple[list[Ids], list[Ids]]:
+        """Answers of one place to all prompts, and the prompt of each.
+
+        Args:
+            lam: The place.
+            count: Answers to each prompt.
+            seed: Of all draws.
+        """
+        prompts = [ids for ids in self._questions.ids for _ in range(count)]
+        return prompts, self._answers(Mixture(lam, count, seed))
 
     def _answers(self, mixture: Mixture) -> list[Ids]:
         """Answers of one mixture, all of one prompt together."""
@@ -132,10 +157,11 @@ class Drawer:
         names = {0.0: "the reference", 1.0: "the policy"}
         _say(f"drawing {len(prompts)} answers of {names.get(mixture.lam, f'λ {mixture.lam:g}')}")
         asked: dict[str, Any] = {
-            "max_new_tokens": self._longest,
+            "max_new_tokens": self.longest,
             "batch_size": self._batch_size,
             "seed": mixture.seed,
-            "precision": self._precision,
+            "precision": self.precision,
+            "show": self._show,
         }
         pair = self._pair
         if mixture.lam in (0.0, 1.0):  # one of the models alone
@@ -161,13 +187,13 @@ class Drawer:
         ends = end_ids(self._pair.policy, self._tokenizer)
         own = [drawn.answers[p][drawn.of(1)] for p in range(len(drawn.answers))]
         cut = [
-            len(ids) >= self._longest and int(ids[-1]) not in ends for part in own for ids in part
+            len(ids) >= self.longest and int(ids[-1]) not in ends for part in own for ids in part
         ]
         return {
             "prompts": len(drawn.answers),
             "answers": {f"{mixture.lam:g}": mixture.count for mixture in drawn.mixtures},
             "temperature": 1.0,
-            "max_new_tokens": self._longest,
+            "max_new_tokens": self.longest,
             "policy_cut_off": sum(cut) / len(cut),
             "judge": "true reward" if self._questions.task is not None else self._judge,
         }

@@ -31,6 +31,7 @@ from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.objectives.optimum import MOST_LAMBDA
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.run.beta_path import why_no_beta_of
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.interpolate.drawing import Drawer, Questions
@@ -55,6 +56,7 @@ def interpolate(
     rows_named: bool,
     betas: Sequence[float],
     lambdas: Sequence[float],
+    show: ShowPhase = unshown,
 ) -> dict[str, Any]:
     """The frontier of one policy, as plain values.
 
@@ -65,21 +67,15 @@ def interpolate(
         rows_named: True if rows of their own are asked, and not those that its run held out.
         betas: Values of beta that are asked for.
         lambdas: The same by their place.
+        show: Shows how far long phases are.
 
     Raises:
         UserError: If a beta is asked of a loss that has none, or data and models are gone.
     """
     no_beta = why_no_beta_of(config) if beta_known else _UNKNOWN
     asked = [*_places(config, betas, no_beta), *lambdas]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
-    prefer_cache_without_network(config)
-    source = resolve_source(config, hardware)
-    set_threads(config, source)
-    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named)
-    with _pair(config, source, opened, hardware.beside) as pair:
-        drawer = Drawer(config, source, pair, questions, precision_of(hardware))
+    ready = opened_on_prompts(config, opened, rows_named=rows_named, show=show)
+    with ready as (pair, questions, drawer):
         mixtures = plan_mixtures(asked or LAMBDAS, prompts=len(questions.ids), seed=config.seed)
         drawn = drawer.draw(mixtures)
         axis = Axis(config.beta if no_beta is None else None, questions.task is not None)
@@ -101,6 +97,32 @@ def interpolate(
         "notes": _notes(config, no_beta, questions),
         "drawn": drawer.facts(drawn),
     }
+
+
+@contextlib.contextmanager
+def opened_on_prompts(
+    config: Config, opened: Opened, *, rows_named: bool = False, show: ShowPhase = unshown
+) -> Iterator[tuple[Pair, Questions, Drawer]]:
+    """Context with policy and reference in memory, held-out prompts, and who draws answers.
+
+    Args:
+        config: The settings of the policy.
+        opened: The policy.
+        rows_named: True if rows of their own are asked, and not those that its run held out.
+        show: Shows how far long phases are.
+
+    Raises:
+        UserError: If data and models are gone.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
+    prefer_cache_without_network(config)
+    source = resolve_source(config, hardware)
+    set_threads(config, source)
+    questions = _questions(config, source, hardware, opened.name, rows_named=rows_named, show=show)
+    with _pair(config, source, opened, hardware.beside) as pair:
+        yield pair, questions, Drawer(config, source, pair, questions, precision_of(hardware), show)
 
 
 _UNKNOWN = "it is not known at which beta this model was trained; beta= names it"
@@ -190,7 +212,13 @@ def _pair(
 
 
 def _questions(
-    config: Config, source: ModelSource, hardware: Hardware, name: str, *, rows_named: bool
+    config: Config,
+    source: ModelSource,
+    hardware: Hardware,
+    name: str,
+    *,
+    rows_named: bool,
+    show: ShowPhase,
 ) -> Questions:
     """Held-out prompts, each once, and their judge."""
     judge = choose_judge(config, hardware, judges=True)
@@ -208,6 +236,7 @@ def _questions(
         source,
         cache_folder(config.reference.cache_dir) / "tokens",
         key=key,
+        show=show,
     )
     positions = max_positions(source.config)
     groups = choose_prompts(

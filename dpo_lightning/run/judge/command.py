@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.judges import Judge, is_function, make_judge
-from dpo_lightning.files import finite
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.judge.answered import Answered, answers_of_run, read_answers
 from dpo_lightning.run.judge.marking import keep_in_run, mark_answers, summary
+from dpo_lightning.run.words import Grammar, Words, read_words
 from dpo_lightning.settings.compose import compose_one
 from dpo_lightning.settings.folders import cache_folder
-from dpo_lightning.settings.judging import JudgeSettings, judge_settings
-from dpo_lightning.settings.overrides import with_own_names
-from dpo_lightning.settings.program import typed
+from dpo_lightning.settings.judging import ENDPOINT_KEYS, JudgeSettings, judge_settings
 from dpo_lightning.settings.recorded import SETTINGS_FILE
 from dpo_lightning.settings.schema import Config
 
@@ -39,27 +36,16 @@ reference's, by its own judge if none is named, and whose files keep the verdict
 Settings may be plugins=, evaluation.judge= and its others, evaluation.batch_size=,
 reference.cache_dir=, trainer.accelerator= and trainer.threads=."""
 
-_SETTINGS = (
-    *("plugins", "evaluation.judge", "evaluation.batch_size", "reference.cache_dir"),
-    *("trainer.accelerator", "trainer.threads"),
+GRAMMAR = Grammar(
+    "judge",
+    flags=("--answers", "--against"),
+    switches=("--json",),
+    settings=(
+        *("plugins", "evaluation.judge", *(f"evaluation.{key}" for key in ENDPOINT_KEYS)),
+        *("evaluation.batch_size", "reference.cache_dir", "trainer.accelerator", "trainer.threads"),
+    ),
+    others="nothing else has to do with judging",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _JudgeWords:
-    """The words of a command line.
-
-    Attributes:
-        answers: Under ``--answers``.
-        against: Under ``--against``.
-        as_json: True if one object is printed.
-        settings: The other words.
-    """
-
-    answers: Path
-    against: Path | None
-    as_json: bool
-    settings: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,17 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("judge"))))
+    if said_help(argv, _HELP, "judge"):
         return 0
-    words = _read_words(with_own_names(argv))
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr), _told():
+    words = read_words(argv, GRAMMAR)
+    with answer_alone(), _told():
         found = _judge(words)
-    if words.as_json:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        _show(found)
+    print_answer(found, as_json="--json" in words.switches, show=_show)
     return 0
 
 
@@ -105,81 +86,63 @@ def _told() -> Any:
         logger.setLevel(before)
 
 
-def _read_words(argv: Sequence[str]) -> _JudgeWords:
-    """The words that were typed, in any order.
-
-    Raises:
-        UserError: If a word means nothing.
-    """
-    flags: dict[str, str] = {}
-    settings: list[str] = []
-    words = iter(argv)
-    program = " ".join(typed("judge"))
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--answers", "--against"):
-            flags[name] = value if equals else next(words, "")
-        elif word == "--json":
-            flags[word] = "yes"
-        elif name in _SETTINGS or name.startswith("evaluation.judge_"):
-            settings.append(word)
-        else:
-            raise UserError(
-                f"{name}: `{program}` takes --answers, --against, --json, evaluation.judge_…= and "
-                f"{', '.join(_SETTINGS)}"
-            )
-    if not flags.get("--answers"):
+def _judge(words: Words) -> dict[str, Any]:
+    if words.names:
+        raise UserError(f"{words.names[0]}: answers are named behind --answers")
+    answers, against = words.one("--answers"), words.one("--against")
+    if answers is None:
         raise UserError(
             "--answers: no answers are named; give a file of JSON lines, or a run's folder"
         )
-    against = flags.get("--against")
-    return _JudgeWords(
-        Path(flags["--answers"]).expanduser(),
+    return _judged(
+        Path(answers).expanduser(),
         None if against is None else Path(against).expanduser(),
-        "--json" in flags,
-        tuple(settings),
+        words.settings,
     )
 
 
-def _judge(words: _JudgeWords) -> dict[str, Any]:
-    is_run = words.answers.is_dir()
+def _judged(answers: Path, against: Path | None, settings: Sequence[str]) -> dict[str, Any]:
+    is_run = answers.is_dir()
     base: list[str] = []
     if is_run:
-        recorded = words.answers / SETTINGS_FILE
+        recorded = answers / SETTINGS_FILE
         if not recorded.is_file():
             raise UserError(
-                f"--answers={words.answers}: no {SETTINGS_FILE} there, so it is no run's folder; "
+                f"--answers={answers}: no {SETTINGS_FILE} there, so it is no run's folder; "
                 "name one, or a file of JSON lines"
             )
         base = ["--config", str(recorded)]
-    config = compose_one([*base, *words.settings])
-    settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
-    if settings is None:
+    config = compose_one([*base, *settings])
+    judge = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
+    if judge is None:
         raise UserError(
             "evaluation.judge=null names nobody; name a plugin's function, a reward model or "
             "endpoint"
         )
-    own, other = _answers(words, is_run=is_run)
-    judged, other = mark_answers(_make(config, settings), own, other)
-    found = summary(settings.name, judged, own, other)
+    own, other = _answers(answers, against, is_run=is_run)
+    # Here, because drawing bars takes a moment to import.
+    from dpo_lightning.tracking.phases import Phases
+
+    judged, other = mark_answers(_make(config, judge), own, other, show=Phases.on_stderr())
+    found = summary(judge.name, judged, own, other)
     found["kept_in"] = None
-    if is_run and words.against is None:
-        why_not = keep_in_run(words.answers, settings.name, judged, own.owners)
+    if is_run and against is None:
+        why_not = keep_in_run(answers, judge.name, judged, own.owners)
         if why_not is None:
-            found["kept_in"] = str(words.answers)
+            found["kept_in"] = str(answers)
         else:
             found["notes"].append(why_not)
     return found
 
 
-def _answers(words: _JudgeWords, *, is_run: bool) -> tuple[Answered, Answered | None]:
+def _answers(
+    answers: Path, against: Path | None, *, is_run: bool
+) -> tuple[Answered, Answered | None]:
     own, other = (
-        answers_of_run(words.answers)
-        if is_run
-        else (read_answers(words.answers, flag="--answers"), None)
+        answers_of_run(answers) if is_run else (read_answers(answers, flag="--answers"), None)
     )
-    if words.against is not None:
-        other = read_answers(words.against, flag="--against")
+    if against is not None:
+        other = read_answers(against, flag="--against")
     return own, other
 
 

@@ -12,12 +12,13 @@ from dpo_lightning.evaluation.judges import Judge, Judged, Mark
 from dpo_lightning.evaluation.verdicts import judged_metrics, known, put_verdicts
 from dpo_lightning.evaluation.win_rates import normal, paired_by_prompt, why_withheld, win_rate
 from dpo_lightning.files import RESULT_FILE, read_json, write_json
+from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.run.judge.answered import EVALUATION_FILE, Answered
 from dpo_lightning.settings.renamed import present_evaluation, present_result
 
 
 def mark_answers(
-    judge: Judge, own: Answered, other: Answered | None
+    judge: Judge, own: Answered, other: Answered | None, *, show: ShowPhase = unshown
 ) -> tuple[Judged, Answered | None]:
     """The verdicts of a judge, and the others in the order of the answers.
 
@@ -25,18 +26,19 @@ def mark_answers(
         judge: Judges them.
         own: The answers.
         other: Others to the same prompts, in any order; None: each answer by itself.
+        show: Shows how far it is.
 
     Raises:
         UserError: If the judge fails, gives no verdict at all, or prompts have no other answer.
     """
     if other is None:
-        marks, facts = judge.mark(own.prompts, own.texts)
+        marks, facts = judge.mark(own.prompts, own.texts, show=show)
         withheld = why_withheld(marks)
         notes = () if withheld is None else (withheld,)
         judged = Judged([None] * len(marks), marks, None, facts, notes)
     else:
         other = other.at(paired_by_prompt(own.owners, other.owners, key="--against"))
-        judged = judge.compare(own.prompts, own.texts, other.texts)
+        judged = judge.compare(own.prompts, own.texts, other.texts, show=show)
     found = judged.wins if judged.marks is None else judged.marks
     if not known(found):
         why = judged.facts.get("last_error", "all of its replies were nonsense")

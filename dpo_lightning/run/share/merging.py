@@ -24,19 +24,20 @@ from dpo_lightning.settings.recorded import SETTINGS_FILE, read_recorded
 log = logging.getLogger(__name__)
 
 
-def merge_adapter(exported: Exported, output: Path) -> None:
+def merge_adapter(exported: Exported, output: Path, *, weights: Path) -> None:
     """Writes the base model with the adapter added into its weights.
 
     Args:
         exported: The adapter's export.
         output: Folder to write.
+        weights: Folder of the adapter's weights, which may be a changed copy of the export.
 
     Raises:
         UserError: If the base model is gone, random, or another one.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    file = read_adapter(str(exported.folder), key="RUN")
+    file = read_adapter(str(weights), key="RUN")
     values = _recorded(exported)
     base, revision = _base(exported, file, values)
     if values.get("peft.quantization", "none") != "none":

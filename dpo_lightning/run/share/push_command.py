@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.source_names import is_hub_id
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.framed import answer_alone, print_answer
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.share.contents import CARD, Contents, contents_of, in_words
 from dpo_lightning.run.share.words import ShareParser, find_export
@@ -48,8 +47,7 @@ def _main(argv: list[str]) -> int:
     contents = contents_of(exported.folder)
     url = None
     if not words.dry_run:
-        # What libraries say is not the answer.
-        with contextlib.redirect_stdout(sys.stderr):
+        with answer_alone():
             url = _upload(exported.folder, contents, words.repo, public=words.public)
     card = exported.folder / CARD
     found = {
@@ -61,19 +59,16 @@ def _main(argv: list[str]) -> int:
         "card": card.read_text() if card.is_file() else None,
         "url": url,
     }
-    if words.json:
-        print(json.dumps(found, indent=2))
-    else:
-        _show(found, contents)
+    print_answer(found, as_json=words.json, show=_show)
     return 0
 
 
-def _show(found: dict[str, Any], contents: Contents) -> None:
+def _show(found: Mapping[str, Any]) -> None:
     went = "went" if found["url"] else "would go"
     who = "private" if found["private"] else "public"
-    for name, size in contents.sizes.items():
-        print(f"{name:<28} {in_words(size):>10}")
-    print(f"{in_words(contents.total)} {went} to {found['repo']}, {who}")
+    for file in found["files"]:
+        print(f"{file['name']:<28} {in_words(file['bytes']):>10}")
+    print(f"{in_words(found['bytes'])} {went} to {found['repo']}, {who}")
     if found["left_out"]:
         print(f"left out: {', '.join(found['left_out'])}")
     if found["url"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +10,8 @@ from typing import Any
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import finite, write_whole
-from dpo_lightning.run.evaluate.command import check_output
 from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.framed import answer_alone, check_output, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.run.opened import Opened, open_all
 from dpo_lightning.run.words import (
@@ -66,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        programs = {name: " ".join(typed(name)) for name in ("compare", "evaluate")}
-        print(_HELP.format(program=programs["compare"], evaluate=programs["evaluate"]))
+    if said_help(argv, _HELP, "compare", evaluate="evaluate"):
         return 0
     words = read_words(argv, _GRAMMAR)
     if len(words.names) < 2:
@@ -76,8 +72,7 @@ def _main(argv: list[str]) -> int:
         said = ", ".join(words.names) or "no folder"
         raise UserError(f"{said}: name two policies or more, `{program} RUN RUN`")
     page = words.one("--html")
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         opened = open_all(words.names, reference=words.one("--reference"))
         for own in opened if page is not None else ():
             check_output(Path(str(page)), own, flag="--html")
@@ -85,10 +80,7 @@ def _main(argv: list[str]) -> int:
         found = compare(subjects)
         if page is not None:
             _write_page(Path(page), found, subjects)
-    if "--json" in words.switches:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        _show(found)
+    print_answer(found, as_json="--json" in words.switches, show=_show)
     return 0
 
 

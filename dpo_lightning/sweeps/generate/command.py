@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from dpo_lightning.data.questions import Question, carried_for_the_model, read_questions
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import finite, write_whole
+from dpo_lightning.files import write_whole
 from dpo_lightning.run.answering.formats import Written, file_of, judge_commands
 from dpo_lightning.run.beta_path import place_of
 from dpo_lightning.run.folder import disk_fault
+from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.generate.request import Request, read_request
@@ -68,19 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & {*argv}:
-        print(_HELP.format(program=" ".join(typed("generate"))))
+    if said_help(argv, _HELP, "generate"):
         return 0
     request = read_request(argv)
-    # What libraries and settings say is not the answer.
-    with contextlib.redirect_stdout(sys.stderr):
+    with answer_alone():
         found = generate(request)
-    if request.as_json:
-        print(json.dumps(finite(found), indent=2, allow_nan=False))
-    else:
-        for entry in found["files"]:
-            print(f"answers   {entry['path']}")
+    print_answer(found, as_json=request.as_json, show=_show)
     return 0
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    for entry in found["files"]:
+        print(f"answers   {entry['path']}")
 
 
 def generate(request: Request) -> dict[str, Any]:
@@ -166,6 +164,7 @@ def _answer(
     # Here, because it imports torch: by now every setting is checked.
     from dpo_lightning.evaluation.keyed import Sampling
     from dpo_lightning.run.answering.answerer import answering
+    from dpo_lightning.tracking.phases import Phases
 
     draws = request.draws
     sampling = Sampling(draws.temperature, draws.top_p, draws.max_new_tokens, draws.seed)
@@ -173,9 +172,8 @@ def _answer(
         chat = _as_chat(request, questions, has_template=answerer.has_template)
         own = [question.as_chat() for question in questions] if chat else questions
         prompts = answerer.encode(own)
-        found = answerer.answer(
-            prompts, sampling, lam=lam, told=_telling(target.generator, len(prompts))
-        )
+        _say(f"{target.generator}: {len(prompts):,} answers")
+        found = answerer.answer(prompts, sampling, lam=lam, show=Phases.on_stderr())
     written = [Written(q, a.text, a.tokens) for q, a in zip(questions, found, strict=True)]
     cut = sum(answer.cut_off for answer in found)
     if cut and not target.subject.speaks_of_weather:
@@ -211,18 +209,6 @@ def _as_chat(request: Request, questions: Sequence[Question], *, has_template: b
     elif has_template:
         _say("prompts are given as they are (--prompts chat: as a user's turn, by the template)")
     return chat
-
-
-def _telling(name: str, count: int) -> Callable[[int], None]:
-    """A function that says how far answering is, each time a tenth more is done."""
-    said = [0]
-
-    def tell(done: int) -> None:
-        if done * 10 // count > said[0]:
-            said[0] = done * 10 // count
-            _say(f"{name}: {done:,} of {count:,} answers")
-
-    return tell
 
 
 def _say(line: str) -> None:

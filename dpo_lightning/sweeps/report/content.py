@@ -296,6 +296,13 @@ def _versions(trials: Sequence[TrialResult]) -> str:
 
 
 def report_command(folder: str, asked: Mapping[str, object]) -> str:
-    """Command that makes the report again, with what was asked of it."""
-    flags = [f"{flag}={value}" for flag, value in asked.items() if value is not None]
+    """Command that makes the report again.
+
+    Args:
+        folder: The sweep's folder.
+        asked: ``metric``, ``margin`` and ``kl_budget``; None where the report decides.
+    """
+    flags = [
+        f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if value is not None
+    ]
     return shlex.join([*typed("report"), folder, *flags])

@@ -38,6 +38,11 @@ from dpo_lightning.sweeps.report.trial_table import TRIALS_FILE, trials_csv
 from dpo_lightning.tracking.terminal import outlive_terminal
 
 PICTURE = "frontier.png"
+ASKED = "asked"
+"""The entry of ``sweep.json`` with what the report was asked for: metric, margin, KL budget."""
+NONE = "none"
+"""A flag's value that stands for the report's own rule."""
+
 # More curves in a panel than this hide each other.
 _MOST_CURVES = 8
 
@@ -72,7 +77,7 @@ def write_report(
     content = make_content(sweep, analysis)
     if given is not None:
         content = replace(content, tables=(*content.tables, given.table(sweep)))
-    asked = {"--metric": metric, "--margin": margin, "--kl-budget": kl_budget}
+    asked = {"metric": metric, "margin": margin, "kl_budget": kl_budget}
     again = report_command(str(folder), asked)
     environment = page_environment(escape=True)
     script = environment.get_template("sort.js").render()
@@ -85,7 +90,7 @@ def write_report(
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )
     markdown = page_environment(escape=False).get_template("report.md")
-    written = summary(sweep, analysis)
+    written = summary(sweep, analysis) | {ASKED: asked}
     write_whole(folder / PICTURE, frontier(analysis))
     _write_text(folder / TRIALS_FILE, trials_csv(sweep))
     _write_text(folder / "report.html", page)
@@ -190,11 +195,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep.",
     )
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
-    parser.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
-    parser.add_argument(
+    rule = parser.add_argument_group(
+        "rule of the pick",
+        "A flag that is left out stays as the sweep, or the last report, had it; none resets it.",
+    )
+    rule.add_argument("--metric", help=f"what to rank by: {', '.join(METRICS)}")
+    rule.add_argument(
         "--margin", type=_not_negative, help="loss against the best that does not matter"
     )
-    parser.add_argument(
+    rule.add_argument(
         "--kl-budget", type=_not_negative, help="largest KL of the pick, in nats per answer"
     )
     parser.add_argument(
@@ -205,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = write_report(
             arguments.folder,
-            metric=arguments.metric,
-            margin=arguments.margin,
-            kl_budget=arguments.kl_budget,
+            **_rule_of(arguments),
             marks=arguments.marks,
         )
     except UserError as error:
@@ -228,8 +235,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _not_negative(text: str) -> float:
+def _rule_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rule of the pick that was typed, and what was not typed as the last report had it."""
+    before = read_json(arguments.folder / SWEEP_FILE).get(ASKED)
+    kept = before if isinstance(before, dict) else {}
+    typed_flags = {name: getattr(arguments, name) for name in ("metric", "margin", "kl_budget")}
+    return {
+        name: kept.get(name) if value is None else None if value == NONE else value
+        for name, value in typed_flags.items()
+    }
+
+
+def _not_negative(text: str) -> float | str:
+    if text == NONE:
+        return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 0")
+    raise argparse.ArgumentTypeError(f"{text}: must be a finite number >= 0, or {NONE}")

@@ -1,4 +1,4 @@
-"""The best checkpoint by a metric of the evaluations, and the early end of a training.
+"""The best checkpoints by a metric of the evaluations, and the early end of a training.
 
 Every evaluation measures the metric on the same sample, the last one too; what is not finite is
 never the best, and of equal values the earlier one is. All that decides is part of checkpoints.
@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,35 @@ class _Course:
     """Measurements so far.
 
     Attributes:
-        best: Best value.
-        best_step: Its step; None until there is one.
+        leaders: The best values with their steps, best first; of equal values the earlier one.
         anchor: Value that the patience measures improvements from.
         waited: Evaluations since then.
         seen: Step of the last evaluation.
     """
 
-    best: float = math.nan
-    best_step: int | None = None
+    leaders: list[tuple[float, int]] = field(default_factory=list)
     anchor: float | None = None
     waited: int = 0
     seen: int = 0
 
-    def take(self, value: float, step: int, selection: Selection) -> bool:
-        """Takes the value of an evaluation; True if it is the best so far.
+    @property
+    def best(self) -> float:
+        """Best value; NaN until there is one."""
+        return self.leaders[0][0] if self.leaders else math.nan
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best value; None until there is one."""
+        return self.leaders[0][1] if self.leaders else None
+
+    def take(self, value: float, step: int, selection: Selection, *, keep: int = 1) -> bool:
+        """Takes the value of an evaluation; True if it is among the best so far.
 
         Args:
             value: Of the metric.
             step: Optimizer steps completed.
             selection: What is better, and by how much for the patience.
+            keep: Number of the best that count.
         """
         self.seen = step
         self.waited += 1
@@ -59,14 +68,18 @@ class _Course:
         sign = selection.sign
         if self.anchor is None or sign * (value - self.anchor) > selection.min_delta:
             self.anchor, self.waited = value, 0
-        if self.best_step is not None and sign * (value - self.best) <= 0:
-            return False
-        self.best, self.best_step = value, step
-        return True
+        ranked = [*self.leaders, (value, step)]
+        ranked.sort(key=lambda own: (-sign * own[0], own[1]))
+        self.leaders = ranked[:keep]
+        return (value, step) in self.leaders
+
+
+# Entries of a course that are plain values.
+_OTHERS = ("anchor", "waited", "seen")
 
 
 class BestCheckpoint(Callback):
-    """Saves the best step beside the newest, and ends a training that improves no more.
+    """Saves the best steps beside the newest, and ends a training that improves no more.
 
     It stands behind the callbacks that log metrics at evaluations. The policy before the first step
     is no candidate: there is no checkpoint of it.
@@ -78,7 +91,7 @@ class BestCheckpoint(Callback):
         every: Steps between two evaluations; those at other steps are of a run that was ended from
             outside, and count for nothing.
         total_steps: Steps of the run.
-        keep: Number of newest checkpoints that stay.
+        keep: Number of best checkpoints that stay beside the newest.
         resumed: The checkpoint that the run goes on from.
         logged: Gives the last metrics that were logged, on rank 0.
     """
@@ -146,7 +159,8 @@ class BestCheckpoint(Callback):
         return {
             "monitor": self._selection.monitor,
             "sample": self._sample,
-            **{name: getattr(course, name) for name in _Course.__slots__},
+            "leaders": [list(own) for own in course.leaders],
+            **{name: getattr(course, name) for name in _OTHERS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,7 +172,8 @@ class BestCheckpoint(Callback):
                     "checkpoint.monitor" if name == "monitor" else "sample of held-out rows",
                 )
                 return
-        self._course = _Course(**{name: state_dict[name] for name in _Course.__slots__})
+        leaders = [(value, step) for value, step in state_dict["leaders"]]
+        self._course = _Course(leaders, **{name: state_dict[name] for name in _OTHERS})
 
     # Hooks ------------------------------------------------------------------------------------
 
@@ -180,7 +195,7 @@ class BestCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fetches the best one from the folder that is resumed; has the last step evaluated."""
+        """Fetches the best ones from the folder that is resumed; has the last step evaluated."""
         if not self._began and trainer.is_global_zero:
             self._fetch()
         self._began = True
@@ -194,7 +209,8 @@ class BestCheckpoint(Callback):
         planned = step > 0 and (step % self._every == 0 or step >= self._total)
         if not planned or step == course.seen or pl_module.exported_metrics is not None:
             return
-        better = course.take(self._value(trainer, pl_module), step, self._selection)
+        value = self._value(trainer, pl_module)
+        better = course.take(value, step, self._selection, keep=self._keep)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if better:
@@ -207,14 +223,13 @@ class BestCheckpoint(Callback):
 
     def path_of_best(self) -> Path | None:
         """The whole checkpoint of the best step, here or beside the resumed one; None: gone."""
-        if self.step is None:
-            return None
-        found = [checkpoint_path(self._folder, self.step)]
+        return None if self.step is None else self._path_of(self.step)
+
+    def _path_of(self, step: int) -> Path | None:
+        found = [checkpoint_path(self._folder, step)]
         if self._resumed is not None:
-            same = self.step == self._start
-            found.append(
-                self._resumed if same else checkpoint_path(self._resumed.parent, self.step)
-            )
+            same = step == self._start
+            found.append(self._resumed if same else checkpoint_path(self._resumed.parent, step))
         return next((path for path in found if manifest_path(path).exists()), None)
 
     def _value(self, trainer: pl.Trainer, module: Any) -> float:
@@ -235,20 +250,23 @@ class BestCheckpoint(Callback):
 
     def _protect(self, trainer: pl.Trainer) -> None:
         io = trainer.strategy.checkpoint_io
-        if isinstance(io, DurableCheckpointIO) and self.step is not None:
-            io.best = checkpoint_path(self._folder, self.step)
+        if isinstance(io, DurableCheckpointIO):
+            io.best = frozenset(
+                checkpoint_path(self._folder, step) for _, step in self._course.leaders
+            )
 
     def _fetch(self) -> None:
-        """Copies the best one out of another run's folder, its manifest last."""
-        source = self.path_of_best()
-        if source is None or self.step is None or source.parent == self._folder:
-            return
-        target = checkpoint_path(self._folder, self.step)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for own in (source, manifest_path(source)):
-            staged = target.with_name(f".{target.stem}.fetched")
-            shutil.copyfile(own, staged)
-            staged.replace(target.with_suffix(own.suffix))
+        """Copies the best ones out of another run's folder, each before its manifest."""
+        for _, step in self._course.leaders:
+            source = self._path_of(step)
+            if source is None or source.parent == self._folder:
+                continue
+            target = checkpoint_path(self._folder, step)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for own in (source, manifest_path(source)):
+                staged = target.with_name(f".{target.stem}.fetched")
+                shutil.copyfile(own, staged)
+                staged.replace(target.with_suffix(own.suffix))
 
     def _say_gone(self) -> None:
         """Answers a best checkpoint of which the file is gone.

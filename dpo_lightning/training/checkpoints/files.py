@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,25 +92,27 @@ def _check(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def prune(folder: Path, *, newest: Path, keep: int, best: Path | None = None) -> None:
-    """Removes all checkpoints but ``newest``, ``keep - 1`` finished ones before it, and the best.
+def prune(folder: Path, *, newest: Path, keep: int, best: Collection[Path] = ()) -> None:
+    """Removes all checkpoints but ``newest``, the best, and finished ones before it up to ``keep``.
 
     Those of later steps go too: they are of a course that this run has left.
 
     Args:
         folder: Where they are.
         newest: The one that is whole by now.
-        keep: Number of newest ones that stay.
-        best: One that stays beside them.
+        keep: Number that stay; the best beside the newest may be one more.
+        best: Those that stay because of a metric.
 
     Raises:
         OSError: If one cannot be removed.
     """
     found = [path for path in saved_checkpoints(folder) if path != newest]
     earlier = [path for path in found if _step(path) < _step(newest)]
-    kept = [path for path in earlier if manifest_path(path).exists()][: keep - 1]
+    room = max(0, keep - len({*best, newest}))
+    others = [path for path in earlier if path not in best and manifest_path(path).exists()]
+    kept = {*best, *others[:room]}
     for path in reversed(found):
-        if path not in kept and path != best:
+        if path not in kept:
             remove(path)
 
 

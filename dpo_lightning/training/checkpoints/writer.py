@@ -13,7 +13,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -61,13 +61,13 @@ class _Order:
         waits: True if it is written when the call returns.
         holds_back: True if a failure is kept, and not raised.
         keep: Number of checkpoints that stay; None removes none.
-        best: One that stays beside those.
+        best: Those that stay because of a metric.
     """
 
     waits: bool = True
     holds_back: bool = False
     keep: int | None = None
-    best: Path | None = None
+    best: frozenset[Path] = frozenset()
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -81,7 +81,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     Attributes:
         last_saved: The last checkpoint that was written whole.
-        best: The one that is not removed for newer ones, if any.
+        best: Those that are not removed for newer ones.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DurableCheckpointIO(CheckpointIO):
         self._order = _Order()
         self._failure: BaseException | None = None
         self.last_saved: Path | None = None
-        self.best: Path | None = None
+        self.best: frozenset[Path] = frozenset()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -219,7 +219,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}; {_remedy(path)}") from error
 
 
-def _prune(newest: Path, keep: int, best: Path | None = None) -> None:
+def _prune(newest: Path, keep: int, best: Collection[Path] = ()) -> None:
     """Removes older checkpoints, now that a newer one is whole."""
     try:
         checkpoints.prune(newest.parent, newest=newest, keep=keep, best=best)

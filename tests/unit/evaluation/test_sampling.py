@@ -16,8 +16,8 @@ from dpo_lightning.evaluation.answers import (
     Answering,
     choose_prompts,
     cut_off_note,
-    evaluate_samples,
 )
+from dpo_lightning.evaluation.drawn import evaluate_samples
 from dpo_lightning.evaluation.judges import MarkingJudge
 from dpo_lightning.evaluation.sampling import answer_prompts, end_ids, sampled_divergences
 from dpo_lightning.models.probe import choose_path

@@ -233,7 +233,7 @@ def finished(tmp_path_factory) -> Run:
         "dpo_lightning.cli.hold_run",
         "dpo_lightning.run.supervise.read_sources",
         "dpo_lightning.run.session.find_checkpoint",
-        "dpo_lightning.run.session.make_trainer",
+        "dpo_lightning.run.session_steps.make_trainer",
         "lightning.pytorch.Trainer.fit",
     ],
 )

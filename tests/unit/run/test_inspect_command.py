@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_lightning.run.inspect.command import main, read_words
+from dpo_lightning.run.inspect.command import main, read_asked
 from tests.support.inspected import files_below, inspect_json
 
 PAIRS = [
@@ -67,6 +67,31 @@ def test_the_object_tells_what_becomes_of_each_row(words, capsys):
     assert found["memory"]["fits"]
     assert found["refused"] == []
     assert {"template", "example", "notes", "model", "length_bias"} <= set(found)
+
+
+def test_evaluations_are_those_of_the_run_and_of_all_sets(words, capsys, tmp_path):
+    """Steps 2 and 3 of 3 are evaluated, on the 2 rows of both sets.
+
+    The reference reads the three training groups of 8, 8 and 7 tokens once, the first set's row of
+    8 and the second's of 1 + 4 + 2.
+    """
+    other = {"prompt": "e", "chosen": "one", "rejected": "b"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    words = [word for word in words if not word.startswith("data.eval=")]
+    words += ["data.eval={first: eval.jsonl, second: other.jsonl}", "evaluation.every_n_steps=2"]
+    found = inspect_json(capsys, *words)
+    assert found["time"]["reference_tokens"] == 8 + 8 + 7 + 8 + 7
+    told = found["plan"]["evaluations"]
+    assert (told["every_n_steps"], told["before_last"], told["on_start"]) == (2, 1, False)
+    assert (told["rows"], told["rows_at_the_end"]) == (2, 2)
+    assert told["sets"] == {"first": 1, "second": 1}
+    assert told["says"] == "every 2 steps on all 2 rows, all at the end"
+    assert main(words) == 0
+    assert told["says"] in capsys.readouterr().out
+    # A limit that leaves no row is what a run would stop for.
+    found = inspect_json(capsys, *words[:-1], "evaluation.max_token_share=0.001", code=2)
+    assert found["plan"]["evaluations"] is None
+    assert found["refused"][0].startswith("evaluation.max_token_share=0.001: evaluations before")
 
 
 def test_nothing_is_written_and_kept_tokens_are_read(words, capsys, tmp_path, monkeypatch):
@@ -138,8 +163,8 @@ def test_a_page_and_a_group_by_its_number(words, capsys, tmp_path):
     [
         (["--group", "4"], "--group 4: there are 3 training groups; name one of these"),
         (["--group=0"], "--group 0: needs a whole number from 1 on, such as --group 1"),
-        (["--group"], "--group : needs a whole number"),
-        (["--html"], "--html: needs the name of a file"),
+        (["--group"], "--group: needs a value behind it"),
+        (["--html"], "--html: needs a value behind it"),
         (["--html=none/x.html"], "--html none/x.html: no folder none; make it first"),
         (["seed=1,2"], "seed=1,2 gives several values, but this looks at one run"),
         (["data.train=gone.jsonl"], "data.train=gone.jsonl: "),
@@ -153,6 +178,6 @@ def test_a_wrong_word_is_one_line(words, capsys, more, said):
 
 
 def test_flags_stand_anywhere_among_the_settings():
-    asked = read_words(["beta=1", "--json", "--html", "a.html", "seed=2", "--group=7"])
+    asked = read_asked(["beta=1", "--json", "--html", "a.html", "seed=2", "--group=7"])
     assert asked.settings == ("beta=1", "seed=2")
     assert (asked.as_json, str(asked.page), asked.number) == (True, "a.html", 7)

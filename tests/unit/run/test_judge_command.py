@@ -10,7 +10,8 @@ import pytest
 
 from dpo_lightning import plugins
 from dpo_lightning.evaluation.win_rates import wilson
-from dpo_lightning.run.judge.command import _read_words, main
+from dpo_lightning.run.judge.command import GRAMMAR, main
+from dpo_lightning.run.words import read_words
 from dpo_lightning.settings.compose import compose_one, ready_hydra
 from tests.support.judge_server import Act, judge_server, marks_length, prefers_longer
 from tests.support.runs import ROOT
@@ -240,7 +241,7 @@ def test_every_command_of_the_page_is_understood(monkeypatch):
     lines = [line for line in blocks.splitlines() if line.startswith("dpo-lightning judge ")]
     assert len(lines) >= 3
     for line in lines:
-        words = _read_words(shlex.split(line, comments=True)[2:])
+        words = read_words(shlex.split(line, comments=True)[2:], GRAMMAR)
         with ready_hydra():
             compose_one(list(words.settings))
     sys.modules.pop("my_scorers", None)

@@ -343,6 +343,29 @@ def test_many_configurations_are_drawn_and_few_answers_shown(sweep):
 # The command -------------------------------------------------------------------------------------
 
 
+def test_a_report_made_again_keeps_the_rule_of_the_sweep(sweep, capsys):
+    """The rule that a sweep was started with is that of `report SWEEP`, until a flag changes it."""
+    reward_trial(sweep, 0.1, 6.0, 9.0)
+    reward_trial(sweep, 0.5, 5.0, 4.0)
+    write_report(sweep, margin=0.03, kl_budget=12.0)
+
+    def made(*flags):
+        assert main([str(sweep), *flags]) == 0
+        return json.loads((sweep / "sweep.json").read_text())
+
+    assert made()["asked"] == {"metric": None, "margin": 0.03, "kl_budget": 12.0}
+    assert made()["decision"]["margin"] == 0.03
+    assert "--margin=0.03 --kl-budget=12.0" in (sweep / "report.md").read_text()
+    changed = made("--margin", "0.01", "--kl-budget=none")
+    assert changed["asked"] == {"metric": None, "margin": 0.01, "kl_budget": None}
+    assert changed["decision"]["margin"] == 0.01
+    # The sweep's own end says all of its rule.
+    assert write_report(sweep)["asked"] == {"metric": None, "margin": None, "kl_budget": None}
+    with pytest.raises(SystemExit):
+        main([str(sweep), "--margin", "-1"])
+    assert "must be a finite number >= 0, or none" in capsys.readouterr().err
+
+
 def test_the_command_writes_it_at_any_time(sweep, capsys):
     reward_trial(sweep, 0.1, 6.0, 5.0)
     assert main([str(sweep)]) == 0

@@ -41,6 +41,18 @@ def test_the_patience_waits_for_an_improvement_of_its_own_size():
     assert (course.best_step, course.anchor, course.waited) == (4, 0.85, 0)
 
 
+def test_as_many_lead_as_are_kept_and_the_earlier_of_equal_ones():
+    """Losses 0.6, 0.5, 0.5, 0.7, 0.4: of two the step of 0.5 that came first is pushed out last."""
+    course = _Course()
+    entered = [
+        course.take(value, step, selection(), keep=2)
+        for step, value in enumerate((0.6, 0.5, 0.5, 0.7, math.nan, 0.4), start=1)
+    ]
+    assert entered == [True, True, True, False, False, True]
+    assert course.leaders == [(0.4, 6), (0.5, 2)]
+    assert (course.best, course.best_step) == (0.4, 6)
+
+
 def test_there_is_no_best_of_what_is_not_finite():
     assert taken([math.nan, math.inf], selection()).best_step is None
 
@@ -100,11 +112,15 @@ def make(folder: Path, *steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
-    [(1, None, [4]), (1, 2, [2, 4]), (2, 2, [2, 3, 4]), (2, 3, [3, 4]), (1, 4, [4])],
+    [
+        *((1, (), [4]), (2, (), [3, 4]), (1, (2,), [2, 4]), (1, (4,), [4]), (2, (2,), [2, 4])),
+        *((2, (1, 2), [1, 2, 4]), (3, (2,), [2, 3, 4]), (2, (4, 1), [1, 4]), (1, (9,), [4])),
+    ],
 )
-def test_the_best_stays_beside_the_newest(tmp_path, keep: int, best: int | None, left: list[int]):
+def test_the_best_stay_beside_the_newest(tmp_path, keep: int, best: tuple, left: list[int]):
+    """The newest are those up to ``keep`` where fewer were measured."""
     make(tmp_path, 1, 2, 3, 4)
-    own = None if best is None else checkpoint_path(tmp_path, best)
+    own = [checkpoint_path(tmp_path, step) for step in best]
     prune(tmp_path, newest=checkpoint_path(tmp_path, 4), keep=keep, best=own)
     assert sorted(int(path.stem[5:]) for path in tmp_path.glob("*.ckpt")) == left
 
@@ -129,6 +145,15 @@ def test_the_best_is_looked_for_here_and_beside_what_is_resumed(tmp_path):
     assert other.path_of_best() == named
     other._fetch()
     assert other.path_of_best() == checkpoint_path(tmp_path / "other", 7)
+    # Two that are kept are both fetched, but for one that is gone.
+    both = callback(tmp_path / "both")
+    both._resumed = checkpoint_path(there, 5)
+    for step, value in ((3, 0.3), (4, 0.2), (5, 0.1)):
+        both._course.take(value, step, selection(), keep=3)
+    both._fetch()
+    assert sorted(path.name for path in (tmp_path / "both").glob("*.ckpt")) == [
+        checkpoint_path(there, step).name for step in (3, 5)
+    ]
     checkpoint_path(here, 3).unlink()
     manifest_path(checkpoint_path(here, 3)).unlink()
     manifest_path(checkpoint_path(there, 3)).unlink()

@@ -80,14 +80,6 @@ def test_long_runs_log_every_tenth_step(steps, every, expected):
 
 
 @pytest.mark.parametrize(
-    ("steps", "every", "expected"), [(50, None, 5), (51, None, 6), (9, None, 1), (50, 4, 4)]
-)
-def test_there_are_ten_evaluations_unless_it_is_said(steps, every, expected):
-    found = schedule(groups=101, evaluation__every_n_steps=every, trainer__max_steps=steps)
-    assert found.eval_every_n_steps == expected
-
-
-@pytest.mark.parametrize(
     ("settings", "rate", "reason"),
     [
         ({"bundled": True}, 1e-3, "default for the bundled model"),
