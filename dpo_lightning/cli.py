@@ -220,7 +220,7 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     if args.config is not None:
         raise UserError(
             f"--config {args.config} does one run again, and a sweep is asked for; leave out -m, "
-            "or go on with a sweep by sweep.resume="
+            "or resume a sweep with sweep.resume="
         )
     args.multirun = True  # also where hydra.mode says it
     in_process = is_called(cfg.hydra.launcher, "BasicLauncher")

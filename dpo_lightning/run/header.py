@@ -103,7 +103,7 @@ def _counts(data: PreparedData) -> str:
         rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
     counts = [rows]
     for reason, count in data.dropped.items():
-        counts.append(f"{count:,} dropped: {DROP_REASONS[reason]}")
+        counts.append(f"{count:,} {_plural('row', count)} dropped: {DROP_REASONS[reason]}")
     for change, count in data.changed.items():
         counts.append(f"{count:,} with a {change.replace('_', ' ')}")
     return "; ".join(counts)

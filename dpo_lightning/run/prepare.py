@@ -234,7 +234,7 @@ def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
         dtype = torch.float16 if hardware.float16 else dtype
         source = replace(source, dtype=dtype, quantization=nf4_config(dtype, hardware.beside))
     if source.tokenizer.pad_token_id is None:
-        log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")
+        log.info("the tokenizer has no pad token: EOS pads answers")
     return source
 
 

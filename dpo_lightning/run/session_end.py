@@ -99,7 +99,7 @@ def conclude_session(
         if session.plan.logger.log_model:
             session.loggers.keep_model(session.plan.folders.run / EXPORT)
         for sign in session.record.signs:
-            log.warning("a sign of a failed training: %s", sign["says"])
+            log.warning("warning sign: %s", sign["says"])
     session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
 
 

@@ -180,7 +180,7 @@ def on_earlier(
     is_ours = args.config_path is None and args.config_name == "config"
     default = compose(hydra, args, []) if is_ours else schema()
     on_recorded(cfg, read_recorded(path), overrides, default)
-    print(f"settings of {path}, and what is typed", flush=True)
+    print(f"settings from {path} and from the command line", flush=True)
     return cfg
 
 

@@ -219,8 +219,8 @@ class DataConfig:
     )
     micro_batch_tokens: int | None = setting(
         None,
-        "Most tokens that one device computes at once; null: by its memory. The step does "
-        "not depend on it.",
+        "Maximum tokens of a micro-batch on one device; null: by its memory. The step does not "
+        "depend on it.",
         unit="tokens",
         least=1,
     )
@@ -283,7 +283,7 @@ class LossConfig:
     """
 
     name: str = setting(
-        "sigmoid", "A loss, or any name of your own where loss.terms says what is added up."
+        "sigmoid", "Loss function; with several in loss.terms any name of your own."
     )
     terms: dict[str, float] = setting(
         {},

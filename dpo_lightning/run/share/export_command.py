@@ -58,7 +58,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one object")
     words = parser.read([_AT_BETA.sub("--at-beta=", word) for word in argv])
     if words.at_beta is not None and not 0 < words.at_beta < math.inf:
-        raise UserError(f"--at-beta {words.at_beta:g}: it must be a finite number above 0")
+        raise UserError(f"--at-beta {words.at_beta:g}: must be a finite number > 0")
     with answer_alone():
         found = _export(
             words.run, words.output.expanduser(), merge=words.merge, at_beta=words.at_beta

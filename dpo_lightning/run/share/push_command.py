@@ -18,8 +18,8 @@ from dpo_lightning.settings.credentials import redact
 
 _ABOUT = """\
 Uploads the policy of a run, or a folder that `export` wrote, to a repository on the hub. It is
-private unless --public is said. --dry-run shows what would go, and contacts nobody. The token is
-that of `hf auth login` or of HF_TOKEN in the environment; it is written nowhere."""
+private unless --public is given. --dry-run shows what would be uploaded and contacts no server. The
+token is that of `hf auth login` or of HF_TOKEN in the environment; it is written nowhere."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def _main(argv: list[str]) -> int:
     parser = ShareParser("push", _ABOUT)
     parser.add_argument("--repo", required=True, help="owner/name")
     parser.add_argument("--public", action="store_true", help="let everybody see it")
-    parser.add_argument("--dry-run", action="store_true", help="show what would go, and end")
+    parser.add_argument("--dry-run", action="store_true", help="upload nothing, show what would be")
     parser.add_argument("--json", action="store_true", help="print one object")
     words = parser.read(argv)
     if "/" not in words.repo or not is_hub_id(words.repo):
@@ -74,7 +74,7 @@ def _show(found: Mapping[str, Any]) -> None:
     if found["url"]:
         print(found["url"])
         return
-    print(f"\n{found['card'] or 'There is no card.'}\nNobody was asked: this was a dry run.")
+    print(f"\n{found['card'] or 'There is no card.'}\nDry run: nothing was uploaded.")
 
 
 def _upload(folder: Path, contents: Contents, repo: str, *, public: bool) -> str:

@@ -168,7 +168,7 @@ def test_a_file_that_is_no_list_of_blocks_is_refused_with_the_place(file, text, 
             [
                 "grid.yaml:2: betta: unknown key; did you mean `beta`?",
                 "grid.yaml:3: loss=nope: ",
-                "grid.yaml:4: hydra.launcher.devices is not of a trial",
+                "grid.yaml:4: hydra.launcher.devices is no setting of a trial",
                 "grid.yaml:5: sweep.metric is not of a trial",
                 "grid.yaml:6: data.batch_size has values here, and data.batch_size=8 gives it one",
                 "grid.yaml:7: logger.wandb_api_key: credentials are no settings",
