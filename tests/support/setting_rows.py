@@ -528,6 +528,13 @@ SELECTION = [
         "checkpoint.monitor=eval/rewards/accuracies",
     ),
     Row(
+        f"{OWN} checkpoint.monitor=samples/judge",
+        "checkpoint.monitor=samples/judge needs a judge that marks answers",
+        f"{OWN} checkpoint.monitor=samples/judge evaluation.judge=endpoint "
+        "evaluation.judge_model=m evaluation.judge_form=marks "
+        "evaluation.judge_url=http://localhost:8000/v1",
+    ),
+    Row(
         f"{OWN} {SETS} checkpoint.monitor=eval/c/loss",
         "there is no held-out set c (there are: a, b); use checkpoint.monitor=eval/loss",
         f"{OWN} {SETS} checkpoint.monitor=eval/b/loss",
