@@ -19,6 +19,6 @@ setup(
             *("py.typed", "assets/tiny_llama/*"),
             *("run/inspect/templates/*", "sweeps/report/templates/*"),
         ],
-        "dpo_lightning.conf": ["*.yaml", "*/*.yaml", "hydra/*/*.yaml"],
+        "dpo_lightning.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
 )

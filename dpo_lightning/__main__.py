@@ -95,17 +95,23 @@ def _push(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("one run, or a sweep with -m", _train),
-    "inspect": ("look at the rows and the plan of a run before it is started", _inspect),
+    "inspect": ("check the rows and the plan of a run before starting it", _inspect),
     "preflight": ("how much memory a run would take", _preflight),
     "evaluate": ("a trained policy on held-out rows: metrics, slices, answers", _evaluate),
     "compare": ("trained policies on the same rows, tested row by row", _compare),
-    "generate": ("answers of a policy, or of a sweep's, for a judge or a benchmark", _generate),
+    "generate": (
+        "draw answers of a policy, or of all trials of a sweep, for a judge or a benchmark",
+        _generate,
+    ),
     "chat": ("talk to a policy and its reference, side by side", _chat),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
-    "judge": ("have answers judged that are there already", _judge),
-    "report": ("write the report of a sweep again", _report),
-    "export": ("a folder that others load, with --merge one whole model", _export),
-    "push": ("upload a policy to the hub; --dry-run shows what would go", _push),
+    "judge": ("judge answers that exist already", _judge),
+    "report": ("rewrite the report of a sweep", _report),
+    "export": (
+        "write a folder that transformers, PEFT and vLLM load; --merge: one whole model",
+        _export,
+    ),
+    "push": ("upload a policy to the hub; --dry-run shows what would be uploaded", _push),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),
 }
 """What each command does, and its function."""
@@ -130,14 +136,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"dpo-lightning {dpo_lightning.__version__}")
         return 0
+    if words[0] in ("-sc", "--shell-completion"):
+        return _complete(words)
     if words[0] in COMMANDS:
         return COMMANDS[words[0]][1](words[1:])
     print(f"error: {_unknown(words[0])}", file=sys.stderr)
     return 2
 
 
+def _complete(words: list[str]) -> int:
+    """Completion by Hydra, with the names of the commands ahead of settings."""
+    from dpo_lightning.settings.program import completed
+
+    if any(word.startswith("query=") for word in words):
+        names, line = completed(os.environ.get("COMP_LINE", ""), COMMANDS)
+        if line is None:
+            print("\n".join(names))
+            return 0
+        os.environ["COMP_LINE"] = line
+    return _train(words)
+
+
 def _help() -> str:
-    from dpo_lightning.settings.program import typed
+    from dpo_lightning.settings.program import completion, typed
 
     lines = {" ".join(typed(name)): what for name, (what, _) in COMMANDS.items()}
     width = max(map(len, lines))
@@ -145,7 +166,8 @@ def _help() -> str:
         [
             "Direct Preference Optimization experiments.\n",
             *(f"  {line:{width}}  {what}" for line, what in lines.items()),
-            f"\n`{' '.join(typed())} --help` says what settings there are, --version the version.",
+            f"\n`{' '.join(typed())} --help` lists the main settings, --version shows the version.",
+            *([] if (line := completion()) is None else [f"Completion in bash: {line}"]),
         ]
     )
 

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.memory.segments import allocate_in_segments
 from dpo_lightning.processes.signals import stop_if_interrupted
+from dpo_lightning.run.asked_devices import check_devices
 from dpo_lightning.run.folder import (
     RunFolder,
     disk_fault,
@@ -43,6 +44,7 @@ from dpo_lightning.settings.compose import (
     by_sweep,
     check_shown,
     compose,
+    help_of,
     is_called,
     lines_of,
     make_hydra,
@@ -135,8 +137,12 @@ def _main(argv: list[str]) -> int:
     if args.shell_completion:
         _show(args, parser)
         return 0
-    if args.help or args.hydra_help or args.cfg is not None or args.info is not None:
+    if args.help and not args.help_all:
+        print(help_of(args))
+        return 0
+    if args.help_all or args.hydra_help or args.cfg is not None or args.info is not None:
         check_shown(args)
+        args.help = args.help_all
         _show(args, parser)
         return 0
     raise_all(_flag_problems(args))
@@ -214,7 +220,7 @@ def _check(args: argparse.Namespace, hydra: Hydra) -> _Checked:
     if args.config is not None:
         raise UserError(
             f"--config {args.config} does one run again, and a sweep is asked for; leave out -m, "
-            "or go on with a sweep by sweep.resume="
+            "or resume a sweep with sweep.resume="
         )
     args.multirun = True  # also where hydra.mode says it
     in_process = is_called(cfg.hydra.launcher, "BasicLauncher")
@@ -257,6 +263,9 @@ def _check_run(args: argparse.Namespace, cfg: DictConfig) -> tuple[Path, Config]
     if config.sweep.trials is not None:
         raise UserError(f"sweep.trials={shown(config.sweep.trials)} is for a sweep: add -m")
     check_trainable(backend_of(config.generation), answers=config.evaluation.samples)
+    warning = check_devices(config.trainer)
+    if warning is not None and is_rank_zero():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     return with_folder(args, cfg, "run.dir"), config
 
 

@@ -28,7 +28,7 @@ usage: {program} [--gib N] [settings of a run]
 
 Prints how much memory each device would take, before anything is downloaded or loaded.
 
-  --gib N  compare with a GPU of N GiB, which need not be there
+  --gib N  compare with a GPU of N GiB, which this machine need not have
 
 The settings are those of `{train}`. Exit code 2: they are wrong, or the run would not fit."""
 
@@ -92,7 +92,7 @@ def _show(estimate: MemoryEstimate, config: Config) -> None:
     table.add_section()
     table.add_row("total", in_gib(found.total))
     if estimate.device_bytes is not None:
-        table.add_row("there are", in_gib(estimate.device_bytes))
+        table.add_row("available", in_gib(estimate.device_bytes))
     again = ", activation checkpointing" if training.checkpointing else ""
     facts = (
         f"{config.model.name}: {memory.parameters:,} parameters, {trained:,} trainable",

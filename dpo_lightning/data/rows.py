@@ -279,5 +279,5 @@ class RowReader:
         used.add(column)
         number = orders.number(row[column], column)
         if above_zero and number <= 0:
-            raise RowError(column, f"{describe(row[column])}, expected one above 0")
+            raise RowError(column, f"{describe(row[column])}, expected a number > 0")
         return number

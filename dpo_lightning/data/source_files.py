@@ -91,7 +91,7 @@ def find_source(source: str, *, split: str | None, subset: str | None, key: str)
             return _of_folder(path, where, split=split, subset=subset, key=key)
     except PermissionError as error:
         raise UserError(
-            f"{where}: {error.strerror}; have it opened to you, or name another"
+            f"{where}: {error.strerror}; check its permissions, or name another"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         # Among others: no such user's home, a name that no file can have.

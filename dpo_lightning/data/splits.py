@@ -27,7 +27,7 @@ class PreparedData:
     """The groups of a run.
 
     ``len(train) + len(eval) + sum(dropped.values())`` is the number of rows of the files; a file
-    that two held-out sets name counts twice.
+    that two held-out sets name counts twice, and what :meth:`overfit` leaves out does not count.
 
     Attributes:
         train: Groups to train on.
@@ -53,6 +53,17 @@ class PreparedData:
     set_aside: list[BadRow] = field(default_factory=list)
     leads: Counter[str] = field(default_factory=Counter)
     sources: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
+
+    def overfit(self, count: int | None) -> None:
+        """Leaves the first training groups alone, to be trained and evaluated on.
+
+        Args:
+            count: Groups that stay; None leaves all as it is.
+        """
+        if count is None:
+            return
+        self.train = self.train[:count]
+        self.eval, self.sets = [*self.train], {}
 
     def choose_evaluated(self, most: int | None) -> None:
         """Takes a sample of each held-out set to evaluate on, where it has more.

@@ -97,7 +97,7 @@ def _facts(text: str) -> TemplateFacts:
         tree = environment.parse(_MARKUP.sub("", text))
     except TemplateError as error:
         raise UserError(
-            f"the chat template is no Jinja template: {' '.join(str(error).split())}; mend it, or "
+            f"the chat template is no Jinja template: {' '.join(str(error).split())}; fix it, or "
             "name another with data.chat_template="
         ) from error
     found = frozenset(meta.find_undeclared_variables(tree))

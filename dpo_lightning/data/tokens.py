@@ -29,8 +29,8 @@ Ids = npt.NDArray[np.int32]
 DROP_REASONS = {
     "bad_row": "a row that could not be read, set aside in quarantine.jsonl",
     "too_long": "prompt and longest response exceed data.max_length",
-    "nothing_to_compare": "no strictly ranked, different pair is left (after truncation)",
-    "identical_responses": "the responses are identical",
+    "nothing_to_compare": "no pair of different, ranked responses is left (after truncation)",
+    "identical_responses": "chosen equals rejected",
     "empty_response": "an empty response",
     "not_rendered": "a row that the chat template refuses or leaves out a part of, set aside in "
     "quarantine.jsonl",

@@ -313,7 +313,7 @@ def check_fits(estimate: MemoryEstimate, mode: str) -> None:
         return
     message = too_large(estimate)
     if mode == "stop" and estimate.training.kind == "cuda":
-        raise UserError(f"{message}; if you know better, trainer.memory_check=warn")
+        raise UserError(f"{message}; trainer.memory_check=warn runs it all the same")
     log.warning(message)
 
 
@@ -324,7 +324,7 @@ def too_large(estimate: MemoryEstimate) -> str:
     training = estimate.training
     held = f"model.dtype={'bfloat16' if training.weight_bytes == 2 else 'float32'}"
     options = [f"{name} ({in_gib(size)} GiB)" for name, size in remedies(estimate)]
-    advice = f"; what helps, each alone: {', '.join(options)}" if options else ""
+    advice = f"; each of these helps: {', '.join(options)}" if options else ""
     return (
         f"{held} optimizer={training.optimizer} data.micro_batch_tokens={training.tokens} on "
         f"{estimate.devices} x {training.kind}: training takes {estimate.describe()}, and may take "

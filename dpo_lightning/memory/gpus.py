@@ -7,10 +7,15 @@ device to all of them.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
 
 _GPU = re.compile(r"GPU (\d+): (.*) \(UUID: (GPU-[0-9A-Za-z-]+)\)$")
 _SLICE = re.compile(r"\s+MIG .*\(UUID: (MIG-[^)\s]+)\)$")
@@ -39,6 +44,40 @@ class Gpu:
     def devices(self) -> tuple[str, ...]:
         """Names of the parts that a program may be given, as CUDA_VISIBLE_DEVICES takes them."""
         return self.slices or (self.uuid,)
+
+
+# Nodes of drivers of NVIDIA, of AMD, and of either under WSL.
+_DEVICE_NODES = ("nvidia*", "nvhost*", "kfd", "dxg")
+
+
+def no_gpu_because(folder: Path = Path("/dev")) -> str | None:
+    """Reason why torch can use no GPU here, found without importing it; None where it may.
+
+    Args:
+        folder: The folder of device nodes.
+    """
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    if version.endswith("+cpu"):
+        return f"torch {version} is a CPU build"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    nodes = any(any(folder.glob(pattern)) for pattern in _DEVICE_NODES)
+    if sys.platform == "linux" and not nodes and shutil.which("nvidia-smi") is None:
+        return "this machine has no GPU"
+    return None
+
+
+def no_gpu(accelerator: str, reason: str) -> str:
+    """The answer to a GPU that is asked for and not there.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+        reason: Why there is none.
+    """
+    return f"trainer.accelerator={accelerator}: {reason}; use trainer=cpu, or a machine with a GPU"
 
 
 def list_gpus() -> list[Gpu]:

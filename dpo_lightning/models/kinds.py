@@ -51,7 +51,7 @@ def _faults(config: Any, *, weights: bool) -> Iterator[str]:
         with contextlib.suppress(RuntimeError):
             value = getattr(text, entry, None)
         if isinstance(value, int) and value < 1:
-            yield f"its config.json has {entry}={value}, which has to be 1 or more; mend it there"
+            yield f"its config.json has {entry}={value}, which has to be 1 or more; fix it there"
     stored = getattr(config, "quantization_config", None)
     if weights and stored is not None:
         yield _quantized(stored)
@@ -97,5 +97,5 @@ def build_error(config: Any, error: Exception) -> UserError:
     text = " ".join(str(error).split())[:200]
     return UserError(
         f"model: no {config.model_type} model can be made by its config.json "
-        f"({type(error).__name__}: {text}); mend that entry, or name another model"
+        f"({type(error).__name__}: {text}); fix that entry, or name another model"
     )

@@ -138,7 +138,7 @@ def fit_tabular_policy(
 def _check_table(reference_logps: Tensor, rewards: Tensor, beta: float) -> None:
     """Raises where a fit would mean nothing."""
     if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
+        raise ValueError(f"beta is {beta!r}: must be a finite number > 0")
     if reference_logps.ndim != 2 or reference_logps.shape != rewards.shape:
         raise ValueError(
             f"reference_logps has shape {tuple(reference_logps.shape)}, rewards "

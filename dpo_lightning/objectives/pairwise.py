@@ -84,7 +84,7 @@ def pairwise_loss(
     """
     loss = _known(name, options)
     if isinstance(beta, float | int) and not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
+        raise ValueError(f"beta is {beta!r}: must be a finite number > 0")
     if isinstance(target_margin, float | int):
         target_margin = torch.full_like(policy_chosen_logps, float(target_margin))
     pairs = PairLogps(

@@ -334,4 +334,4 @@ class _Sums:
 
 def _check_beta(beta: float) -> None:
     if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta!r}: it is a finite number above 0")
+        raise ValueError(f"beta is {beta!r}: must be a finite number > 0")

@@ -173,7 +173,7 @@ class BlockDesk:
     def _go_alone(self, doing: str, error: OSError) -> None:
         self._shares = False
         log.warning(
-            "the reference cache %s cannot be %s (%s): what is missing in it is computed for this "
+            "the reference cache %s cannot be %s (%s): missing values are computed for this "
             "run alone; reference.cache_dir= names another folder",
             self._cache.path,
             doing,

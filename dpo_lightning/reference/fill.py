@@ -205,7 +205,7 @@ def _read_or_compute(
     if len(values) == len(needed):
         return values, computed
     for folder in cache.earlier_layouts():
-        log.info("reference: %s is of an earlier version and not read; it may be deleted", folder)
+        log.info("reference: %s is from an earlier version and not used; it may be deleted", folder)
     log.info("computing reference log-probs (cached for later runs)")
     model = computing.load().to(computing.device)
     done = plan.count(values)

@@ -43,8 +43,10 @@ from dpo_lightning.training.checkpoints.writer import (
     DurableCheckpointIO,
 )
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.overfit import UntilOverfit
 from dpo_lightning.training.precision import trainer_precision
 from dpo_lightning.training.preemption import Preemption
+from dpo_lightning.training.profiling import make_profiler
 from dpo_lightning.training.ranks import refuse_as_user_error
 from dpo_lightning.training.same_config import SameConfig
 from dpo_lightning.training.strategies import ShardedStrategy
@@ -130,13 +132,12 @@ def make_session_callbacks(
     own.append(
         Checkpoints(folder, every_n_steps=kept.every_n_steps, keep=kept.keep, last=kept.last)
     )
-    if shows_bar(plan.trainer):
-        own.append(Progress(throughput))
-    elif plan.trainer.progress:
-        own.append(LogProgress(throughput, total_steps=plan.schedule.total_steps))
+    own += _progress(plan, throughput)
     if plan.trainer.max_time is not None:
         # The trainer's own would come last, where what is saved at a signal has to be.
         own.append(Timer(duration=plan.trainer.max_time))
+    if plan.batches.overfit:
+        own.append(UntilOverfit(len(prepared.data.train)))
     best = _best(plan, prepared, metrics, resumed)
     if best is not None:
         own.append(best)
@@ -156,6 +157,15 @@ def make_session_callbacks(
         own.append(rung)
     own.append(Preemption(signals, folder, keep=kept.keep))
     return SessionCallbacks(own, samples, curve, rung, answers, best)
+
+
+def _progress(plan: RunPlan, throughput: Throughput) -> list[Callback]:
+    """The bar, or lines in its place."""
+    if shows_bar(plan.trainer):
+        return [Progress(throughput)]
+    if plan.trainer.progress:
+        return [LogProgress(throughput, total_steps=plan.schedule.total_steps)]
+    return []
 
 
 def _curve(plan: RunPlan, prepared: Prepared) -> ExactCurve | None:
@@ -259,7 +269,7 @@ def make_trainer(
             inference_mode=False,
             deterministic=trainer.deterministic,
             detect_anomaly=trainer.detect_anomaly,
-            profiler=trainer.profiler,
+            profiler=make_profiler(trainer.profiler, plan.folders.run),
             default_root_dir=plan.folders.run,
         )
 

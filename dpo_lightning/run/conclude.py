@@ -136,7 +136,7 @@ def _of_samples(sampled: Sampled, run: Path) -> dict[str, Any]:
         return entries
     line = redact(" ".join(sampled.failure.split()))
     log.warning(
-        "the answers are not judged, all else of the run stands: %s; `%s` judges them later",
+        "the answers were not judged: %s; all else is finished, and `%s` judges them later",
         *(line, shlex.join([*typed("judge"), "--answers", str(run)])),
     )
     return entries | {"judge": None, "judge_failed": line}
@@ -219,6 +219,8 @@ def _signs(
 ) -> list[dict[str, Any]]:
     """Signs of a training that went wrong, as entries of ``result.json``."""
     plan, module = trained.plan, trained.module
+    if plan.batches.overfit:
+        return []  # which is what it looks like, on purpose
     facts = gather_facts(
         metrics=metrics,
         metrics_file=plan.folders.run / METRICS_FILE,

@@ -47,7 +47,10 @@ _OUTCOME = (
     *("model", "model-merged"),
 )
 # Its course, which a run that goes on from a checkpoint continues.
-_COURSE = ("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE, "csv", "tensorboard")
+_COURSE = (
+    *("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE),
+    *("csv", "tensorboard", "profile"),
+)
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
 _SAVED = ("step-*.ckpt", "step-*.json", ".step-*")
@@ -70,7 +73,7 @@ def disk_fault(error: Exception) -> str | None:
             return None
         number = int(found.group(1))
     closed = number in (errno.EACCES, errno.EROFS)
-    remedy = "have it opened to you" if closed else "make room there"
+    remedy = "check its permissions" if closed else "make room there"
     return (
         f"{named or 'a file of this run'}: {os.strerror(number)}; {remedy}, or name another folder "
         "with hydra.run.dir="
@@ -177,7 +180,7 @@ def nothing_to_do(config: Config, folder: Path, *, is_trial: bool = False) -> bo
     if earlier is None:
         return False
     if earlier.damaged:
-        print(f"{folder / RESULT_FILE} is damaged, and is passed over", flush=True)
+        print(f"{folder / RESULT_FILE} is damaged and skipped", flush=True)
     if not earlier.finished or config.overwrite:
         return False
     goes_on = config.resume is not None and _is_in(config.resume, folder)

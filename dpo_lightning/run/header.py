@@ -19,7 +19,7 @@ from dpo_lightning.run.prepare import Prepared
 
 def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str, str]:
     """A line per fact: model, data and what was dropped, loss, steps, device, folder."""
-    models, schedule, names = prepared.models, plan.schedule, plan.names
+    models, names = prepared.models, plan.names
     total, trainable = count_parameters(models.policy)
     parameters = f"{total:,} parameters"
     if trainable != total:
@@ -37,8 +37,7 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         **_chat(prepared),
         "loss": f"{names.loss}, beta {plan.beta:g}",
         "reference": _reference(models, names),
-        "steps": f"{schedule.total_steps:,} steps x {plan.batches.size} prompts, learning rate "
-        f"{schedule.learning_rate:g}, {schedule.warmup_steps:,} warm-up steps",
+        "steps": _steps(plan),
         **_evaluations(plan),
         "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
         "attention": models.scorer.attention,
@@ -49,6 +48,21 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         why = "this torch is a CPU build" if torch.version.cuda is None else "see nvidia-smi"
         facts["note"] = f"this machine has an NVIDIA GPU that torch cannot use: {why}"
     return facts
+
+
+def _steps(plan: RunPlan) -> str:
+    """Steps, prompts of each, the learning rate and why it is what it is, warm-up steps."""
+    schedule = plan.schedule
+    reason = f" ({schedule.learning_rate_of})" if schedule.learning_rate_of else ""
+    warmup = f"{schedule.warmup_steps:,} warm-up {_plural('step', schedule.warmup_steps)}"
+    return (
+        f"{schedule.total_steps:,} {_plural('step', schedule.total_steps)} x {plan.batches.size} "
+        f"prompts, learning rate {schedule.learning_rate:g}{reason}, {warmup}"
+    )
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
 
 
 def _evaluations(plan: RunPlan) -> dict[str, str]:
@@ -89,7 +103,7 @@ def _counts(data: PreparedData) -> str:
         rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
     counts = [rows]
     for reason, count in data.dropped.items():
-        counts.append(f"{count:,} dropped: {DROP_REASONS[reason]}")
+        counts.append(f"{count:,} {_plural('row', count)} dropped: {DROP_REASONS[reason]}")
     for change, count in data.changed.items():
         counts.append(f"{count:,} with a {change.replace('_', ' ')}")
     return "; ".join(counts)

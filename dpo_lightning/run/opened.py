@@ -137,7 +137,7 @@ def compose_opened(opened: Opened, typed: Sequence[str] = ()) -> Config:
         UserError: If they are wrong, or a run's settings are gone.
     """
     if opened.run is not None and not (opened.run / SETTINGS_FILE).is_file():
-        raise UserError(f"run={opened.run}: its {SETTINGS_FILE} is gone, which says what it is of")
+        raise UserError(f"run={opened.run}: its {SETTINGS_FILE} is gone, which describes it")
     if not names_rows(typed):
         return compose_one([*opened.words, *typed])
     try:
@@ -311,7 +311,7 @@ def _adapter(name: str, found: FoundWeights, reference: str | None, key: str) ->
         )
     if not Path(base).expanduser().is_dir() and not _HUB_ID.fullmatch(base):
         raise UserError(
-            f"{key}={name}: its base model is {base}, which is not there; mend {_BASE} in its "
+            f"{key}={name}: its base model is {base}, which is not there; fix {_BASE} in its "
             f"{ADAPTER_FILE}"
         )
     words = ["peft=lora", _word("peft.adapter", source), _word("model.pretrained", base)]

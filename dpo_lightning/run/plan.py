@@ -118,11 +118,13 @@ class BatchPlan:
         size: Groups of a step, over all ranks.
         num_workers: Processes that make them ready.
         equal_counts: True if all ranks take as many micro-batches.
+        overfit: True if a few groups are seen until their loss has fallen.
     """
 
     size: int
     num_workers: int
     equal_counts: bool
+    overfit: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,7 @@ def make_plan(
             size=config.data.batch_size,
             num_workers=config.data.num_workers,
             equal_counts=trainer.sharded,
+            overfit=config.data.overfit_groups is not None,
         ),
         learning=learning_plan(config, schedule),
         memory=memory_settings(config),

@@ -235,7 +235,7 @@ def resolve_source(config: Config, hardware: Hardware) -> ModelSource:
         dtype = torch.float16 if hardware.float16 else dtype
         source = replace(source, dtype=dtype, quantization=nf4_config(dtype, hardware.beside))
     if source.tokenizer.pad_token_id is None:
-        log.info("the tokenizer has no pad token: none is needed, EOS stands in for it in answers")
+        log.info("the tokenizer has no pad token: EOS pads answers")
     return source
 
 
@@ -283,6 +283,7 @@ def prepare_groups(
         keep_tokens=keep_tokens,
         show=show,
     )
+    data.overfit(config.data.overfit_groups)
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
@@ -365,7 +366,7 @@ def controlled_data(
     """
     sizes = config.data.controlled
     # The evaluation pairs are the same for every seed, so that seeds can be compared.
-    return PreparedData(
+    data = PreparedData(
         train=task.groups(
             sizes.train_groups,
             seed=config.seed + 1,
@@ -374,3 +375,5 @@ def controlled_data(
         ),
         eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
     )
+    data.overfit(config.data.overfit_groups)
+    return data

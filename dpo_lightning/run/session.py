@@ -43,7 +43,7 @@ from dpo_lightning.tracking.rungs import AtRung
 from dpo_lightning.training.checkpoints.files import (
     find_checkpoint,
 )
-from dpo_lightning.training.devices import take_device
+from dpo_lightning.training.devices import check_there, take_device
 from dpo_lightning.training.ranks import Ranks, leave_ranks, start_ranks
 from dpo_lightning.training.schedule import make_schedule
 
@@ -74,6 +74,7 @@ def run_experiment(
     quiet_libraries()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     folders = choose_folders(config, folder.path)
+    check_there(config.trainer.accelerator, config.trainer.devices)
     take_device(config.trainer.accelerator, config.trainer.devices)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     _settle_libraries(hardware)

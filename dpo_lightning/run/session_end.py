@@ -22,6 +22,7 @@ from dpo_lightning.reference.kinds import CachedReference
 from dpo_lightning.run.build import (
     SessionCallbacks,
 )
+from dpo_lightning.run.closing import closing_lines
 from dpo_lightning.run.conclude import Trained, conclude
 from dpo_lightning.run.exported import choose_exported, say_shares
 from dpo_lightning.run.finished import EXPORT
@@ -32,6 +33,7 @@ from dpo_lightning.training.checkpoints.files import (
     saved_checkpoints,
 )
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.profiling import PROFILE
 
 log = logging.getLogger(__name__)
 
@@ -97,19 +99,19 @@ def conclude_session(
         if session.plan.logger.log_model:
             session.loggers.keep_model(session.plan.folders.run / EXPORT)
         for sign in session.record.signs:
-            log.warning("a sign of a failed training: %s", sign["says"])
+            log.warning("warning sign: %s", sign["says"])
     session.record.memory["evaluation_peak_bytes"] = peak_bytes(trained.device)
 
 
 def say_where(session: Session) -> None:
-    """The files to look at."""
-    run_dir = session.plan.folders.run
-    for name in ("model", "result.json", "metrics.jsonl"):
-        log.info("%-10s%s", name.partition(".")[0], run_dir / name)
-    if session.plan.evaluation.merge:
-        log.info("%-10s%s", "merged", run_dir / "model-merged")
-    for name, where in session.where.items():
-        log.info("%-9s %s", name, where)
+    """Says where the model is, what to do with it, and where the run is in its loggers."""
+    plan = session.plan
+    run_dir = plan.folders.run
+    merged = run_dir / "model-merged" if plan.evaluation.merge else None
+    profile = run_dir / PROFILE if plan.trainer.profiler else None
+    lines = closing_lines(run_dir, merged=merged, profile=profile)
+    for name, line in (lines | session.where).items():
+        log.info("%-9s %s", name, line)
 
 
 def _count_reference_rows(trainer: pl.Trainer, module: DPOModule) -> dict[str, int]:

@@ -166,7 +166,7 @@ def check_settings(opened: Opened, settings: Sequence[str]) -> None:
     keys = [key_of(word) for word in settings]
     for key in keys:
         if key in _DURING_TRAINING:
-            raise UserError(f"{key}: it is of a training, which this is not; leave it out")
+            raise UserError(f"{key}: it is for training, and nothing is trained here; leave it out")
         if opened.run is not None and key in OF_A_MODEL:
             raise UserError(
                 f"{key}: it is what {opened.name} was trained with; leave it out, or name "

@@ -242,7 +242,7 @@ def _entry_problems(
         yield refusal(entry.key)
         return
     if entry.key.lstrip("+~").replace("/", ".").partition(".")[0] in _NOT_IN_A_BLOCK:
-        yield f"{entry.key} is not of a trial; give it on the command line"
+        yield f"{entry.key} is no setting of a trial; give it on the command line"
         return
     if entry.key in taken:
         yield (

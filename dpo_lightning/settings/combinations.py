@@ -78,7 +78,7 @@ def _model(config: Config) -> Iterator[str]:
                 "model.config_overrides out"
             )
     if model.revision is not None and model.pretrained is None:
-        yield f"model.revision={model.revision} is of a hub id: set model.pretrained= too"
+        yield f"model.revision={model.revision} is for a hub id: set model.pretrained= too"
     if model.pretrained is None and model.config is None:
         if data.train is not None:
             yield (
@@ -137,14 +137,14 @@ def _splits(config: Config) -> Iterator[str]:
             if value is not None:
                 shown = source_label(data.train)
                 yield (
-                    f"{key}={value} is of a hub data set, data.train={shown} is a file; "
+                    f"{key}={value} is for hub data sets, and data.train={shown} is a file; "
                     "leave it out"
                 )
     elif data.eval is None and data.eval_split is not None:
         for path in train:
             if path not in parted:
                 yield (
-                    f"data.eval_split={data.eval_split} is of a hub data set or a folder, and "
+                    f"data.eval_split={data.eval_split} is for a hub data set or a folder, and "
                     f"{path} of data.train is a file; name held-out rows with data.eval="
                 )
 
@@ -262,7 +262,7 @@ def _peft(config: Config) -> Iterator[str]:
                     "its own; leave one of the two out"
                 )
     elif peft.revision is not None:
-        yield f"peft.revision={peft.revision} is of a hub id: set peft.adapter= too"
+        yield f"peft.revision={peft.revision} is for a hub id: set peft.adapter= too"
     yield from _adapter_folder("peft.adapter", peft.adapter)
     yield from _four_bits(config)
     yield from _adapter_of_reference(config)
@@ -338,13 +338,13 @@ def _strategy(config: Config) -> Iterator[str]:
             continue
         users = [f"strategy={name}" for name, keys in _OF_STRATEGY.items() if key in keys]
         yield (
-            f"strategy.{key}={chosen[key]}: strategy={strategy.name} has no use for it; "
+            f"strategy.{key}={chosen[key]}: strategy={strategy.name} does not use it; "
             f"add {' or '.join(users)}"
         )
     if strategy.name == "fsdp" and config.peft.quantization == "nf4":
         yield (
-            "strategy=fsdp: peft.quantization=nf4 is not shared out: layers in 4 bits then give "
-            "wrong numbers and say nothing (bitsandbytes #1945); use strategy=ddp, or "
+            "strategy=fsdp: peft.quantization=nf4 is not supported: sharded 4-bit layers silently "
+            "give wrong numbers (bitsandbytes #1945); use strategy=ddp, or "
             "peft.quantization=none model.dtype=bfloat16"
         )
     if strategy.name == "fsdp" and config.trainer.accelerator == "mps":
@@ -376,7 +376,7 @@ def _devices(config: Config, *, multirun: bool) -> Iterator[str]:
         several = [f"trainer.devices={trainer.devices}"] if len(trainer.devices) > 1 else []
         if trainer.accelerator == "cpu":
             yield (
-                f"trainer.devices={trainer.devices}: processes on the CPU are only counted; "
+                f"trainer.devices={trainer.devices}: processes on the CPU have no numbers; "
                 f"use trainer.devices={len(trainer.devices)}"
             )
     elif isinstance(trainer.devices, int) and trainer.devices > 1:

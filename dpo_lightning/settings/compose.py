@@ -6,7 +6,7 @@ are those that ``hydra.main`` itself calls, and the version of Hydra is pinned t
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -43,6 +44,7 @@ from dpo_lightning.settings.overrides import (
     typed_text,
     with_own_names,
 )
+from dpo_lightning.settings.page import first_help
 from dpo_lightning.settings.recorded import (
     SETTINGS_FILE,
     is_alone,
@@ -178,7 +180,7 @@ def on_earlier(
     is_ours = args.config_path is None and args.config_name == "config"
     default = compose(hydra, args, []) if is_ours else schema()
     on_recorded(cfg, read_recorded(path), overrides, default)
-    print(f"settings of {path}, and what is typed", flush=True)
+    print(f"settings from {path} and from the command line", flush=True)
     return cfg
 
 
@@ -238,12 +240,28 @@ def make_hydra(args: argparse.Namespace) -> ComposedOnce:
 def typed_overrides(args: argparse.Namespace, hydra: Hydra) -> list[Override]:
     """The settings that were typed, their keys and choices known."""
     overrides = parse_overrides(args.overrides, hydra.config_loader)
+    raise_all(override_problems(overrides, options_by_group(hydra, args)))
+    return overrides
+
+
+def options_by_group(hydra: Hydra, args: argparse.Namespace) -> Callable[[str], list[str]]:
+    """A function that lists the choices of a config group, those in folders below it too.
+
+    Args:
+        hydra: With the search path of the command line.
+        args: What was typed.
+    """
+    loader = hydra.config_loader
 
     def options_of(group: str) -> list[str]:
-        return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
+        own = loader.get_group_options(group, config_name=args.config_name)
+        if group != "hydra":  # whose folders are groups themselves
+            for folder in loader.get_group_options(group, ObjectType.GROUP):
+                below = loader.get_group_options(f"{group}/{folder}")
+                own = [*own, *(f"{folder}/{name}" for name in below)]
+        return sorted(own)
 
-    raise_all(override_problems(overrides, options_of))
-    return overrides
+    return options_of
 
 
 def by_sweep(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
@@ -274,14 +292,29 @@ def compose(hydra: Hydra, args: argparse.Namespace, lines: list[str]) -> DictCon
         raise UserError(hydra_error(error)) from error
 
 
-def check_shown(args: argparse.Namespace) -> None:
-    """Check that what Hydra is asked to show can be composed; values are not judged."""
+def check_shown(args: argparse.Namespace) -> tuple[Hydra, DictConfig]:
+    """Check that what Hydra is asked to show can be composed; values are not judged.
+
+    Returns:
+        Hydra with the search path of the command line, and the config.
+    """
     if args.config is not None:
         raise UserError(f"--config {args.config} is for a run; to see its settings, read the file")
     hydra = make_hydra(args)
     fixed, swept = by_sweep(typed_overrides(args, hydra))
     raise_all(f"{line} gives several values, but --cfg shows one run" for line in lines_of(swept))
-    raise_all(hydra_problems(compose(hydra, args, lines_of(fixed)).hydra))
+    cfg = compose(hydra, args, lines_of(fixed))
+    raise_all(hydra_problems(cfg.hydra))
+    return hydra, cfg
+
+
+def help_of(args: argparse.Namespace) -> str:
+    """Text of ``--help`` for a command line."""
+    hydra, cfg = check_shown(args)
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    groups = sorted(str(group) for group in choices if not str(group).startswith("hydra/"))
+    return first_help(cfg.hydra.help.header, groups, options_by_group(hydra, args))
 
 
 def with_resumed_folder(

@@ -75,19 +75,19 @@ class OptimizerConfig:
     )
     max_grad_norm: float | None = setting(
         1.0,
-        "Largest norm of a step's gradient, to which a longer one is cut; null does not clip.",
+        "Maximum gradient norm of a step; larger gradients are clipped to it; null: no clipping.",
         unit="norm",
         above=0,
     )
     schedule: str = setting(
         "cosine",
-        "Curve of the learning rate after the warm-up; constant stays at the peak.",
+        "Learning-rate schedule after the warm-up; constant stays at the peak.",
         choices=("cosine", "linear", "constant"),
     )
     warmup: float = setting(
         0.1,
-        "Rise to the peak learning rate: below 1 a share of all steps, from 1 on a number "
-        "of steps.",
+        "Warm-up to the peak learning rate: below 1 a share of all steps, from 1 on a number of "
+        "steps.",
         unit="share or steps",
         expected="a share below 1 or a whole number of steps, not below 0",
     )
@@ -118,25 +118,26 @@ class TrainerConfig:
     )
     max_steps: int | None = setting(
         None,
-        "Most optimizer steps; trainer.max_epochs may end the run earlier. Both null: one pass.",
+        "Maximum number of optimizer steps; trainer.max_epochs may end the run earlier. Both null: "
+        "one pass.",
         unit="steps",
         least=1,
     )
     max_epochs: int | None = setting(
         None,
-        "Most passes over the data; trainer.max_steps may end the run earlier.",
+        "Maximum number of passes over the data; trainer.max_steps may end the run earlier.",
         unit="passes",
         least=1,
     )
     max_time: str | None = setting(
         None,
-        "Most wall time of the training, as days:hours:minutes:seconds.",
+        "Maximum wall time of the training, as days:hours:minutes:seconds.",
         unit="DD:HH:MM:SS",
         expected="DD:HH:MM:SS, such as 00:08:00:00, above zero",
     )
     max_skipped_steps: int = setting(
         0,
-        "Steps that may be passed over in a run because their loss or gradient is not finite.",
+        "Maximum number of steps to skip because their loss or gradient is not finite.",
         unit="steps",
         least=0,
     )
@@ -153,12 +154,13 @@ class TrainerConfig:
     enable_progress_bar: bool = setting(True, "Show the progress of the training on a terminal.")
     profiler: str | None = setting(
         None,
-        "Lightning's profiler to run with; null is none.",
+        "Lightning's profiler, whose tables and traces go to profile/ in the run's folder; null: "
+        "none.",
         choices=("simple", "advanced", "pytorch"),
     )
     memory_check: str = setting(
         "stop",
-        "Answer to an estimate of more memory than a GPU has; on a CPU stop only warns, too.",
+        "Reaction to an estimate of more memory than a GPU has; on a CPU, stop only warns.",
         choices=("stop", "warn", "off"),
     )
     threads: int | None = setting(
@@ -190,8 +192,8 @@ class StrategyConfig:
     )
     timeout_minutes: float = setting(
         30.0,
-        "Longest time that a message between ranks may take. With fsdp what a rank reads or "
-        "writes is waited for outside of it.",
+        "Timeout of a message between ranks. With fsdp, the time that a rank reads or writes files "
+        "does not count.",
         unit="minutes",
         above=0,
     )
@@ -295,16 +297,16 @@ class EvaluationConfig:
     )
     max_token_share: float | None = setting(
         None,
-        "Most tokens of all evaluations before the last, as a share of the trained ones: they see "
-        "a fixed sample of the held-out rows; null: 0.05 where evaluation.every_n_steps is null, "
-        "else no limit.",
+        "Maximum tokens of all evaluations before the last, as a share of the trained ones: they "
+        "see a fixed sample of the held-out rows; null: 0.05 where evaluation.every_n_steps is "
+        "null, else no limit.",
         unit="share",
         above=0,
     )
     max_prompts: int | None = setting(
         2000,
-        "Most held-out rows, each a prompt with its responses, that an evaluation sees: a fixed "
-        "sample, which the rows alone decide, of each set of data.eval; null: all.",
+        "Maximum number of held-out rows, each a prompt with its responses, of an evaluation: a "
+        "fixed sample, which the rows alone decide, of each set of data.eval; null: all.",
         unit="prompts",
         least=1,
     )
@@ -331,7 +333,10 @@ class EvaluationConfig:
         least=1,
     )
     batch_size: int = setting(
-        64, "Answers that are drawn, or marked by a reward model, at once.", unit="answers", least=1
+        64,
+        "Batch size of drawing answers, and of marking them by a reward model.",
+        unit="answers",
+        least=1,
     )
     partition_samples: int = setting(
         128,
@@ -382,16 +387,16 @@ class EvaluationConfig:
     )
     judge_retries: int = setting(
         5,
-        "Attempts after a first one that failed: by a timeout, a broken connection, 429 or 5xx.",
+        "Retries of a failed request: after a timeout, a broken connection, 429 or 5xx.",
         unit="attempts",
         least=0,
     )
     judge_concurrency: int = setting(
-        8, "Questions to the endpoint that wait for a reply at once.", unit="questions", least=1
+        8, "Concurrent requests to the endpoint.", unit="questions", least=1
     )
     judge_options: dict[str, Any] = setting(
         {},
-        "More entries of the body of each question, such as {top_p: 0.9}; null takes one away.",
+        "Extra fields of each request's body, such as {top_p: 0.9}; null removes one.",
     )
     scorer: str | None = setting(None, "Old name of evaluation.judge, which it sets.")
 
@@ -401,7 +406,7 @@ class SweepConfig:
     """Settings of a sweep as a whole; hydra.launcher says where and how its trials run."""
 
     resume: str | None = setting(
-        None, "last, or a sweep's folder: run the trials that are missing there."
+        None, "last, or a sweep's folder: runs only the missing trials there."
     )
     metric: str | None = setting(
         None,
@@ -410,7 +415,7 @@ class SweepConfig:
     )
     prune: str = setting(
         "none",
-        "Stop trials early that others leave behind: halving keeps a share of them at each rung.",
+        "Stop weak trials early: halving keeps a share of them at each rung.",
         choices=("none", "halving"),
     )
     prune_at: list[float] = setting(

@@ -89,7 +89,7 @@ def _content(path: Path, key: str) -> str:
             return hashlib.file_digest(file, "blake2b").hexdigest()
     except OSError as error:
         raise UserError(
-            f"{key}={path}: {error.strerror}; have it opened to you, or name another"
+            f"{key}={path}: {error.strerror}; check its permissions, or name another"
         ) from error
 
 

@@ -71,7 +71,9 @@ _NO_PADDING = _none("nothing is padded here, whatever the lengths")
 _HEAD = _none("only response tokens meet the vocabulary here, in every run")
 _WHOLE_DATA = _none("every row is seen, and the last step of a pass may be short")
 _LOADER = _none("batches are small; data.num_workers=<processes> is the one key of their loading")
-_FOLLOWS = _none("the reference stays as it is: one that follows the policy (TR-DPO) is not here")
+_FOLLOWS = _none(
+    "the reference stays as it is: one that follows the policy (TR-DPO) is unsupported"
+)
 _LOG_LEVEL = _none("libraries are quiet; hydra.verbose=true shows all they say")
 _COMPILE = _none("models are not compiled: rows have many lengths")
 _PARTS = _use("trainer.max_steps=<steps>", "a step is a batch of data.batch_size groups")
@@ -98,7 +100,7 @@ KEYS: dict[str, Answer] = {
     "rpo_alpha": _same("loss.rpo_alpha=<weight>"),
     "use_weighting": _same("loss.wpo=<true|false>"),
     "router_aux_loss_coef": _none("the routers' auxiliary loss is not added"),
-    "dpop_lambda": _use("loss.rpo_alpha=<weight>", "DPO-Positive is not here; this is its like"),
+    "dpop_lambda": _use("loss.rpo_alpha=<weight>", "DPO-Positive is unsupported; this is similar"),
     # the reference
     "reference_free": _use("reference=<auto|none>", true="reference=none", false="reference=auto"),
     "ref_model": _REFERENCE,
@@ -154,7 +156,7 @@ KEYS: dict[str, Answer] = {
     "peft_config": _use("peft=lora"),
     "lora": _use("peft=lora"),
     "finetuning_type": _use("peft=<lora|none>", lora="peft=lora", full="peft=none"),
-    "quantization_bit": _use("peft=qlora", "in 4 bits; 8 are not here"),
+    "quantization_bit": _use("peft=qlora", "in 4 bits; 8 bits are unsupported"),
     "lora_r": _same("peft=lora peft.r=<rank>"),
     "lora_rank": _same("peft=lora peft.r=<rank>"),
     "lora_alpha": _same("peft=lora peft.alpha=<number>"),
@@ -165,7 +167,7 @@ KEYS: dict[str, Answer] = {
     "use_rslora": _same("peft=lora peft.rslora=<true|false>"),
     "use_dora": _same("peft=lora peft.dora=<true|false>"),
     "load_in_4bit": _use("peft=qlora"),
-    "load_in_8bit": _use("peft=qlora", "in 4 bits; 8 are not here"),
+    "load_in_8bit": _use("peft=qlora", "in 4 bits; 8 bits are unsupported"),
     "quantization_config": _use("peft=qlora"),
     "bnb_4bit_quant_type": _use("peft=qlora", "the type is nf4"),
     "use_bnb_nested_quant": _use("peft=qlora", "the scales are not quantized again"),
@@ -225,7 +227,7 @@ KEYS: dict[str, Answer] = {
     "learning_rate": _same("optimizer.lr=<rate>"),
     "optim": _same("optimizer=<adamw|adamw_8bit>"),
     "optim_args": _use("optimizer.betas=[<two numbers>] optimizer.eps=<number>"),
-    "optim_target_modules": _none("GaLore is not here"),
+    "optim_target_modules": _none("GaLore is unsupported"),
     "optimizers": _use("optimizer=<adamw|adamw_8bit>"),
     "adam_beta1": _use("optimizer.betas=[<two numbers>]"),
     "adam_beta2": _use("optimizer.betas=[<two numbers>]"),
@@ -255,8 +257,8 @@ KEYS: dict[str, Answer] = {
     "min_epochs": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
     "min_steps": _none("a run ends where trainer.max_steps or trainer.max_epochs says"),
     "limit_train_batches": _PARTS,
-    "overfit_batches": _PARTS,
-    "fast_dev_run": _use("debug=limit", "three steps, and nothing logged elsewhere"),
+    "overfit_batches": _use("debug=overfit", "or data.overfit_groups=<groups>"),
+    "fast_dev_run": _use("debug=fast", "three steps, no answers, and nothing logged elsewhere"),
     "barebones": _use("logger=none evaluation.samples=0 checkpoint.every_n_steps=null"),
     # evaluation
     "eval_steps": _same("evaluation.every_n_steps=<steps>"),
@@ -407,7 +409,7 @@ KEYS: dict[str, Answer] = {
         _LOADER,
     ),
     # a key of Lightning's whose last part means something else here
-    "trainer.plugins": _none("plugins=[<module>] loads modules of yours; Lightning's are not here"),
+    "trainer.plugins": _none("plugins=[<module>] loads your modules; Lightning's are unsupported"),
     "trainer.logger": _use("logger=<wandb|tensorboard|mlflow|csv|none>", false="logger=none"),
     "trainer.strategy": _same("strategy=<auto|ddp|fsdp>"),
 }

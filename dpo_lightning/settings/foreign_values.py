@@ -26,15 +26,15 @@ _LOSSES: dict[str, Answer] = {
     "cdpo": Answer(_SMOOTHED),
     "conservative": Answer(_SMOOTHED),
     "conservative_dpo": Answer(_SMOOTHED),
-    "rdpo": Answer("loss=robust", "for noisy labels; DPO with a penalty on length is not here"),
-    "r_dpo": Answer("loss=robust", "for noisy labels; DPO with a penalty on length is not here"),
+    "rdpo": Answer("loss=robust", "for noisy labels; DPO with a penalty on length is unsupported"),
+    "r_dpo": Answer("loss=robust", "for noisy labels; DPO with a penalty on length is unsupported"),
     "robust_dpo": Answer("loss=robust"),
     "dpo_robust": Answer("loss=robust"),
     "dpop": Answer(
-        "loss=sigmoid loss.rpo_alpha=<weight>", "DPO-Positive is not here; this is its like"
+        "loss=sigmoid loss.rpo_alpha=<weight>", "DPO-Positive is unsupported; this is similar"
     ),
     "dpo_positive": Answer(
-        "loss=sigmoid loss.rpo_alpha=<weight>", "DPO-Positive is not here; this is its like"
+        "loss=sigmoid loss.rpo_alpha=<weight>", "DPO-Positive is unsupported; this is similar"
     ),
     "rpo": Answer("loss=sigmoid loss.rpo_alpha=<weight>"),
     "dpo_nll": Answer("loss=sigmoid loss.rpo_alpha=<weight>"),
@@ -58,8 +58,8 @@ _LOSSES: dict[str, Answer] = {
     "chosen_nll": Answer("loss=sft"),
     "pl": Answer("loss=plackett_luce"),
     "listwise": Answer("loss=plackett_luce", "or softmax"),
-    "pro": Answer("loss=plackett_luce", "PRO is not here; this is its like"),
-    "infonca": Answer("loss=softmax", "InfoNCA is not here; this is its like"),
+    "pro": Answer("loss=plackett_luce", "PRO is unsupported; this is similar"),
+    "infonca": Answer("loss=softmax", "InfoNCA is unsupported; this is similar"),
     "reward": Answer(why="reward models are not trained here; evaluation.judge= takes one"),
     "ppo": Answer(why="rewards are not optimised online here"),
     "grpo": Answer(why="rewards are not optimised online here"),
@@ -75,13 +75,13 @@ _TYPES = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), Answer("model.dtype=bfloat16")),
     **dict.fromkeys(("fp32", "torch.float32"), Answer("model.dtype=float32")),
     **dict.fromkeys(
-        ("fp16", "float16", "half"), Answer("model.dtype=bfloat16", "float16 is not here")
+        ("fp16", "float16", "half"), Answer("model.dtype=bfloat16", "float16 is unsupported")
     ),
 }
 _ADAMW = Answer("optimizer=adamw")
 _ADAMW_8BIT = Answer("optimizer=adamw_8bit")
 _NO_OPTIMIZER = Answer(
-    why="it is not here; optimizer=adamw is the usual one, and a plugin may register others"
+    why="it is unsupported; optimizer=adamw is the usual one, and a plugin may register others"
 )
 _NO_LOGGER = Answer("logger=csv", "metrics.jsonl is always written; this adds a table")
 _SHARDS = Answer("strategy=fsdp", "which shares weights out as DeepSpeed's stage 3 does")
@@ -111,7 +111,7 @@ VALUES: dict[str, dict[str, Answer]] = {
     # The trainers of DPO's first repository.
     "trainer": {
         "fsdptrainer": Answer("strategy=fsdp"),
-        "tensorparalleltrainer": Answer("strategy=fsdp", "tensor parallelism is not here"),
+        "tensorparalleltrainer": Answer("strategy=fsdp", "tensor parallelism is unsupported"),
         "basictrainer": Answer("trainer.devices=1"),
     },
     "model": {

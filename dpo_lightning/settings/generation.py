@@ -121,15 +121,15 @@ def generation_problems(
     if backend not in (*OWN_SAMPLERS, *SAMPLERS) and not is_server:
         known = ", ".join((*OWN_SAMPLERS, *sorted(SAMPLERS)))
         more = "" if plugins else "; name the module that registers it with plugins=[<module>]"
-        yield f"generation.backend={backend}: there is none of that name (known: {known}){more}"
+        yield f"generation.backend={backend}: unknown backend; available: {known}{more}"
     for key in _OF_A_SERVER:
         if not is_server and getattr(config, key) != getattr(default, key):
             yield (
-                f"generation.{key} is of a server, and generation.backend={backend}; name its "
+                f"generation.{key} is for a server, and generation.backend={backend}; name its "
                 "address there, or leave it out"
             )
     if config.options and backend == "hf":
-        yield "generation.options is of another backend than hf; leave it out"
+        yield "generation.options is for other backends than hf; leave it out"
     if (is_server or backend == "vllm") and (
         taken := [name for name in _OF_A_REQUEST if name in config.options]
     ):

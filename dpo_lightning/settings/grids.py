@@ -18,7 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.blocks import KEY, GridBlock, blocks_of, check_blocks
-from dpo_lightning.settings.compose import by_sweep, compose, is_called, lines_of
+from dpo_lightning.settings.compose import (
+    by_sweep,
+    compose,
+    is_called,
+    lines_of,
+    options_by_group,
+)
 from dpo_lightning.settings.hydra_node import hydra_problems
 from dpo_lightning.settings.overrides import hydra_error, parse_overrides, raise_all
 from dpo_lightning.settings.schema import Config
@@ -128,11 +134,7 @@ def _blocks(
         raise UserError(
             f"{KEY}: hydra/sweeper={name} chooses trials by itself; leave one of the two out"
         )
-
-    def options_of(group: str) -> list[str]:
-        return sorted(hydra.config_loader.get_group_options(group, config_name=args.config_name))
-
-    check_blocks(blocks, overrides, options_of)
+    check_blocks(blocks, overrides, options_by_group(hydra, args))
     args.overrides.append("hydra/sweeper=blocks")
     return blocks
 

@@ -227,7 +227,7 @@ def judge_problems(config: Config) -> Iterator[str]:
         for key in ENDPOINT_KEYS:
             if getattr(evaluation, key) != getattr(default, key):
                 yield (
-                    f"evaluation.{key}={getattr(evaluation, key)} is of an endpoint, and "
+                    f"evaluation.{key}={getattr(evaluation, key)} is for an endpoint, and "
                     f"evaluation.judge={name or 'none'}; add evaluation.judge=endpoint, or leave "
                     "it out"
                 )

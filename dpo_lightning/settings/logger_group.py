@@ -92,7 +92,7 @@ def logger_problems(config: LoggerConfig) -> Iterator[str]:
             )
     if config.tracking_uri is not None and "mlflow" not in names:
         yield (
-            f"logger.tracking_uri={config.tracking_uri} is of mlflow, and {typed}; leave it out, "
+            f"logger.tracking_uri={config.tracking_uri} is for mlflow, and {typed}; leave it out, "
             "or add mlflow to the loggers"
         )
     if config.log_model and not {*KEEPS_MODELS} & {*names}:

@@ -219,8 +219,8 @@ class DataConfig:
     )
     micro_batch_tokens: int | None = setting(
         None,
-        "Most tokens that one device computes at once; null: by its memory. The step does "
-        "not depend on it.",
+        "Maximum tokens of a micro-batch on one device; null: by its memory. The step does not "
+        "depend on it.",
         unit="tokens",
         least=1,
     )
@@ -257,6 +257,14 @@ class DataConfig:
         least=0,
         most=1,
     )
+    overfit_groups: int | None = setting(
+        None,
+        "Groups to train on over and over, and to evaluate on, the first ones of data.train: a "
+        "test that a model learns (debug=overfit), with 20 times the default learning rate of LoRA "
+        "or of all weights. null: all.",
+        unit="groups",
+        least=1,
+    )
     num_workers: int = setting(
         0,
         "Processes that prepare batches; 0 prepares them in the run's own.",
@@ -275,7 +283,7 @@ class LossConfig:
     """
 
     name: str = setting(
-        "sigmoid", "A loss, or any name of your own where loss.terms says what is added up."
+        "sigmoid", "Loss function; with several in loss.terms any name of your own."
     )
     terms: dict[str, float] = setting(
         {},

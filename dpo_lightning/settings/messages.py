@@ -56,7 +56,7 @@ def unknown_key(key: str, value: object = _MISSING) -> str:
         close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
     meant = " or ".join(f"`{name}`" for name in same_leaf[:3] or close)
     if not meant:
-        return f"{key}: unknown key; `{' '.join(typed())} --cfg job` shows all there are"
+        return f"{key}: unknown key; `{' '.join(typed())} --help-all` lists all keys"
     return f"{key}: unknown key; did you mean {meant}?"
 
 

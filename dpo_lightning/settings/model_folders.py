@@ -35,7 +35,7 @@ def found_instead(key: str, path: Path, needs: tuple[str, ...]) -> str | None:
         return None
     closed = _closed(path)
     if closed is not None:
-        return f"{closed} cannot be read: {os.strerror(errno.EACCES)}; have it opened to you"
+        return f"{closed} cannot be read: {os.strerror(errno.EACCES)}; check its permissions"
     pointer = _pointer(path)
     if pointer is not None:
         return (

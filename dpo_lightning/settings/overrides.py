@@ -71,7 +71,8 @@ class _Parser(argparse.ArgumentParser):
 def flag_parser() -> argparse.ArgumentParser:
     """Parser of Hydra's flags, with errors of one line."""
     parser = _Parser(parents=[get_args_parser()], add_help=False)
-    parser.add_argument("--config", help="Do again what the config.yaml of a run's folder says")
+    parser.add_argument("--config", help="Repeat a run: its folder, or the config.yaml in it")
+    parser.add_argument("--help-all", action="store_true", help="List all settings")
     return parser
 
 

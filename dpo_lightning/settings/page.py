@@ -1,14 +1,15 @@
-"""Settings in words: the list that ``--help`` ends with, and ``docs/settings.md``.
+"""Settings in words: what ``--help`` and ``--help-all`` print, and ``docs/settings.md``.
 
 ``python -m dpo_lightning.settings.page`` prints the page.
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_type_hints
 
 from dpo_lightning.settings.keys import Setting, settings
 from dpo_lightning.settings.messages import expected, shown
+from dpo_lightning.settings.program import completion
 from dpo_lightning.settings.schema import Config
 
 _INTRODUCTION = """\
@@ -18,6 +19,26 @@ Every key of an experiment, made from the schema by `make docs`. Type `key=value
 `python train.py`; `-m key=a,b` sweeps a key. What is not typed has the default given here, or what
 a file of `conf/` says: `python train.py --cfg job` shows the outcome.
 """
+
+FIRST_KEYS = {
+    "model.pretrained": "model.pretrained",
+    "data.train": "data.train",
+    "data.eval": "data.eval",
+    "data.max_length": "data.max_length",
+    "data.batch_size": "data.batch_size",
+    "beta": "beta",
+    "loss": "loss.name",
+    "peft": "peft.kind",
+    "optimizer.lr": "optimizer.lr",
+    "trainer.max_epochs": "trainer.max_epochs",
+    "seed": "seed",
+    "logger": "logger.name",
+}
+"""The settings that matter first, as they are typed, and the keys that say what they mean."""
+
+_WRAPPER = textwrap.TextWrapper(
+    100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+)
 
 
 def _shown(value: Any) -> str:
@@ -33,14 +54,38 @@ def settings_help() -> str:
 
     Dollar signs are doubled: Hydra takes what it prints as a template.
     """
-    wrapper = textwrap.TextWrapper(
-        100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-    )
-    lines = []
-    for key, setting in _leaves():
-        lines.append(f"{key}={_shown(setting.default)}")
-        lines += wrapper.wrap(setting.help)
-    return "\n".join(lines).replace("$", "$$")
+    return "\n".join(line for key, own in _leaves() for line in _entry(key, own)).replace("$", "$$")
+
+
+def _entry(key: str, setting: Setting) -> list[str]:
+    return [f"{key}={_shown(setting.default)}", *_WRAPPER.wrap(setting.help)]
+
+
+def first_help(header: str, groups: Iterable[str], options_of: Callable[[str], list[str]]) -> str:
+    """Text of ``--help``: the settings that matter first, and the choices of each group.
+
+    Args:
+        header: First lines, with examples.
+        groups: Config groups.
+        options_of: The choices of one.
+    """
+    known = settings()
+    wrapper = textwrap.TextWrapper(100, subsequent_indent="    ", break_on_hyphens=False)
+    lines = [header, f"The {len(FIRST_KEYS)} settings that matter first, with their defaults:", ""]
+    for typed, key in FIRST_KEYS.items():
+        lines += _entry(typed, known[key])
+    lines += ["", "Choices of each group, as group=choice:", ""]
+    for group in groups:
+        options = options_of(group)
+        if len(options) > 1:
+            lines += wrapper.wrap(f"{group}: {', '.join(options)}")
+    lines += [
+        "",
+        "--help-all lists all settings, --cfg job shows what a command line comes to, --hydra-help",
+        "lists Hydra's own flags; docs/settings.md has types and units of all settings.",
+        *([] if (line := completion()) is None else [f"Completion in bash: {line}"]),
+    ]
+    return "\n".join(lines)
 
 
 def settings_page() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dpo_lightning.settings.schema import IN_CLONE, PACKAGE
@@ -31,6 +31,9 @@ _WORDS = {
     "module": ("python", "-m", "dpo_lightning", "train"),
     "command": ("dpo-lightning", "train"),
 }
+
+# Commands behind which stand the settings of a run; the others take files and folders first.
+_WITH_SETTINGS = ("train", "inspect", "preflight")
 
 
 def started_as() -> str:
@@ -58,6 +61,31 @@ def typed(command: str = "train") -> tuple[str, ...]:
         way = "module"
     words = _WORDS[way]
     return words if command == "train" else (*words[:-1], command)
+
+
+def completion() -> str | None:
+    """The line that has bash complete this program; None where Hydra's script does not apply."""
+    if started_as() == "module":
+        return None
+    return f'eval "$({" ".join(typed())} -sc install=bash)"'
+
+
+def completed(line: str, commands: Collection[str]) -> tuple[list[str], str | None]:
+    """Completion of a line that begins with the installed program.
+
+    Args:
+        line: As far as it is typed, such as ``dpo-lightning train optim``.
+        commands: Names of the commands.
+
+    Returns:
+        Candidates for the last word; and the line as Hydra completes it, without the command's
+        name, or None where it has nothing to say.
+    """
+    program, _, rest = line.lstrip().partition(" ")
+    name, behind, settings = rest.lstrip().partition(" ")
+    if not behind:
+        return [command for command in commands if command.startswith(name)], None
+    return [], f"{program} {settings}" if name in _WITH_SETTINGS else None
 
 
 def importing(environment: Mapping[str, str]) -> dict[str, str]:

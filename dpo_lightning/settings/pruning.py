@@ -77,7 +77,7 @@ def _unmeasured(config: Config) -> Iterator[str]:
     data, evaluation = config.data, config.evaluation
     if metric == "controlled/expected_reward":
         if data.train is not None:
-            yield f"{key} is known of the embedded task alone; leave it out, or data.train="
+            yield f"{key} exists for the embedded task only; leave it out, or data.train="
     elif metric == "samples/judge":
         if judge_named(evaluation) is None:
             yield (
@@ -90,7 +90,7 @@ def _unmeasured(config: Config) -> Iterator[str]:
                 f"use sweep.prune_metric={_FREE_OF_BETA} or evaluation.judge_form=marks"
             )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
-        yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= above 0"
+        yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= > 0"
 
 
 def metric_of(config: Config) -> str:

@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             return None
         found = yaml.safe_load(path.read_bytes())
     except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}; have it opened to you") from error
+        raise UserError(f"{path}: {error.strerror}; check its permissions") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -33,7 +33,7 @@ def say_renamed(old: str, new: str) -> None:
         old: The name that was given.
         new: The name.
     """
-    log.warning("%s is %s by now: using that", old, new)
+    log.warning("%s was renamed to %s: using that", old, new)
 
 
 def present_result(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Config:
 
     beta: float = setting(
         0.1,
-        "Strength of the tie to the reference; every loss takes it from here.",
+        "Strength of the pull towards the reference: a larger beta keeps the policy closer to it.",
         unit="reward per nat",
         above=0,
     )

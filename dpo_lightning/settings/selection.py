@@ -74,7 +74,7 @@ def selection_problems(config: Config) -> Iterator[str]:
     yield from _monitor(config, chosen.monitor)
     if chosen.patience is None and chosen.min_delta != default.min_delta:
         yield (
-            f"checkpoint.min_delta={chosen.min_delta:g} is of checkpoint.patience, which is null; "
+            f"checkpoint.min_delta={chosen.min_delta:g} is for checkpoint.patience, which is null; "
             "set that too, or leave it out"
         )
     if chosen.patience is not None and config.sweep.prune != "none":
@@ -108,7 +108,7 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
     if known is None:
         near = difflib.get_close_matches(metric.replace("_", "/", 1), possible, n=1, cutoff=0.5)
         yield (
-            f"{key}: no run writes a metric of that name; did you mean "
+            f"{key}: unknown metric; did you mean "
             f"checkpoint.monitor={near[0] if near else possible[0]}? It is one of {names}"
         )
     elif known == 0:
@@ -127,7 +127,7 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
         )
     elif metric.startswith("controlled/") and data.train is not None:
         yield (
-            f"{key} is known of the embedded task alone; use checkpoint.monitor={possible[0]}, one "
+            f"{key} exists for the embedded task only; use checkpoint.monitor={possible[0]}, one "
             f"of {names}"
         )
     elif metric == JUDGE_METRIC and not judged:
@@ -142,6 +142,4 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
             f"one of {names}"
         )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
-        yield (
-            f"{key} is measured on held-out rows: set data.eval=, or a data.eval_fraction= above 0"
-        )
+        yield (f"{key} is measured on held-out rows: set data.eval=, or a data.eval_fraction= > 0")

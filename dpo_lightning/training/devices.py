@@ -15,6 +15,8 @@ from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from dpo_lightning.errors import UserError
+from dpo_lightning.memory.gpus import no_gpu
 from dpo_lightning.memory.hardware import device_kind
 
 # In Lightning's order, which decides by the first that is there.
@@ -27,6 +29,35 @@ def local_rank() -> int:
         if launcher.detect():
             return int(launcher().local_rank())
     return int(LightningEnvironment().local_rank())
+
+
+def check_there(accelerator: str, devices: Any) -> None:
+    """Refuses devices of which torch sees none, before a model or rows are loaded for them.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+        devices: A count, a list of numbers, or ``auto``.
+
+    Raises:
+        UserError: If there are no such devices.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if accelerator == "mps" and not has_mps:
+        raise UserError("trainer.accelerator=mps: torch sees no such device; use trainer=cpu")
+    # As Lightning reads it, a Mac's is a GPU too.
+    if accelerator in ("gpu", "cuda") and not has_cuda and not (accelerator == "gpu" and has_mps):
+        is_cpu_build = torch.version.cuda is None and torch.version.hip is None
+        build = f"torch {torch.__version__} is a CPU build"
+        raise UserError(no_gpu(accelerator, build if is_cpu_build else "torch sees no GPU here"))
+    if devices == "auto" or not has_cuda or device_kind(accelerator) != "cuda":
+        return
+    there = torch.cuda.device_count()
+    asked = devices if isinstance(devices, list) else range(devices)
+    if missing := [number for number in asked if number >= there]:
+        raise UserError(
+            f"trainer.devices={devices}: there is no GPU {missing[0]}, torch sees {there} here, "
+            f"numbered from 0; use trainer.devices={there}"
+        )
 
 
 def take_device(accelerator: str, devices: Any) -> None:

@@ -12,16 +12,23 @@ from dpo_lightning.settings.schema import Config
 _LEARNING_RATE_BUNDLED = 1e-3
 _LEARNING_RATE_LORA = 5e-6
 _LEARNING_RATE_FULL = 5e-7
+# By which a few groups are learned within some hundred steps; the bundled model's does as it is.
+_OVERFIT_FACTOR = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Number of steps, warmup, interval of logging, peak learning rate."""
+    """Number of steps, warmup, interval of logging, peak learning rate.
+
+    Attributes:
+        learning_rate_of: Reason of a learning rate that nobody set; empty where somebody did.
+    """
 
     total_steps: int
     warmup_steps: int
     log_every_n_steps: int
     learning_rate: float
+    learning_rate_of: str = ""
 
 
 def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
@@ -41,13 +48,25 @@ def make_schedule(config: Config, *, groups: int, bundled: bool) -> Schedule:
         limits.append((trainer.max_epochs or 1) * epoch)
     total = min(limits)
     warmup = config.optimizer.warmup
-    learning_rate = config.optimizer.lr
+    learning_rate, reason = config.optimizer.lr, ""
     if learning_rate is None:
-        own = _LEARNING_RATE_FULL if config.peft.kind == "none" else _LEARNING_RATE_LORA
-        learning_rate = _LEARNING_RATE_BUNDLED if bundled else own
+        learning_rate, reason = _default_learning_rate(config, bundled=bundled)
     return Schedule(
         total_steps=total,
         warmup_steps=math.ceil(warmup * total) if warmup < 1 else int(warmup),
         log_every_n_steps=trainer.log_every_n_steps or (1 if total <= 200 else 10),
         learning_rate=learning_rate,
+        learning_rate_of=reason,
     )
+
+
+def _default_learning_rate(config: Config, *, bundled: bool) -> tuple[float, str]:
+    """The peak learning rate where none is set, and its reason."""
+    if bundled:
+        return _LEARNING_RATE_BUNDLED, "default for the bundled model"
+    rate, reason = _LEARNING_RATE_FULL, "default for training all weights"
+    if config.peft.kind != "none":
+        rate, reason = _LEARNING_RATE_LORA, "default for LoRA"
+    if config.data.overfit_groups is not None:
+        return rate * _OVERFIT_FACTOR, f"{_OVERFIT_FACTOR} x the {reason}, to overfit"
+    return rate, reason

@@ -17,8 +17,12 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import cli
+from dpo_lightning.__main__ import COMMANDS
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.run.folder import RunFolder
+from dpo_lightning.settings.keys import settings
+from dpo_lightning.settings.page import FIRST_KEYS
+from dpo_lightning.settings.program import completed
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.settings.store import register
 from dpo_lightning.settings.validation import validate
@@ -76,6 +80,8 @@ def experiment(name: str, text: str) -> list[str]:
     (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
     return ["--config-dir", "own", f"experiment={name}"]
 
+
+LEAVES = [key for key, setting in settings().items() if not setting.is_section]
 
 OWN = "data.train=rows.jsonl model.pretrained=model"
 BASIC = "hydra/launcher=basic"
@@ -650,10 +656,90 @@ def test_what_is_shown_is_what_would_run() -> None:
     assert "reference: auto, cached, live, none" in helped.stdout
 
 
-def test_shell_completion_is_offered() -> None:
-    ended = train("-sc", "install=bash")
-    assert ended.returncode == 0
-    assert "complete" in ended.stdout
+def test_all_settings_are_listed_on_demand(capsys) -> None:
+    assert cli.main(["--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert "reference: auto, cached, live, none" in everything
+    assert [key for key in LEAVES if f"\n{key}=" not in everything] == []
+
+
+def test_the_first_help_has_twelve_settings_and_says_where_the_others_are(capsys) -> None:
+    """Each with its default and its sentence; a group with one choice is no choice."""
+    assert cli.main(["-h"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    start = lines.index("The 12 settings that matter first, with their defaults:")
+    end = lines.index("Choices of each group, as group=choice:")
+    keys = [line.partition("=")[0] for line in lines[start + 1 : end] if line[:1].isalpha()]
+    assert keys == list(FIRST_KEYS)
+    assert len(keys) == 12
+    assert "\noptimizer.lr=null\n    Peak learning rate; null: by what is trained" in text
+    assert "\nloss=sigmoid\n" in text
+    assert "recipes/zephyr_dpo" in text
+    assert "sweep: default" not in text
+    assert "--help-all lists all settings, --cfg job shows what" in text
+    assert max(map(len, lines)) <= 100
+    assert cli.main(["-h", "bta=1"]) == 2
+
+
+COMPLETE = """
+export PATH=$PWD/bin:$PATH
+eval "$({install})"
+COMP_LINE="$1"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE)
+COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+hydra_bash_completion; echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.slow  # bash asks the program for each word
+@pytest.mark.parametrize(
+    ("install", "line", "found"),
+    [
+        ("python train.py -sc install=bash", "python train.py optimizer.lr", "optimizer.lr="),
+        ("python train.py -sc install=bash", "python train.py reference=l", "reference=live"),
+        ("dpo-lightning train -sc install=bash", "dpo-lightning inter", "interpolate"),
+        ("dpo-lightning train -sc install=bash", "dpo-lightning inspect da", "data. data="),
+        ("dpo-lightning train -sc install=bash", "dpo-lightning chat beta", ""),
+    ],
+)
+def test_bash_completes_words(place: Path, install: str, line: str, found: str) -> None:
+    """As ``--help`` has it, for a clone and for the installed program with its commands."""
+    (place / "bin").mkdir()
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'dpo-lightning'"
+    body = f"{start}\nfrom dpo_lightning.__main__ import main\nsys.exit(main())\n"
+    for name, text in (
+        ("dpo-lightning", f"#!{sys.executable}\n{body}"),
+        ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+    ):
+        (place / "bin" / name).write_text(text)
+        (place / "bin" / name).chmod(0o755)
+    (place / "train.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n")
+    with (place / "train.py").open("a") as file:
+        file.write((ROOT / "train.py").read_text())
+    ended = subprocess.run(
+        ["bash", "-c", COMPLETE.format(install=install), "bash", line],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.strip() == found, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "rest"),
+    [
+        ("dpo-lightning ", ["train", "inspect"], None),
+        ("dpo-lightning in", ["inspect", "interpolate"], None),
+        ("dpo-lightning nothing", [], None),
+        ("dpo-lightning train beta", [], "dpo-lightning beta"),
+        ("dpo-lightning preflight ", [], "dpo-lightning "),
+        ("dpo-lightning report outputs/", [], None),
+    ],
+)
+def test_a_command_is_completed_before_its_settings(line: str, names: list[str], rest) -> None:
+    found, left = completed(line, COMMANDS)
+    assert found[: len(names)] == names
+    assert bool(found) == bool(names)
+    assert left == rest
 
 
 def test_the_settings_of_a_run_are_composed_once(

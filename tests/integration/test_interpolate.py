@@ -138,7 +138,7 @@ def test_wrong_folders_are_one_line(run, capsys, tmp_path):
     assert "it is a sweep's folder" in refusal(capsys, tmp_path)
     bare = changed(run, tmp_path / "bare", "name: sigmoid", "name: sigmoid")
     (bare / "config.yaml").unlink()
-    assert refusal(capsys, bare).endswith("its config.yaml is gone, which says what it is of")
+    assert refusal(capsys, bare).endswith("its config.yaml is gone, which describes it")
 
 
 def test_losses_without_a_reference_are_refused_by_name(run, capsys, tmp_path):

@@ -123,22 +123,22 @@ MODELS = [
         "data.train=a/b model.config=model",
     ),
     Row("data.eval=org/rows", "data.eval=org/rows needs training", f"{OWN} data.eval=org/rows"),
-    Row(f"{OWN} data.subset=en", "data.subset=en is of a hub", f"{HUB} data.subset=en"),
-    Row(f"{OWN} data.revision=v", "data.revision=v is of a hub", f"{HUB} data.revision=v"),
-    Row(f"{OWN} data.eval_split=test", "split=test is of a hub", f"{HUB} data.eval_split=test"),
+    Row(f"{OWN} data.subset=en", "data.subset=en is for hub", f"{HUB} data.subset=en"),
+    Row(f"{OWN} data.revision=v", "data.revision=v is for hub", f"{HUB} data.revision=v"),
+    Row(f"{OWN} data.eval_split=test", "split=test is for hub", f"{HUB} data.eval_split=test"),
     Row(
         "data.train=[org/rows,rows.jsonl] data.eval_split=test model.pretrained=model",
-        "data.eval_split=test is of a hub data set or a folder, and rows.jsonl of data.train is",
+        "data.eval_split=test is for a hub data set or a folder, and rows.jsonl of data.train is",
         "data.train=[org/rows,rows.jsonl] model.pretrained=model",
     ),
     Row(
         f"{OWN} data.subset=en data.eval=a.json",
-        "data.subset=en is of a hub data set, data.train=rows.jsonl is a file",
+        "data.subset=en is for hub data sets, and data.train=rows.jsonl is a file",
         f"{OWN} data.subset=en data.eval=org/rows",
     ),
     Row(
         f"{OWN} data.revision=v data.eval_split=test data.eval=a.json",
-        "data.revision=v is of a hub",
+        "data.revision=v is for hub",
         f"{OWN} data.eval_split=test data.eval=a.json",
     ),
     Row(
@@ -186,12 +186,12 @@ JUDGES = [
     ),
     Row(
         "evaluation.judge_timeout=5",
-        "evaluation.judge_timeout=5 is of an endpoint, and evaluation.judge=none",
+        "evaluation.judge_timeout=5 is for an endpoint, and evaluation.judge=none",
         f"{ENDPOINT} evaluation.judge_timeout=5",
     ),
     Row(
         "evaluation.judge=org/m evaluation.judge_form=marks",
-        "is of an endpoint, and evaluation.judge=org/m; add evaluation.judge=endpoint",
+        "is for an endpoint, and evaluation.judge=org/m; add evaluation.judge=endpoint",
         "evaluation.judge=org/m evaluation.judge_form=pairs",
     ),
     Row(
@@ -329,7 +329,7 @@ ADAPTERS = [
     ),
     Row(
         f"{LORA} peft.revision=main",
-        "peft.revision=main is of a hub id: set peft.adapter= too",
+        "peft.revision=main is for a hub id: set peft.adapter= too",
         f"{LORA} peft.revision=main peft.adapter=a/b",
     ),
     Row(f"{LORA} peft.adapter=empty", "has no adapter_config", f"{LORA} peft.adapter=adapter"),
@@ -380,17 +380,17 @@ ADAPTERS = [
 DEVICES = [
     Row(
         "strategy.find_unused_parameters=true",
-        "strategy.find_unused_parameters=True: strategy=auto has no use for it; add strategy=ddp",
+        "strategy.find_unused_parameters=True: strategy=auto does not use it; add strategy=ddp",
         "strategy.find_unused_parameters=true strategy.name=ddp",
     ),
     Row(
         "strategy.name=fsdp strategy.find_unused_parameters=true",
-        "strategy=fsdp has no use for it",
+        "strategy=fsdp does not use it",
         "strategy.name=ddp strategy.timeout_minutes=1",
     ),
     Row(
         "strategy.name=ddp strategy.sync_gradients=micro_batch",
-        "strategy.sync_gradients=micro_batch: strategy=ddp has no use for it; add strategy=fsdp",
+        "strategy.sync_gradients=micro_batch: strategy=ddp does not use it; add strategy=fsdp",
         "strategy.name=fsdp strategy.sync_gradients=micro_batch",
     ),
     Row(
@@ -400,7 +400,7 @@ DEVICES = [
     ),
     Row(
         f"strategy.name=fsdp {NF4}",
-        "strategy=fsdp: peft.quantization=nf4 is not shared out",
+        "strategy=fsdp: peft.quantization=nf4 is not supported",
         f"strategy.name=ddp {NF4}",
     ),
     Row(
@@ -416,7 +416,7 @@ DEVICES = [
     Row("strategy.name=fsdp trainer.accelerator=mps", "not mps", "trainer.accelerator=mps"),
     Row(
         "trainer.accelerator=cpu trainer.devices=[0,1]",
-        "processes on the CPU are only counted; use trainer.devices=2",
+        "processes on the CPU have no numbers; use trainer.devices=2",
         "trainer.accelerator=cpu trainer.devices=2",
     ),
     Row(
@@ -479,12 +479,12 @@ PRUNING = [
     ),
     Row(
         f"{OWN} {HALVING} sweep.prune_metric=controlled/expected_reward",
-        "is known of the embedded task alone",
+        "exists for the embedded task only",
         f"{HALVING} sweep.prune_metric=controlled/expected_reward",
     ),
     Row(
         f"{OWN} {HALVING} data.eval_fraction=0",
-        "needs held-out rows: set data.eval=, or a data.eval_fraction= above 0",
+        "needs held-out rows: set data.eval=, or a data.eval_fraction= > 0",
         f"{OWN} {HALVING} data.eval_fraction=0 data.eval=a.json",
     ),
     Row(
@@ -505,7 +505,7 @@ SELECTION = [
     Row("checkpoint.export=best", "nothing says which", f"{MONITOR} checkpoint.export=best"),
     Row(
         f"{MONITOR} checkpoint.min_delta=0.1",
-        "checkpoint.min_delta=0.1 is of checkpoint.patience, which is null",
+        "checkpoint.min_delta=0.1 is for checkpoint.patience, which is null",
         f"{MONITOR} checkpoint.min_delta=0.1 checkpoint.patience=2",
     ),
     Row(
@@ -515,7 +515,7 @@ SELECTION = [
     ),
     Row(
         "checkpoint.monitor=eval_loss",
-        "no run writes a metric of that name; did you mean checkpoint.monitor=eval/loss? ",
+        "unknown metric; did you mean checkpoint.monitor=eval/loss? ",
         MONITOR,
     ),
     *(
@@ -528,13 +528,20 @@ SELECTION = [
         "checkpoint.monitor=eval/rewards/accuracies",
     ),
     Row(
+        f"{OWN} checkpoint.monitor=samples/judge",
+        "checkpoint.monitor=samples/judge needs a judge that marks answers",
+        f"{OWN} checkpoint.monitor=samples/judge evaluation.judge=endpoint "
+        "evaluation.judge_model=m evaluation.judge_form=marks "
+        "evaluation.judge_url=http://localhost:8000/v1",
+    ),
+    Row(
         f"{OWN} {SETS} checkpoint.monitor=eval/c/loss",
         "there is no held-out set c (there are: a, b); use checkpoint.monitor=eval/loss",
         f"{OWN} {SETS} checkpoint.monitor=eval/b/loss",
     ),
     Row(
         f"{OWN} checkpoint.monitor=controlled/expected_reward",
-        "checkpoint.monitor=controlled/expected_reward is known of the embedded task alone",
+        "checkpoint.monitor=controlled/expected_reward exists for the embedded task only",
         "checkpoint.monitor=controlled/expected_reward",
     ),
     Row(

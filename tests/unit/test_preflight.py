@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_one_line_with_the_remedies_in_order():
     assert "\n" not in message
     assert message.startswith("model.dtype=float32 optimizer=adamw data.micro_batch_tokens=4096")
     assert "of 80.0 GiB: weights 15.0, masters 29.9" in message
-    assert "and may take 93% of it; what helps, each alone: " in message
+    assert "and may take 93% of it; each of these helps: " in message
     order = [
         *("data.micro_batch_tokens=1024 (", "model.gradient_checkpointing=true ("),
         *("optimizer=adamw_8bit (", "model.dtype=bfloat16 (", "trainer.memory_check=warn"),

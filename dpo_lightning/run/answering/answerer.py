@@ -229,7 +229,7 @@ def answering(subject: AnsweringPolicy) -> Iterator[Answerer]:
         from dpo_lightning.errors import OutOfMemoryError
 
         raise OutOfMemoryError(
-            "the device's memory does not suffice: lower evaluation.batch_size= or "
+            "not enough memory on the device: lower evaluation.batch_size= or "
             "--max-new-tokens, or compute on a CPU with trainer.accelerator=cpu"
         ) from error
     finally:

@@ -29,7 +29,7 @@ usage: {program} RUN [--at-beta BETA] [settings]
 
 Talks to a trained policy and to its reference: both answer each line, each goes on with its own
 conversation. RUN is a run's folder; MODEL a folder with a model or a LoRA adapter, or a hub id,
-which without --reference answers alone. /reset begins anew, /quit or Ctrl-D ends.
+which without --reference answers alone. /reset starts over, /quit or Ctrl-D quits.
 
   --at-beta BETA       one more answer, as the policy would at another beta
   --prompts chat|text  lines as a user's turns through the chat template, or each as it is; default
@@ -200,7 +200,7 @@ def talk_on(talk: Talk, lines: TextIO, out: TextIO) -> None:
         try:
             answers = talk.answers(text)
         except UserError as error:
-            print(f"{error} ({_RESET} begins anew)", file=sys.stderr, flush=True)
+            print(f"{error} ({_RESET} starts over)", file=sys.stderr, flush=True)
             continue
         show(talk.names, answers)
 

@@ -110,7 +110,7 @@ def _recorded(run: Path) -> Mapping[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise UserError(
-            f"run={run}: its {SETTINGS_FILE} is gone or damaged, which says what it is of; name "
+            f"run={run}: its {SETTINGS_FILE} is gone or damaged, which describes it; name "
             "its model/ alone"
         )
     return found

@@ -138,7 +138,7 @@ def measured(opened: Opened, config: Config, settings: Sequence[str]) -> Evaluat
         return evaluate(opened, config, rows_named=names_rows(settings), show=Phases.on_stderr())
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            "the device's memory does not suffice: lower evaluation.batch_size= or "
+            "not enough memory on the device: lower evaluation.batch_size= or "
             "data.micro_batch_tokens=, or compute on a CPU with trainer.accelerator=cpu"
         ) from error
 

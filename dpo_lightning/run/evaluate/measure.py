@@ -147,7 +147,7 @@ def _prepare(
     )
     tokens = choose_folders(config, Path.cwd()).tokens
     if rows is not None and rows_named:
-        whole = replace(config, data=replace(config.data, eval_fraction=0.0))
+        whole = replace(config, data=replace(config.data, eval_fraction=0.0, overfit_groups=None))
         data, chat = prepare_groups(whole, rows, source, tokens, key="data.eval", show=show)
         data.train, data.eval = [], data.train
     elif rows is not None:

@@ -200,7 +200,7 @@ def _lengths(found: Mapping[str, Any]) -> Iterator[Fact]:
 def _histograms(found: Mapping[str, Any]) -> Iterator[Bars]:
     cut = found["truncation"]
     if cut["whole"] is not None and (cut["groups_cut"] or cut["groups_dropped"]):
-        yield _bars("prompt + longest response, ahead of truncation", cut["whole"])
+        yield _bars("prompt + longest response, before truncation", cut["whole"])
     for name in ("prompt", "response"):
         lengths = found["lengths"]["train"][name]
         if lengths is not None:

@@ -126,7 +126,7 @@ def truncation(
 
     Returns:
         ``max_length``, ``how``, ``whole`` (lengths of prompt + longest response of all rows that
-        compare responses, ahead of truncation); ``groups_cut`` and ``tokens_cut`` of those that
+        compare responses, before truncation); ``groups_cut`` and ``tokens_cut`` of those that
         stay, ``groups_dropped`` and ``tokens_dropped`` of those that go for their length.
     """
     left: dict[str, list[TokenGroup]] = defaultdict(list)

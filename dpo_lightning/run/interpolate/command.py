@@ -139,7 +139,7 @@ def _interpolate(words: Words) -> dict[str, Any]:
         found["drawn"]["as_run"] = not any(w.startswith(_CHANGES) for w in words.settings)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            "policy and reference are in memory together, and it does not suffice: lower "
+            "not enough memory for policy and reference together: lower "
             "evaluation.batch_size=, or compute on a CPU with trainer.accelerator=cpu"
         ) from error
     own = opened.run is not None and not names_rows(words.settings)

@@ -228,8 +228,9 @@ def _questions(
         task = ControlledTask()
         ids = [row.numpy().astype("int32") for row in task.prompt_ids]
         return Questions(ids, list(PROMPTS), task, None)
+    whole = replace(config, data=replace(config.data, eval_fraction=0.0, overfit_groups=None))
     data, _ = prepare_groups(
-        replace(config, data=replace(config.data, eval_fraction=0.0)) if rows_named else config,
+        whole if rows_named else config,
         rows,
         source,
         cache_folder(config.reference.cache_dir) / "tokens",

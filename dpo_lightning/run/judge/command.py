@@ -26,7 +26,7 @@ from dpo_lightning.settings.schema import Config
 _HELP = """\
 usage: {program} --answers FILE|RUN [--against FILE] [--json] evaluation.judge=… [settings]
 
-Judges answers that are there already. FILE has a line of JSON for each, {{"prompt", "response"}},
+Judges answers that exist already. FILE has a line of JSON for each, {{"prompt", "response"}},
 as `generate` writes them; RUN is the folder of a run, whose own answers are judged beside its
 reference's, by its own judge if none is named, and whose files keep the verdicts.
 
@@ -117,7 +117,7 @@ def _judged(answers: Path, against: Path | None, settings: Sequence[str]) -> dic
     judge = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
     if judge is None:
         raise UserError(
-            "evaluation.judge=null names nobody; name a plugin's function, a reward model or "
+            "evaluation.judge=null sets no judge; name a plugin's function, a reward model or "
             "endpoint"
         )
     own, other = _answers(answers, against, is_run=is_run)

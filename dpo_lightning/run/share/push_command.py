@@ -91,7 +91,7 @@ def _show(found: Mapping[str, Any]) -> None:
     if found["url"]:
         print(found["url"])
         return
-    print(f"\n{found['card'] or 'There is no card.'}\nNobody was asked: this was a dry run.")
+    print(f"\n{found['card'] or 'There is no card.'}\nDry run: nothing was uploaded.")
 
 
 def _upload(folder: Path, contents: Contents, repo: str, *, public: bool) -> str:

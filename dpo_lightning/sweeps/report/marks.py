@@ -163,7 +163,7 @@ def _rows(path: Path) -> list[Any]:
     for line, row in body:
         if len(row) != len(heads):
             raise UserError(
-                f"{path}:{line}: {len(row)} cells under {len(heads)} heads; mend the table"
+                f"{path}:{line}: {len(row)} cells under {len(heads)} heads; fix the table"
             )
     return [heads, *body]
 

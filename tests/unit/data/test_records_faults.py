@@ -51,8 +51,8 @@ LIST = {"prompt": "p", "responses": ["a", "b"]}
         ({**GOOD, "weight": math.nan}, "weight", "the number nan, expected a finite"),
         ({**GOOD, "weight": math.inf}, "weight", "the number inf"),
         ({**GOOD, "weight": 10**400}, "weight", "expected a finite number"),
-        ({**GOOD, "weight": 0}, "weight", "the number 0, expected one above 0"),
-        ({**GOOD, "weight": -1.5}, "weight", "the number -1.5, expected one above 0"),
+        ({**GOOD, "weight": 0}, "weight", "the number 0, expected a number > 0"),
+        ({**GOOD, "weight": -1.5}, "weight", "the number -1.5, expected a number > 0"),
         ({**GOOD, "weight": True}, "weight", "true, expected a finite number"),
         ({**GOOD, "weight": "1"}, "weight", "the text '1'"),
         ({**GOOD, "weight": None}, "weight", "null"),
@@ -148,7 +148,7 @@ def test_check_bad_rows(tmp_path):
     path = f"{tmp_path}/rows.jsonl"
     assert str(caught.value) == (
         f"{path}:2: row: invalid JSON at column 1: Expecting value; "
-        f"{path}:3: weight: the number 0, expected one above 0; "
+        f"{path}:3: weight: the number 0, expected a number > 0; "
         "2 bad rows of 3, data.on_bad_row=skip skips them (kept in quarantine.jsonl)"
     )
     assert caught.value.exit_code == 2
@@ -162,7 +162,7 @@ def test_rows_with_one_fault_are_one_clause(tmp_path):
         check_bad_rows(rows, on_bad_row="stop")
     path = f"{tmp_path}/rows.jsonl"
     assert str(caught.value) == (
-        f"{path}:1: weight: the number 0, expected one above 0 (the same in 24 other rows: "
+        f"{path}:1: weight: the number 0, expected a number > 0 (the same in 24 other rows: "
         f"{path}:2, {path}:3 and 22 more); 25 bad rows of 26, data.on_bad_row=skip skips them "
         "(kept in quarantine.jsonl)"
     )

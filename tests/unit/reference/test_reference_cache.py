@@ -195,7 +195,7 @@ def test_a_cache_of_an_earlier_layout_is_said_and_not_read(tmp_path, caplog):
     assert fill(ReferenceCache(tmp_path, FACTS), GROUPS)[1].computed == 3
     [said] = [line for line in caplog.messages if "earlier" in line]
     assert said.startswith(
-        f"reference: {tmp_path / 'earlier'} is of an earlier version and not read"
+        f"reference: {tmp_path / 'earlier'} is from an earlier version and not used"
     )
     caplog.clear()
     fill(ReferenceCache(tmp_path, FACTS), GROUPS)

@@ -9,7 +9,7 @@ import pytest
 from dpo_lightning import cli
 from tests.support.runs import TINY
 
-DENIED = "Permission denied; have it opened to you"
+DENIED = "Permission denied; check its permissions"
 
 
 @pytest.fixture

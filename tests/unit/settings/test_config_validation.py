@@ -79,7 +79,7 @@ def test_hydras_own_node_is_left_alone() -> None:
         ("epochs", "trainer.max_epochs="),
         ("dataset", "data.train="),
         ("model_name_or_path", "model.pretrained="),
-        ("qqqqq", "--cfg job"),
+        ("qqqqq", "--help-all"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(key: str, meant: str) -> None:

@@ -248,7 +248,7 @@ def test_a_typing_error_is_seen(typed: str, meant: str) -> None:
         ("loss", "dpop", "loss.rpo_alpha"),
         ("model", "pythia28", "did you mean model.pretrained=EleutherAI/pythia-2.8b?"),
         ("trainer", "FSDPTrainer", "did you mean strategy=fsdp?"),
-        ("optimizer", "RMSprop", "it is not here"),
+        ("optimizer", "RMSprop", "it is unsupported"),
         ("strategy", "deepspeed_stage_3", "did you mean strategy=fsdp?"),
         ("logger", "neptune", "did you mean logger=csv?"),
     ],

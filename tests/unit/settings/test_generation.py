@@ -24,10 +24,10 @@ def problems(strategy: str = "auto", **values) -> str:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"backend": "vlm"}, "generation.backend=vlm: there is none of that name"),
-        ({"model": "m"}, "generation.model is of a server"),
-        ({"timeout": 3.0}, "generation.timeout is of a server"),
-        ({"options": {"a": 1}}, "generation.options is of another backend"),
+        ({"backend": "vlm"}, "generation.backend=vlm: unknown backend; available: "),
+        ({"model": "m"}, "generation.model is for a server"),
+        ({"timeout": 3.0}, "generation.timeout is for a server"),
+        ({"options": {"a": 1}}, "generation.options is for other backends"),
         ({"backend": "vllm", "options": {"seed": 1}}, "generation.options: seed is decided"),
         ({"backend": URL}, "generation.model=<name>"),
         ({"backend": URL, "model": "m", "key_variable": "ABSENT_"}, "has no such variable"),

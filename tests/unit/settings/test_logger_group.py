@@ -49,7 +49,7 @@ def test_what_is_typed(typed, recorded, names):
         ("logger=[csv,wand]", "logger=wand: unknown logger; available: csv, mlflow, none,"),
         ("logger.name=zandb", "did you mean logger.name=wandb?"),
         ("logger.log_model=true logger=csv", "logger=csv holds no models; add wandb or mlflow"),
-        ("logger.tracking_uri=x logger=none", "is of mlflow, and logger=none; leave it out"),
+        ("logger.tracking_uri=x logger=none", "is for mlflow, and logger=none; leave it out"),
         ("report_to=tensorboard", "use logger=tensorboard"),
     ],
 )

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_lightning.errors import UserError
 from dpo_lightning.models import loading
 from dpo_lightning.models.quantization import Quantized
 from dpo_lightning.run import session
 from dpo_lightning.settings.schema import Config
-from dpo_lightning.training.devices import take_device
+from dpo_lightning.training.devices import check_there, take_device
 
 SLURM = {
     **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train"},
@@ -66,6 +67,41 @@ def test_a_process_takes_the_gpu_of_its_number(
 def test_what_computes_elsewhere_takes_no_gpu(taken, accelerator: str):
     take_device(accelerator, 1)
     assert taken == []
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "message"),
+    [
+        ("gpu", 5, "trainer.devices=5: there is no GPU 4, torch sees 4 here, numbered from 0; use"),
+        ("auto", [1, 6], "trainer.devices=[1, 6]: there is no GPU 6, torch sees 4 here"),
+        ("mps", 1, "trainer.accelerator=mps: torch sees no such device; use trainer=cpu"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(taken, accelerator, devices, message: str):
+    with pytest.raises(UserError) as caught:
+        check_there(accelerator, devices)
+    assert str(caught.value).startswith(message)
+    for right in ("auto", 4, [3]):
+        check_there("gpu", right)
+    check_there("cpu", 9)
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"),
+    [(None, f"torch {torch.__version__} is a CPU build"), ("13", "torch sees no GPU here")],
+)
+def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch, cuda: str | None, reason: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(UserError) as caught:
+        check_there("gpu", "auto")
+    assert str(caught.value) == (
+        f"trainer.accelerator=gpu: {reason}; use trainer=cpu, or a machine with a GPU"
+    )
+    check_there("auto", "auto")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    check_there("gpu", 1)
 
 
 def test_it_is_taken_before_hardware_is_asked_or_a_model_is_loaded(taken, monkeypatch, tmp_path):

@@ -77,3 +77,23 @@ def test_the_learning_rate_follows_what_is_trained(bundled, kind, lr, expected):
 def test_long_runs_log_every_tenth_step(steps, every, expected):
     found = schedule(trainer__max_steps=steps, trainer__log_every_n_steps=every)
     assert found.log_every_n_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate", "reason"),
+    [
+        ({"bundled": True}, 1e-3, "default for the bundled model"),
+        ({}, 5e-7, "default for training all weights"),
+        ({"peft__kind": "lora"}, 5e-6, "default for LoRA"),
+        ({"optimizer__lr": 5e-7}, 5e-7, ""),
+        # Twenty times 5e-7, and of 5e-6; the bundled model learns a few groups as it is.
+        ({"data__overfit_groups": 8}, 1e-5, "20 x the default for training all weights"),
+        ({"data__overfit_groups": 8, "peft__kind": "lora"}, 1e-4, "20 x the default for LoRA"),
+        ({"data__overfit_groups": 8, "bundled": True}, 1e-3, "default for the bundled model"),
+        ({"data__overfit_groups": 8, "optimizer__lr": 1.0}, 1.0, ""),
+    ],
+)
+def test_a_default_learning_rate_has_its_reason(settings: dict, rate: float, reason: str):
+    found = schedule(**settings)
+    assert found.learning_rate == pytest.approx(rate)
+    assert found.learning_rate_of == reason or found.learning_rate_of == f"{reason}, to overfit"
