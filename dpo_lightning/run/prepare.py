@@ -22,7 +22,8 @@ from dpo_lightning.data.splits import (
     digest_of,
     prepare_rows,
 )
-from dpo_lightning.evaluation.judges import Judge, SilentJudge, make_judge
+from dpo_lightning.evaluation.judges import Judge, SilentJudge
+from dpo_lightning.evaluation.named_judge import make_judge
 from dpo_lightning.evaluation.scorers import RewardModel
 from dpo_lightning.memory.estimate import (
     check_fits,

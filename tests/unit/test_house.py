@@ -56,10 +56,26 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
-def imports_of(package: Path, file: str) -> list[tuple[int, str]]:
-    """Line and file of all that a file imports of the package, inside its functions too."""
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def outside_functions(tree: ast.AST) -> list[ast.AST]:
+    """The nodes that run when a file is imported, as far as classes and conditions go."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    own = [node for node in ast.iter_child_nodes(tree) if not isinstance(node, functions)]
+    return own + [inner for node in own for inner in outside_functions(node)]
+
+
+def imports_of(package: Path, file: str, *, at_start: bool = False) -> list[tuple[int, str]]:
+    """Line and file of all that a file imports of the package, inside its functions too.
+
+    With ``at_start`` it is what the file imports when it is itself imported.
+    """
     found = []
-    for node in ast.walk(ast.parse((package / file).read_text())):
+    tree = parsed(package / file)
+    for node in outside_functions(tree) if at_start else ast.walk(tree):
         for name in imported(node):
             first, *parts = name.split(".")
             if first != "dpo_lightning":
@@ -78,6 +94,18 @@ def imports_of(package: Path, file: str) -> list[tuple[int, str]]:
 @functools.cache
 def graph(package: Path = PACKAGE) -> dict[str, list[tuple[int, str]]]:
     return {file: imports_of(package, file) for file in files_of(package)}
+
+
+def paying_for(target: str, package: Path = PACKAGE) -> set[str]:
+    """Files that import the target when they are imported themselves, by way of others too."""
+    arrows = {
+        file: {other for _, other in imports_of(package, file, at_start=True)}
+        for file in files_of(package)
+    }
+    found = {target}
+    while more := {file for file, own in arrows.items() if own & found} - found:
+        found |= more
+    return found - {target}
 
 
 def upward(package: Path = PACKAGE) -> list[str]:
@@ -127,7 +155,7 @@ def classes_of(package: Path = PACKAGE) -> dict[str, list[str]]:
     """Places where the classes of each name are defined."""
     found: dict[str, list[str]] = {}
     for file in files_of(package):
-        for node in ast.walk(ast.parse((package / file).read_text())):
+        for node in ast.walk(parsed(package / file)):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(f"{file}:{node.lineno}")
     return found
@@ -168,6 +196,14 @@ def test_imports_go_down():
 def test_no_files_import_each_other_in_a_circle():
     found = circle(file_arrows())
     assert not found, " -> ".join(found)
+
+
+def test_a_run_without_a_server_does_not_pay_for_an_http_client():
+    """The one file that imports httpx is imported by its users, and by these inside functions."""
+    users = [f for f in files_of(PACKAGE) if "import httpx" in (PACKAGE / f).read_text()]
+    assert users == ["evaluation/posting.py"]
+    own = {"completions", "endpoint", "endpoint_judge"}
+    assert paying_for(users[0]) == {f"evaluation/{name}.py" for name in own}
 
 
 def test_the_house_is_not_high():
@@ -245,6 +281,19 @@ def test_a_circle_inside_a_room_is_found(tmp_path):
     assert set(circle(file_arrows(package))) == {
         f"data/{n}.py" for n in ("rows", "texts", "tokens")
     }
+
+
+def test_what_is_imported_inside_a_function_is_not_paid_for(tmp_path):
+    package = make_package(
+        tmp_path,
+        {
+            "dear": "",
+            "user": "if True:\n    from dpo_lightning import dear\n",
+            "late": "class A:\n    def f(self):\n        from dpo_lightning import dear\n",
+            "above": "from dpo_lightning.user import x\n\n\nasync def f():\n    import dear\n",
+        },
+    )
+    assert paying_for("dear.py", package) == {"user.py", "above.py"}
 
 
 def test_the_longest_chain_is_counted_from_the_top():

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.judges import Judge, is_function, make_judge
+from dpo_lightning.evaluation.judges import Judge
+from dpo_lightning.evaluation.named_judge import is_function, make_judge
 from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.run.framed import answer_alone, print_answer, said_help
 from dpo_lightning.run.guard import guarded

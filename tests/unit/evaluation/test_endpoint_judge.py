@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.judges import EndpointJudge
+from dpo_lightning.evaluation.endpoint_judge import EndpointJudge
 from dpo_lightning.settings.judging import EndpointSettings
 from tests.support.judge_server import (
     Act,

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from dpo_lightning import plugins
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.judges import make_judge
+from dpo_lightning.evaluation.named_judge import make_judge
 from dpo_lightning.evaluation.scorers import RewardModel
 from dpo_lightning.plugins import find_scorer, load_plugins, register_scorer
 from dpo_lightning.settings.judging import JudgeSettings
@@ -23,7 +23,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     monkeypatch.setattr(plugins, "SCORERS", {})
-    monkeypatch.setattr("dpo_lightning.evaluation.judges.SCORERS", plugins.SCORERS)
+    monkeypatch.setattr("dpo_lightning.evaluation.named_judge.SCORERS", plugins.SCORERS)
     yield tmp_path
     for name in set(sys.modules) - before:
         if name.startswith(("mine", "other")):

@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(plugins, "SCORERS", {})
-    monkeypatch.setattr("dpo_lightning.evaluation.judges.SCORERS", plugins.SCORERS)
+    monkeypatch.setattr("dpo_lightning.evaluation.named_judge.SCORERS", plugins.SCORERS)
     monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(tmp_path / "cache"))
     (tmp_path / "own_letters.py").write_text(LETTERS)
     yield tmp_path
