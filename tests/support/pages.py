@@ -5,7 +5,6 @@ import shutil
 
 from hydra.core.utils import JobReturn, JobStatus
 
-
 MADE_BEFORE = "outputs/runs/sft/model"
 
 
