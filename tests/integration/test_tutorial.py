@@ -48,7 +48,7 @@ def typed(folder: Path, lines: str) -> str:
 
 
 @pytest.mark.long  # two runs, a sweep of four and what comes after it: minutes
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
     said = ""
     for kind, body in blocks(PAGE[:OWN_MODEL]):
