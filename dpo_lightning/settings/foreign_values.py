@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection
 
-from dpo_lightning.settings.foreign_keys import Answer
+from dpo_lightning.settings.foreign_answers import Answer
 
 # The loss of the DPO paper, by its name there and in the paper's own repository.
 _SAME_LOSS = {"dpo": "sigmoid"}

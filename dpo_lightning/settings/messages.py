@@ -14,7 +14,8 @@ from dpo_lightning.objectives.objective import known_losses
 from dpo_lightning.plugins import known_optimizers
 from dpo_lightning.settings.conduct import LOGGERS
 from dpo_lightning.settings.credentials import is_secret, refusal
-from dpo_lightning.settings.foreign_keys import KEYS, Answer
+from dpo_lightning.settings.foreign_answers import Answer
+from dpo_lightning.settings.foreign_keys import KEYS
 from dpo_lightning.settings.foreign_values import (
     answer_to_value,
     near_miss,

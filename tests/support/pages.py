@@ -5,6 +5,8 @@ import shutil
 
 from hydra.core.utils import JobReturn, JobStatus
 
+MADE_BEFORE = "outputs/runs/sft/model"
+
 
 def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     """Takes a command as far as the front door: its files exist, its keys and values are right."""
@@ -38,6 +40,12 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     # What a user would bring.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    shutil.copy(folder / "pairs.jsonl", folder / "rows.jsonl")
+    for key, _, value in (word.partition("=") for word in words):
+        # A model that an earlier command of the page made; a hub id is left alone.
+        if key in ("model.config", "model.pretrained") and value in ("small", MADE_BEFORE):
+            (folder / value).mkdir(parents=True)
+            (folder / value / "config.json").write_text('{"model_type": "llama"}')
     (folder / "grid.yaml").write_text("- {loss: simpo, beta: [2, 10]}\n- {loss: ipo, beta: 1}\n")
     (folder / "more.csv").write_text("prompt,chosen,rejected\na,b,c\n")
     for path in ("shards/1.jsonl", "clone/train.jsonl", "clone/test.jsonl"):

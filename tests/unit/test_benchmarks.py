@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -91,19 +92,35 @@ def test_rows_have_the_lengths_that_are_counted(tmp_path):
     assert first == second == 9 * (2 * weights * 384 + 2 * 200 * 32 * 128 + attention)
 
 
+def row_of_readme(name: str, rows: list[dict], shape: str, precision: str, arms: tuple) -> str:
+    """A row of the table on speed, from the results that are kept."""
+    found = {r["arm"]: r for r in rows if (r["shape"], r["precision"]) == (shape, precision)}
+    trl, here = (found[arm] for arm in arms)
+    return (
+        f"| {name} | {'bf16' if precision == 'bf16-mixed' else 'float32'} "
+        f"| {trl['pairs_per_second'][0]:.2f} | {here['pairs_per_second'][0]:.2f} "
+        f"| {here['over_trl_tuned'][0]:.1f} | {here['memory_over_trl_tuned']:.0%} |"
+    )
+
+
 def test_what_is_kept_is_what_the_readme_says(results):
     kept = json.loads((RESULTS / "cpu.json").read_text())
     assert results.summarise(kept) == kept["summary"]
+    adapters = json.loads((RESULTS / "lora" / "cpu.json").read_text())
+    assert results.summarise(adapters) == adapters["summary"]
+    table = [
+        row_of_readme(shape, kept["summary"], shape, precision, ("trl_tuned", "cached"))
+        for shape in ("lognormal", "128/128")
+        for precision in ("bf16-mixed", "32-true")
+    ]
+    words = ("lognormal, LoRA", adapters["summary"], "lognormal", "32-true")
+    table.append(row_of_readme(*words, ("trl_lora", "lora")))
     readme = (ROOT / "README.md").read_text()
-    rows = {(r["shape"], r["precision"], r["arm"]): r for r in kept["summary"]}
-    best = rows["lognormal", "bf16-mixed", "cached"]
-    assert f"{best['over_trl_tuned'][0]:.1f} times" in readme
-    assert f"{best['pairs_per_second'][0]:.1f} pairs" in readme
-    kept = json.loads((RESULTS / "lora" / "cpu.json").read_text())
-    assert results.summarise(kept) == kept["summary"]
-    [adapters] = [row for row in kept["summary"] if row["arm"] == "lora"]
-    assert f"{adapters['over_trl_tuned'][0]:.1f} times TRL tuned" in readme
-    assert f"in {adapters['memory_over_trl_tuned']:.0%} of the memory" in readme
+    assert "\n".join(table) in readme
+    said = re.search(r"Four values of β.*take\s+(\d+) s against (\d+) s", readme)
+    assert said is not None
+    sweep = kept["sweep"]
+    assert said.groups() == (f"{sweep['ours_seconds']:.0f}", f"{sweep['trl_seconds']:.0f}")
 
 
 # Beside an older commit --------------------------------------------------------------------------

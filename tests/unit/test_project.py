@@ -204,6 +204,9 @@ PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
     *("docs/selection.md", "docs/answers.md"),
+    *("docs/running.md", "docs/embedded_task.md", "docs/tutorial.md"),
+    *(f"docs/coming_from/{name}.md" for name in ("trl", "original")),
+    *(f"docs/coming_from/{name}.md" for name in ("llama_factory", "alignment_handbook")),
 )
 
 

@@ -1,19 +1,18 @@
 """Names of other programs: each is answered with settings that exist, or with the reason."""
 
 import ast
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from dpo_lightning.objectives.objective import known_losses
-from dpo_lightning.settings.foreign_keys import KEYS, Answer
+from dpo_lightning.settings.foreign_answers import Answer
+from dpo_lightning.settings.foreign_keys import KEYS
 from dpo_lightning.settings.foreign_values import VALUES, near_miss, plain, renamed_loss
 from dpo_lightning.settings.keys import is_known, settings
 from dpo_lightning.settings.messages import unknown_key, unknown_option, wrong_value
-from dpo_lightning.settings.rules import fits
-from dpo_lightning.settings.schema import CONF
+from tests.support.foreign_tables import check_settings
 
 
 def source_of(package: str, *path: str) -> ast.Module:
@@ -105,36 +104,6 @@ def test_every_argument_of_lightnings_trainer_is_a_key_or_in_the_table(name: str
     assert is_known(key) or key in KEYS or name in KEYS
 
 
-def settings_in(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"(?<![\w.])([a-z][\w.]*)=(\[<[^>]*>\]|\{[^}]*\}|<[^>]*>|\S*)", text)
-
-
-def group_options(group: str) -> set[str]:
-    files = {path.stem for path in (CONF / group).glob("*.yaml")}
-    return files | ({*known_losses()} if group == "loss" else set())
-
-
-def check(text: str) -> None:
-    """Each setting of an answer exists, and takes the value or the alternatives that are given."""
-    for key, value in settings_in(text):
-        if key in ("hydra.run.dir", "hydra.verbose"):
-            continue
-        assert is_known(key), text
-        options = re.fullmatch(r"<([\w|-]+\|[\w|-]+)>", value)
-        values = options[1].split("|") if options else [value]
-        for one in values:
-            if one.startswith(("<", "[<", "{")) or not one:
-                continue
-            if settings()[key].is_section:
-                assert one in group_options(key), text
-            else:
-                told = {"true": True, "false": False, "null": None}.get(one, one)
-                number = re.fullmatch(r"\d+(\.\d+)?", one)
-                told = (float(one) if "." in one else int(one)) if number else told
-                assert told is None or fits(key, told), text
-                assert told is not None or settings()[key].optional, text
-
-
 ANSWERS = [
     *KEYS.items(),
     *((f"{k}={v}", answer) for k, found in VALUES.items() for v, answer in found.items()),
@@ -145,7 +114,7 @@ ANSWERS = [
 def test_an_answer_names_settings_that_there_are(name: str, answer: Answer) -> None:
     assert answer.use or answer.why
     for text in (answer.use, answer.why, *answer.values.values()):
-        check(text)
+        check_settings(text)
     assert not answer.carries or "<" in answer.use
 
 

@@ -1,0 +1,47 @@
+"""The README: its length, its badges, and the links of it and of the pages that it leads to."""
+
+import re
+import tomllib
+
+import pytest
+
+from tests.support.runs import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    "README.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
+]
+
+
+def test_the_readme_fits_on_three_screens_and_its_badges_are_true():
+    text = README
+    assert text.count("\n") <= 150
+    versions = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if ":: 3." in c]
+    badges = re.findall(r"\[!\[([^]]*)\]\(https://img\.shields\.io/badge/(\S+)\)\]", text)
+    assert [words for words, _ in badges] == [
+        f"Python {', '.join(versions)}",
+        f"License {PROJECT['license']}",
+    ]
+    assert [shown.replace("%20%7C%20", ", ").replace("--", "_") for _, shown in badges] == [
+        f"python-{', '.join(versions)}-blue",
+        f"license-{PROJECT['license'].replace('-', '_')}-blue",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_are_there(page: str):
+    """Files, and headings in them, as they are named on the page."""
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", (ROOT / page).read_text()):
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.M)
+            assert heading in {anchor(title) for title in titles}, target
+
+
+def anchor(title: str) -> str:
+    """The name of a heading in a link."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
