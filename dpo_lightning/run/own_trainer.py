@@ -218,7 +218,6 @@ def _make(config: Config) -> tuple[DPOModule, PreferenceDataModule]:
         trainer=replace(config.trainer, devices=1, enable_progress_bar=False),
         strategy=replace(config.strategy, name="auto"),
     )
-    torch.manual_seed(config.seed)
     rows = _rows(config)
     hardware = decide_hardware(config.trainer, half_weights=config.model.dtype == "bfloat16")
     settle_attention(hardware.beside)

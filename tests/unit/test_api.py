@@ -321,6 +321,14 @@ def test_a_frontier_is_typed(printed):
     assert (hidden.lam, hidden.reward, hidden.why) == (4.0, None, "too far")
 
 
+def test_a_command_answers_by_a_file(tmp_path):
+    """What another process prints, however much, is read whole."""
+    path = tmp_path / "out"
+    with path.open("wb") as file:
+        code, reason = apart.run_apart(["-c", "print('x' * 200_000)"], stdout=file)
+    assert (code, reason, path.stat().st_size) == (0, None, 200_001)
+
+
 @pytest.mark.parametrize(
     ("code", "reason", "kind", "said"),
     [
