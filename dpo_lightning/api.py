@@ -1,38 +1,64 @@
-"""The project from Python: train one experiment, and load the policy that a run made.
+"""The project from Python: train, load, evaluate, compare, interpolate; modules for own trainers.
 
-Importing this imports no torch.
+Importing this imports no torch. Whatever computes does so in a process of its own, so that it
+changes nothing in the caller's; ``load`` and ``lightning_modules`` give models to this process.
 
 Example:
-    >>> from dpo_lightning.api import load, train
+    >>> from dpo_lightning.api import evaluate, load, train
     >>> result = train(["beta=0.3", "trainer.max_steps=100"])  # doctest: +SKIP
+    >>> evaluate(result).metrics["eval/rewards/accuracies"]  # doctest: +SKIP
+    0.85
     >>> policy, tokenizer = load(result.folder)  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
 from dpo_lightning.cli import folder_of_run
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE
-from dpo_lightning.processes.groups import signal_group
-from dpo_lightning.processes.lifeline import LIFELINE, REASON
+from dpo_lightning.run.apart import answer_of, run_apart
 from dpo_lightning.run.finished import export_of
+from dpo_lightning.run.typed_answers import (
+    ComparedPolicy,
+    ComparisonResult,
+    EvaluationResult,
+    EvaluationSlice,
+    FrontierPoint,
+    InterpolationResult,
+    MetricDifference,
+)
 from dpo_lightning.settings.folders import hydra_override
-from dpo_lightning.settings.program import RUN, STARTED_AS, importing, started_as
+from dpo_lightning.settings.program import RUN
 
-__all__ = ["Result", "load", "train"]
+if TYPE_CHECKING:
+    from dpo_lightning.data.datamodule import PreferenceDataModule
+    from dpo_lightning.training.module import DPOModule
+
+__all__ = [
+    "ComparedPolicy",
+    "ComparisonResult",
+    "EvaluationResult",
+    "EvaluationSlice",
+    "FrontierPoint",
+    "InterpolationResult",
+    "MetricDifference",
+    "Policy",
+    "Result",
+    "compare",
+    "evaluate",
+    "interpolate",
+    "lightning_modules",
+    "load",
+    "train",
+]
 
 _MERGED = "model-merged"
 
@@ -98,6 +124,11 @@ class Result:
     command: str | None = None
 
 
+Policy: TypeAlias = str | Path | Result
+"""A trained policy: a run's folder or its result, a folder with a model or a LoRA adapter, or a hub
+id."""
+
+
 def train(overrides: Sequence[str] = ()) -> Result:
     """Runs one experiment to its end, in a process of its own, as ``dpo-lightning train`` does.
 
@@ -114,7 +145,7 @@ def train(overrides: Sequence[str] = ()) -> Result:
     """
     folder = folder_of_run(overrides).absolute()
     before = _identity(folder / RESULT_FILE)
-    code, reason = _run([*RUN, *overrides, hydra_override("run.dir", folder)])
+    code, reason = run_apart([*RUN, *overrides, hydra_override("run.dir", folder)])
     # With code 0 just this run had finished there before.
     if code and _identity(folder / RESULT_FILE) == before:
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
@@ -128,6 +159,129 @@ def train(overrides: Sequence[str] = ()) -> Result:
     return Result(folder=folder, exit_code=code, **known)
 
 
+def evaluate(
+    policy: Policy,
+    overrides: Sequence[str] = (),
+    *,
+    reference: str | Path | None = None,
+    slices: Sequence[str] = (),
+) -> EvaluationResult:
+    """Measures a trained policy on held-out rows, as ``dpo-lightning evaluate`` does.
+
+    Args:
+        policy: The policy.
+        overrides: Settings such as ``"data.eval=rows.jsonl"``.
+        reference: Model that a model alone is compared with; runs have their own.
+        slices: Columns of the rows by whose values metrics are given too.
+
+    Raises:
+        UserError: If the policy, its rows or a setting is wrong.
+    """
+    flags = [word for column in slices for word in ("--slice", column)]
+    return EvaluationResult.of(
+        answer_of("evaluate", [_name(policy), *flags, *_reference(reference), *overrides])
+    )
+
+
+def compare(
+    policies: Sequence[Policy],
+    overrides: Sequence[str] = (),
+    *,
+    reference: str | Path | None = None,
+    evaluate: bool = False,
+) -> ComparisonResult:
+    """Tests trained policies against each other on the same rows, as ``dpo-lightning compare``.
+
+    Args:
+        policies: Two or more.
+        overrides: Settings; with one all values are computed again.
+        reference: Model that models alone are compared with; runs have their own.
+        evaluate: True computes all values again, with more metrics than runs keep.
+
+    Raises:
+        UserError: If a policy or a setting is wrong, or the policies cannot be compared.
+    """
+    flags = ["--evaluate"] if evaluate else []
+    names = [_name(policy) for policy in policies]
+    words = [*names, *flags, *_reference(reference), *overrides]
+    return ComparisonResult.of(answer_of("compare", words))
+
+
+def interpolate(
+    policy: Policy,
+    overrides: Sequence[str] = (),
+    *,
+    betas: Sequence[float] = (),
+    lambdas: Sequence[float] = (),
+    reference: str | Path | None = None,
+) -> InterpolationResult:
+    """Reward and KL of one policy at other values of beta, as ``dpo-lightning interpolate``.
+
+    A run's own frontier is kept in its folder, where the report of a sweep finds it.
+
+    Args:
+        policy: The policy.
+        overrides: Settings such as ``"evaluation.judge=brevity"``.
+        betas: Values of beta.
+        lambdas: The same by their place: 0 is the reference, 1 the policy.
+        reference: Model that a model alone is compared with; runs have their own.
+
+    Raises:
+        UserError: If the policy or a setting is wrong, or its loss has no such frontier.
+    """
+    words = [_name(policy)]
+    for flag, numbers in (("--betas", betas), ("--lambdas", lambdas)):
+        words += [f"{flag}={','.join(map(repr, numbers))}"] if len(numbers) else []
+    return InterpolationResult.of(
+        answer_of("interpolate", [*words, *_reference(reference), *overrides])
+    )
+
+
+def lightning_modules(
+    overrides: Sequence[str] = (),
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[DPOModule, PreferenceDataModule]:
+    """Makes the module and the data module of a run, for a ``lightning.Trainer`` of one's own.
+
+    Reference log-probabilities are computed here, or read from the cache. The settings of the
+    trainer, loggers and checkpoints are the trainer's own and are refused here. The trainer is on
+    one device and takes ``max_steps=data.total_steps``; a batch of Lightning is an optimizer step.
+
+    Args:
+        overrides: Settings such as ``"beta=0.3"``, ``"loss=ipo"``, ``"optimizer.lr=1e-5"``.
+        model: A transformers causal language model, which is copied; ``model.pretrained=`` names
+            one on disk or of the hub. The policy that is trained is ``module.policy``.
+        tokenizer: Its tokenizer.
+        rows: Training rows as dictionaries; ``data.train=`` names a file or a hub id.
+        eval_rows: Held-out rows.
+
+    Raises:
+        UserError: If a setting, the model or a row is wrong.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> module, data = lightning_modules(["beta=0.3"])  # doctest: +SKIP
+        >>> trainer = pl.Trainer(max_steps=data.total_steps)  # doctest: +SKIP
+        >>> trainer.fit(module, datamodule=data)  # doctest: +SKIP
+    """
+    # Here, because it imports torch.
+    from dpo_lightning.run.own_trainer import make_modules
+
+    return make_modules(overrides, model=model, tokenizer=tokenizer, rows=rows, eval_rows=eval_rows)
+
+
+def _name(policy: Policy) -> str:
+    return str(policy.folder if isinstance(policy, Result) else policy)
+
+
+def _reference(name: str | Path | None) -> list[str]:
+    return [] if name is None else [f"--reference={name}"]
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     """Mark of a file that changes when it is written anew; None if there is no file."""
     try:
@@ -135,43 +289,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _run(arguments: Sequence[str]) -> tuple[int, str | None]:
-    """Runs the interpreter to its end; it stops by itself when this process is gone.
-
-    Returns:
-        Its exit code, and the error that ended it where it named one.
-    """
-    lifeline, own_end = os.pipe()
-    heard, reason = os.pipe()
-    # What it has left behind may hold the other end.
-    os.set_blocking(heard, False)
-    told = {LIFELINE: str(lifeline), REASON: str(reason), STARTED_AS: started_as()}
-    try:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            env=importing(os.environ) | told,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[lifeline, reason],
-            process_group=0,
-        )
-        while True:
-            try:
-                code = process.wait()
-                break
-            except BaseException as error:
-                stop = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-                signal_group(process.pid, stop)
-                process.wait()
-                raise
-        with contextlib.suppress(BlockingIOError):
-            said = os.read(heard, 65_536).decode().splitlines()
-            return code, said[-1] if said else None
-        return code, None
-    finally:
-        for descriptor in (lifeline, own_end, heard, reason):
-            os.close(descriptor)
 
 
 def load(run: str | Path) -> tuple[Any, Any]:

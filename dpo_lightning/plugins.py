@@ -78,7 +78,7 @@ Sampler: TypeAlias = Callable[[SampleRequest], Sequence[Sequence[int]]]
 _Reader = TypeVar("_Reader", bound=ReadRow)
 _Function = TypeVar("_Function", bound=ScoreFunction)
 _Drawer = TypeVar("_Drawer", bound=Sampler)
-_Maker = TypeVar("_Maker", bound=Callable[[], Any])
+_Maker = TypeVar("_Maker", bound=Callable[..., Any])
 _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
@@ -109,9 +109,8 @@ SAMPLERS: dict[str, Sampler] = {}
 OWN_SAMPLERS = ("hf", "vllm")
 """Names of the package's own."""
 
-CALLBACKS: dict[str, Callable[[], Any]] = {}
+CALLBACKS: dict[str, Callable[..., Any]] = {}
 """What makes a Lightning callback, as plugins registered it, by name."""
-
 
 OPTIMIZERS: dict[str, PluginOptimizer] = {}
 """Optimizers that plugins registered, by name."""
@@ -123,7 +122,6 @@ SHARED_SETTINGS = ("lr", "betas", "eps", "weight_decay", "seed")
 """Settings that a plugin's optimizer may ask for by naming them."""
 
 _NO_JUDGES = ("none", "endpoint")
-
 _NO_OPTIONS = ("name", "stochastic_rounding", "max_grad_norm", "schedule", "warmup")
 
 
@@ -209,6 +207,9 @@ def register_sampler(name: str) -> Callable[[_Drawer], _Drawer]:
 def register_callback(name: str) -> Callable[[_Maker], _Maker]:
     """Makes a Lightning callback known as ``trainer.callbacks=[<name>]``.
 
+    Arguments of the class, or of the function that makes it, are given with the name:
+    ``trainer.callbacks=[{<name>: {<argument>: <value>}}]``.
+
     Args:
         name: Value in the setting's list.
 
@@ -289,25 +290,44 @@ def known_optimizers() -> tuple[str, ...]:
     return (*OWN_OPTIMIZERS, *OPTIMIZERS)
 
 
-def make_callbacks(names: Sequence[str]) -> list[Any]:
-    """The callbacks that ``trainer.callbacks`` names.
+def callback_entry(entry: Any) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of an entry of ``trainer.callbacks``.
 
     Raises:
-        UserError: If no plugin registered one of them.
+        UserError: If it is neither a name nor a mapping of one to its arguments.
     """
-    for name in names:
-        if not isinstance(name, str):
-            raise UserError(
-                f"trainer.callbacks={str(names)[:60]}: needs names that plugins registered, such "
-                "as [bell]; a callback's own settings are its plugin's"
-            )
+    [(name, arguments)] = entry.items() if _is_pair(entry) else [(entry, {})]
+    if isinstance(name, str) and isinstance(arguments, Mapping):
+        return name, {str(key): value for key, value in arguments.items()}
+    raise UserError(
+        f"trainer.callbacks={str(entry)[:60]}: needs names, such as [bell], or a name with its "
+        "arguments, such as [{bell: {volume: 3}}]"
+    )
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and len(entry) == 1
+
+
+def make_callbacks(entries: Sequence[Any], *, others: Sequence[str] = ()) -> list[Any]:
+    """The callbacks of plugins that ``trainer.callbacks`` names; ``others`` are known elsewhere.
+
+    Raises:
+        UserError: If no plugin registered one of them, or it does not take its arguments.
+    """
+    pairs = [callback_entry(entry) for entry in entries]
+    for name, arguments in pairs:
         if name not in CALLBACKS:
-            known = ", ".join(CALLBACKS) or "none"
+            known = ", ".join([*CALLBACKS, *others]) or "none"
             raise UserError(
-                f"trainer.callbacks={name}: no plugin registered it (known: {known}); name the "
-                "module that does with plugins=[<module>]"
+                f"trainer.callbacks={name}: unknown callback (known: {known}); name the module "
+                "that registers it with plugins=[<module>]"
             )
-    return [CALLBACKS[name]() for name in names]
+        try:
+            inspect.signature(CALLBACKS[name]).bind(**arguments)
+        except TypeError as error:
+            raise UserError(f"trainer.callbacks={name}: {error}; mend its arguments") from error
+    return [CALLBACKS[name](**arguments) for name, arguments in pairs]
 
 
 def load_plugins(names: Sequence[str]) -> None:

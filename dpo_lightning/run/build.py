@@ -24,7 +24,6 @@ from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
 from dpo_lightning.evaluation.rungs import Measure, RungStop, exact_rewards, held_out, judged
-from dpo_lightning.plugins import make_callbacks
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.run.evaluations import monitored_rows
 from dpo_lightning.run.folder import RunFolder
@@ -42,6 +41,7 @@ from dpo_lightning.training.checkpoints.writer import (
     Checkpoints,
     DurableCheckpointIO,
 )
+from dpo_lightning.training.library_callbacks import make_all_callbacks
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.overfit import UntilOverfit
 from dpo_lightning.training.precision import trainer_precision
@@ -126,7 +126,7 @@ def make_session_callbacks(
     samples, curve, answers = SampleAnswers(), _curve(plan, prepared), _answers(plan, first.folder)
     own: list[Callback] = [first, samples, *(x for x in (curve, answers) if x is not None)]
     own += [SameConfig(config_hash), MetricRows(metrics), throughput]
-    own += [ExactResume(), *make_callbacks(plan.trainer.callbacks)]
+    own += [ExactResume(), *make_all_callbacks(plan.trainer.callbacks)]
     kept = plan.checkpoints
     folder = plan.folders.checkpoints
     own.append(
@@ -361,20 +361,24 @@ def make_module(
     plan: RunPlan, prepared: Prepared, placed: Placed, *, pending_signal: Callable[[], int]
 ) -> DPOModule:
     """The module; its reference is ready."""
+    return DPOModule(**module_arguments(plan, prepared, placed), pending_signal=pending_signal)
+
+
+def module_arguments(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str, Any]:
+    """Arguments of the module, but for the signal that stops it; its reference is ready."""
     models, learning = prepared.models, plan.learning
     assert models.reference is not None
-    return DPOModule(
-        policy=models.policy,
-        reference=models.reference,
-        scorer=models.scorer,
-        objective=learning.objective,
-        beta_plan=learning.beta,
-        optimizer=learning.optimizer,
-        steps=replace(learning.steps, sync_every_micro_batch=placed.sync_every_micro_batch),
-        starts_from_reference=models.starts_from_reference,
-        compute_dtype=placed.computation.master_dtype,
-        pending_signal=pending_signal,
-    )
+    return {
+        "policy": models.policy,
+        "reference": models.reference,
+        "scorer": models.scorer,
+        "objective": learning.objective,
+        "beta_plan": learning.beta,
+        "optimizer": learning.optimizer,
+        "steps": replace(learning.steps, sync_every_micro_batch=placed.sync_every_micro_batch),
+        "starts_from_reference": models.starts_from_reference,
+        "compute_dtype": placed.computation.master_dtype,
+    }
 
 
 def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> PreferenceDataModule:

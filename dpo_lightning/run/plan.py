@@ -69,7 +69,7 @@ class TrainerPlan:
         detect_anomaly: True if the operation that made a NaN is named.
         profiler: One of Lightning's, or none.
         progress: True if progress is shown.
-        callbacks: Names of plugins' callbacks.
+        callbacks: Names of callbacks, or mappings of a name to its arguments.
     """
 
     accelerator: str
@@ -83,7 +83,7 @@ class TrainerPlan:
     detect_anomaly: bool
     profiler: str | None
     progress: bool
-    callbacks: tuple[str, ...]
+    callbacks: tuple[Any, ...]
 
     @property
     def sharded(self) -> bool:

@@ -100,7 +100,7 @@ def prepare(
     tokens: Path,
     resolved: dict[str, Any],
     record: RunRecord,
-    folder: RunFolder,
+    folder: RunFolder | None,
     show: ShowPhase,
 ) -> Prepared:
     """Loads models and data, as far as a session needs them before it begins.
@@ -114,7 +114,7 @@ def prepare(
         tokens: Where token ids of rows are kept.
         resolved: The settings as plain values.
         record: What is known of the run; filled.
-        folder: The run's folder, for the rows that are set aside.
+        folder: The run's folder, for the rows that are set aside; None: they go nowhere.
         show: Shows how far long phases are.
     """
     source = resolve_source(config, hardware)
@@ -170,9 +170,14 @@ def set_threads(config: Config, source: ModelSource) -> int | None:
     return threads
 
 
-def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder) -> None:
+def _set_aside(rows: SourceRows, data: PreparedData, folder: RunFolder | None) -> None:
     """Has the rows written that could not be read, and those that could not be rendered."""
     if not data.set_aside:
+        return
+    if folder is None:
+        log.info(
+            "rows that the chat template does not take: %d, they are left out", len(data.set_aside)
+        )
         return
     bad = [row for source in rows.all for row in source.bad]
     path = folder.path / QUARANTINE_FILE

@@ -96,7 +96,7 @@ def run_experiment(
         folder=folder,
         show=show,
     )
-    plan = _plan(config, folders, hardware, trainer, prepared, resolved)
+    plan = plan_session(config, folders, hardware, trainer, prepared, resolved)
     try:
         supervision = Supervision(signals, children, folder)
         run_session(plan, prepared, checkpoint, record, supervision, show)
@@ -108,7 +108,7 @@ def run_experiment(
         leave_ranks()
 
 
-def _plan(
+def plan_session(
     config: Config,
     folders: Folders,
     hardware: Hardware,
@@ -116,7 +116,16 @@ def _plan(
     prepared: Prepared,
     resolved: dict[str, Any],
 ) -> RunPlan:
-    """The run's plan, with its evaluations."""
+    """The run's plan, with its evaluations.
+
+    Args:
+        config: The validated settings.
+        folders: Places to write to.
+        hardware: Devices and precision.
+        trainer: Arguments of the trainer.
+        prepared: Models and data.
+        resolved: The settings as plain values.
+    """
     groups, source = len(prepared.data.train), prepared.source
     course = plan_evaluations(
         config.evaluation,

@@ -17,7 +17,7 @@ from typing import Any
 import dpo_lightning
 from dpo_lightning.errors import DpoLightningError, UserError
 from dpo_lightning.files import RESULT_FILE
-from dpo_lightning.plugins import load_plugins, make_callbacks
+from dpo_lightning.plugins import load_plugins
 from dpo_lightning.processes.child_ranks import (
     ChildRanks,
     Death,
@@ -44,6 +44,7 @@ from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.program import typed
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking.rungs import AtRung
+from dpo_lightning.training.library_callbacks import make_all_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class _Supervisor:
         stop_if_interrupted()
         config = self._config
         load_plugins(config.plugins)
-        make_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
+        make_all_callbacks(config.trainer.callbacks)  # what is wrong with them is said first
         prefer_cache_without_network(config)
         rows = read_sources(config, self._run_dir, when_begun=self._folder.when_begun)
         from dpo_lightning.run.session import run_experiment

@@ -169,7 +169,11 @@ class TrainerConfig:
         unit="threads",
         least=1,
     )
-    callbacks: list[str] = setting([], "Callbacks that plugins registered, by name.")
+    callbacks: list[Any] = setting(
+        [],
+        "Callbacks by name: those that plugins registered, and of Lightning's own "
+        "LearningRateMonitor, EarlyStopping and others; {name: {argument: value}} gives arguments.",
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from dpo_lightning.run.evaluate.command import main
 from dpo_lightning.run.interpolate.command import main as interpolate_main
+from dpo_lightning.run.typed_answers import ComparisonResult, EvaluationResult, InterpolationResult
 from dpo_lightning.sweeps.compare.command import main as compare_main
 from tests.support.runs import Run, run_train
 
@@ -34,13 +36,23 @@ def state(folder: Path) -> dict[str, Any]:
     }
 
 
+TYPES = {
+    **{main: EvaluationResult, compare_main: ComparisonResult},
+    interpolate_main: InterpolationResult,
+}
+
+
 def ask(capsys, *words: object, command: Any = main) -> dict[str, Any]:
     """The object that is printed."""
     capsys.readouterr()
     code = command([*map(str, words), "--json"])
     said = capsys.readouterr()
     assert code == 0, said.err
-    return json.loads(said.out)
+    found = json.loads(said.out)
+    # From Python it has the same entries, no more and no less.
+    typed = TYPES[command].of(found)
+    assert {own.name for own in fields(typed)} == found.keys()
+    return found
 
 
 def refusal(capsys, *words: object, command: Any = main) -> str:

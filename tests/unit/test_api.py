@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lightning import api
+from dpo_lightning import api, errors
 from dpo_lightning.api import Result, load, train
 from dpo_lightning.errors import UserError
+from dpo_lightning.run import apart
 from tests.support.runs import ROOT, TINY, run_train
+from tests.support.state import changed, state
 
 SHORT = (*TINY, "logger=none", "trainer.max_steps=2", "trainer.threads=1")
 
 PUBLIC = {
-    "api": ["Result", "load", "train"],
+    "api": [
+        *("ComparedPolicy", "ComparisonResult", "EvaluationResult", "EvaluationSlice"),
+        *("FrontierPoint", "InterpolationResult", "MetricDifference", "Policy", "Result"),
+        *("compare", "evaluate", "interpolate", "lightning_modules", "load", "train"),
+    ],
     "errors": [
         *("CorruptArtifactError", "DivergedError", "DpoLightningError", "OutOfMemoryError"),
         *("StorageError", "UserError"),
@@ -135,7 +141,7 @@ def test_a_start_that_fails_in_the_folder_of_an_earlier_run_has_its_reason(tmp_p
 )
 def test_a_wrong_setting_is_raised_and_nothing_is_started(tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "_run", None)
+    monkeypatch.setattr(api, "run_apart", None)
     with pytest.raises(UserError) as caught:
         train(words)
     assert said in str(caught.value)
@@ -145,7 +151,7 @@ def test_a_wrong_setting_is_raised_and_nothing_is_started(tmp_path, monkeypatch,
 
 def test_a_result_of_before_does_not_pass_for_this_runs(tmp_path, monkeypatch):
     (tmp_path / "result.json").write_text('{"status": "stopped", "step": 7}')
-    monkeypatch.setattr(api, "_run", lambda arguments: (-9, None))
+    monkeypatch.setattr(api, "run_apart", lambda arguments: (-9, None))
     found = train([f"hydra.run.dir={tmp_path}"])
     assert (found.status, found.exit_code, found.step) == ("failed", -9, 0)
     assert "signal 9" in found.error
@@ -156,7 +162,7 @@ def test_a_run_that_is_killed_is_failed_whatever_it_wrote(tmp_path, monkeypatch)
         (tmp_path / "result.json").write_text('{"status": "running", "step": 7, "more": 1}')
         return -9, None
 
-    monkeypatch.setattr(api, "_run", run)
+    monkeypatch.setattr(api, "run_apart", run)
     found = train([f"hydra.run.dir={tmp_path}"])
     assert (found.status, found.step, found.error) == ("failed", 7, "killed by signal 9")
 
@@ -177,7 +183,7 @@ def test_an_interrupt_is_passed_on_and_raised(monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "wait", noting)
     with pytest.raises(KeyboardInterrupt):
-        api._run(["-c", code])
+        apart.run_apart(["-c", code])
     assert codes == [130]
 
 
@@ -232,3 +238,140 @@ def test_a_folder_without_an_export_is_answered_in_one_line(tmp_path):
     )
     (tmp_path / "sweep.json").touch()
     assert said(tmp_path).endswith("a sweep's folder; name that of one of its trials")
+
+
+# Evaluations ------------------------------------------------------------------------------------
+
+
+EVALUATED = {
+    **{"run": "r", "metrics": {"eval/loss": 0.5}, "intervals": {"eval/loss": [0.4, 0.6]}},
+    **{"groups": 4, "prompts": 2, "beta": 0.3, "device": "cpu", "kl": None, "notes": ["n"]},
+    "slices": [
+        {"by": "topic", "value": "a", "groups": 1, "prompts": 1, "metrics": {}, "intervals": {}}
+    ],
+    "samples": [],
+}
+COMPARED = {
+    "differences": [
+        {
+            **{"metric": "eval/loss", "a": "x", "b": "y", "value_a": 1.0, "value_b": 3.0},
+            **{"difference": 2.0, "interval": [1.0, 3.0], "p": 0.1, "p_alone": 0.1},
+            **{"items": 4, "prompts": 2, "better": "lower"},
+        }
+    ],
+    "runs": [{"label": "x", "name": "runs/x", "beta": 0.1, "loss": "ipo", "rows": 4}],
+    "notes": [],
+}
+FRONTIER = {
+    **{"axis": "beta", "loss": "sigmoid", "beta": 0.1, "notes": [], "drawn": {"prompts": 8}},
+    "points": [{"lambda": 0.5, "beta": 0.2, "method": "decoded", "reward": 1.5, "kl": 0.25}],
+    "not_shown": [{"lambda": 4.0, "beta": 0.025, "method": "weights", "why": "too far"}],
+}
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What the command prints, and the words that it was given."""
+    given, answer = [], {}
+
+    def run(arguments, *, stdout):
+        given.append(list(arguments))
+        stdout.write(json.dumps(answer).encode())
+        return 0, None
+
+    monkeypatch.setattr(apart, "run_apart", run)
+    return given, answer
+
+
+def test_an_evaluation_is_typed(printed, tmp_path):
+    given, answer = printed
+    answer |= EVALUATED
+    run = Result(tmp_path, "finished", 0)
+    found = api.evaluate(run, ["data.eval=x.jsonl"], reference="base", slices=["topic", "id"])
+    words = ["--slice", "topic", "--slice", "id", "--reference=base", "data.eval=x.jsonl"]
+    assert given == [["-m", "dpo_lightning", "evaluate", "--json", str(tmp_path), *words]]
+    assert (found.metrics["eval/loss"], found.intervals["eval/loss"]) == (0.5, [0.4, 0.6])
+    assert [(own.by, own.value, own.groups) for own in found.slices] == [("topic", "a", 1)]
+    with pytest.raises(AttributeError):
+        found.beta = 1
+
+
+def test_a_comparison_is_typed(printed):
+    given, answer = printed
+    answer |= COMPARED
+    found = api.compare(["x", Path("y")], ["trainer.threads=1"], reference="base", evaluate=True)
+    words = ["x", "y", "--evaluate", "--reference=base", "trainer.threads=1"]
+    assert given == [["-m", "dpo_lightning", "compare", "--json", *words]]
+    [own] = found.differences
+    assert own.difference == own.value_b - own.value_a == 2
+    assert [run.label for run in found.runs] == ["x"]
+    api.compare(["x", "y"])
+    assert given[-1] == ["-m", "dpo_lightning", "compare", "--json", "x", "y"]
+
+
+def test_a_frontier_is_typed(printed):
+    """Of numbers no digit is lost: 0.1 + 0.2 is not 0.3."""
+    given, answer = printed
+    answer |= FRONTIER
+    found = api.interpolate("x", betas=[0.1 + 0.2, 1], lambdas=(0, 0.5))
+    words = ["x", "--betas=0.30000000000000004,1", "--lambdas=0,0.5"]
+    assert given == [["-m", "dpo_lightning", "interpolate", "--json", *words]]
+    [point], [hidden] = found.points, found.not_shown
+    assert (point.lam, point.beta, point.reward, point.why) == (0.5, 0.2, 1.5, None)
+    assert (hidden.lam, hidden.reward, hidden.why) == (4.0, None, "too far")
+
+
+def test_a_command_answers_by_a_file(tmp_path):
+    """What another process prints, however much, is read whole."""
+    path = tmp_path / "out"
+    with path.open("wb") as file:
+        code, reason = apart.run_apart(["-c", "print('x' * 200_000)"], stdout=file)
+    assert (code, reason, path.stat().st_size) == (0, None, 200_001)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "kind", "said"),
+    [
+        (2, "error: run=x: name --reference MODEL", "UserError", "run=x: name reference=MODEL"),
+        (2, "error: --betas=5: --lambdas 1", "UserError", "betas=5: lambdas=1"),
+        (4, "error: damaged", "CorruptArtifactError", "damaged"),
+        (3, "error: not finite", "DivergedError", "not finite"),
+        (1, None, "DpoLightningError", "evaluate ended by exit code 1; stderr says more"),
+        (-9, None, "DpoLightningError", "evaluate ended by signal 9; stderr says more"),
+    ],
+)
+def test_an_error_of_a_command_is_raised(monkeypatch, code, reason, kind, said):
+    monkeypatch.setattr(apart, "run_apart", lambda arguments, *, stdout: (code, reason))
+    with pytest.raises(errors.DpoLightningError) as caught:
+        api.evaluate("x")
+    assert type(caught.value).__name__ == kind
+    assert str(caught.value) == said
+
+
+def test_a_wrong_policy_is_raised_by_the_command_itself(tmp_path, capfd):
+    before = state()
+    with pytest.raises(UserError, match=r"^run=.*nowhere: no such folder; name a run's"):
+        api.evaluate(tmp_path / "nowhere")
+    assert changed(before) == {}
+
+
+def test_a_changed_state_is_seen(monkeypatch, tmp_path):
+    import logging
+    import random
+    import warnings
+
+    import torch
+
+    before = state()
+    monkeypatch.setenv("MINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    logging.getLogger("lightning").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), torch.random.fork_rng(), (tmp_path / "f").open("w"):
+        warnings.simplefilter("ignore")
+        random.random()
+        torch.rand(1)
+        found = changed(before)
+    names = {"environment", "folder", "words", "filters", "random", "torch", "files", "loggers"}
+    assert names <= found.keys()
+    logging.getLogger("lightning").setLevel(before["loggers"].get("lightning", (0,))[0])

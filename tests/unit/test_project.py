@@ -203,10 +203,10 @@ OTHERS = (
 PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
-    *("docs/selection.md", "docs/answers.md"),
     *("docs/running.md", "docs/embedded_task.md", "docs/tutorial.md"),
     *(f"docs/coming_from/{name}.md" for name in ("trl", "original")),
     *(f"docs/coming_from/{name}.md" for name in ("llama_factory", "alignment_handbook")),
+    *("docs/selection.md", "docs/answers.md", "docs/python.md"),
 )
 
 
@@ -273,3 +273,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands("docs/frontier.md")) == 4
     assert len(readme_commands("docs/judges.md")) == 6
     assert len(readme_commands("docs/answers.md")) >= 8
+    assert len(readme_commands("docs/python.md")) == 1

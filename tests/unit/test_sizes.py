@@ -25,6 +25,7 @@ WIDE_CONSTRUCTORS = {
     "settings/conduct.py:TrainerConfig": "a group of settings, a key each",
     "data/packing.py:GroupBatch": "tensors of one layout, made in one place and read by name",
     "memory/footprint.py:Training": "facts that one formula takes, replaced one at a time",
+    "run/typed_answers.py:FrontierPoint": "the entries of a point in JSON, for who reads it",
     "run/record.py:RunRecord": "the entries of result.json, in its order",
     "sweeps/report/content.py:ReportContent": "the texts of a report, for one template",
 }
