@@ -1,4 +1,4 @@
-"""What a judge of answers is, and those that mark each answer by a function. No torch.
+"""Judges of answers, and those that mark each answer by a function. No torch.
 
 A judge either marks each answer by itself, and of two answers the one with the higher mark is
 better, or it compares two answers. Settings choose one in :mod:`named_judge`.

@@ -271,7 +271,7 @@ FRONTIER = {
 
 @pytest.fixture
 def printed(monkeypatch):
-    """What the command prints, and the words that it was given."""
+    """Output of the command, and the words that it was given."""
     given, answer = [], {}
 
     def run(arguments, *, stdout):
@@ -322,7 +322,7 @@ def test_a_frontier_is_typed(printed):
 
 
 def test_a_command_answers_by_a_file(tmp_path):
-    """What another process prints, however much, is read whole."""
+    """The output of another process, however much, is read whole."""
     path = tmp_path / "out"
     with path.open("wb") as file:
         code, reason = apart.run_apart(["-c", "print('x' * 200_000)"], stdout=file)

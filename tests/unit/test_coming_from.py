@@ -6,6 +6,7 @@ import pytest
 
 from dpo_lightning.settings.foreign_keys import KEYS
 from dpo_lightning.settings.keys import is_known, settings
+from tests.support.foreign_programs import FIRST_REPOSITORY, TRANSFORMERS, TRL
 from tests.support.foreign_tables import (
     FOLDER,
     TableRow,
@@ -14,7 +15,6 @@ from tests.support.foreign_tables import (
     settings_in,
     table_rows,
 )
-from tests.unit.settings.test_foreign_names import FIRST_REPOSITORY, TRANSFORMERS, TRL
 
 ROWS = table_rows()
 

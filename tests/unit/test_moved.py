@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from dpo_lightning import MOVED, name_now
@@ -79,6 +80,7 @@ def job_logging(old: bool) -> dict:
 
 @pytest.mark.parametrize("old", [True, False])
 def test_a_logging_section_may_name_either(old: bool):
+    Plugins.instance()  # Hydra knows its launchers once these are loaded
     node = OmegaConf.create({"launcher": {}, "sweeper": {}, "job_logging": job_logging(old)})
     assert list(hydra_problems(node)) == []
     node.job_logging.handlers.terminal["class"] = "dpo_lightning.terminal.os.system"
