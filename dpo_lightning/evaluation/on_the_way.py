@@ -6,6 +6,7 @@ Nothing here touches the training: generators are put back, and the time is not 
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ class AnswersOnTheWay(Callback):
         self._last_too = last_too
         self.rows = rows
         self._judge: Judge | None = None
+        self._is_judged = False
         # Step of the last evaluation, as a checkpoint knows it.
         self._last: int | None = None
         self._groups: Sequence[TokenGroup] = ()
@@ -99,6 +101,7 @@ class AnswersOnTheWay(Callback):
         self._models = models
         self._answering = answering
         self._judge = judge if judge is not None and judge.gives_marks else None
+        self._is_judged = self._judge is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The last evaluation, so that a run that goes on keeps its rows and none behind it."""
@@ -162,7 +165,7 @@ class AnswersOnTheWay(Callback):
         if trainer.is_global_zero:
             texts = [answering.text(ids) for ids in answers]
             marks = self._marks(groups, texts)
-            step, given = trainer.global_step, known(marks)
+            step = trainer.global_step
             prompts = [answering.text(ids).strip() for ids in asked]
             self.rows.add(
                 [
@@ -170,8 +173,9 @@ class AnswersOnTheWay(Callback):
                     for prompt, text, mark in zip(prompts, texts, marks, strict=True)
                 ]
             )
-            if given and why_withheld(marks) is None:
-                metrics["samples/judge"] = statistics.fmean(given)
+            if self._is_judged:
+                # Not a number where no mean is given: an earlier one would be taken for this one.
+                metrics["samples/judge"] = mean_mark(marks)
         return metrics
 
     def _marks(self, groups: Sequence[TokenGroup], texts: Sequence[str]) -> list[Mark]:
@@ -200,3 +204,9 @@ class AnswersOnTheWay(Callback):
             "evaluation.intermediate_samples= takes less (it is %d), 0 draws none",
             *(100 * share, self._count),
         )
+
+
+def mean_mark(marks: Sequence[Mark]) -> float:
+    """Mean of the marks that are known; NaN if there is none, or if too many are missing."""
+    given = known(marks)
+    return statistics.fmean(given) if given and why_withheld(marks) is None else math.nan

@@ -33,13 +33,13 @@ rate looks bad."""
 LOGGERS = ("wandb", "tensorboard", "mlflow", "csv", "none")
 """The choices of ``logger``."""
 
-PRUNE_METRICS = {
-    "controlled/expected_reward": 1,
-    "samples/judge": 1,
-    "eval/fitted_log_loss": -1,
-    "eval/rewards/accuracies": 1,
-}
-"""Metrics to prune trials by, and 1 where more is better; none of them scales with beta."""
+PRUNE_METRICS = (
+    "controlled/expected_reward",
+    "samples/judge",
+    "eval/fitted_log_loss",
+    "eval/rewards/accuracies",
+)
+"""Metrics to prune trials by: none of them scales with beta."""
 
 
 @dataclass

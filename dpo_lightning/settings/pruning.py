@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.settings.conduct import PRUNE_METRICS, RUNG_WARMUPS, scales_with_beta
+from dpo_lightning.settings.conduct import RUNG_WARMUPS, scales_with_beta
 from dpo_lightning.settings.judging import gives_marks, judge_named
 from dpo_lightning.settings.messages import shown
+from dpo_lightning.settings.metric_names import direction
 from dpo_lightning.settings.schema import Config, SweepConfig
 
 _OPTIONS = ("prune_at", "prune_keep", "prune_within", "prune_metric", "budget")
@@ -38,7 +39,9 @@ class PruneSettings:
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, else -1."""
-        return PRUNE_METRICS[self.metric]
+        sign = direction(self.metric)
+        assert sign
+        return sign
 
 
 def pruning_problems(config: Config) -> Iterator[str]:

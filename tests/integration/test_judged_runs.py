@@ -9,6 +9,7 @@ import pytest
 from dpo_lightning.run.judge.command import main as judge
 from tests.support.judge_server import Act, JudgeServer, judge_server, prefers_longer
 from tests.support.runs import TINY, Run, run_train
+from tests.support.selecting import names_written, unknown
 
 pytestmark = pytest.mark.slow  # trains three small policies
 
@@ -62,6 +63,7 @@ def test_a_run_is_judged_and_its_rerun_costs_nothing(tmp_path, monkeypatch, capf
     assert metrics["samples/win_rate"] == pytest.approx(sum(wins) / 12)
     assert second.result["metrics"]["samples/win_rate"] == metrics["samples/win_rate"]
     assert metrics["samples/judge_missing"] == 0
+    assert unknown(names_written(first)) == set()
     assert {"samples/length", "samples/reference_length", "samples/cut_off",
             "samples/reference_cut_off", "samples/win_rate_low"} <= metrics.keys()  # fmt: skip
     assert evaluation["judge"].startswith(f"m at {server.url}, pairs, ")

@@ -1,5 +1,6 @@
 """Runs that select a checkpoint: which one, what stays of the others, and what is exported."""
 
+import itertools
 import json
 import math
 import shutil
@@ -8,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_lightning.settings.metric_names import direction
+from tests.support import marks
 from tests.support.recovery import checkpoint, load
 from tests.support.runs import TINY, Run, run_train
-from tests.support.selecting import EVERY, SELECTING
+from tests.support.selecting import EVERY, SELECTING, names_written, unknown
 
 # Each of them trains, or goes on with such a run.
 pytestmark = pytest.mark.slow
@@ -97,11 +98,9 @@ def test_each_metric_that_runs_write_has_a_direction(best: Run, tmp_path):
         "evaluation.scorer=brevity",
     )  # fmt: skip
     assert rich.code == 0
-    names = {name for run in (best, rich) for row in run.rows for name in row}
-    names |= {*best.result["metrics"], *rich.result["metrics"]}
-    names -= {"step", "epoch", "time"}
+    names = names_written(best, rich)
     assert {"samples/win_rate", "train/skipped_steps", "controlled/bayes_accuracy"} <= names
-    assert {name for name in names if direction(name) is None} == set()
+    assert unknown(names) == set()
     # Those of the one evaluation before the last; the reference is in memory.
     [row] = [row for row in rich.rows if "samples/length" in row]
     assert row["step"] == 1
@@ -140,6 +139,25 @@ def test_a_judge_selects_and_a_run_that_goes_on_has_the_same_answers(tmp_path):
     assert again.result["selection"] == selection
 
 
+def test_an_evaluation_that_the_judge_failed_at_is_never_the_best(tmp_path, monkeypatch):
+    """The first has a mark; the second and the third have none, and wait in vain for two."""
+    monkeypatch.setattr(marks, "calls", itertools.count(1))
+    run = run_train(
+        tmp_path / "run", *TINY[:3], "trainer.max_steps=6", "evaluation.every_n_steps=1",
+        "evaluation.samples=4", "evaluation.partition_samples=0", "logger=none",
+        "evaluation.intermediate_samples=2", "plugins=[tests.support.marks]",
+        "evaluation.judge=fickle", "checkpoint.monitor=samples/judge", "checkpoint.patience=2",
+    )  # fmt: skip
+    assert run.code == 0
+    [first, *others] = [row["samples/judge"] for row in run.rows if "samples/judge" in row]
+    assert others == [None, None]
+    assert run.result["selection"] == {
+        **{"monitor": "samples/judge", "best": first, "best_step": 1, "stopped_early": True}
+    }
+    assert run.result["step"] == 3
+    assert run.result["metrics"]["samples/judge"] is None
+
+
 def test_the_first_set_ranks_and_another_selects(shared, tmp_path):
     lines = (shared / "data" / "politeness.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("train", lines[:300]), ("a", lines[300:340]), ("b", lines[340:400])):
@@ -153,6 +171,7 @@ def test_the_first_set_ranks_and_another_selects(shared, tmp_path):
         "checkpoint.monitor=eval/b/loss",
     )  # fmt: skip
     assert run.code == 0
+    assert unknown(names_written(run)) == set()
     assert run.values("eval/loss") == run.values("eval/a/loss")
     assert run.values("eval/loss") != run.values("eval/b/loss")
     assert run.result["selection"]["best"] == min(run.values("eval/b/loss"))

@@ -1,7 +1,8 @@
 """Runs of the embedded task that select a checkpoint, and end early because of it."""
 
+from dpo_lightning.settings.metric_names import direction
 from tests.support.recovery import DRAWING
-from tests.support.runs import TINY
+from tests.support.runs import TINY, Run
 
 EVERY = 2
 
@@ -15,3 +16,15 @@ SELECTING = (
     *("checkpoint.patience=5", "checkpoint.min_delta=0.001", "checkpoint.export=best"),
     *DRAWING,
 )
+
+
+def names_written(*runs: Run) -> set[str]:
+    """Metrics in the rows and results of runs."""
+    names = {name for run in runs for row in run.rows for name in row}
+    names |= {name for run in runs for name in run.result["metrics"]}
+    return names - {"step", "epoch", "time"}
+
+
+def unknown(names: set[str]) -> set[str]:
+    """Those of which the table does not say which way is better."""
+    return {name for name in names if direction(name) is None}

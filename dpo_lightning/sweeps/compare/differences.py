@@ -10,13 +10,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.settings.metric_names import LARGER, SMALLER, direction
 from dpo_lightning.sweeps.compare.subjects import Key, Subject
-from dpo_lightning.sweeps.report.pooling import SAMPLED_KL
 from dpo_lightning.sweeps.report.statistics import paired_test
 
-LOWER_IS_BETTER = ("eval/loss", "eval/fitted_log_loss")
-NEITHER = (SAMPLED_KL,)
-"""Metrics of which more is neither better nor worse."""
+_BETTER = {LARGER: "higher", SMALLER: "lower"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Difference:
         p_alone: The same before that.
         items: Items that both have.
         prompts: Prompts that these are of.
-        better: ``higher``, ``lower`` or None.
+        better: ``higher``, ``lower``, or None of a metric of which neither is.
     """
 
     metric: str
@@ -99,7 +97,7 @@ def _tested(metric: str, one: Subject, other: Subject) -> Difference | None:
         p_alone=test.p,
         items=len(keys),
         prompts=test.count,
-        better=None if metric in NEITHER else "lower" if metric in LOWER_IS_BETTER else "higher",
+        better=_BETTER.get(direction(metric) or 0),
     )
 
 

@@ -1,13 +1,14 @@
 """Answers at evaluations: how they are kept, and when their share of the wall time is said."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 
 from dpo_lightning.evaluation import on_the_way
 from dpo_lightning.evaluation.answer_rows import AnswerRows
-from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay
+from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, mean_mark
 
 
 class Folder:
@@ -71,6 +72,15 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_knew_of(tmp_path, step, la
     assert steps_of(file) == kept
     rows.add([(9, "p", "b", None)])
     assert steps_of(file) == [*kept, 9]
+
+
+@pytest.mark.parametrize(
+    ("marks", "mean"),
+    [([1.0, 2.0, 6.0], 3.0), ([None] * 2, math.nan), ([4.0, None, None, None], math.nan)],
+)
+def test_the_mean_mark_of_an_evaluation(marks, mean: float):
+    """None is given where most marks are missing."""
+    assert mean_mark(marks) == pytest.approx(mean, nan_ok=True)
 
 
 def test_a_disk_that_is_full_costs_answers_alone(tmp_path, caplog):

@@ -54,6 +54,21 @@ def test_a_difference_by_hand():
     assert low <= 0.25 <= high
 
 
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        *((ACCURACY, "higher"), (LOSS, "lower"), ("eval/fitted_log_loss", "lower"), (KL, None)),
+        *(("eval/logratios/margins", "higher"), ("eval/logratios/chosen", None)),
+        # It falls in a good training, as often as not.
+        ("eval/logratios/rejected", None),
+    ],
+)
+def test_the_better_side_is_the_metrics_own(metric: str, better: str | None):
+    sides = [subject(label, [0.0, 1.0, 2.0], metric=metric) for label in "ab"]
+    [found], _ = differences(sides, [metric])
+    assert found.better == better
+
+
 def test_p_is_exact_for_few_prompts():
     """Five differences of one sign: of 32 flips two have a mean as large, p = 2 / 32."""
     [found], _ = differences([subject("a", [0] * 5), subject("b", [1, 1, 1, 1, 1])], [ACCURACY])
