@@ -91,11 +91,13 @@ class BackendDrawer:
         backend: Who draws.
         tokenizer: The policy's.
         files: Weights of policy or reference, as they are now, for as long as they are needed.
+        plain: Context in which a model generates as transformers made it.
     """
 
     backend: Backend
     tokenizer: Any
     files: Callable[[str, Any], contextlib.AbstractContextManager[WeightFiles]]
+    plain: Callable[[Any], contextlib.AbstractContextManager[Any]]
 
     def draws(self, who: str) -> bool:
         """True for those that it answers for: a server has loaded the policy alone."""
@@ -131,7 +133,7 @@ class BackendDrawer:
                 ends=list(ends),
                 who=who,
                 tokenizer=self.tokenizer,
-                model=lambda: model,
+                model=lambda: stack.enter_context(self.plain(model)),
                 weights=lambda: stack.enter_context(self.files(who, model)),
                 options=dict(self.backend.options or {}),
             )

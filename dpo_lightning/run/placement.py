@@ -178,7 +178,7 @@ def _drawer(backend: Backend, prepared: Prepared) -> BackendDrawer | None:
             )
         return contextlib.nullcontext((source.source, None))
 
-    return BackendDrawer(backend, source.tokenizer, files)
+    return BackendDrawer(backend, source.tokenizer, files, prepared.models.scorer.plain)
 
 
 def with_shards(prepared: Prepared, computation: Computation) -> Prepared:

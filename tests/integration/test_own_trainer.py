@@ -121,6 +121,7 @@ def test_a_model_and_rows_in_memory_are_those_on_disk(tmp_path, tiny_model):
         assert torch.equal(value, start[name]), name
 
 
+# Slow as the models of a run are made for it.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),

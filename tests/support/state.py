@@ -49,12 +49,6 @@ def state() -> dict[str, Any]:
 def changed(before: dict[str, Any]) -> dict[str, Any]:
     """Parts that are not as they were, each with its values before and now."""
     now = state()
-    found = {name: (own, now[name]) for name, own in before.items() if own != now[name]}
-    if "loggers" in found:  # new ones of modules that were imported change nothing
-        old, new = found["loggers"]
-        found["loggers"] = {
-            name: (own, new.get(name)) for name, own in old.items() if own != new.get(name)
-        }
-        if not found["loggers"]:
-            del found["loggers"]
-    return found
+    # New loggers, of modules that were imported, change nothing.
+    now["loggers"] = {name: now["loggers"].get(name) for name in before["loggers"]}
+    return {name: (own, now[name]) for name, own in before.items() if own != now[name]}

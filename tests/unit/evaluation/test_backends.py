@@ -228,9 +228,17 @@ def test_names_that_have_a_meaning_are_no_plugins():
 
 def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin):
     """At temperature 1 with nothing cut off: a KL of other answers would be of another policy."""
-    seen = []
+    seen, states = [], []
+
+    @contextlib.contextmanager
+    def plain(model):
+        states.append("plain")
+        yield model
+        states.append("as it is trained")
 
     def sampler(wanted: SampleRequest):
+        assert wanted.model() is policy
+        states.append("asked")
         seen.append((wanted, wanted.weights()))
         return [[5, END] for _ in wanted.prompts]
 
@@ -238,7 +246,7 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
     policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=END))
     models = SimpleNamespace(policy=policy)
     files = lambda who, model: contextlib.nullcontext((who, None))  # noqa: E731
-    drawer = BackendDrawer(Backend("mine"), TOKENIZER, files)
+    drawer = BackendDrawer(Backend("mine"), TOKENIZER, files, plain)
     answering = Answering(
         TOKENIZER,
         6,
@@ -252,11 +260,12 @@ def test_draws_of_an_evaluation_are_the_backends_and_greedy_ones_are_not(plugin)
     facts = (wanted.temperature, wanted.top_p, wanted.seed, wanted.who, list(wanted.limits))
     assert facts == (1.0, 1.0, 4, "policy", [6])
     assert weights == ("policy", None)
-    assert wanted.model() is policy
+    # A model in training attends by a plan of its own, which generate() does not have.
+    assert states == ["plain", "asked", "as it is trained"]
 
 
 def test_a_server_draws_for_the_policy_alone():
-    drawer = BackendDrawer(Backend("http://localhost:1/v1"), TOKENIZER, lambda who, model: None)
+    drawer = BackendDrawer(Backend("http://localhost:1/v1"), TOKENIZER, None, None)
     assert drawer.draws("policy")
     assert not drawer.draws("reference")
     assert dataclasses.replace(drawer, backend=Backend("vllm")).draws("reference")
