@@ -101,7 +101,9 @@ def settings_page() -> str:
         )
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
         sections.setdefault(key.rpartition(".")[0], []).append(f"| {row} |")
-    parts = [_INTRODUCTION]
+    names = [f"[`{name}`](#{name.replace('.', '')})" for name in sections if name]
+    contents = " · ".join(["[the experiment](#the-experiment)", *names])
+    parts = [_INTRODUCTION, f"{contents}\n"]
     for section, rows in sections.items():
         title = f"## `{section}`" if section else "## The experiment"
         about = _first_line(section)

@@ -6,7 +6,6 @@ Only these: whatever else a library warns of reaches the user. Imports no torch.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -83,12 +82,8 @@ def quiet_libraries() -> None:
 
 
 def quiet_transformers() -> None:
-    """Silences transformers, but not the bars of downloads on a terminal."""
+    """Silences transformers, and with its bars those of the hub."""
     import transformers
-    from huggingface_hub.utils import enable_progress_bars
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        # It switched those of the hub off with its own, and a download may take minutes.
-        enable_progress_bars()

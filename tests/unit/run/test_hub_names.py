@@ -3,11 +3,7 @@
 import os
 import socket
 
-import transformers
-from huggingface_hub.utils import are_progress_bars_disabled
-
 from dpo_lightning.run.inputs import ask_hub
-from dpo_lightning.tracking.quiet import quiet_transformers
 
 
 def test_what_the_cache_lacks_is_said(monkeypatch, tmp_path, caplog):
@@ -29,9 +25,3 @@ def test_what_the_cache_lacks_is_said(monkeypatch, tmp_path, caplog):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not ask_hub(["owner/new"])
-
-
-def test_downloads_have_a_bar_where_the_loading_of_weights_has_none():
-    quiet_transformers()
-    assert not are_progress_bars_disabled()
-    assert not transformers.logging.is_progress_bar_enabled()
