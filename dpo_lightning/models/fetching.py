@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from dpo_lightning.data.source_names import is_hub_id
 from dpo_lightning.processes.phases import Say, ShowPhase
@@ -23,11 +23,11 @@ _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 _MEGABYTE = 10**6
 
 
-class _Unseen(tqdm):  # type: ignore[type-arg]
+class _Unseen(tqdm):
     """The hub's own bar, not shown."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"disable": True})
+        super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
 
 
 class _Sum:
@@ -41,7 +41,7 @@ class _Sum:
         self._say = say
         self._bytes = 0
 
-    def bar(self) -> type[tqdm]:  # type: ignore[type-arg]
+    def bar(self) -> type[tqdm]:
         """Class of a bar that adds to the sum; of the hub's two only what reaches the disk."""
         add = self._add
 
