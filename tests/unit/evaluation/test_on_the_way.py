@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_costs_answers_alone(tmp_path, caplog):
 
 
 def test_a_judge_on_the_way_shows_how_far_it_is(tmp_path):
-    """Its answers are shown by whom the session chose."""
+    """Its progress goes where that of the answers goes, which the session chose."""
     given = {}
 
     def mark(prompts, texts, *, show):

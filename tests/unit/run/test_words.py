@@ -88,7 +88,7 @@ def test_help_is_said_wherever_it_is_asked_for(capsys):
 
 
 def test_the_answer_alone_is_on_stdout_and_is_json(capsys):
-    """A number that is not finite is null, as JSON has no such number."""
+    """A number that is not finite is null, as JSON has none such."""
     with answer_alone():
         print("a library's line")
     found = {"metrics": {"loss": float("nan"), "kl": 0.5}}
