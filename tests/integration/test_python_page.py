@@ -33,7 +33,7 @@ def blocks() -> list[str]:
 
 
 def run_cells(cells: list[str], folder: Path) -> str:
-    """What the cells print, run one after the other in a folder."""
+    """Output of the cells, run one after the other in a folder."""
     (folder / "cells.json").write_text(json.dumps(cells))
     done = subprocess.run(
         [sys.executable, "-c", IN_A_LOOP, str(folder / "cells.json")],

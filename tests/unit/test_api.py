@@ -271,7 +271,7 @@ FRONTIER = {
 
 @pytest.fixture
 def printed(monkeypatch):
-    """What the command prints, and the words that it was given."""
+    """The words that a command was given, and the answer that it prints."""
     given, answer = [], {}
 
     def run(arguments, *, stdout):
