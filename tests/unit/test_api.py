@@ -322,7 +322,7 @@ def test_a_frontier_is_typed(printed):
 
 
 def test_a_command_answers_by_a_file(tmp_path):
-    """What another process prints, however much, is read whole."""
+    """All that another process prints is read, 200,000 letters and a line's end."""
     path = tmp_path / "out"
     with path.open("wb") as file:
         code, reason = apart.run_apart(["-c", "print('x' * 200_000)"], stdout=file)
