@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dpo_lightning.data.templates import PLAIN_CHAT_TEMPLATE
@@ -153,6 +154,9 @@ def test_another_backend_answers(run, prompts, tmp_path, capsys):
     @register_sampler("fixed")
     def fixed(wanted):
         seen.append((wanted.weights(), list(wanted.limits)))
+        # It is the model as transformers made it.
+        drawn = wanted.model().generate(torch.tensor([[1, 2]]), max_new_tokens=1)
+        assert drawn.shape == (1, 3)
         return [[1, 2, wanted.ends[0]] for _ in wanted.prompts]
 
     try:

@@ -203,20 +203,26 @@ class Answerer:
         backend, opened = self._subject.backend, self._subject.opened
         ends = _ends(self._source.source, self._source.config, self.tokenizer)
         limits = [answer_limit(ids, sampling, self._positions) for ids in prompts]
-        request = SampleRequest(
-            prompts=[ids.tolist() for ids in prompts],
-            limits=limits,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            ends=ends,
-            who="policy",
-            tokenizer=self.tokenizer,
-            model=lambda: self._models().policy,
-            weights=lambda: (opened.weights or self._source.source, opened.adapter),
-            options=dict(backend.options or {}),
-        )
-        drawn = checked_answers(backend, find_sampler(backend), request)
+        with contextlib.ExitStack() as stack:
+
+            def model() -> Any:
+                pair = self._models()
+                return stack.enter_context(pair.scorer.plain(pair.policy))
+
+            request = SampleRequest(
+                prompts=[ids.tolist() for ids in prompts],
+                limits=limits,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                ends=ends,
+                who="policy",
+                tokenizer=self.tokenizer,
+                model=model,
+                weights=lambda: (opened.weights or self._source.source, opened.adapter),
+                options=dict(backend.options or {}),
+            )
+            drawn = checked_answers(backend, find_sampler(backend), request)
         return [self._answer(ids, ends) for ids in drawn]
 
 
