@@ -128,7 +128,7 @@ def test_a_run_with_itself_is_no_difference(run, capsys, tmp_path):
         (["data.max_length=9"], "error: data.max_length: "),
         (["trainer.devices=2"], "error: trainer.devices=2: an evaluation is computed on one"),
         (["evaluation.samples=-1"], "error: evaluation.samples=-1: "),
-        (["evaluation.every_n_steps=2"], "error: evaluation.every_n_steps: it is of a training"),
+        (["evaluation.every_n_steps=2"], "error: evaluation.every_n_steps: it is for training, "),
         (["--slice", "x"], "error: --slice x: the controlled task has no columns"),
         (["--output", "/nowhere/x.json"], "error: --output /nowhere/x.json: needs a file"),
         (["--reference", "a/b"], "error: --reference a/b: run="),

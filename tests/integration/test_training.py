@@ -130,7 +130,7 @@ def test_a_user_sees_header_result_answers_and_folders(default_run: Run):
         "bayes_accuracy",
         "reference",
         "after",
-        "result.json",
+        "try it",
     ):
         assert words in text, words
     assert {"config.yaml", ".hydra", "metrics.jsonl", "result.json", "model", "train.log"} <= {

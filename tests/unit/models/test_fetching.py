@@ -14,6 +14,7 @@ from huggingface_hub.file_download import http_get
 
 from dpo_lightning.models import fetching
 from dpo_lightning.models.fetching import fetch_weights
+from dpo_lightning.tracking.quiet import quiet_loggers
 
 COMMIT = "c" * 40
 
@@ -95,6 +96,7 @@ def test_all_that_is_missing_is_one_phase_in_megabytes(server, monkeypatch, capf
     sizes, ends, show = [], [], Shown()
     monkeypatch.setattr(fetching, "snapshot_download", listed)
     monkeypatch.setattr(fetching, "hf_hub_download", downloaded)
+    quiet_loggers()  # as each command does
     fetch_weights("owner/model", "main", show)
     assert asked == [("owner/model", "main", ["model.safetensors", "model-*.safetensors"], True)]
     assert sizes == [2_000_000, 3_000_000]

@@ -154,7 +154,7 @@ def test_a_line_that_is_no_answer_is_named(capsys, text, said):
     ("words", "said"),
     [
         ((), "--answers: no answers are named"),
-        (("--answers", "a.jsonl"), "evaluation.judge=null names nobody"),
+        (("--answers", "a.jsonl"), "evaluation.judge=null sets no judge"),
         (("--answers", "no.jsonl", *OWN), "--answers=no.jsonl: No such file"),
         (("--answers", "a.jsonl", "beta=1", *OWN), "beta: `"),
         (("--answers", ".", *OWN), "--answers=.: no config.yaml there"),

@@ -217,7 +217,7 @@ def test_a_word_without_meaning_is_refused_with_those_that_have_one(word: str, s
     [
         (["beta=0.3"], "beta: it is what "),
         (["data.columns.prompt=q"], "data.columns.prompt: "),
-        (["evaluation.every_n_steps=3"], "evaluation.every_n_steps: it is of a training"),
+        (["evaluation.every_n_steps=3"], "evaluation.every_n_steps: it is for training, "),
     ],
 )
 def test_a_run_keeps_what_it_was_trained_with(tmp_path, words: list[str], said: str):
