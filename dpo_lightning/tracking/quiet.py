@@ -57,6 +57,8 @@ QUIET_LOGGERS = {
     "bitsandbytes": "kernels of its own that it could not load; peft=qlora says what it needs",
     "httpx": "a line for each question to a judge, and for each file of the hub",
     "httpcore": "the same in more words",
+    "httpx2": "the same, of a newer client of the hub",
+    "httpcore2": "the same in more words",
     "torch.utils._pytree": "torchao registers enums in a way that torch calls old",
 }
 """Loggers that say errors alone, and the reason."""
