@@ -25,7 +25,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def typed(folder: Path, lines: str) -> str:
-    """What bash prints for lines, where `dpo-lightning` and `python` are those of this clone."""
+    """Output of bash for lines, where `dpo-lightning` and `python` are those of this clone."""
     for name, words in (("python", ""), ("dpo-lightning", " -m dpo_lightning")):
         command = folder / "bin" / name
         command.parent.mkdir(exist_ok=True)

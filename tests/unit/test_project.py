@@ -264,7 +264,7 @@ def test_the_sweep_for_agents_names_settings_and_passes_them_without_dashes(tmp_
 def test_the_readme_names_commands():
     assert len(readme_commands()) >= 8
     assert len(readme_commands("docs/scaling.md")) >= 8
-    assert len(readme_commands("docs/memory.md")) == 2
+    assert len(readme_commands("docs/memory.md")) == 4
     assert len(readme_commands("docs/data.md")) == 11
     assert len(readme_commands("docs/frontier.md")) == 4
     assert len(readme_commands("docs/judges.md")) == 6

@@ -1,9 +1,5 @@
 """Names of other programs: each is answered with settings that exist, or with the reason."""
 
-import ast
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
 from dpo_lightning.objectives.objective import known_losses
@@ -12,63 +8,8 @@ from dpo_lightning.settings.foreign_keys import KEYS
 from dpo_lightning.settings.foreign_values import VALUES, near_miss, plain, renamed_loss
 from dpo_lightning.settings.keys import is_known, settings
 from dpo_lightning.settings.messages import unknown_key, unknown_option, wrong_value
+from tests.support.foreign_programs import FIRST_REPOSITORY, LIGHTNING, TRANSFORMERS, TRL
 from tests.support.foreign_tables import check_settings
-
-
-def source_of(package: str, *path: str) -> ast.Module:
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse(Path(spec.origin).parent.joinpath(*path).read_text())
-
-
-def fields_of(package: str, path: tuple[str, ...], name: str) -> list[str]:
-    """Fields that a dataclass declares itself, read off its source: an import takes seconds."""
-    [found] = [
-        node
-        for node in source_of(package, *path).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    ]
-    return [
-        str(getattr(item.target, "id", ""))
-        for item in found.body
-        if isinstance(item, ast.AnnAssign)
-        and "ClassVar" not in ast.unparse(item.annotation)
-        and not str(getattr(item.target, "id", "")).startswith("_")
-    ]
-
-
-def parameters_of(package: str, path: tuple[str, ...], name: str) -> list[str]:
-    for node in ast.walk(source_of(package, *path)):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                    own = item.args
-                    return [arg.arg for arg in [*own.args, *own.kwonlyargs] if arg.arg != "self"]
-    raise AssertionError(f"no {name}")
-
-
-TRL = [
-    *fields_of("trl", ("trainer", "dpo_config.py"), "DPOConfig"),
-    *fields_of("trl", ("trainer", "base_config.py"), "_BaseConfig"),
-    *fields_of("trl", ("trainer", "model_config.py"), "ModelConfig"),
-    *fields_of("trl", ("scripts", "utils.py"), "ScriptArguments"),
-    *parameters_of("trl", ("trainer", "dpo_trainer.py"), "DPOTrainer"),
-]
-TRANSFORMERS = fields_of("transformers", ("training_args.py",), "TrainingArguments")
-LIGHTNING = parameters_of("lightning", ("pytorch", "trainer", "trainer.py"), "Trainer")
-FIRST_REPOSITORY = (
-    *("seed", "exp_name", "batch_size", "eval_batch_size", "debug", "fsdp_port", "datasets"),
-    *("wandb.enabled", "wandb.entity", "wandb.project", "local_dirs", "sample_during_eval"),
-    *("n_eval_model_samples", "do_first_eval", "local_run_dir", "lr", "max_grad_norm"),
-    *("gradient_accumulation_steps", "max_length", "max_prompt_length", "n_epochs", "n_examples"),
-    *("n_eval_examples", "trainer", "optimizer", "warmup_steps", "activation_checkpointing"),
-    *("eval_every", "minimum_log_interval_secs", "model.name_or_path", "model.archive"),
-    *("model.tokenizer_name_or_path", "model.block_name", "model.policy_dtype", "loss.name"),
-    *("model.fsdp_policy_mp", "model.reference_dtype", "loss.beta", "loss.label_smoothing"),
-    "loss.reference_free",
-)
-"""The keys of the configs of DPO's first repository."""
 
 # The same word for the same thing, typed at the top as there; a group's choices answer for it.
 OURS = {"seed", "beta", "debug", "model", "peft_config", "trainer", "optimizer", "logger"}
