@@ -6,7 +6,7 @@ import pytest
 
 from dpo_lightning.settings.foreign_keys import KEYS
 from dpo_lightning.settings.keys import is_known, settings
-from tests.support.foreign_programs import FIRST_REPOSITORY, TRANSFORMERS, TRL
+from tests.support.foreign_programs import FIRST_REPOSITORY, RECIPES, TRANSFORMERS, TRL
 from tests.support.foreign_tables import (
     FOLDER,
     TableRow,
@@ -20,31 +20,6 @@ ROWS = table_rows()
 
 CHOICES = {"loss.name": "loss", "model": "model.pretrained"}
 """Keys that are ours too, as the choice of a group or the key that it stands for."""
-
-RECIPES = {
-    "llama_factory.md": (
-        *("model_name_or_path", "trust_remote_code", "stage", "do_train", "finetuning_type"),
-        *("lora_rank", "lora_target", "pref_beta", "pref_loss", "dataset", "template"),
-        *("cutoff_len", "max_samples", "overwrite_cache", "preprocessing_num_workers"),
-        *("output_dir", "logging_steps", "save_steps", "plot_loss", "overwrite_output_dir"),
-        *("save_only_model", "report_to", "per_device_train_batch_size", "learning_rate"),
-        *("gradient_accumulation_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio"),
-        *("bf16", "ddp_timeout", "resume_from_checkpoint", "eval_dataset", "val_size"),
-    ),
-    "alignment_handbook.md": (
-        *("model_name_or_path", "torch_dtype", "dataset_mixture", "dataset_num_proc", "bf16"),
-        *("beta", "do_eval", "eval_strategy", "eval_steps", "gradient_accumulation_steps"),
-        *("gradient_checkpointing", "gradient_checkpointing_kwargs", "hub_model_id", "log_level"),
-        *("learning_rate", "logging_steps", "lr_scheduler_type", "max_length", "optim", "seed"),
-        *("max_prompt_length", "num_train_epochs", "output_dir", "per_device_train_batch_size"),
-        *("per_device_eval_batch_size", "push_to_hub", "save_strategy", "save_steps"),
-        *("save_total_limit", "warmup_ratio", "test_split_size", "use_peft", "load_in_4bit"),
-        *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_mixer"),
-        *("dataset_splits", "evaluation_strategy", "loss_type", "hub_model_revision"),
-        *("push_to_hub_revision", "preprocessing_num_workers"),
-    ),
-}
-"""Keys of the examples for DPO of the one, and of zephyr-7b-beta and the scan of the other."""
 
 
 def faults(row: TableRow) -> list[str]:
