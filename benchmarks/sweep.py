@@ -216,7 +216,13 @@ def trl_seconds(record: dict[str, Any], *, steps: int) -> dict[str, float]:
 
 
 def large(
-    trees: dict[str, Path], work: Path, *, scale: Scale, rounds: int, threads: int
+    trees: dict[str, Path],
+    work: Path,
+    *,
+    scale: Scale,
+    rounds: int,
+    threads: int,
+    precision: str = "bf16-mixed",
 ) -> dict[str, Any]:
     """Eight β of one model: our whole grid, our pruned sweep, and TRL one run after the other."""
     workload = Workload.make(
@@ -229,7 +235,7 @@ def large(
     settings = (
         *(f"model.pretrained={workload.model}", f"data.train={workload.rows}"),
         *(f"data.eval={evaluation}", f"data.batch_size={scale.pairs}", "data.max_length=1024"),
-        *(f"trainer.max_steps={steps}", "trainer.precision=bf16-mixed", "evaluation.samples=0"),
+        *(f"trainer.max_steps={steps}", f"trainer.precision={precision}", "evaluation.samples=0"),
         f"evaluation.every_n_steps={steps}",  # at the end alone, like the other arm
         *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.lr=1e-5"),
     )
@@ -242,7 +248,7 @@ def large(
         print(f"this checkout does not know {PRUNED[0]}: the whole grid alone", flush=True)
     records = take_turns(arms, work, rounds=rounds, part="large", betas=scale.betas)
     options = workload.options() | {
-        "evaluation": evaluation, "cache": work / "datasets-cache", "precision": "bf16-mixed",
+        "evaluation": evaluation, "cache": work / "datasets-cache", "precision": precision,
         "steps": min(steps, WARM + 1 + scale.steady), "pairs": scale.pairs, "threads": threads,
         "lr": 1e-5,
     }  # fmt: skip
@@ -255,15 +261,8 @@ def large(
             flush=True,
         )
     facts = {"betas": scale.betas, "rows": scale.rows, "evaluated": scale.evaluated}
-    model = SIZES[scale.size].describe()
-    return (
-        facts
-        | {"pairs": scale.pairs, "steps": steps, "model": model}
-        | {
-            "runs": records,
-            "trl": theirs,
-        }
-    )
+    facts |= {"pairs": scale.pairs, "steps": steps, "precision": precision}
+    return facts | {"model": SIZES[scale.size].describe(), "runs": records, "trl": theirs}
 
 
 def main() -> None:
@@ -273,6 +272,10 @@ def main() -> None:
     parser.add_argument("--against", metavar="COMMIT", help="the tree of that commit, in turns")
     parser.add_argument("--rounds", type=int, help="runs of each arm (3; of the large ones 1)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of TRL")
+    parser.add_argument(
+        "--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed",
+        help="of the large part, on both sides: the one that is faster on this machine",
+    )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="tries the program out; needs --out")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
@@ -309,7 +312,10 @@ def main() -> None:
         if arguments.part in (None, "large"):
             scale = TOY if arguments.toy else LARGE
             rounds = arguments.rounds or 1
-            found = large(trees, work, scale=scale, rounds=rounds, threads=arguments.threads)
+            found = large(
+                trees, work, scale=scale, rounds=rounds, threads=arguments.threads,
+                precision=arguments.precision,
+            )  # fmt: skip
             report["large"] = head | found
             write(arguments.out, report, readme)
     print(table(report))

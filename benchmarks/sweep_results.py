@@ -73,7 +73,7 @@ def _part(found: dict[str, Any]) -> list[str]:
     if "trl" in found:
         size = found["model"]
         what = f"{size['layers']} layers of {size['hidden']}, {found['rows']:,} rows"
-        what += f", {found['steps']} steps each"
+        what += f", {found['steps']} steps of {found['pairs']} pairs each, {found['precision']}"
     machine = found["machine"]
     where = f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores"
     if found["load"] > QUIET:

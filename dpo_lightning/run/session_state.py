@@ -21,12 +21,10 @@ from dpo_lightning.run.plan import (
 )
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord
-from dpo_lightning.tracking.destinations import (
-    RunLoggers,
-    summary_of,
-)
+from dpo_lightning.tracking.destinations import RunLoggers
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import Throughput
+from dpo_lightning.tracking.tracked import summary_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,12 +66,10 @@ from dpo_lightning.run.session_end import (
 )
 from dpo_lightning.run.session_state import Session, Supervision
 from dpo_lightning.tracking import display
-from dpo_lightning.tracking.destinations import (
-    TrackedRun,
-    make_loggers,
-)
+from dpo_lightning.tracking.destinations import make_loggers
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.rungs import AtRung
+from dpo_lightning.tracking.tracked import TrackedRun
 from dpo_lightning.training.checkpoints.files import (
     read_manifest,
     run_of,

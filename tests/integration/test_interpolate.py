@@ -119,7 +119,7 @@ def test_it_repeats_and_is_said_in_the_report_of_its_sweep(run, capsys):
     ("words", "said"),
     [
         (["--betas=0"], "error: --betas=0: needs finite numbers > 0, such as --betas 0.1,0.5"),
-        (["--betas"], "error: --betas=: needs finite numbers > 0"),
+        (["--betas"], "error: --betas: needs a value behind it"),
         (["--lambdas=-1"], "error: --lambdas=-1: needs finite numbers >= 0"),
         (["--lambdas=1e9"], "error: --lambdas=1e9: needs finite numbers >= 0 and <= 100"),
         (["--betas=0.001"], "error: --betas=0.001: at β 0.001 the logits' difference would count"),

@@ -543,6 +543,11 @@ SELECTION = [
         "checkpoint.monitor=controlled/gain_ratio",
     ),
     Row(
+        "checkpoint.monitor=samples/judge",
+        "checkpoint.monitor=samples/judge needs a judge that marks answers, and answers to mark: ",
+        "checkpoint.monitor=samples/judge evaluation.judge=model",
+    ),
+    Row(
         f"{OWN} {MONITOR} data.eval_fraction=0",
         "checkpoint.monitor=eval/loss is measured on held-out rows: set data.eval=",
         f"{OWN} {MONITOR} data.eval_fraction=0 data.eval=a.json",

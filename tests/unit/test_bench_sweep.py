@@ -60,6 +60,7 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
     tiny += [run("here", 1, 20, 4)]
     runs = [run("grid here", 0, 200, 1), run("grid there", 0, 225, 1), run("pruned", 0, 90, 1)]
     more = {"trl": [{"round": 0, "run_seconds": 135.0}], "rows": 2048, "steps": 256}
+    more |= {"pairs": 8, "precision": "32-true"}
     report = {
         "tiny": part(tiny),
         "large": part(runs, **more, model={"layers": 8, "hidden": 384}),

@@ -114,7 +114,7 @@ def test_objectives_import_torch_alone():
         ("hydra", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("omegaconf", {"settings/*", "sweeps/launch.py", "sweeps/launcher.py", "cli.py"}),
         ("wandb", {"tracking/wandb_runs.py"}),
-        ("mlflow", {"tracking/destinations.py"}),
+        ("mlflow", {"tracking/mlflow_runs.py"}),
         ("submitit", {"sweeps/places/slurm_jobs.py"}),
     ],
 )

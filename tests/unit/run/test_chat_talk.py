@@ -25,7 +25,7 @@ class Parrot:
         self.given += prompts
         return [np.array([1 if isinstance(p, str) else len(p)]) for p in prompts]
 
-    def answer(self, prompts, sampling, *, lam, told) -> list[Any]:
+    def answer(self, prompts, sampling, *, lam) -> list[Any]:
         return [SimpleNamespace(text=f"{lam:g} of {ids[0]}\nmore") for ids in prompts]
 
 

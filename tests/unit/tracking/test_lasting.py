@@ -10,18 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpo_lightning.tracking.destinations import (
-    CsvTable,
-    EventFiles,
-    TrackedRun,
-    flat,
-    make_loggers,
-    summary_of,
-)
+from dpo_lightning.tracking.destinations import make_loggers
 from dpo_lightning.tracking.lasting import Destination, LastingLogger
+from dpo_lightning.tracking.local_files import CsvTable, EventFiles
 from dpo_lightning.tracking.logger_settings import LoggerSettings
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.rows import known_values
+from dpo_lightning.tracking.tracked import TrackedRun, flat, summary_of
 from tests.support.properties import examples
 
 
