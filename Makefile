@@ -33,9 +33,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python $(INSTALL) --no-deps trl
 	@touch $@
 
-# What the launchers and the benchmark need stays out of the environment of the tests.
+# What the launchers and the benchmark need stays out of the environment of the tests. AlpacaEval
+# imports pkg_resources, which newer setuptools have not.
 $(LAUNCHERS)/.ready: pyproject.toml constraints.txt
 	$(call environment,$(LAUNCHERS),$(strip dev,slurm,ray,mlflow))
+	$(LAUNCHERS)/bin/python $(INSTALL) alpaca_eval==0.6.6 "setuptools<81"
 	@touch $@
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
@@ -63,7 +65,7 @@ test-long: $(READY) ## several ranks, compiled steps, whole sweeps, online wandb
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python $(PYTEST) -m faults $(ARGS)
 
-test-launchers: $(LAUNCHERS)/.ready ## run sweeps through submitit and on a Ray cluster, and mlflow; takes minutes
+test-launchers: $(LAUNCHERS)/.ready ## run sweeps through submitit and on a Ray cluster, mlflow, AlpacaEval; takes minutes
 	@$(LAUNCHERS)/bin/python -m pytest -m launchers $(ARGS)
 
 fuzz: $(READY) ## run the property tests on many times the examples, other ones each time

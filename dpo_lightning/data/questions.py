@@ -30,6 +30,8 @@ _GIVEN = ("system", "tools", "chat_template_kwargs")
 # Stand in the place of the answers that are asked for; both begin as answers do.
 _ANSWERS = ("The", "I")
 _NO_LIMIT = 1 << 30
+# Names that AlpacaEval gives to the two answers of a comparison.
+_COMPARED = ("output_1", "output_2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ def read_questions(path: Path, form: Format) -> list[Question]:
     found = [_question(record, path, form) for record in read(path, str(path))]
     if not found:
         raise UserError(f"{path}: no prompt in it; a line is an object such as {_EXAMPLES[form]}")
+    if form == "alpaca_eval":
+        _check_told_apart(found)
     return found
 
 
@@ -114,6 +118,8 @@ def _question(record: Record, path: Path, form: Format) -> Question:
         "rejected": _ANSWERS[1],
         **{name: row[name] for name in _GIVEN if row.get(name) is not None},
     }
+    if form == "alpaca_eval":
+        _check_flat(row, place)
     columns = {}
     if form == "alpaca_eval" and row.get("input"):
         given["input"], columns = row["input"], {"input": "input"}
@@ -140,6 +146,34 @@ def _prompt(row: Mapping[str, Any], place: str, form: Format) -> Any:
             f"such as {_EXAMPLES[form]}"
         )
     return row[key]
+
+
+def _check_flat(row: Mapping[str, Any], place: str) -> None:
+    """Refuses what AlpacaEval's tables cannot hold: it would fail when the answers are drawn."""
+    for name, value in row.items():
+        if isinstance(value, list | dict):
+            raise UserError(
+                f"{place}: {name}: {describe(value)}, expected a text or a number, which are all "
+                "that AlpacaEval compares rows by; write it as text, leave it out, or answer with "
+                "--format jsonl"
+            )
+        if name in _COMPARED:
+            raise UserError(
+                f"{place}: {name}: AlpacaEval gives this name to an answer that it compares; "
+                "rename it, or leave it out"
+            )
+
+
+def _check_told_apart(questions: Sequence[Question]) -> None:
+    """Refuses two prompts that AlpacaEval would take for one: it looks at the instruction alone."""
+    seen: dict[str, Question] = {}
+    for question in questions:
+        first = seen.setdefault(question.row["instruction"], question)
+        if (first.row.get("input") or "") != (question.row.get("input") or ""):
+            raise UserError(
+                f"{question.place}: instruction: the same as in {first.place}, with another "
+                "input; AlpacaEval finds answers by the instruction alone: write the input into it"
+            )
 
 
 def _only_turn(turns: object, place: str) -> Any:

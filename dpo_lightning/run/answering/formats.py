@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpo_lightning.data.questions import Format, Question
@@ -116,30 +114,3 @@ def style(text: str) -> dict[str, dict[str, int]]:
         "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
         "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")},
     }
-
-
-def judge_commands(files: Sequence[Path], form: Format, *, first_version: bool) -> list[str]:
-    """Command lines that have answers judged by the benchmark's own package.
-
-    Args:
-        files: Of answers.
-        form: Their format.
-        first_version: True for questions of Arena-Hard's first version.
-    """
-    if form == "alpaca_eval" and len(files) == 1:
-        return [f"alpaca_eval --model_outputs {shlex.quote(str(files[0]))}"]
-    if form == "alpaca_eval":
-        every = shlex.quote(str(files[0].parent / f"*{SUFFIXES[form]}"))
-        board = shlex.quote(str(files[0].parent / "leaderboard.csv"))
-        return [
-            f"alpaca_eval make_leaderboard --leaderboard_path {board} --all_model_outputs {every}"
-        ]
-    if form == "arena_hard":
-        bench = "arena-hard-v0.1" if first_version else "arena-hard-v2.0"
-        copied = shlex.join(["cp", *map(str, files), f"data/{bench}/model_answer/"])
-        names = ", ".join(path.stem for path in files)
-        return [
-            f"{copied}  # in a clone of arena-hard-auto, with {names} in its model_list",
-            "python gen_judgment.py && python show_result.py",
-        ]
-    return []

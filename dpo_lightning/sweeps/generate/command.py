@@ -10,7 +10,8 @@ import yaml
 
 from dpo_lightning.data.questions import Question, carried_for_the_model, read_questions
 from dpo_lightning.files import write_whole
-from dpo_lightning.run.answering.formats import Written, file_of, judge_commands
+from dpo_lightning.run.answering.benchmarks import judge_commands, leaderboard_of
+from dpo_lightning.run.answering.formats import Written, file_of
 from dpo_lightning.run.beta_path import place_of
 from dpo_lightning.run.framed import answer_alone, print_answer, said_help, writing
 from dpo_lightning.run.guard import guarded
@@ -134,16 +135,17 @@ def _result(
     entries: Sequence[Mapping[str, Any]],
     questions: Sequence[Question],
 ) -> dict[str, Any]:
+    files = [target.path for target in targets.own]
     commands = judge_commands(
-        [target.path for target in targets.own],
-        request.form,
-        first_version=any("question_id" in q.row and "uid" not in q.row for q in questions),
+        files, request.form, questions, prompts=request.prompts, of_sweep=targets.of_sweep
     )
     for command in commands:
         _say(f"judge     {command}")
     if commands and targets.of_sweep and request.form == "alpaca_eval":
-        board = targets.own[0].path.parent / "leaderboard.csv"
-        _say(f"then      {' '.join(typed('report'))} {request.name} --marks {board}")
+        marks = f"{request.name} --marks {leaderboard_of(files)}"
+        _say(f"then      {' '.join(typed('report'))} {marks}")
+    if request.form == "alpaca_eval" and any(q.row.get("input") for q in questions):
+        _say("AlpacaEval's own judges see no input; write it into the instruction")
     return {
         "files": list(entries),
         "skipped": [{"trial": name, "status": status} for name, status in targets.skipped],

@@ -56,6 +56,9 @@ def test_what_the_model_is_given_beside_a_prompt(tmp_path):
         ({"prompt": 3}, "jsonl", ":1: prompt: "),
         ([1], "jsonl", "expected"),
         ({"prompt": "a"}, "alpaca_eval", ":1: instruction: missing"),
+        ({"instruction": [{"role": "user", "content": "a"}]}, "alpaca_eval", "--format jsonl"),
+        ({"instruction": "a", "tags": ["b"]}, "alpaca_eval", ":1: tags: "),
+        ({"instruction": "a", "output_2": "b"}, "alpaca_eval", ":1: output_2: AlpacaEval gives"),
         ({"prompt": "a"}, "arena_hard", ":1: neither uid nor question_id"),
         ({"uid": "u", "turns": [{}, {}]}, "arena_hard", ":1: turns: "),
     ],
@@ -64,6 +67,14 @@ def test_a_wrong_row_is_named(tmp_path, row, form, said):
     with pytest.raises(UserError) as caught:
         read_questions(write(tmp_path, row), form)
     assert said in str(caught.value)
+
+
+def test_two_prompts_that_alpaca_eval_takes_for_one_are_refused_until_they_differ(tmp_path):
+    rows = [{"instruction": "sum", "input": n} for n in ("1 2", "3 4")]
+    with pytest.raises(UserError, match=r":2: instruction: the same as in .*:1, with another"):
+        read_questions(write(tmp_path, *rows), "alpaca_eval")
+    inside = [{"instruction": f"sum {row['input']}"} for row in rows]
+    assert len(read_questions(write(tmp_path, *inside, *inside), "alpaca_eval")) == 4
 
 
 def test_no_rows_and_no_file(tmp_path):

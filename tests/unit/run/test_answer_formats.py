@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_lightning.data.questions import Format, read_questions
-from dpo_lightning.run.answering.formats import Written, file_of, judge_commands, style
+from dpo_lightning.run.answering.formats import Written, file_of, style
 
 
 def written(folder: Path, form: Format, rows: list[dict[str, Any]], *texts: str) -> list[Written]:
@@ -86,18 +86,3 @@ def test_arena_hard_of_before_reads_lines_by_question_id(tmp_path):
 def test_marks_of_style(text, counts):
     found = {name: n for group in style(text).values() for name, n in group.items() if n}
     assert found == counts
-
-
-def test_the_judges_command():
-    one, two = Path("out/a b.json"), Path("out/c.json")
-    assert judge_commands([one], "alpaca_eval", first_version=False) == [
-        "alpaca_eval --model_outputs 'out/a b.json'"
-    ]
-    [board] = judge_commands([one, two], "alpaca_eval", first_version=False)
-    assert board == (
-        "alpaca_eval make_leaderboard --leaderboard_path out/leaderboard.csv --all_model_outputs "
-        "'out/*.json'"
-    )
-    first = judge_commands([Path("m.jsonl")], "arena_hard", first_version=True)[0]
-    assert first.startswith("cp m.jsonl data/arena-hard-v0.1/model_answer/")
-    assert judge_commands([one], "jsonl", first_version=False) == []
