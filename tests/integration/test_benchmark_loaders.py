@@ -52,7 +52,7 @@ def run(words: list[str], folder: Path, path: str = os.environ["PATH"]) -> str:
 
 
 def judge(command: str, folder: Path, *more: str) -> str:
-    """What a command line prints, where the package has a judge that costs nothing."""
+    """Output of a command line, where the package has a judge that costs nothing."""
     own = folder / "judges" / "second"
     own.mkdir(parents=True)
     (own / "configs.yaml").write_text(JUDGE)
@@ -117,7 +117,7 @@ def test_a_sweep_is_judged_and_its_numbers_come_back(tmp_path):
 
 
 def test_a_run_of_its_own_questions_needs_no_more_words(tmp_path):
-    """What is added here alone keeps it from downloading its reference answers."""
+    """An entry that is added here alone keeps it from downloading its reference answers."""
     rows = [row | {"dataset": "koala"} for row in ROWS]
     path = write(tmp_path / "it#1" / "beta-1.json", asked(tmp_path, rows), "a", "b")
     short = path.relative_to(tmp_path)
