@@ -103,7 +103,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "chat": ("talk to a policy and its reference, side by side", _chat),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "judge": ("have answers judged that are there already", _judge),
-    "report": ("write the report of a sweep again", _report),
+    "report": ("write the report of a sweep, or the page of a run, again", _report),
     "export": ("a folder that others load, with --merge one whole model", _export),
     "push": ("upload a policy to the hub; --dry-run shows what would go", _push),
     "doctor": ("check this machine: versions, devices, kernels, disk, servers", _doctor),

@@ -14,6 +14,7 @@ from dpo_lightning.errors import (
 )
 from dpo_lightning.evaluation.answer_rows import ANSWER_COLUMNS
 from dpo_lightning.evaluation.answers import COLUMNS
+from dpo_lightning.files import REPORT_FILE
 from dpo_lightning.memory.peaks import (
     peak_bytes,
     reset_peak,
@@ -104,7 +105,7 @@ def conclude_session(
 def say_where(session: Session) -> None:
     """The files to look at."""
     run_dir = session.plan.folders.run
-    for name in ("model", "result.json", "metrics.jsonl"):
+    for name in ("model", "result.json", "metrics.jsonl", REPORT_FILE):
         log.info("%-10s%s", name.partition(".")[0], run_dir / name)
     if session.plan.evaluation.merge:
         log.info("%-10s%s", "merged", run_dir / "model-merged")
