@@ -1,4 +1,4 @@
-"""Content of a run's page, read from the files of its folder, in whatever state they are."""
+"""RunContent of a run's page, read from the files of its folder, in whatever state they are."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-    """What the page of a run shows.
+class RunContent:
+    """Parts of a run's page, as texts and SVG.
 
     Attributes:
         title: Name of the run's folder.
@@ -81,7 +81,7 @@ class Content:
     versions: Sequence[tuple[str, str]]
 
 
-def make_content(folder: Path) -> Content:
+def make_content(folder: Path) -> RunContent:
     """The content of a run's page.
 
     Args:
@@ -93,7 +93,7 @@ def make_content(folder: Path) -> Content:
     error = result.get("error")
     said = [row.get("says") for row in as_rows(result.get("signs"))]
     metrics = sorted(as_mapping(result.get("metrics")).items())
-    return Content(
+    return RunContent(
         title=clean(folder.resolve().name),
         status=_words(result.get("status")),
         error=clean(error) if isinstance(error, str) else None,
