@@ -17,7 +17,8 @@ setup(
     package_data={
         "dpo_lightning": [
             *("py.typed", "assets/tiny_llama/*"),
-            *("run/inspect/templates/*", "sweeps/report/templates/*"),
+            *("run/inspect/templates/*", "run/page/templates/*"),
+            "sweeps/report/templates/*",
         ],
         "dpo_lightning.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },

@@ -106,7 +106,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "chat": ("talk to a policy and its reference, side by side", _chat),
     "interpolate": ("the frontier of one policy: other betas without training", _interpolate),
     "judge": ("judge answers that exist already", _judge),
-    "report": ("rewrite the report of a sweep", _report),
+    "report": ("rewrite the report of a sweep, or the page of a run", _report),
     "export": (
         "write a folder that transformers, PEFT and vLLM load; --merge: one whole model",
         _export,

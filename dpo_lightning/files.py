@@ -20,6 +20,9 @@ PRUNING = "pruning"
 
 DIVERGED_FILE = "diverged.json"
 METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+"""The page of a run, or the report of a sweep, in its folder."""
+
 SAMPLES_FILE = "samples.jsonl"
 """Answers at the evaluations of a run, in its folder."""
 

@@ -22,6 +22,7 @@ from dpo_lightning.errors import StorageError, UserError
 from dpo_lightning.files import (
     DIVERGED_FILE,
     INTERPOLATION_FILE,
+    REPORT_FILE,
     RESULT_FILE,
     SAMPLES_FILE,
     read_json,
@@ -44,7 +45,7 @@ from dpo_lightning.training.checkpoints.files import CHECKPOINTS, saved_checkpoi
 # The outcome of a run, which must not pass for that of another one.
 _OUTCOME = (
     *(RESULT_FILE, DIVERGED_FILE, "evaluation.json", INTERPOLATION_FILE),
-    *("model", "model-merged"),
+    *(REPORT_FILE, "model", "model-merged"),
 )
 # Its course, which a run that goes on from a checkpoint continues.
 _COURSE = (
@@ -150,6 +151,7 @@ def _check_kinds(folder: Path) -> None:
     folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
     files = (
         RESULT_FILE,
+        REPORT_FILE,
         DIVERGED_FILE,
         "evaluation.json",
         "metrics.jsonl",

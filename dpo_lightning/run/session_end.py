@@ -14,6 +14,7 @@ from dpo_lightning.errors import (
 )
 from dpo_lightning.evaluation.answer_rows import ANSWER_COLUMNS
 from dpo_lightning.evaluation.answers import COLUMNS
+from dpo_lightning.files import REPORT_FILE
 from dpo_lightning.memory.peaks import (
     peak_bytes,
     reset_peak,
@@ -110,6 +111,7 @@ def say_where(session: Session) -> None:
     merged = run_dir / "model-merged" if plan.evaluation.merge else None
     profile = run_dir / PROFILE if plan.trainer.profiler else None
     lines = closing_lines(run_dir, merged=merged, profile=profile)
+    lines["report"] = str(run_dir / REPORT_FILE)
     for name, line in (lines | session.where).items():
         log.info("%-9s %s", name, line)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import dpo_lightning
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.files import RESULT_FILE
+from dpo_lightning.files import METRICS_FILE, REPORT_FILE, RESULT_FILE
 from dpo_lightning.plugins import load_plugins
 from dpo_lightning.processes.child_ranks import (
     ChildRanks,
@@ -38,6 +38,7 @@ from dpo_lightning.processes.signals import (
 )
 from dpo_lightning.run.folder import RunFolder, disk_fault, is_rank_zero
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
+from dpo_lightning.run.page.write import write_run_page
 from dpo_lightning.run.record import RunRecord, package_versions
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.fingerprint import settings_hash
@@ -202,6 +203,8 @@ class _Supervisor:
         record.throughput["total_seconds"] = time.perf_counter() - dpo_lightning.STARTED
         if self._is_rank_zero and not self._write_result():
             code = code or UserError.exit_code
+        elif self._is_rank_zero:
+            self._write_page()
         if code:
             if is_child():
                 leave_word(self._run_dir, record.error)
@@ -223,6 +226,15 @@ class _Supervisor:
             return True
         log.error("error: %s: the run's folder is gone, and its result with it", self._run_dir)
         return False
+
+    def _write_page(self) -> None:
+        """Writes the page of a run that left metrics; the run stands without it."""
+        if not (self._folder.takes_result() and (self._run_dir / METRICS_FILE).is_file()):
+            return
+        try:
+            write_run_page(self._run_dir)
+        except (OSError, UserError) as error:
+            log.warning("%s: not written: %s", self._run_dir / REPORT_FILE, error)
 
     def say(self, outcome: _Outcome) -> None:
         """Logs the error, and has SLURM queue the job again where its time was over."""

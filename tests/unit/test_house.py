@@ -12,7 +12,17 @@ PACKAGE = ROOT / "dpo_lightning"
 
 STAIR = (
     *("__init__", "errors", "files"),
-    *("objectives", "plugins", "processes", "data", "assets", "settings", "models", "tracking"),
+    *(
+        "objectives",
+        "plugins",
+        "processes",
+        "data",
+        "assets",
+        "settings",
+        "models",
+        "tracking",
+        "run/page",
+    ),
     *("reference", "memory", "training/checkpoints", "training", "evaluation", "run"),
     *("sweeps/trials", "sweeps/places", "sweeps/report", "sweeps", "sweeps/compare"),
     "sweeps/generate",

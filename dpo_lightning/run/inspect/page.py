@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import write_whole
 from dpo_lightning.run.inspect.content import Section
 from dpo_lightning.run.inspect.visible import visible
+from dpo_lightning.run.page.environment import page_environment
 
 
 def check_page(path: Path) -> None:
@@ -40,14 +39,8 @@ def write_page(path: Path, parts: Sequence[Section], *, command: str) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("dpo_lightning", "run/inspect/templates"),
-        # Rows are texts of anybody: each of them is escaped.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    # Rows are texts of anybody: each of them is escaped.
+    environment = page_environment("run/inspect/templates")
     page = environment.get_template("page.html").render(parts=parts, command=visible(command))
     try:
         write_whole(path, page.encode("utf-8", "backslashreplace"))

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_lightning.run.page.environment import page_environment
+from dpo_lightning.run.page.text import LONGEST_TEXT, clean, cut, number_text, range_text
 from dpo_lightning.sweeps.compare.subjects import Subject
-from dpo_lightning.sweeps.report.text import LONGEST_TEXT, clean, cut, number_text, range_text
-from dpo_lightning.sweeps.report.write import page_environment
 
 MOST_PROMPTS = 40
 """Prompts whose answers are shown."""
@@ -78,7 +78,7 @@ def comparison_page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> st
         for own in found["runs"]
     ]
     heads = ("metric", "a", "value", "b", "value", "b − a", "95% interval", "p", "items")
-    template = page_environment(escape=True).get_template("compare.html")
+    template = page_environment("sweeps/report/templates").get_template("compare.html")
     page: str = template.render(
         title=clean(" · ".join(own.label for own in subjects)),
         heads=heads,
@@ -86,6 +86,5 @@ def comparison_page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> st
         policies=policies,
         notes=found["notes"],
         prompts=answers_side_by_side(subjects),
-        figures={"light": "", "dark": ""},
     )
     return page

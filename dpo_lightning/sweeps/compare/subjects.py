@@ -17,11 +17,12 @@ import yaml
 from dpo_lightning.errors import UserError
 from dpo_lightning.files import RESULT_FILE, read_json
 from dpo_lightning.run.opened import Opened
+from dpo_lightning.run.page.values import as_mapping, as_rows, number
 from dpo_lightning.settings.recorded import SETTINGS_FILE
 from dpo_lightning.settings.renamed import present_evaluation, present_result
 from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.sweeps.report.pooling import ACCURACY, MARK, SAMPLED_KL, WIN_RATE, win_of
-from dpo_lightning.sweeps.report.read import EVALUATION_FILE, as_mapping, as_rows, number
+from dpo_lightning.sweeps.report.read import EVALUATION_FILE
 
 if TYPE_CHECKING:
     from dpo_lightning.run.evaluate.measure import Evaluation

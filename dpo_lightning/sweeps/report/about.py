@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from dpo_lightning.data.source_names import source_label
-from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_mapping, number
-from dpo_lightning.sweeps.report.text import clean, cut, seconds_text
+from dpo_lightning.run.page.text import clean, cut, seconds_text
+from dpo_lightning.run.page.values import as_mapping, number
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult
 
 _CONFIG = "config.yaml"
 _LONGEST_NAME = 60

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.run.page.text import number_text
+from dpo_lightning.run.page.values import as_rows, number
 from dpo_lightning.sweeps.report.comparable import comparable_parts
 from dpo_lightning.sweeps.report.objectives import Objectives, objectives_of
 from dpo_lightning.sweeps.report.paired import paired_items
@@ -23,10 +25,9 @@ from dpo_lightning.sweeps.report.pooling import (
     choose_metric,
     pool,
 )
-from dpo_lightning.sweeps.report.read import Sweep, TrialResult, as_rows, number
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult
 from dpo_lightning.sweeps.report.reason import reason_of
 from dpo_lightning.sweeps.report.statistics import PairedTest, paired_test
-from dpo_lightning.sweeps.report.text import number_text
 
 
 @dataclass(frozen=True, slots=True)

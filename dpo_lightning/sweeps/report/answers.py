@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_lightning.run.page.text import cut
+from dpo_lightning.run.page.values import as_rows
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import Configuration
-from dpo_lightning.sweeps.report.read import TrialResult, as_rows
-from dpo_lightning.sweeps.report.text import cut
+from dpo_lightning.sweeps.report.read import TrialResult
 
 # More answers side by side than this cannot be compared by a reader.
 _MOST_COLUMNS = 7

@@ -12,14 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dpo_lightning.sweeps.report.read import (
-    Sweep,
-    TrialResult,
-    as_mapping,
-    number,
-    override_key,
-    override_value,
-)
+from dpo_lightning.run.page.values import as_mapping, number
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult, override_key, override_value
 
 DIRECTION = "policy || reference"
 

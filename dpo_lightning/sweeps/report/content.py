@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dpo_lightning.run.page.text import MISSING, clean, cut, number_text, range_text
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.about import about
 from dpo_lightning.sweeps.report.analysis import Analysis
@@ -24,15 +25,7 @@ from dpo_lightning.sweeps.report.sections import (
     tables_of,
 )
 from dpo_lightning.sweeps.report.statistics import Estimate
-from dpo_lightning.sweeps.report.text import (
-    MISSING,
-    clean,
-    cut,
-    error_text,
-    number_text,
-    own_words,
-    range_text,
-)
+from dpo_lightning.sweeps.report.text import error_text, own_words
 from dpo_lightning.sweeps.report.trial_table import (
     TrialRow,
     folder_link,

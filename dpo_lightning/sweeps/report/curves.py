@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from dpo_lightning.run.page.colours import PAPER, Colours
 from dpo_lightning.sweeps.report.pooling import Configuration
-from dpo_lightning.sweeps.report.theme import PAPER, STYLE, Colours, inline_svg
+from dpo_lightning.sweeps.report.theme import STYLE, inline_svg
 
 # On each side of a step its mean takes a fourteenth of all steps, of few steps none.
 _REACHES = 14

@@ -11,23 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dpo_lightning.run.page.colours import EDGE, MARK, PAPER, SHADE, TEXT, Colours
+from dpo_lightning.run.page.text import address
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.labels import Label, place_labels
 from dpo_lightning.sweeps.report.one_policy import draw_policies
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
-from dpo_lightning.sweeps.report.text import address, error_text
-from dpo_lightning.sweeps.report.theme import (
-    EDGE,
-    MARK,
-    PAPER,
-    SHADE,
-    STYLE,
-    TEXT,
-    Colours,
-    colours_of,
-    inline_svg,
-    png,
-)
+from dpo_lightning.sweeps.report.text import error_text
+from dpo_lightning.sweeps.report.theme import STYLE, colours_of, inline_svg, png
 
 _MARKERS = "osD^vP"
 # More labels than this hide what they label; then only the best and the pick have theirs.

@@ -12,7 +12,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from dpo_lightning.sweeps.report.theme import EDGE, TEXT
+from dpo_lightning.run.page.colours import EDGE, TEXT
 
 # Half the side of a point, in points of a figure.
 _POINT = 6

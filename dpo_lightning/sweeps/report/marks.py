@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.sweeps.report.read import Sweep, as_mapping, number
+from dpo_lightning.run.page.text import MISSING, clean, cut, number_text
+from dpo_lightning.run.page.values import as_mapping, number
+from dpo_lightning.sweeps.report.read import Sweep
 from dpo_lightning.sweeps.report.sections import TextTable
-from dpo_lightning.sweeps.report.text import MISSING, clean, cut, number_text
 
 MARKS = "marks"
 """Entry of ``sweep.json``."""

@@ -8,13 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dpo_lightning.run.page.values import number
 from dpo_lightning.sweeps.report.pooling import Configuration, words_of
-from dpo_lightning.sweeps.report.read import (
-    TrialResult,
-    number,
-    override_key,
-    override_value,
-)
+from dpo_lightning.sweeps.report.read import TrialResult, override_key, override_value
 from dpo_lightning.sweeps.report.text import own_words
 
 # Axes that are scales: what lies beyond their ends is worth a try.

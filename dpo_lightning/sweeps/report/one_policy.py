@@ -8,11 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from dpo_lightning.run.page.colours import EDGE
+from dpo_lightning.run.page.text import MISSING, clean, cut, number_text
+from dpo_lightning.run.page.values import as_mapping, as_rows, number
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.pooling import MARK, REWARD
-from dpo_lightning.sweeps.report.read import TrialResult, as_mapping, as_rows, number
-from dpo_lightning.sweeps.report.text import MISSING, clean, cut, number_text
-from dpo_lightning.sweeps.report.theme import EDGE
+from dpo_lightning.sweeps.report.read import TrialResult
 
 _WAYS = {"decoded": "decoded", "weights": "by weights"}
 

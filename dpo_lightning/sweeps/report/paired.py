@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.run.page.values import as_rows
 from dpo_lightning.sweeps.report.intervals import Evidence, from_items, from_seeds, unpaired
 from dpo_lightning.sweeps.report.pooling import ACCURACY, SHARES, Configuration, item_list
-from dpo_lightning.sweeps.report.read import TrialResult, as_rows
+from dpo_lightning.sweeps.report.read import TrialResult
 
 # Fewer shared items than this share of a trial's are another set.
 _LEAST_SHARED = 0.9

@@ -13,14 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.page.values import as_rows, number
 from dpo_lightning.settings.renamed import RENAMED_METRICS
-from dpo_lightning.sweeps.report.read import (
-    TrialResult,
-    as_rows,
-    is_hydra_word,
-    number,
-    override_key,
-)
+from dpo_lightning.sweeps.report.read import TrialResult, is_hydra_word, override_key
 from dpo_lightning.sweeps.report.statistics import Estimate, moved, over_items, over_seeds, single
 from dpo_lightning.sweeps.report.text import label_of
 

@@ -16,7 +16,14 @@ from typing import Any
 import yaml
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import INTERPOLATION_FILE, METRICS_FILE, RESULT_FILE, json_object
+from dpo_lightning.files import (
+    INTERPOLATION_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    json_object,
+)
+from dpo_lightning.run.page.values import as_mapping, as_rows, number
 from dpo_lightning.settings.renamed import present_evaluation, present_result
 from dpo_lightning.sweeps.trials import TRIAL_FILE
 
@@ -25,8 +32,6 @@ _HYDRA_OVERRIDES = Path(".hydra", "overrides.yaml")
 # Where a run that this launcher did not start may have left its log.
 _OTHER_LOG = "train.log"
 _FAILED = ("failed", "diverged", "stopped")
-# No run measures as much, and squares and sums of what is smaller stay finite.
-_LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class TrialResult:
         log: Its log, relative to the sweep's folder.
         devices: Number of devices that it ran on.
         interpolation: The frontier of its policy, empty where nobody asked for it.
+        page: True if it has a page of its own.
     """
 
     name: str
@@ -59,6 +65,7 @@ class TrialResult:
     log: str | None
     devices: int = 1
     interpolation: Mapping[str, Any] = field(default_factory=dict)
+    page: bool = False
 
     @property
     def finished(self) -> bool:
@@ -217,6 +224,7 @@ def _read_trial(folder: Path, notes: list[str]) -> TrialResult:
         log=None if log is None else f"{folder.name}/{log}",
         devices=max(1, len(devices)) if isinstance(devices := about.get("devices"), list) else 1,
         interpolation=_read_object(folder / INTERPOLATION_FILE, notes),
+        page=(folder / REPORT_FILE).is_file(),
     )
 
 
@@ -324,27 +332,6 @@ def override_value(line: str) -> str:
 def is_hydra_word(word: str) -> bool:
     """True if a word of a command line is Hydra's, not the experiment's."""
     return override_key(word).startswith(("hydra.", "hydra/"))
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """The value if it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_rows(value: Any) -> list[Mapping[str, Any]]:
-    """The JSON objects of a list."""
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def number(value: Any) -> float | None:
-    """The value if it is a finite number of a usable size."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if abs(value) <= _LARGEST else None
 
 
 def _as_number(text: str | None) -> float | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dpo_lightning.run.page.text import number_text
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF
 from dpo_lightning.sweeps.report.pick import PickCandidate, PickDecision
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
-from dpo_lightning.sweeps.report.text import number_text
 
 _LIMIT = f"{MOST_CUT_OFF:.0%}"
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_lightning.run.page.text import MISSING, number_text
 from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF, KlOrigin, pooled_origin
 from dpo_lightning.sweeps.report.objectives import Edge, GridMap
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, SAMPLED_KL, Configuration
-from dpo_lightning.sweeps.report.text import MISSING, error_text, label_of, number_text
+from dpo_lightning.sweeps.report.text import error_text, label_of
 
 
 @dataclass(frozen=True, slots=True)

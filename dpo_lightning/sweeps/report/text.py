@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import html
-import os
 import re
 import shlex
-import unicodedata
 from collections.abc import Iterable, Sequence
-from urllib.parse import quote
 
+from dpo_lightning.run.page.text import MISSING, clean, number_text
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.read import is_hydra_word, override_key, override_value
 
-MISSING = "–"
-LONGEST_TEXT = 400
 _LONGEST_VALUE = 32
 
 
@@ -45,19 +41,6 @@ def label_of(settings: Iterable[str], beta: float | None) -> str:
     return clean(", ".join(parts))
 
 
-def number_text(value: float | None, digits: int = 3) -> str:
-    """A number with a given number of significant digits and a real minus sign."""
-    if value is None:
-        return MISSING
-    if value == 0:
-        return "0"
-    if 10**digits <= abs(value) < 1e6:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:#.{digits}g}".rstrip(".")
-    return text.replace("-", "−")
-
-
 def error_text(mean: float | None, stderr: float | None) -> str:
     """``0.842 ± 0.012``: the value to the digit that its error reaches; an error of 0 is exact."""
     if mean is None:
@@ -67,33 +50,6 @@ def error_text(mean: float | None, stderr: float | None) -> str:
     exponent = int(f"{stderr:.1e}".partition("e")[2])
     decimals = min(8, max(0, 1 - exponent))
     return f"{mean:.{decimals}f} ± {stderr:.{decimals}f}".replace("-", "−")
-
-
-def range_text(low: float | None, high: float | None) -> str:
-    """``0.82 to 0.87``, empty where it is unknown or has no width."""
-    if low is None or high is None or low == high:
-        return ""
-    return f"{number_text(low)} to {number_text(high)}"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration in the unit that a reader would use: ``45 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def clean(text: str) -> str:
-    """Removes control characters and halves of characters, which no file can hold."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-
-
-def cut(text: object, longest: int = LONGEST_TEXT, *, keep_end: bool = False) -> str:
-    """Cuts a text to a length; of a prompt it keeps the end, which says more."""
-    whole = clean(text).strip() if isinstance(text, str) else ""
-    if len(whole) <= longest:
-        return whole
-    return f"…{whole[-longest:].lstrip()}" if keep_end else f"{whole[:longest].rstrip()}…"
 
 
 def own_words(command: str) -> str:
@@ -106,14 +62,6 @@ def own_words(command: str) -> str:
         words[:2] = typed()
     kept = [word for word in words if word != "resume=auto" and not is_hydra_word(word)]
     return clean(shlex.join(kept))
-
-
-def address(path: str) -> str:
-    """A relative path as a link; one that is not text, by its bytes as far as it has any."""
-    try:
-        return quote(os.fsencode(path))
-    except UnicodeEncodeError:
-        return quote(path, errors="replace")
 
 
 def escape_markdown(value: object) -> str:

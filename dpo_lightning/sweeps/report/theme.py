@@ -10,7 +10,6 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -18,21 +17,19 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from dpo_lightning.run.page.colours import (
+    COMMON,
+    DARK,
+    EDGE,
+    GRID,
+    LIGHT,
+    SOFT,
+    TEXT,
+    Colour,
+    Colours,
+)
 from dpo_lightning.sweeps.report.pooling import Configuration
 
-TEXT, SOFT, EDGE, GRID, PAPER, SHADE, MARK = (
-    *("#1f2937", "#4b5563", "#6b7280", "#e4e6ea", "#ffffff", "#9ca3af", "#d55e01"),
-)
-# Each with its dark counterpart; names of the page's variables.
-_COMMON = {
-    TEXT: ("figure-text", "#e5e7eb"),
-    SOFT: ("figure-soft", "#aab2bf"),
-    EDGE: ("figure-edge", "#8b95a3"),
-    GRID: ("figure-grid", "#2c3746"),
-    PAPER: ("figure-paper", "#111827"),
-    SHADE: ("figure-shade", "#6b7280"),
-    MARK: ("figure-mark", "#fdba74"),
-}
 STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -53,29 +50,6 @@ STYLE: Any = {
 }
 """Settings of matplotlib that all figures are drawn with."""
 
-# Okabe and Ito's colours, told apart by all readers; the yellow is too light for lines on white,
-# and black and blue are too dark for lines on black. Plain black is what SVG leaves out.
-_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#111111", "#8c564b")
-_DARK = ("#4aa3df", "#f0883e", "#2fc493", "#e3a3c6", "#a5dcf7", "#f5b93a", "#f3f4f6", "#c49c94")
-
-
-@dataclass(frozen=True, slots=True)
-class Colour:
-    """The colour of a configuration in every figure.
-
-    Attributes:
-        light: Its colour on white.
-        dark: Its colour on a dark page.
-        name: Name of the page's variable.
-    """
-
-    light: str
-    dark: str
-    name: str
-
-
-Colours = Mapping[str, Colour]
-
 
 def colours_of(configurations: Sequence[Configuration]) -> dict[str, Colour]:
     """A colour per label: along a scale where only beta differs, else told apart."""
@@ -88,19 +62,12 @@ def colours_of(configurations: Sequence[Configuration]) -> dict[str, Colour]:
         # Its light end is hard to see on white, its dark end on black.
         pairs = [(to_hex(scale(0.88 * x)), to_hex(scale(0.3 + 0.7 * x))) for x in places]
     else:
-        count = len(_LIGHT)
-        pairs = [(_LIGHT[i % count], _DARK[i % count]) for i in range(len(configurations))]
+        count = len(LIGHT)
+        pairs = [(LIGHT[i % count], DARK[i % count]) for i in range(len(configurations))]
     return {
         c.label: Colour(light, dark, f"series-{number}")
         for number, (c, (light, dark)) in enumerate(zip(configurations, pairs, strict=True))
     }
-
-
-def variables(colours: Colours, *, dark: bool) -> str:
-    """The page's variables of one scheme, as CSS declarations."""
-    found = {name: other if dark else light for light, (name, other) in _COMMON.items()}
-    found |= {colour.name: colour.dark if dark else colour.light for colour in colours.values()}
-    return " ".join(f"--{name}: {value};" for name, value in found.items())
 
 
 def png(figure: Figure) -> bytes:
@@ -145,7 +112,7 @@ def inline_svg(
 def _themed(style: str, colours: Colours) -> str:
     """The same style with variables for colours; the light ones stay for who knows no variables."""
     names = {colour.light: colour.name for colour in reversed(list(colours.values()))}
-    names |= {light: name for light, (name, _) in _COMMON.items()}
+    names |= {light: name for light, (name, _) in COMMON.items()}
     return re.sub(
         r"#[0-9a-f]{6}",
         lambda found: f"var(--{names[c]}, {c})" if (c := found.group()) in names else c,

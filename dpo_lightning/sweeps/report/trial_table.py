@@ -6,8 +6,10 @@ import csv
 import io
 from dataclasses import dataclass
 
-from dpo_lightning.sweeps.report.read import Sweep, TrialResult, number
-from dpo_lightning.sweeps.report.text import MISSING, address, clean, number_text
+from dpo_lightning.files import REPORT_FILE
+from dpo_lightning.run.page.text import MISSING, address, clean, number_text
+from dpo_lightning.run.page.values import number
+from dpo_lightning.sweeps.report.read import Sweep, TrialResult
 
 TRIALS_FILE = "trials.csv"
 _FACTS = ("trial", "folder", "status", "beta", "loss", "seed", "step", "wall_seconds")
@@ -59,8 +61,8 @@ def trial_rows(sweep: Sweep) -> tuple[TrialRow, ...]:
 
 
 def folder_link(trial: TrialResult) -> str:
-    """Link to a trial's folder, from the report."""
-    return f"{address(trial.folder)}/"
+    """Link to a trial's page, from the report; to its folder where it has none."""
+    return f"{address(trial.folder)}/{REPORT_FILE if trial.page else ''}"
 
 
 def wall_seconds(trial: TrialResult) -> float | None:

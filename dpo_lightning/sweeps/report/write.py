@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -17,10 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.files import PRUNING, SWEEP_FILE, read_json, write_json, write_whole
+from dpo_lightning.files import PRUNING, RESULT_FILE, SWEEP_FILE, read_json, write_json, write_whole
+from dpo_lightning.run.page.colours import variables
+from dpo_lightning.run.page.environment import page_environment, sort_script
+from dpo_lightning.run.page.text import clean
+from dpo_lightning.run.page.write import write_run_page
 from dpo_lightning.settings.program import typed
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.answers import spread
@@ -32,12 +34,13 @@ from dpo_lightning.sweeps.report.pick import PickRule
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.sweep_file import summary
-from dpo_lightning.sweeps.report.text import address, clean, code_block, escape_markdown
-from dpo_lightning.sweeps.report.theme import colours_of, variables
+from dpo_lightning.sweeps.report.text import code_block, escape_markdown
+from dpo_lightning.sweeps.report.theme import colours_of
 from dpo_lightning.sweeps.report.trial_table import TRIALS_FILE, trials_csv
 from dpo_lightning.tracking.terminal import outlive_terminal
 
 PICTURE = "frontier.png"
+_TEMPLATES = "sweeps/report/templates"
 ASKED = "asked"
 """The entry of ``sweep.json`` with what the report was asked for: metric, margin, KL budget."""
 NONE = "none"
@@ -79,17 +82,15 @@ def write_report(
         content = replace(content, tables=(*content.tables, given.table(sweep)))
     asked = {"metric": metric, "margin": margin, "kl_budget": kl_budget}
     again = report_command(str(folder), asked)
-    environment = page_environment(escape=True)
-    script = environment.get_template("sort.js").render()
+    environment = page_environment(_TEMPLATES)
     page = environment.get_template("report.html").render(
         c=content,
         figures=_figures(analysis),
         csv=TRIALS_FILE,
         again=again,
-        script=script,
-        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        script=sort_script(environment),
     )
-    markdown = page_environment(escape=False).get_template("report.md")
+    markdown = _markdown_environment().get_template("report.md")
     written = summary(sweep, analysis) | {ASKED: asked}
     write_whole(folder / PICTURE, frontier(analysis))
     _write_text(folder / TRIALS_FILE, trials_csv(sweep))
@@ -155,24 +156,10 @@ def _by_beta(analysis: Analysis) -> list[Configuration]:
     return sorted(analysis.configurations, key=lambda c: (c.beta is None, c.beta or 0.0, c.label))
 
 
-def page_environment(*, escape: bool) -> Environment:
-    """Templates of pages.
-
-    Args:
-        escape: True for HTML, of which no text that is placed is markup; False for Markdown.
-    """
-    environment = Environment(
-        loader=PackageLoader("dpo_lightning.sweeps.report"),
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        # Markdown has no escaping of its own: whatever is placed goes through this.
-        finalize=None if escape else escape_markdown,
-    )
+def _markdown_environment() -> Environment:
+    """Templates of Markdown, which has no escaping of its own: what is placed goes through ours."""
+    environment = page_environment(_TEMPLATES, escape=False, finalize=escape_markdown)
     environment.globals["code_block"] = code_block
-    environment.filters["address"] = address
     return environment
 
 
@@ -192,9 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=" ".join(typed("report")),
         description=f"Writes report.html, report.md, {PICTURE}, {TRIALS_FILE} and sweep.json of a "
-        "sweep.",
+        "sweep; of a run its report.html.",
     )
-    parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/sweeps/…")
+    parser.add_argument(
+        "folder", type=Path, help="a sweep's folder, such as outputs/sweeps/…, or a run's"
+    )
     rule = parser.add_argument_group(
         "rule of the pick",
         "A flag that is left out stays as the sweep, or the last report, had it; none resets it.",
@@ -212,6 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     outlive_terminal()
     try:
+        if _is_run(arguments.folder):
+            _refuse_rule(arguments)
+            print(f"report    {write_run_page(arguments.folder)}")
+            return 0
         report = write_report(
             arguments.folder,
             **_rule_of(arguments),
@@ -233,6 +226,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             if found[key]:
                 print(f"marks     {said}: {', '.join(map(clean, found[key]))}")
     return 0
+
+
+def _is_run(folder: Path) -> bool:
+    """True for the folder of one run, which has its result and settings itself."""
+    return (folder / RESULT_FILE).is_file() and not (folder / SWEEP_FILE).is_file()
+
+
+def _refuse_rule(arguments: argparse.Namespace) -> None:
+    """Refuses flags that only a sweep's report reads."""
+    for name in ("metric", "margin", "kl_budget", "marks"):
+        if (value := getattr(arguments, name)) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {value}: ranks the trials of a sweep, and {arguments.folder} is one run; "
+                f"leave {flag} out, or name the sweep's folder"
+            )
 
 
 def _rule_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dpo_lightning.run.page.colours import variables
+from dpo_lightning.run.page.text import seconds_text
 from dpo_lightning.sweeps.report.about import about
 from dpo_lightning.sweeps.report.analysis import analyse
 from dpo_lightning.sweeps.report.curves import band, pooled, smoothed
 from dpo_lightning.sweeps.report.figures import NARROW, WIDE, frontier_figure
 from dpo_lightning.sweeps.report.labels import Label, extent, place_labels
 from dpo_lightning.sweeps.report.read import read_sweep
-from dpo_lightning.sweeps.report.text import seconds_text
-from dpo_lightning.sweeps.report.theme import STYLE, colours_of, variables
+from dpo_lightning.sweeps.report.theme import STYLE, colours_of
 from dpo_lightning.sweeps.report.write import write_report
 from tests.support.browser import open_browser
 from tests.support.properties import examples

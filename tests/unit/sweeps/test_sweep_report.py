@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.page.text import number_text
 from dpo_lightning.sweeps.report.analysis import analyse
 from dpo_lightning.sweeps.report.read import read_sweep
-from dpo_lightning.sweeps.report.text import error_text, label_of, number_text
+from dpo_lightning.sweeps.report.text import error_text, label_of
 from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.runs import ROOT
 from tests.support.sweep_folders import curve, scored, scored_metrics, write_trial

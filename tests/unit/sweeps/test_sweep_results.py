@@ -9,16 +9,12 @@ import sys
 import pytest
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.run.page.text import cut, range_text
+from dpo_lightning.run.page.values import number
 from dpo_lightning.sweeps.report.analysis import Analysis, analyse
 from dpo_lightning.sweeps.report.pick import PickRule
-from dpo_lightning.sweeps.report.read import (
-    TrialResult,
-    number,
-    override_key,
-    override_value,
-    read_sweep,
-)
-from dpo_lightning.sweeps.report.text import code_block, cut, escape_markdown, own_words, range_text
+from dpo_lightning.sweeps.report.read import TrialResult, override_key, override_value, read_sweep
+from dpo_lightning.sweeps.report.text import code_block, escape_markdown, own_words
 from dpo_lightning.sweeps.report.write import main, write_report
 from tests.support.sweep_folders import scored, scored_metrics, write_trial
 
