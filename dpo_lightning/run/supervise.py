@@ -38,7 +38,6 @@ from dpo_lightning.processes.signals import (
 )
 from dpo_lightning.run.folder import RunFolder, disk_fault, is_rank_zero
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
-from dpo_lightning.run.page.write import write_run_page
 from dpo_lightning.run.record import RunRecord, package_versions
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.fingerprint import settings_hash
@@ -231,10 +230,14 @@ class _Supervisor:
         """Writes the page of a run that left metrics; the run stands without it."""
         if not (self._folder.takes_result() and (self._run_dir / METRICS_FILE).is_file()):
             return
+        # Here, because it is of the end alone.
+        from dpo_lightning.run.page.write import write_run_page
+
         try:
             write_run_page(self._run_dir)
-        except (OSError, UserError) as error:
-            log.warning("%s: not written: %s", self._run_dir / REPORT_FILE, error)
+        except Exception as error:  # a run of days must not end in an error of its page
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("%s: not written: %s", self._run_dir / REPORT_FILE, redact(line))
 
     def say(self, outcome: _Outcome) -> None:
         """Logs the error, and has SLURM queue the job again where its time was over."""

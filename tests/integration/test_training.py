@@ -133,9 +133,8 @@ def test_a_user_sees_header_result_answers_and_folders(default_run: Run):
         "try it",
     ):
         assert words in text, words
-    assert {"config.yaml", ".hydra", "metrics.jsonl", "result.json", "model", "train.log"} <= {
-        path.name for path in default_run.folder.iterdir()
-    }
+    files = {"config.yaml", ".hydra", "metrics.jsonl", "result.json", "report.html"}
+    assert files | {"model", "train.log"} <= {path.name for path in default_run.folder.iterdir()}
 
 
 def test_the_defaults_are_llama_and_one_tenth_to_the_bit(tmp_path):
