@@ -27,6 +27,7 @@ WIDE_CONSTRUCTORS = {
     "memory/footprint.py:Training": "facts that one formula takes, replaced one at a time",
     "run/typed_answers.py:FrontierPoint": "the entries of a point in JSON, for who reads it",
     "run/record.py:RunRecord": "the entries of result.json, in its order",
+    "run/page/content.py:RunContent": "the texts of a run's page, for one template",
     "sweeps/report/content.py:ReportContent": "the texts of a report, for one template",
 }
 """Data records alone; what does something takes small typed values."""
