@@ -326,7 +326,7 @@ def make_callbacks(entries: Sequence[Any], *, others: Sequence[str] = ()) -> lis
         try:
             inspect.signature(CALLBACKS[name]).bind(**arguments)
         except TypeError as error:
-            raise UserError(f"trainer.callbacks={name}: {error}; mend its arguments") from error
+            raise UserError(f"trainer.callbacks={name}: {error}; fix its arguments") from error
     return [CALLBACKS[name](**arguments) for name, arguments in pairs]
 
 

@@ -94,7 +94,7 @@ def _called(name: str, maker: Callable[..., Any], arguments: dict[str, Any]) -> 
         return maker(**arguments)
     except Exception as error:  # of several kinds, Lightning's own among them
         said = " ".join(str(error).split())
-        raise UserError(f"trainer.callbacks={name}: {said}; mend its arguments") from error
+        raise UserError(f"trainer.callbacks={name}: {said}; fix its arguments") from error
 
 
 def _check_monitor(metric: str) -> None:

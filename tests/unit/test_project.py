@@ -206,7 +206,7 @@ PAGES = (
     *("docs/running.md", "docs/embedded_task.md", "docs/tutorial.md"),
     *(f"docs/coming_from/{name}.md" for name in ("trl", "original")),
     *(f"docs/coming_from/{name}.md" for name in ("llama_factory", "alignment_handbook")),
-    *("docs/selection.md", "docs/answers.md", "docs/python.md"),
+    *("docs/selection.md", "docs/answers.md", "docs/python.md", "docs/troubleshooting.md"),
 )
 
 
@@ -274,3 +274,4 @@ def test_the_readme_names_commands():
     assert len(readme_commands("docs/judges.md")) == 6
     assert len(readme_commands("docs/answers.md")) >= 8
     assert len(readme_commands("docs/python.md")) == 1
+    assert len(readme_commands("docs/troubleshooting.md")) == 3

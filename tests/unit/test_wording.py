@@ -1,12 +1,11 @@
 """Messages in the words that were agreed on: short main clauses, and none of the old phrases."""
 
-import ast
-import functools
 import re
 
 import pytest
 
 from dpo_lightning.settings.page import settings_help
+from tests.support.messages import messages
 from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.slow  # parses every file of the package
@@ -66,26 +65,6 @@ OF_THEIR_KIND = [
         "says what it is of",
     ),
 ]
-
-
-@functools.cache
-def messages() -> dict[str, str]:
-    """Texts of each file but its docstrings, a line each; values in f-strings are braces."""
-    found: dict[str, str] = {}
-    package = ROOT / "dpo_lightning"
-    for path in sorted(package.rglob("*.py")):
-        nodes = [*ast.walk(ast.parse(path.read_text()))]
-        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        lines = []
-        for node in nodes:
-            if isinstance(node, ast.JoinedStr):
-                parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
-                lines.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                lines.append("" if id(node) in docstrings else node.value)
-        texts = (" ".join(line.split()) for line in lines)
-        found[path.relative_to(package).as_posix()] = "\n".join(texts)
-    return found
 
 
 def where(words: str) -> list[str]:
