@@ -111,8 +111,8 @@ def say_where(session: Session) -> None:
     merged = run_dir / "model-merged" if plan.evaluation.merge else None
     profile = run_dir / PROFILE if plan.trainer.profiler else None
     lines = closing_lines(run_dir, merged=merged, profile=profile)
-    lines["report"] = str(run_dir / REPORT_FILE)
-    for name, line in (lines | session.where).items():
+    page = {"report": str(run_dir / REPORT_FILE)}
+    for name, line in (session.where | page | lines).items():
         log.info("%-9s %s", name, line)
 
 

@@ -37,8 +37,8 @@ def test_fast_is_three_steps_without_answers(debugged, tmp_path):
     assert not [name for name in run.result["metrics"] if name.startswith("samples/")]
     evaluation = json.loads((run.folder / "evaluation.json").read_text())
     assert (evaluation["answers"], evaluation["samples"]) == ([], [])
-    expected = {"config.yaml", "evaluation.json", "metrics.jsonl", "model", "result.json"}
-    assert names_in(run.folder) == expected | {"train.log"}
+    expected = {"config.yaml", "evaluation.json", "metrics.jsonl", "model", "report.html"}
+    assert names_in(run.folder) == expected | {"result.json", "train.log"}
     assert names_in(tmp_path) == {"run"}
 
 
