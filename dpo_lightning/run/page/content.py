@@ -27,7 +27,7 @@ _PANELS = (
     ("margin, in rewards", ("train/rewards/margins",), ("eval/rewards/margins",)),
     (
         "KL to the reference, nats an answer",
-        ("train/kl",),
+        (),
         ("controlled/kl_policy_reference", "samples/kl"),
     ),
     ("learning rate", ("train/learning_rate",), ()),

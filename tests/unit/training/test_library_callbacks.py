@@ -48,7 +48,7 @@ def test_a_name_of_a_plugin_counts_before_lightnings(bell):
         ("os.system", "os.system: unknown callback"),
         ("ModelCheckpoint", "ModelCheckpoint: checkpoints are kept by checkpoint.every_n_steps="),
         ({"Timer": {"duration": 1}}, "Timer: trainer.max_time= ends a run in time"),
-        ({"bell": {"loud": 1}}, "bell: got an unexpected keyword argument 'loud'; mend"),
+        ({"bell": {"loud": 1}}, "bell: got an unexpected keyword argument 'loud'; fix"),
         ({"LearningRateMonitor": {"x": 1}}, "LearningRateMonitor: it takes no x; there are logg"),
         ({"LearningRateMonitor": {"logging_interval": "x"}}, "LearningRateMonitor: logging_int"),
         ("EarlyStopping", "EarlyStopping: EarlyStopping.__init__() missing 1 required"),
