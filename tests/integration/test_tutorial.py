@@ -62,7 +62,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
         for name in ("first", "second")
     )
     # What the page says of the two runs.
-    assert any("hardly moved" in sign for sign in first["signs"])
+    assert any("hardly moved" in sign["says"] for sign in first["signs"])
     assert "a sign of a failed training: the policy hardly moved" in said
     assert second["metrics"]["samples/kl"] > 1
     sweep = tmp_path / "outputs/sweeps/beta"
@@ -71,7 +71,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
     assert "<html" in (tmp_path / "comparison.html").read_text().lower()
     [answer] = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answer["response"]
-    assert "Nobody was asked: this was a dry run." in said
+    assert "Dry run: nothing was uploaded." in said
     # The exported folder answers as `generate` did, without this program.
     assert said.rstrip().endswith(answer["response"].strip())
 
