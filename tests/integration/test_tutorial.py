@@ -63,7 +63,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
     )
     # What the page says of the two runs.
     assert any("hardly moved" in sign["says"] for sign in first["signs"])
-    assert "a sign of a failed training: the policy hardly moved" in said
+    assert "warning sign: the policy hardly moved" in said
     assert second["metrics"]["samples/kl"] > 1
     sweep = tmp_path / "outputs/sweeps/beta"
     assert len([*sweep.glob("beta-*/result.json")]) == 4
