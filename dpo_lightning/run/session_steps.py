@@ -39,6 +39,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    measuring_work,
     say_forecast,
     what_is_pending,
 )
@@ -269,7 +270,7 @@ def _build(
         measure = make_measure(
             plan, prepared, groups=groups, answering=within, signals=session.supervision.signals
         )
-        callbacks.rung.ask(measure)
+        callbacks.rung.ask(measure, work=measuring_work(plan, prepared))
     pending = what_is_pending(session.trainer, session.supervision.signals)
     module = make_module(plan, prepared, placed, pending_signal=pending)
     datamodule = make_data_module(plan, prepared, placed)

@@ -451,7 +451,8 @@ class SweepConfig:
     budget: float = setting(
         0.36,
         "Steps of the pruned sweep, as a share of the whole grid's, within which trials stay that "
-        "are not significantly worse than the best.",
+        "are not significantly worse than the best. Held-out rows that are evaluated at a rung "
+        "count as the steps that take as long.",
         unit="share",
         above=0,
         most=1,
