@@ -246,7 +246,8 @@ def large(
     settings = (
         *(f"model.pretrained={workload.model}", f"data.train={workload.rows}"),
         *(f"data.eval={evaluation}", f"data.batch_size={scale.pairs}", "data.max_length=1024"),
-        *(f"trainer.max_steps={steps}", f"trainer.precision={precision}", "evaluation.samples=0"),
+        *(f"trainer.max_steps={steps}", f"trainer.precision={precision}"),
+        *("evaluation.samples=0", "evaluation.partition_samples=0"),  # the other arm draws nothing
         f"evaluation.every_n_steps={steps}",  # at the end alone, like the other arm
         *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.lr=1e-5"),
     )
