@@ -55,6 +55,12 @@ class TokenGroup:
         target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
+        label: True if the one response is desirable, False if not; None where responses are
+            compared.
+        mismatched: Ids of a response to another prompt, int32, which a loss measures behind this
+            one; None where no loss does.
+        mismatched_reference_logp: Its log-probability under the reference, or None where that is
+            not known beforehand.
     """
 
     prompt: Ids
@@ -67,6 +73,9 @@ class TokenGroup:
     reference_token_logps: tuple[npt.NDArray[np.float32], ...] | None = None
     target_margin: float = 0.0
     confidence: float = 1.0
+    label: bool | None = None
+    mismatched: Ids | None = None
+    mismatched_reference_logp: float | None = None
 
     @property
     def tokens(self) -> int:
