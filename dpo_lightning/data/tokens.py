@@ -55,6 +55,8 @@ class TokenGroup:
         target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
+        label: None where responses are compared; True or False where the group has one response
+            and no partner: it is desirable, or undesirable.
     """
 
     prompt: Ids
@@ -67,6 +69,7 @@ class TokenGroup:
     reference_token_logps: tuple[npt.NDArray[np.float32], ...] | None = None
     target_margin: float = 0.0
     confidence: float = 1.0
+    label: bool | None = None
 
     @property
     def tokens(self) -> int:
