@@ -12,7 +12,7 @@ from dpo_lightning.data.texts import Message, Text
 
 @dataclass(frozen=True, slots=True)
 class PreferenceGroup:
-    """A prompt and its K >= 2 responses as text, best first.
+    """A prompt and its responses as text: K >= 2 of them best first, or one with a label.
 
     Attributes:
         prompt: A string, or the messages that every response follows.
@@ -27,6 +27,8 @@ class PreferenceGroup:
         form: What gave the order in the row: ``pair`` (chosen and rejected), ``responses`` (best
             first), ``ranks``, ``scores`` or ``better``; no part of what is trained on.
         moved: True if the row had its responses in another order.
+        label: None where responses are compared. True or False where the group has one response
+            and no partner: it is desirable, or undesirable.
     """
 
     prompt: Text
@@ -39,6 +41,7 @@ class PreferenceGroup:
     template_kwargs: str = ""
     form: str = field(default="", compare=False, repr=False)
     moved: bool = field(default=False, compare=False, repr=False)
+    label: bool | None = None
 
     @property
     def prompt_key(self) -> str:

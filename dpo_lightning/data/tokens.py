@@ -55,8 +55,8 @@ class TokenGroup:
         target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
-        label: True if the one response is desirable, False if not; None where responses are
-            compared.
+        label: None where responses are compared; True or False where the group has one response
+            and no partner: it is desirable, or undesirable.
         mismatched: Ids of a response to another prompt, int32, which a loss measures behind this
             one; None where no loss does.
         mismatched_reference_logp: Its log-probability under the reference, or None where that is
