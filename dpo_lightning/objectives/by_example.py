@@ -31,6 +31,8 @@ UNPAIRED_SUMS = (
     "undesirable",
     "undesirable_logps",
     "undesirable_logratios",
+    "gain",
+    "gains",
 )
 
 _ANCHORS = {"mismatched": "kto/z0", "running": "bco/delta"}
@@ -102,6 +104,8 @@ def metrics_of_sums(
     found["logratios/separation"] = found["logratios/desirable"] - found["logratios/undesirable"]
     if objective.anchor in _ANCHORS:
         found[_ANCHORS[objective.anchor]] = mean("anchor", "anchors")
+    if total["gains"]:  # of held-out examples alone
+        found["label_gain"] = mean("gain", "gains")
     return found
 
 
@@ -113,7 +117,7 @@ def shown_anchor(objective: ObjectiveSettings, anchor: Tensor, *, beta: float | 
 def anchor_sums(
     objective: ObjectiveSettings, anchor: Tensor, *, beta: float | Tensor, like: Tensor
 ) -> Tensor:
-    """The part of a step's sums that says its anchor, shape (11,).
+    """The part of a step's sums that says its anchor, shape (13,).
 
     Args:
         objective: What is minimised.
@@ -145,7 +149,7 @@ def judge_examples(
         anchor: Log-ratio that theirs are compared with, in nats, without a gradient.
 
     Returns:
-        The sum of weight times loss over the examples, the sums of ``UNPAIRED_SUMS``, (11,), and
+        The sum of weight times loss over the examples, the sums of ``UNPAIRED_SUMS``, (13,), and
         each group's losses added up. Accuracies are zeros: nothing is ranked.
     """
     logratios, desirable = logps.ratios(), desirable_of(batch)
@@ -208,6 +212,8 @@ def _rows(
         "undesirable": bad,
         "undesirable_logps": bad * policy,
         "undesirable_logratios": bad * logratios,
+        "gain": nothing,
+        "gains": nothing,
     }
 
 
@@ -249,9 +255,9 @@ class Examples:
 def group_rows(
     objective: ObjectiveSettings, examples: Examples, *, count: int, beta: float, anchor: float
 ) -> Tensor:
-    """What each group adds to the entries of ``UNPAIRED_SUMS``, (count, 11), float64.
+    """What each group adds to the entries of ``UNPAIRED_SUMS``, (count, 13), float64.
 
-    The anchor is that of all: each group has it once.
+    The anchor, and what log-ratios tell about labels, are those of all groups together.
 
     Args:
         objective: What is minimised.
@@ -283,6 +289,8 @@ def group_rows(
         "undesirable": total(bad),
         "undesirable_logps": total(bad * examples.policy_logps),
         "undesirable_logratios": total(bad * examples.logratios),
+        "gain": total(label_gains(examples.logratios, examples.desirable)),
+        "gains": total(torch.ones_like(good)),
     }
     return torch.stack([columns[name] for name in UNPAIRED_SUMS], dim=1)
 
@@ -310,9 +318,7 @@ def measure_examples(
     anchor = own.anchor(objective, running=running)
     count = int(place.max()) + 1 if len(place) else 0
     rows = group_rows(objective, own, count=count, beta=beta, anchor=anchor)
-    metrics = metrics_of_sums(objective, rows.sum(0).tolist(), beta=reward_beta)
-    gains = label_gains(own.logratios, own.desirable)
-    return metrics | {"label_gain": float(gains.mean()) if len(gains) else float("nan")}
+    return metrics_of_sums(objective, rows.sum(0).tolist(), beta=reward_beta)
 
 
 def label_gains(logratios: Tensor, desirable: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def follow_mean(
     Args:
         average: The mean so far, a scalar; changed.
         count: Number of examples in it, a scalar, int64; changed.
-        sums: This rank's sums of the step, shape (11,).
+        sums: This rank's sums of the step, shape (13,).
         reduce: Sums a tensor over all ranks.
     """
     own = torch.stack([sums[_RATIOS].sum(), sums[_COUNTS].sum()])
