@@ -34,7 +34,7 @@ from dpo_lightning.run.conclude import draw_answers, exact_metrics, kl_facts
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.opened import Opened, last_step
-from dpo_lightning.run.page.values import as_mapping, number
+from dpo_lightning.run.page.values import as_mapping
 from dpo_lightning.run.placement import Placed, choose_answering, place, with_reference
 from dpo_lightning.run.plan import RunPlan, choose_folders, make_plan, trainer_plan
 from dpo_lightning.run.prepare import (
@@ -137,8 +137,8 @@ def _running_of(opened: Opened, beta: float) -> float | None:
     if opened.run is None:
         return None
     metrics = read_json(opened.run / RESULT_FILE).get("metrics")
-    delta = number(as_mapping(metrics).get("eval/bco/delta"))
-    return None if delta is None else delta / beta
+    delta = as_mapping(metrics).get("eval/bco/delta")
+    return delta / beta if isinstance(delta, int | float) else None
 
 
 # Models and data --------------------------------------------------------------------------------
