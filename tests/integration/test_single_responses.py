@@ -1,4 +1,4 @@
-"""Runs on single responses through the front door: files, resume, evaluate, sweeps, what is learnt."""
+"""Runs on single responses through the front door: files, resume, evaluate, what is learnt."""
 
 import json
 import math

@@ -509,7 +509,7 @@ PRUNING = [
     ),
     Row(
         f"loss.name=kto {HALVING} sweep.prune_metric=eval/logratios/separation",
-        "it scales with beta, so it does not compare trials; use sweep.prune_metric=eval/label_gain",
+        "it does not compare trials; use sweep.prune_metric=eval/label_gain",
         f"loss.name=kto {HALVING} sweep.prune_metric=eval/label_gain",
     ),
     Row(

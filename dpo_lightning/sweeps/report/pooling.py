@@ -99,7 +99,7 @@ class Configuration:
     def pairs_per_second(self) -> float | None:
         """Mean over the seeds of the training speed."""
         rates = [number(t.section("throughput").get("pairs_per_second")) for t in self.trials]
-        known = [rate for rate in rates if rate is not None]
+        known = [rate for rate in rates if rate]  # of single responses alone it is 0
         return math.fsum(known) / len(known) if known else None
 
 

@@ -245,6 +245,20 @@ def test_an_evaluation_on_the_way_is_of_the_sample(tmp_path):
     assert taken.module.sample_metrics["eval/kto/z0"] == pytest.approx(1.15, rel=1e-3)
 
 
+def test_a_rung_has_a_gain_for_each_group(tmp_path):
+    """All four labels of the first set are told apart, so each gains about ln 2."""
+    taken = take_steps(
+        tmp_path, groups(), eval_groups=held_out()[:3], objective=KTO, beta=BETA, lr=1e-12
+    )
+    from dpo_lightning.evaluation.rungs import held_out as measure_of
+    from dpo_lightning.processes.signals import SignalWatch
+
+    measure = measure_of("eval/label_gain", held_out()[:3], SignalWatch())
+    with torch.no_grad():
+        values = measure(taken.trainer, taken.module)
+    assert values == pytest.approx([math.log(2)] * 3, abs=5e-3)
+
+
 # On two ranks -------------------------------------------------------------------------------------
 
 
