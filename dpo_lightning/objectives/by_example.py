@@ -195,7 +195,7 @@ def _rows(
     policy: Tensor,
     logratios: Tensor,
 ) -> dict[str, Tensor]:
-    """What each response adds to the entries of ``UNPAIRED_SUMS``, (N,); groups what each group."""
+    """Parts of each response in the entries of ``UNPAIRED_SUMS``, (N,); of each group for groups."""
     weight = batch.weight[batch.group]
     good = desirable.to(weight.dtype)
     bad = 1 - good
@@ -255,7 +255,7 @@ class Examples:
 def group_rows(
     objective: ObjectiveSettings, examples: Examples, *, count: int, beta: float, anchor: float
 ) -> Tensor:
-    """What each group adds to the entries of ``UNPAIRED_SUMS``, (count, 13), float64.
+    """Parts of each group in the entries of ``UNPAIRED_SUMS``, (count, 13), float64.
 
     The anchor, and what log-ratios tell about labels, are those of all groups together.
 

@@ -152,8 +152,8 @@ class ControlledConfig:
     )
     form: str = setting(
         "pairs",
-        "Rows of the embedded task: pairs, or single responses with a label (unpaired), for "
-        "loss=kto and its like.",
+        "Rows of the embedded task: pairs, or single responses with a label (unpaired), for a "
+        "loss on such, loss=kto or bco.",
         choices=("pairs", "unpaired"),
     )
 

@@ -29,13 +29,13 @@ _OF_PAIRS = {
 # Of responses that count by themselves, in the same places; the last one under eval/ alone.
 _OF_EXAMPLES = {
     "loss": SMALLER,
-    "logratios/separation": LARGER,
     "rewards/desirable": NEITHER,
     "rewards/undesirable": NEITHER,
     "logps/desirable": NEITHER,
     "logps/undesirable": NEITHER,
     "logratios/desirable": NEITHER,
     "logratios/undesirable": NEITHER,
+    "logratios/separation": LARGER,
     "kto/z0": NEITHER,
     "bco/delta": NEITHER,
     "label_gain": LARGER,

@@ -21,7 +21,7 @@ _COLUMNS = ("set", "rest", "place", "mismatched", "ratio", "policy", "desirable"
 
 @dataclass(slots=True)
 class ExampleLog:
-    """What an evaluation has seen so far on this rank.
+    """Examples that an evaluation has seen so far on this rank.
 
     Attributes:
         parts: Rows of the micro-batches, (8, N) each, in the order of ``_COLUMNS``.

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dpo_lightning.data.evaluations import HeldOut
+from dpo_lightning.evaluation.rungs import held_out as measure_of
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.batches import relative
 from tests.support.models import make_model
@@ -250,10 +252,7 @@ def test_a_rung_has_a_gain_for_each_group(tmp_path):
     taken = take_steps(
         tmp_path, groups(), eval_groups=held_out()[:3], objective=KTO, beta=BETA, lr=1e-12
     )
-    from dpo_lightning.evaluation.rungs import held_out as measure_of
-    from dpo_lightning.processes.signals import SignalWatch
-
-    measure = measure_of("eval/label_gain", held_out()[:3], SignalWatch())
+    measure = measure_of("eval/label_gain", held_out()[:3], SimpleNamespace(received=0))
     with torch.no_grad():
         values = measure(taken.trainer, taken.module)
     assert values == pytest.approx([math.log(2)] * 3, abs=5e-3)
