@@ -195,7 +195,7 @@ def _rows(
     policy: Tensor,
     logratios: Tensor,
 ) -> dict[str, Tensor]:
-    """Parts of each response in the entries of ``UNPAIRED_SUMS``, (N,); of each group for groups."""
+    """Parts of each response in the entries of ``UNPAIRED_SUMS``, (N,); of groups, (G,)."""
     weight = batch.weight[batch.group]
     good = desirable.to(weight.dtype)
     bad = 1 - good

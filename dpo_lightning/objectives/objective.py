@@ -159,7 +159,7 @@ class ObjectiveSettings:
                 )
 
     def _unpaired_problems(self) -> Iterator[str]:
-        """What single responses do not go with."""
+        """Yields the clauses on what single responses do not go with."""
         for name in self.unpaired:
             others = [other for other in self.terms if other != name]
             if others:
