@@ -110,6 +110,9 @@ PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {}
 LISTWISE_LOSSES = ("softmax", "plackett_luce")
 """Names of the losses on a whole group; the functions are in `listwise.py`."""
 
+UNPAIRED_LOSSES = ("kto", "bco", "apo_zero_unpaired")
+"""Names of the losses on single responses that are desirable or not; see `unpaired.py`."""
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """Names of the f-divergences; the functions are in `divergences.py`."""
 
