@@ -7,6 +7,7 @@ rows without a label, which the reader of rows counts and leaves out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ ROW_LABELS = ("label", "kto_tag")
 
 Row = dict[str, Any]
 
+_TURN = re.compile(r"\[\d+\]$")
+
 
 def answer_column(conversation: str) -> str:
     """The name under which a row has its answer."""
@@ -30,7 +33,17 @@ def answer_column(conversation: str) -> str:
 
 def label_column(conversation: str) -> str:
     """The name under which a row has its label."""
-    return f"{conversation}[label]"
+    return f"{conversation}[rating]"
+
+
+def row_of(source: str) -> str:
+    """The row that an answer is of, ``file:line``, out of the place of the answer.
+
+    Example:
+        >>> row_of("log.jsonl:12[3]"), row_of("log.jsonl:12")
+        ('log.jsonl:12', 'log.jsonl:12')
+    """
+    return _TURN.sub("", source)
 
 
 def rated_answers(

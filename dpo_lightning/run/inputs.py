@@ -224,15 +224,15 @@ def check_labels(rows: SourceRows, loss: LossConfig, *, key: str = "data.train")
     """
     names = [*loss.terms] or [loss.name]
     takes_one = all(name in UNPAIRED_LOSSES for name in names)
-    shown, others = ",".join(names), ", ".join(UNPAIRED_LOSSES)
+    shown, *others = ",".join(names), *(f"loss={name}" for name in UNPAIRED_LOSSES)
     named = {key: rows.train} | {eval_key(name): own for name, own in rows.held_out.items()}
     for where, part in named.items():
         alone = [group for group in part.groups if group.label is not None]
         if alone and not takes_one:
             raise UserError(
                 f"{where}: {alone[0].source} has one response and a label ({len(alone):,} of "
-                f"{part.total:,} rows), and loss={shown} compares responses; use a loss of single "
-                f"responses ({others}), or give rows with chosen and rejected"
+                f"{part.total:,} rows), and loss={shown} compares responses; use "
+                f"{' or '.join(others)}, or give rows with chosen and rejected"
             )
         ranked = [g for g in part.groups if g.label is None and len(g.responses) > 2]
         if ranked and takes_one:

@@ -296,13 +296,15 @@ def prepare_groups(
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
     objective = objective_settings(config.loss)
-    data.notes += _of_loss(rows, data, objective)
+    data.notes += _of_loss(rows, data, objective, key)
     for note in data.notes:
         log.info(note)
     return data, chat
 
 
-def _of_loss(rows: SourceRows, data: PreparedData, objective: ObjectiveSettings) -> list[str]:
+def _of_loss(
+    rows: SourceRows, data: PreparedData, objective: ObjectiveSettings, key: str
+) -> list[str]:
     """Lines about rows whose margins or labels do not suit the loss."""
     notes = []
     with_margin = sum(group.target_margin is not None for group in rows.train.groups)
@@ -313,7 +315,7 @@ def _of_loss(rows: SourceRows, data: PreparedData, objective: ObjectiveSettings)
         missing = len(rows.train.groups) - with_margin
         notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
     labels = data.labels()
-    if labels:
+    if labels and key == "data.train":
         names = ("desirable_weight", "undesirable_weight")
         known = [float(objective.options[name]) for name in names if name in objective.options]
         pairs = sum(group.pairs for group in data.train)

@@ -111,8 +111,8 @@ def _data(config: Config) -> Iterator[str]:
             )
         if data.threshold is not None:
             yield (
-                f"data.threshold={data.threshold:g} is for ratings of rows: name these with "
-                "data.train=<file or hub id>, or leave it out"
+                f"data.threshold={data.threshold:g}: the controlled task has no ratings; leave it "
+                "out"
             )
         if data.eval is not None:
             shown = source_label(data.eval)
