@@ -57,6 +57,10 @@ class TokenGroup:
             way round, with what is left.
         label: None where responses are compared; True or False where the group has one response
             and no partner: it is desirable, or undesirable.
+        mismatched: Ids of a response to another prompt, int32, which a loss measures behind this
+            one; None where no loss does.
+        mismatched_reference_logp: Its log-probability under the reference, or None where that is
+            not known beforehand.
     """
 
     prompt: Ids
@@ -70,6 +74,8 @@ class TokenGroup:
     target_margin: float = 0.0
     confidence: float = 1.0
     label: bool | None = None
+    mismatched: Ids | None = None
+    mismatched_reference_logp: float | None = None
 
     @property
     def tokens(self) -> int:

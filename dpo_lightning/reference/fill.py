@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_lightning.data.mismatched import laid_out, taken_apart
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
@@ -111,6 +112,8 @@ def with_reference_logps(
     Raises:
         UserError: If the reference gives a response no finite log-probability.
     """
+    # A response to another prompt that a loss measures is kept as one more of its group's.
+    parts = [[laid_out(group) for group in part] for part in parts]
     groups = [group for part in parts for group in part]
     wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
     plan = plan_blocks(
@@ -124,7 +127,7 @@ def with_reference_logps(
     reference = _reference(np.flatnonzero(wanted), plan, computed, own)
     if not computing.is_first:
         reference.computed = 0  # the first one counts for all
-    return [[next(filled) for _ in part] for part in parts], reference
+    return [[taken_apart(next(filled)) for _ in part] for part in parts], reference
 
 
 def _reference(

@@ -5,6 +5,7 @@ The settings end here and in ``plan``: every class below takes plain values.
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.controlled import MAX_LENGTH, ControlledTask
 from dpo_lightning.data.labels import imbalance
+from dpo_lightning.data.mismatched import add_mismatched
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.refused import Refuse, stop
 from dpo_lightning.data.splits import (
@@ -292,6 +294,7 @@ def prepare_groups(
         show=show,
     )
     data.overfit(config.data.overfit_groups)
+    _with_mismatched(config, data, max_length=source.max_length)
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
@@ -391,15 +394,22 @@ def controlled_data(
         reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
     """
     sizes = config.data.controlled
-    # The evaluation pairs are the same for every seed, so that seeds can be compared.
+    if sizes.form == "unpaired":
+        draw = functools.partial(task.labelled, reference_logps=reference_logps)
+    else:
+        draw = functools.partial(task.groups, reference_logps=reference_logps)
+    population = {"population": True} if sizes.population else {}
+    # The evaluation rows are the same for every seed, so that seeds can be compared.
     data = PreparedData(
-        train=task.groups(
-            sizes.train_groups,
-            seed=config.seed + 1,
-            reference_logps=reference_logps,
-            population=sizes.population,
-        ),
-        eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
+        train=draw(sizes.train_groups, seed=config.seed + 1, **population),
+        eval=draw(sizes.eval_groups, seed=0),
     )
     data.overfit(config.data.overfit_groups)
+    _with_mismatched(config, data, max_length=MAX_LENGTH)
     return data
+
+
+def _with_mismatched(config: Config, data: PreparedData, *, max_length: int) -> None:
+    """Gives the groups responses to other prompts, where the loss measures those."""
+    if objective_settings(config.loss).anchor == "mismatched":
+        add_mismatched(data, max_length=max_length, batch_size=config.data.batch_size)

@@ -141,14 +141,20 @@ class ControlledConfig:
     """Size of the embedded task, which is generated from the seed."""
 
     train_groups: int = setting(
-        16384, "Pairs of the embedded task to train on.", unit="groups", least=1
+        16384, "Rows of the embedded task to train on.", unit="groups", least=1
     )
     eval_groups: int = setting(
-        1024, "Pairs of the embedded task that are held out.", unit="groups", least=1
+        1024, "Rows of the embedded task that are held out.", unit="groups", least=1
     )
     population: bool = setting(
         False,
         "Draw no labels to train on: each pair counts both ways, by the probability of its label.",
+    )
+    form: str = setting(
+        "pairs",
+        "Rows of the embedded task: pairs, or single responses with a label (unpaired), for "
+        "loss=kto and its like.",
+        choices=("pairs", "unpaired"),
     )
 
 
