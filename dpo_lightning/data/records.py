@@ -136,8 +136,9 @@ def read_rows(
         reading.read_entry(entry, options)
     groups, bad = reading.groups, reading.bad
     if reading.unrated:
+        are = "is" if reading.unrated == 1 else "are"
         count = count_of(reading.unrated, "answer")
-        reading.notes.append(f"{where}: {count} without a rating, which are left out")
+        reading.notes.append(f"{where}: {count} without a rating {are} left out")
     return Rows(
         groups,
         bad,

@@ -83,6 +83,11 @@ class TokenGroup:
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
     @property
+    def preferred(self) -> Ids | None:
+        """The best response, or one that is desirable; None where there is none."""
+        return None if self.label is False else self.responses[0]
+
+    @property
     def pairs(self) -> int:
         """Strictly ranked pairs."""
         return sum(better < worse for better, worse in combinations(self.ranks, 2))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_lightning.data.bad_rows import count_of
 from dpo_lightning.data.labels import LabelCounts
 from dpo_lightning.data.tokens import DROP_REASONS
 from dpo_lightning.run.inspect.oddities import SAID
@@ -118,7 +119,7 @@ def _rows(found: Mapping[str, Any]) -> Iterator[Fact]:
         if sum(source["labels"].values()):
             yield Fact("labels", _labels(source["labels"]))
         if source["unrated"]:
-            yield Fact("", f"{source['unrated']:,} answers without a rating are left out")
+            yield Fact("", f"{count_of(source['unrated'], 'answer')} without a rating left out")
         if source["reordered"]:
             yield Fact("", f"{source['reordered']:,} rows were not in the order of their ranks")
         for reason, count in source["dropped"].items():

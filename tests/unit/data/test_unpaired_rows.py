@@ -89,7 +89,7 @@ def test_a_null_is_left_out_and_counted_and_never_undesirable(tmp_path):
     rows = read(path)
     assert [label for *_, label in labelled(rows)] == [True, False]
     assert (rows.total, rows.unrated) == (2, 3)
-    assert rows.notes == [f"data.train={path}: 3 answers without a rating, which are left out"]
+    assert rows.notes == [f"data.train={path}: 3 answers without a rating are left out"]
 
 
 def test_the_first_row_may_be_one_that_nobody_rated(tmp_path):

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dpo_lightning.data.groups import PreferenceGroup
 from dpo_lightning.data.records import Rows
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation.answers import Answering, choose_prompts
 from dpo_lightning.objectives.registry import UNPAIRED_LOSSES
 from dpo_lightning.run.evaluate.slices import slices_by_column
 from dpo_lightning.run.header import _counts
@@ -17,6 +19,7 @@ from dpo_lightning.run.inspect.oddities import count_oddities, leaks, told_rows
 from dpo_lightning.settings.schema import Config, DataConfig, LossConfig
 from tests.support.groups import ids, token_group
 from tests.support.inspected import inspect_json
+from tests.support.models import byte_tokenizer
 from tests.support.odd_rows import refusal
 
 PAIR = PreferenceGroup("q", ("a", "b"), (1, 2), 1.0, None, "pairs.jsonl:1")
@@ -154,6 +157,19 @@ def test_a_slice_finds_the_row_of_an_answer():
     groups = [replace(token(True), source=f"log.jsonl:{n}[3]") for n in (1, 2)]
     found = slices_by_column(groups, "country", {"log.jsonl:1": "a", "log.jsonl:2": "b"})
     assert [(own.value, own.groups.tolist()) for own in found] == [("a", [0]), ("b", [1])]
+
+
+def test_an_undesirable_answer_is_never_shown_as_the_preferred_one():
+    """Of both answers to one prompt the desirable one is; without it there is none."""
+    tokenizer = byte_tokenizer()
+    said = tokenizer("Yes.")["input_ids"]
+    down, up = (replace(token(label), responses=(ids(*said),)) for label in (False, True))
+    assert choose_prompts([down, up], count=1, max_tokens=9) == [up]
+    assert choose_prompts([up, down], count=1, max_tokens=9) == [up]
+    assert choose_prompts([down], count=1, max_tokens=9) == [down]
+    answering = Answering(tokenizer, 4, 16, torch.no_grad)
+    assert (answering.preferred(down), answering.preferred(up)) == ("", "Yes.")
+    assert answering.preferred(token_group()) == answering.text(ids(3, 0)).strip()
 
 
 # It loads a model's config and tokenizer.
