@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import MAX_LENGTH, ControlledTask
+from dpo_lightning.data.labels import imbalance
 from dpo_lightning.data.mismatched import add_mismatched
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.refused import Refuse, stop
@@ -43,6 +44,7 @@ from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.models.vocabulary import check_ids
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.adapter_start import adapter_settings
@@ -296,16 +298,34 @@ def prepare_groups(
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
-    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
-    uses_margin = "odpo" in objective_settings(config.loss).terms
-    if with_margin and not uses_margin:
-        data.notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
-    elif uses_margin and with_margin < len(rows.train.groups):
-        missing = len(rows.train.groups) - with_margin
-        data.notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
+    objective = objective_settings(config.loss)
+    data.notes += _of_loss(rows, data, objective, key)
     for note in data.notes:
         log.info(note)
     return data, chat
+
+
+def _of_loss(
+    rows: SourceRows, data: PreparedData, objective: ObjectiveSettings, key: str
+) -> list[str]:
+    """Lines about rows whose margins or labels do not suit the loss."""
+    notes = []
+    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
+    uses_margin = "odpo" in objective.terms
+    if with_margin and not uses_margin:
+        notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
+    elif uses_margin and with_margin < len(rows.train.groups):
+        missing = len(rows.train.groups) - with_margin
+        notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
+    labels = data.labels()
+    if labels and key == "data.train":
+        names = ("desirable_weight", "undesirable_weight")
+        known = [float(objective.options[name]) for name in names if name in objective.options]
+        pairs = sum(group.pairs for group in data.train)
+        weights = known if len(known) == len(names) else None
+        line = imbalance(labels["train"], weights, pairs=pairs)
+        notes += [line] if line else []
+    return notes
 
 
 def _load_models(

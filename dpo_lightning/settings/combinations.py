@@ -110,6 +110,11 @@ def _data(config: Config) -> Iterator[str]:
                 f"{key}={value}: the controlled task is spoken only by the bundled model; "
                 "name rows with data.train=<file or hub id>"
             )
+        if data.threshold is not None:
+            yield (
+                f"data.threshold={data.threshold:g}: the controlled task has no ratings; leave it "
+                "out"
+            )
         if data.eval is not None:
             shown = source_label(data.eval)
             yield f"data.eval={shown} needs training rows too: data.train=<file or hub id>"

@@ -199,6 +199,12 @@ class DataConfig:
         "Other names for the fields, such as {prompt: question, chosen: good, rejected: bad}, or "
         "{responses: [a, b], better: winner}; an empty name hides a column.",
     )
+    threshold: float | None = setting(
+        None,
+        "Least rating of an answer that is desirable, such as 4 of 5 stars; lower ones are "
+        "undesirable. null: labels are true and false, or 1 and 0 or -1.",
+        unit="rating",
+    )
     ignore_fields: list[str] = setting(
         [],
         "Columns of rows, and keys of messages as messages.<key>, that are left out: neither named "

@@ -122,6 +122,7 @@ MODELS = [
         "model.config=model: the controlled task is spoken only by",
         "data.train=a/b model.config=model",
     ),
+    Row("data.threshold=4", "4: the controlled task has no ratings", f"{OWN} data.threshold=4"),
     Row("data.eval=org/rows", "data.eval=org/rows needs training", f"{OWN} data.eval=org/rows"),
     Row(f"{OWN} data.subset=en", "data.subset=en is for hub", f"{HUB} data.subset=en"),
     Row(f"{OWN} data.revision=v", "data.revision=v is for hub", f"{HUB} data.revision=v"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.data.thumbs import row_of
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.items import GroupItems, numbered
@@ -66,7 +67,7 @@ def slices_by_column(
     Raises:
         UserError: If its values are lists or objects, which are no values to slice by.
     """
-    found = [values.get(group.source) for group in groups]
+    found = [values.get(row_of(group.source)) for group in groups]
     for group, value in zip(groups, found, strict=True):
         if isinstance(value, list | dict):
             kind = "a list" if isinstance(value, list) else "an object"
