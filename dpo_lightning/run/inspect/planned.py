@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
-from dpo_lightning.data.mismatched import mismatched_group
+from dpo_lightning.data.mismatched import laid_out, mismatched_group
 from dpo_lightning.data.packing import plan_step
 from dpo_lightning.data.refused import Refuse
 from dpo_lightning.data.splits import PreparedData
@@ -273,14 +273,15 @@ def _reference_tokens(
     """Tokens of the reference: of each step with a live one, else of each group that is seen."""
     if not learning.objective.uses_reference or config.reference.kind == "none":
         return 0
-    costs = _costs(data.train, shared=shared)
     if config.reference.kind == "live":
+        costs = _computed(data.train, _costs(data.train, shared=shared))
         return _tokens(config, schedule, costs)
+    costs = _costs([laid_out(group) for group in data.train], shared=shared)
     seen = rows_of_steps(
         len(costs),
         batch_size=config.data.batch_size,
         steps=schedule.total_steps,
         seed=config.seed,
     )
-    evaluated = _costs(data.all_evaluated_groups(), shared=shared)
+    evaluated = _costs([laid_out(g) for g in data.all_evaluated_groups()], shared=shared)
     return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)
