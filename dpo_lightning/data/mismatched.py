@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpo_lightning.data.splits import PreparedData
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Mismatched, TokenGroup
 
 ONE_PROMPT = (
     "all rows have one prompt, so there is no response to another one: KTO's reference point z0 "
@@ -68,7 +68,7 @@ def pair_up(groups: Sequence[TokenGroup], *, max_length: int) -> list[TokenGroup
         # Of several responses the hash takes one: the chosen and the rejected as often.
         response = donor.responses[digest[0] % len(donor.responses)]
         room = max(1, max_length - len(groups[i].prompt))
-        found[i] = replace(groups[i], mismatched=response[:room])
+        found[i] = replace(groups[i], mismatched=Mismatched(response[:room]))
     return found
 
 
@@ -102,10 +102,10 @@ def mismatched_group(group: TokenGroup) -> TokenGroup:
         group: One that has such a response.
     """
     assert group.mismatched is not None
-    logp = group.mismatched_reference_logp
+    logp = group.mismatched.reference_logp
     return TokenGroup(
         prompt=group.prompt,
-        responses=(group.mismatched,),
+        responses=(group.mismatched.ids,),
         ranks=(1,),
         weight=group.weight,
         source=group.source,
@@ -118,7 +118,7 @@ def laid_out(group: TokenGroup) -> TokenGroup:
     """A group whose mismatched response is one more of its responses, for the reference pass."""
     if group.mismatched is None:
         return group
-    return replace(group, responses=(*group.responses, group.mismatched))
+    return replace(group, responses=(*group.responses, group.mismatched.ids))
 
 
 def taken_apart(group: TokenGroup) -> TokenGroup:
@@ -131,5 +131,7 @@ def taken_apart(group: TokenGroup) -> TokenGroup:
         responses=group.responses[:-1],
         reference_logps=None if logps is None else logps[:-1],
         reference_token_logps=None if of_tokens is None else of_tokens[:-1],
-        mismatched_reference_logp=None if logps is None else float(logps[-1]),
+        mismatched=replace(
+            group.mismatched, reference_logp=None if logps is None else float(logps[-1])
+        ),
     )

@@ -38,6 +38,20 @@ DROP_REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatched:
+    """A response behind a prompt that is not its own.
+
+    Attributes:
+        ids: Its token ids, shape (R,), int32; cut where it does not fit behind the prompt.
+        reference_logp: Its log-probability there under the reference, or None where that is not
+            known beforehand.
+    """
+
+    ids: Ids
+    reference_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenGroup:
     """A prompt and its responses as token ids: K >= 2, best first, or one with a label.
 
@@ -57,10 +71,8 @@ class TokenGroup:
             way round, with what is left.
         label: None where responses are compared; True or False where the group has one response
             and no partner: it is desirable, or undesirable.
-        mismatched: Ids of a response to another prompt, int32, which a loss measures behind this
-            one; None where no loss does.
-        mismatched_reference_logp: Its log-probability under the reference, or None where that is
-            not known beforehand.
+        mismatched: A response to another prompt, which a loss measures behind this one; None where
+            no loss does.
     """
 
     prompt: Ids
@@ -74,8 +86,7 @@ class TokenGroup:
     target_margin: float = 0.0
     confidence: float = 1.0
     label: bool | None = None
-    mismatched: Ids | None = None
-    mismatched_reference_logp: float | None = None
+    mismatched: Mismatched | None = None
 
     @property
     def tokens(self) -> int:

@@ -291,9 +291,10 @@ class DPOModule(EvaluatingModule):
         return logps
 
     def _mismatched(self, batch: GroupBatch) -> Tensor:
-        return mismatched_logratios(
-            batch, policy=self.policy, reference=self.reference, scorer=self.scorer
-        )
+        with explained(self._now, batch, self._steps.smaller):
+            return mismatched_logratios(
+                batch, policy=self.policy, reference=self.reference, scorer=self.scorer
+            )
 
     def logratios(self, batch: GroupBatch) -> Tensor:
         """Log-ratio of each response, shape (N,); nothing is counted as asked for."""

@@ -13,7 +13,7 @@ import torch
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.data.packing import epoch_order
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Mismatched, TokenGroup
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
@@ -73,7 +73,7 @@ def with_mismatched(model: Any, group: TokenGroup, response: np.ndarray, ratio: 
     alone = replace(group, responses=(response,), ranks=(1,))
     with torch.no_grad():
         [own] = [logp.item() for logp in plain_logps(model, alone)]
-    return replace(group, mismatched=response, mismatched_reference_logp=own - ratio)
+    return replace(group, mismatched=Mismatched(response, own - ratio))
 
 
 def in_turn(*groups: TokenGroup) -> list[TokenGroup]:

@@ -45,7 +45,7 @@ def rows(count: int = 6) -> list[TokenGroup]:
 def partner(groups: list[TokenGroup], own: TokenGroup) -> TokenGroup:
     """The group whose response is another one's mismatched one."""
     assert own.mismatched is not None
-    [found] = [g for g in groups if any(np.array_equal(r, own.mismatched) for r in g.responses)]
+    [found] = [g for g in groups if any(np.array_equal(r, own.mismatched.ids) for r in g.responses)]
     return found
 
 
@@ -59,9 +59,9 @@ def test_each_group_gets_a_response_to_another_prompt():
 
 def test_the_pairing_is_of_the_content_and_not_of_the_order():
     groups = rows()
-    forwards = {g.responses[0][0]: g.mismatched.tolist() for g in pair_up(groups, max_length=8)}
+    forwards = {g.responses[0][0]: g.mismatched.ids.tolist() for g in pair_up(groups, max_length=8)}
     backwards = {
-        g.responses[0][0]: g.mismatched.tolist() for g in pair_up(groups[::-1], max_length=8)
+        g.responses[0][0]: g.mismatched.ids.tolist() for g in pair_up(groups[::-1], max_length=8)
     }
     assert forwards == backwards
 
@@ -69,13 +69,13 @@ def test_the_pairing_is_of_the_content_and_not_of_the_order():
 def test_of_different_prompts_every_response_is_used_once():
     """A circle over the rows in the order of their hashes."""
     groups = [group(i, 20 + i, label=True) for i in range(1, 9)]
-    used = [own.mismatched.tolist() for own in pair_up(groups, max_length=8)]
+    used = [own.mismatched.ids.tolist() for own in pair_up(groups, max_length=8)]
     assert sorted(used) == [[20 + i, 0] for i in range(1, 9)]
 
 
 def test_of_pairs_chosen_and_rejected_are_taken():
     groups = [group(i, 100 + i, 200 + i) for i in range(1, 41)]
-    firsts = [int(own.mismatched[0]) for own in pair_up(groups, max_length=8)]
+    firsts = [int(own.mismatched.ids[0]) for own in pair_up(groups, max_length=8)]
     chosen = sum(first < 200 for first in firsts)
     assert 8 < chosen < 32
 
@@ -86,10 +86,10 @@ def test_what_does_not_fit_behind_a_prompt_is_cut_off():
         replace(group(2, 6, label=False), responses=(ids(6, 7, 8, 9, 0),)),
     ]
     long, short = pair_up(groups, max_length=6)
-    assert long.mismatched.tolist() == [6, 7]
-    assert short.mismatched.tolist() == [5, 0]
+    assert long.mismatched.ids.tolist() == [6, 7]
+    assert short.mismatched.ids.tolist() == [5, 0]
     # Of a prompt that fills all but its own response a token is left.
-    assert len(pair_up(groups, max_length=4)[0].mismatched) == 1
+    assert len(pair_up(groups, max_length=4)[0].mismatched.ids) == 1
 
 
 def test_one_prompt_has_no_other_and_one_group_a_step_is_said():
@@ -110,8 +110,8 @@ def test_each_set_is_paired_within_itself():
     held_out = [group(50 + i, 60 + i, label=True) for i in range(4)]
     data = PreparedData(train=rows(), eval=held_out, sets={"a": 2, "b": 2})
     add_mismatched(data, max_length=8, batch_size=4)
-    assert [int(own.mismatched[0]) for own in data.eval] == [61, 60, 63, 62]
-    assert all(int(own.mismatched[0]) < 50 for own in data.train)
+    assert [int(own.mismatched.ids[0]) for own in data.eval] == [61, 60, 63, 62]
+    assert all(int(own.mismatched.ids[0]) < 50 for own in data.train)
 
 
 def test_the_reference_sees_it_as_one_more_response():
@@ -119,25 +119,26 @@ def test_the_reference_sees_it_as_one_more_response():
     laid = laid_out(own)
     assert [r.tolist() for r in laid.responses] == [
         own.responses[0].tolist(),
-        own.mismatched.tolist(),
+        own.mismatched.ids.tolist(),
     ]
     filled = replace(laid, reference_logps=np.array([-3.0, -7.5], dtype=np.float32))
     back = taken_apart(filled)
     assert [r.tolist() for r in back.responses] == [own.responses[0].tolist()]
     assert back.reference_logps.tolist() == [-3.0]
-    assert back.mismatched_reference_logp == -7.5
+    assert back.mismatched.reference_logp == -7.5
     # Of a group that was not asked for nothing is known.
-    assert taken_apart(laid).mismatched_reference_logp is None
+    assert taken_apart(laid).mismatched.reference_logp is None
     plain = group(1, 2, 3)
     assert laid_out(plain) is plain
     assert taken_apart(plain) is plain
 
 
 def test_alone_it_is_a_group_of_which_nothing_is_compared():
-    own = replace(pair_up(rows(), max_length=8)[0], mismatched_reference_logp=-7.5, weight=3.0)
+    own = pair_up(rows(), max_length=8)[0]
+    own = replace(own, mismatched=replace(own.mismatched, reference_logp=-7.5), weight=3.0)
     alone = mismatched_group(own)
     assert alone.prompt is own.prompt
-    assert [r.tolist() for r in alone.responses] == [own.mismatched.tolist()]
+    assert [r.tolist() for r in alone.responses] == [own.mismatched.ids.tolist()]
     assert alone.reference_logps.tolist() == [-7.5]
     assert (alone.pairs, alone.mismatched, alone.label) == (0, None, None)
 
@@ -190,7 +191,7 @@ def test_ranks_share_the_mismatched_responses_of_a_step(ranks, tokens, equal, we
         assert batch.examples == len(paired) + 1
         assert batch.example_weight == sum(g.weight for g in groups) + 2
         assert batch.total_weight == sum(g.weight for g in groups) + 1
-        assert batch.tokens == sum(g.tokens + len(g.prompt) + len(g.mismatched) for g in paired)
+        assert batch.tokens == sum(g.tokens + len(g.prompt) + len(g.mismatched.ids) for g in paired)
     if equal:
         assert len({len(batch.mismatched) for batch in batches}) == 1
         assert len({len(batch.micro_batches) for batch in batches}) == 1

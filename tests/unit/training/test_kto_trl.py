@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Mismatched, TokenGroup
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.models import byte_tokenizer, make_model
 from tests.support.steps import in_turn, plain_logps, single, take_steps
@@ -34,7 +34,7 @@ def groups() -> list[TokenGroup]:
     for number, own in enumerate(rows):
         step = number // SIZE * SIZE
         other = rows[step + (number - step - 1) % SIZE]
-        found.append(replace(own, mismatched=other.responses[0]))
+        found.append(replace(own, mismatched=Mismatched(other.responses[0])))
     return found
 
 
@@ -42,14 +42,14 @@ def with_reference(rows: Sequence[TokenGroup], model: Any) -> list[TokenGroup]:
     """The rows with what the reference gives their responses and their mismatched ones."""
     found = []
     for own in rows:
-        both = replace(own, responses=(own.responses[0], own.mismatched))
+        both = replace(own, responses=(own.responses[0], own.mismatched.ids))
         with torch.no_grad():
             logps = torch.stack(plain_logps(model, both))
         found.append(
             replace(
                 own,
                 reference_logps=logps[:1].numpy(),
-                mismatched_reference_logp=logps[1].item(),
+                mismatched=replace(own.mismatched, reference_logp=logps[1].item()),
             )
         )
     return found
@@ -102,7 +102,7 @@ def of_trl(folder: Path, rows: Sequence[TokenGroup], kind: str) -> tuple[list[fl
             {
                 "prompt_ids": own.prompt.tolist(),
                 "completion_ids": own.responses[0].tolist(),
-                "KL_completion_ids": own.mismatched.tolist(),
+                "KL_completion_ids": own.mismatched.ids.tolist(),
                 "label": own.label,
             }
             for own in rows

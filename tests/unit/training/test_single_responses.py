@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpo_lightning.data.evaluations import HeldOut
+from dpo_lightning.data.tokens import Mismatched
 from dpo_lightning.evaluation.rungs import held_out as measure_of
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from tests.support.batches import relative
@@ -333,7 +334,10 @@ def test_a_live_reference_counts_no_rows_for_them(tmp_path):
     model = make_model("llama", seed=3)
     scorer.prepare(model)
     reference = LiveReference(model, scorer)
-    bare = [replace(own, reference_logps=None, mismatched_reference_logp=None) for own in groups()]
+    bare = [
+        replace(own, reference_logps=None, mismatched=Mismatched(own.mismatched.ids))
+        for own in groups()
+    ]
     taken = take_steps(
         tmp_path, bare, reference=reference, objective=KTO, beta=BETA, batch_size=3, lr=1e-12
     )
@@ -341,7 +345,7 @@ def test_a_live_reference_counts_no_rows_for_them(tmp_path):
     own, other = make_model("llama"), make_model("llama", seed=3)
     ratios = [
         (plain_logps(own, alone)[0] - plain_logps(other, alone)[0]).item()
-        for alone in (replace(g, responses=(g.mismatched,), ranks=(1,)) for g in bare)
+        for alone in (replace(g, responses=(g.mismatched.ids,), ranks=(1,)) for g in bare)
     ]
     expected = max(0.0, sum(ratios) / 3)
     assert taken.values("train/kto/z0") == pytest.approx([expected], rel=1e-3, abs=1e-6)
