@@ -128,11 +128,9 @@ def unpaired_loss(
         policy_logps: (B,), floating. Log-probabilities of the responses under the policy.
         reference_logps: (B,), floating, the same under the reference.
         desirable: (B,), bool. True for desirable responses, False for undesirable ones.
-        beta: Strength of the pull towards the reference; finite and above 0. A tensor, of one
-            entry, is not looked at.
-        kl: KTO's z0 in nats, which gets no gradient; a negative one counts as 0. Other losses have
-            none.
-        delta: BCO's shift in units of reward, which gets no gradient. Other losses have none.
+        beta: Strength of the pull towards the reference; finite and above 0, if a number.
+        kl: KTO's z0 in nats, without a gradient; a negative one counts as 0. For KTO alone.
+        delta: BCO's shift in units of reward, without a gradient. For BCO alone.
         **options: `desirable_weight` and `undesirable_weight`, 1 each; others are refused.
 
     Returns:
@@ -142,8 +140,8 @@ def unpaired_loss(
         ValueError: For an unknown loss or option, a value out of range, or shapes that differ.
 
     Example:
-        A desirable response at the reference costs one half; an undesirable one that is 2 nats
-        below it, with z0 = 1: 1 - sigmoid(0.5 * (1 + 2)) = 0.1824.
+        A desirable response at z0 = 1 costs one half, an undesirable one that is 2 nats below the
+        reference 1 - sigmoid(0.5 * (1 + 2)) = 0.1824.
 
         >>> import torch
         >>> unpaired_loss(
@@ -156,16 +154,35 @@ def unpaired_loss(
         ... )  # (B,)
         tensor([0.5000, 0.1824])
     """
-    import torch
-
     loss = _known(name, options)
+    _check_numbers(name, loss, beta, {"mismatched": ("kl", kl), "running": ("delta", delta)})
+    _check_tensors(policy_logps, reference_logps, desirable)
+    examples = ExampleLogps(
+        logratios=_at_least_float32(policy_logps) - _at_least_float32(reference_logps),
+        desirable=desirable,
+        anchor=_anchor(loss, kl, delta, beta),
+    )
+    return evaluate_unpaired(name, examples, beta=beta, options=options)
+
+
+def _check_numbers(
+    name: str,
+    loss: UnpairedLoss,
+    beta: float | Tensor,
+    anchors: Mapping[str, tuple[str, float | Tensor]],
+) -> None:
+    """Raises where beta is no strength, or an anchor is given that the loss has not."""
     if isinstance(beta, float | int) and not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: must be a finite number > 0")
-    anchors = {"mismatched": kl, "running": delta}
-    for anchor, key in (("mismatched", "kl"), ("running", "delta")):
-        given = anchors[anchor]
+    for anchor, (key, given) in anchors.items():
         if loss.anchor != anchor and not (isinstance(given, float | int) and given == 0):
             raise ValueError(f"loss {name!r} has no {key}: leave it out")
+
+
+def _check_tensors(policy_logps: Tensor, reference_logps: Tensor, desirable: Tensor) -> None:
+    """Raises where shapes differ, which would broadcast, or a label is no truth value."""
+    import torch
+
     if policy_logps.ndim != 1:
         raise ValueError(f"policy_logps has shape {tuple(policy_logps.shape)}: it is (B,)")
     for key, tensor in {"reference_logps": reference_logps, "desirable": desirable}.items():
@@ -176,16 +193,12 @@ def unpaired_loss(
             )
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable is {desirable.dtype}: it is bool")
-    policy, reference = (
-        logps.to(torch.promote_types(logps.dtype, torch.float32))
-        for logps in (policy_logps, reference_logps)
-    )
-    examples = ExampleLogps(
-        logratios=policy - reference,
-        desirable=desirable,
-        anchor=_anchor(loss, kl, delta, beta),
-    )
-    return evaluate_unpaired(name, examples, beta=beta, options=options)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _anchor(

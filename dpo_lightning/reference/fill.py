@@ -84,9 +84,8 @@ def with_reference_logps(
     """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
     What is missing is computed in the data set's fixed blocks, each claimed in the cache's folder,
-    so that of many processes that want the same rows, ranks of one run among them, one computes a
-    block and the others read it. A cache that cannot be written to is said once; what it lacks is
-    then computed for this process alone.
+    so that of many processes that want the same rows one computes a block and the others read it.
+    What a cache lacks that cannot be written to, which is said, is computed for this process alone.
 
     Args:
         parts: Lists of groups, such as the training and the held-out groups: together the data
@@ -112,7 +111,6 @@ def with_reference_logps(
     Raises:
         UserError: If the reference gives a response no finite log-probability.
     """
-    # A response to another prompt that a loss measures is kept as one more of its group's.
     parts = [[laid_out(group) for group in part] for part in parts]
     groups = [group for part in parts for group in part]
     wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
