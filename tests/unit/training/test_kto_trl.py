@@ -63,11 +63,13 @@ def of_trl(folder: Path, rows: Sequence[TokenGroup], kind: str) -> tuple[list[fl
     policy, reference = policy_and_reference()
     text = {"prompt": ["a", "b"] * SIZE, "completion": ["c", "d"] * SIZE}
     losses: list[float] = []
+    kl: list[float] = []
 
     class Watched(KTOTrainer):
         def compute_loss(self, *positional: Any, **named: Any) -> Any:
             loss = super().compute_loss(*positional, **named)
             losses.append(loss.item())
+            kl.append(self._metrics["train"]["kl"][-1])
             return loss
 
     trainer = Watched(
@@ -109,7 +111,7 @@ def of_trl(folder: Path, rows: Sequence[TokenGroup], kind: str) -> tuple[list[fl
         ]
     )
     trainer.train()
-    return losses, [*trainer._metrics["train"]["kl"]]
+    return losses, kl
 
 
 @pytest.mark.slow  # imports TRL's trainer, accelerate and datasets
