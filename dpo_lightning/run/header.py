@@ -102,6 +102,11 @@ def _counts(data: PreparedData) -> str:
     if data.evaluated is not None:
         rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
     counts = [rows]
+    labels = data.labels()
+    if labels:
+        counts.append(f"of the training rows {labels['train']}")
+    if data.unrated:
+        counts.append(f"{data.unrated:,} unrated {_plural('answer', data.unrated)} left out")
     for reason, count in data.dropped.items():
         counts.append(f"{count:,} {_plural('row', count)} dropped: {DROP_REASONS[reason]}")
     for change, count in data.changed.items():

@@ -16,7 +16,6 @@ from dpo_lightning.settings.foreign_answers import Answer
 _SAME_LOSS = {"dpo": "sigmoid"}
 
 _SMOOTHED = "loss=sigmoid loss.label_smoothing=<share of wrong labels>"
-_UNPAIRED = "rows without a partner are not read; the same two losses on pairs"
 
 _LOSSES: dict[str, Answer] = {
     "vanilla": Answer("loss=sigmoid"),
@@ -45,8 +44,8 @@ _LOSSES: dict[str, Answer] = {
     "f_dpo": Answer("loss=sigmoid loss.f_divergence=<name>"),
     "fdpo": Answer("loss=sigmoid loss.f_divergence=<name>"),
     "beta_dpo": Answer("loss=sigmoid loss.adaptive_beta=<strength>"),
-    **dict.fromkeys(("kto", "kto_unpaired"), Answer("loss=kto_pair", _UNPAIRED)),
-    **dict.fromkeys(("bco", "bco_unpaired"), Answer("loss=bco_pair", _UNPAIRED)),
+    "kto_unpaired": Answer("loss=kto"),
+    "bco_unpaired": Answer("loss=bco"),
     "nca": Answer("loss=nca_pair"),
     "exo": Answer("loss=exo_pair"),
     "sppo": Answer("loss=sppo_hard"),

@@ -122,6 +122,7 @@ MODELS = [
         "model.config=model: the controlled task is spoken only by",
         "data.train=a/b model.config=model",
     ),
+    Row("data.threshold=4", "4: the controlled task has no ratings", f"{OWN} data.threshold=4"),
     Row("data.eval=org/rows", "data.eval=org/rows needs training", f"{OWN} data.eval=org/rows"),
     Row(f"{OWN} data.subset=en", "data.subset=en is for hub", f"{HUB} data.subset=en"),
     Row(f"{OWN} data.revision=v", "data.revision=v is for hub", f"{HUB} data.revision=v"),
@@ -262,6 +263,46 @@ OBJECTIVES = [
         "loss.terms.plackett_luce=1 loss.terms.sigmoid=1 data.controlled.population=true",
         "data.controlled.population=true weighs pairs",
         "loss.name=plackett_luce data.controlled.population=false",
+    ),
+    Row(
+        "loss.name=kto data.controlled.population=true",
+        "data.controlled.population=true weighs pairs, which loss=kto does not compare",
+        "loss.name=sigmoid data.controlled.population=true",
+    ),
+    Row(
+        "data.controlled.form=unpaired",
+        "data.controlled.form=unpaired: rows have one response and a label, and loss=sigmoid",
+        "loss.name=bco data.controlled.form=unpaired",
+    ),
+    Row(
+        f"{OWN} loss.name=kto data.controlled.form=unpaired",
+        "data.controlled.form=unpaired is of the embedded task, and data.train=",
+        f"{OWN} loss.name=kto data.controlled.form=pairs",
+    ),
+    Row(
+        "loss.name=kto reference.kind=none",
+        "reference=none: loss=kto compares each response with the reference",
+        "loss.name=kto reference.kind=live",
+    ),
+    Row(
+        "loss.terms.kto=1 loss.terms.sigmoid=0.5",
+        "kto is a loss on single responses and stands alone; use loss=kto, or leave kto out",
+        "loss.terms.kto=0.5",
+    ),
+    Row(
+        "loss.name=bco loss.rpo_alpha=0.1",
+        "loss.rpo_alpha=0.1 adds the likelihood of the better response of a group",
+        "loss.name=bco loss.desirable_weight=0.1",
+    ),
+    Row(
+        "loss.name=kto loss.undesirable_weight=-1",
+        "loss.undesirable_weight=-1: must be a number >= 0 for loss=kto",
+        "loss.name=kto loss.undesirable_weight=0",
+    ),
+    Row(
+        "loss.name=kto loss.adaptive_beta=0.5",
+        "loss.adaptive_beta=0.5 follows the margins of pairs, which loss=kto does not compare",
+        "loss.name=sigmoid loss.adaptive_beta=0.5",
     ),
     Row(
         "loss.beta_end=0.05",
@@ -468,6 +509,21 @@ PRUNING = [
         for name in ("eval/loss", "train/loss", "eval/rewards/margins", "eval/logratios/margins")
     ),
     Row(
+        f"loss.name=kto {HALVING} sweep.prune_metric=eval/logratios/separation",
+        "it does not compare trials; use sweep.prune_metric=eval/label_gain",
+        f"loss.name=kto {HALVING} sweep.prune_metric=eval/label_gain",
+    ),
+    Row(
+        f"loss.name=kto {HALVING} sweep.prune_metric=eval/rewards/accuracies",
+        "is not measured with loss=kto; use sweep.prune_metric=eval/label_gain, or leave it out",
+        f"loss.name=kto {HALVING}",
+    ),
+    Row(
+        f"{HALVING} sweep.prune_metric=eval/label_gain",
+        "is not measured with loss=sigmoid; use sweep.prune_metric=eval/fitted_log_loss",
+        f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
+    ),
+    Row(
         f"{HALVING} sweep.prune_metric=samples/judge",
         "is a judge's mark, and evaluation.judge names none; use sweep.prune_metric=",
         f"{HALVING} sweep.prune_metric=eval/rewards/accuracies",
@@ -497,6 +553,16 @@ PRUNING = [
 MONITOR = "checkpoint.monitor=eval/loss"
 SETS = 'data.eval={"a":a.json,"b":rows.jsonl}'
 SELECTION = [
+    Row(
+        "loss.name=kto checkpoint.monitor=eval/rewards/accuracies",
+        "is not measured with loss=kto, a loss on single responses; use checkpoint.monitor=eval/",
+        "loss.name=kto checkpoint.monitor=eval/label_gain",
+    ),
+    Row(
+        "checkpoint.monitor=eval/label_gain",
+        "is not measured with loss=sigmoid, a loss on pairs; use checkpoint.monitor=eval/loss",
+        "checkpoint.monitor=eval/rewards/accuracies",
+    ),
     Row(
         "checkpoint.patience=3",
         "checkpoint.patience=3: nothing says which checkpoint is better; add checkpoint.monitor=",

@@ -25,6 +25,8 @@ _PANELS = (
     ("loss", ("train/loss",), ("eval/loss",)),
     ("accuracy", ("train/rewards/accuracies",), ("eval/rewards/accuracies",)),
     ("margin, in rewards", ("train/rewards/margins",), ("eval/rewards/margins",)),
+    ("separation, in nats", ("train/logratios/separation",), ("eval/logratios/separation",)),
+    ("told about labels, in nats", (), ("eval/label_gain",)),
     (
         "KL to the reference, nats an answer",
         (),
@@ -256,8 +258,10 @@ def _times(throughput: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append((label, seconds_text(value)))
     for key, label in (
         ("pairs_per_second", "pairs a second"),
+        ("examples_per_second", "examples a second"),
         ("tokens_per_second", "tokens a second"),
     ):
-        if (value := number(throughput.get(key))) is not None:
+        # Of single responses alone there are no pairs.
+        if (value := number(throughput.get(key))) or (value == 0 and key != "pairs_per_second"):
             found.append((label, number_text(value)))
     return found
