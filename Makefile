@@ -86,6 +86,7 @@ $(SITE)/.ready: pyproject.toml constraints.txt
 docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the code, and build site/ from docs/
 	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
 	@$(BIN)/python -m dpo_lightning.run.outcome_page > docs/outcomes.md
+	@$(BIN)/python -m dpo_lightning.run.api_page > docs/api.md
 	@$(SITE)/bin/zensical build --strict --clean
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
