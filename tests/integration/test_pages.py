@@ -115,7 +115,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Long as all of them take a quarter of an hour on two cores.
 @pytest.mark.docs
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(text_of(page))])
 def test_the_blocks_of_a_page_run_in_their_order(page, terminal, models, tmp_path):
     lay_out(tmp_path, models)
@@ -130,7 +129,7 @@ def test_the_blocks_of_a_page_run_in_their_order(page, terminal, models, tmp_pat
 
 
 @pytest.mark.docs
-@pytest.mark.long  # starts the warm process
+@pytest.mark.long
 def test_a_line_that_fails_is_shown_with_what_it_said(terminal, tmp_path):
     with pytest.raises(AssertionError, match=r"exit code 2\nerror: bta: unknown key"):
         terminal.type("dpo-lightning train bta=1 | cat\necho not reached", tmp_path)

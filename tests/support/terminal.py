@@ -27,7 +27,7 @@ from tests.support.runs import ROOT
 from tests.support.warm import own_environment
 
 MODULES = (*warm_starts.MODULES, "dpo_lightning.__main__", "tests.support.terminal")
-SECONDS = 600
+SECONDS = 1500
 
 _INPUT = "TYPED_INPUT"
 _MESSAGE_BYTES = 1 << 17
