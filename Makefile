@@ -53,14 +53,14 @@ test: $(READY) ## run the tests but the slow ones: make test ARGS="-k attention"
 test-slow: $(READY) ## run the slow tests, and those of the pages, alone
 	@$(BIN)/python $(PYTEST) -m "$(SLOW)" $(ARGS)
 
-test-docs: $(READY) ## take each command of the README and of docs/ as far as the front door
-	@$(BIN)/python $(PYTEST) -m docs $(ARGS)
+test-docs: $(READY) ## run each command and snippet of the README and of docs/; a quarter of an hour
+	@$(BIN)/python $(PYTEST) --dist worksteal -m docs $(ARGS)
 
 test-all: $(READY) ## run both
 	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)
 
 test-long: $(READY) ## several ranks, compiled steps, whole sweeps, online wandb; twenty minutes
-	@$(BIN)/python $(PYTEST) -m long $(ARGS)
+	@$(BIN)/python $(PYTEST) -m "long and not docs" $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python $(PYTEST) -m faults $(ARGS)
@@ -86,6 +86,7 @@ $(SITE)/.ready: pyproject.toml constraints.txt
 docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the code, and build site/ from docs/
 	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
 	@$(BIN)/python -m dpo_lightning.run.outcome_page > docs/outcomes.md
+	@$(BIN)/python -m dpo_lightning.run.api_page > docs/api.md
 	@$(SITE)/bin/zensical build --strict --clean
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each

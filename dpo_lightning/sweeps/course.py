@@ -344,5 +344,9 @@ def _note(trial: Trial, status: str, error: str | None) -> None:
     if result.get("status") != status or result.get("error") != error:
         facts = {"settings_hash": trial.plan.settings_hash, **trial.plan.facts}
         write_json(path, facts | result | {"status": status, "error": error})
+        # Here, because few trials come to it. The run wrote its page before this was decided.
+        from dpo_lightning.run.page.write import keep_run_page
+
+        keep_run_page(trial.folder)
     trial.metrics = result.get("metrics") or {}
     trial.save()
