@@ -27,7 +27,6 @@ from dpo_lightning.evaluation.sampling import end_ids, sampled_divergences
 from dpo_lightning.evaluation.verdicts import known
 from dpo_lightning.evaluation.win_rates import why_withheld
 from dpo_lightning.models.sharding import is_sharded
-from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.reference.pair import Models
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.training.checkpoints.exact_resume import evaluate_now
@@ -150,7 +149,7 @@ class AnswersOnTheWay(Callback):
             "samples/cut_off": cut_off_count(answers, ends, answering) / len(answers),
         }
         # Else it would have to be loaded beside all that a training holds.
-        if isinstance(models.reference, LiveReference):
+        if models.start_in_memory:
             with models.reference_model(device) as reference:
                 kl = sampled_divergences(
                     models.policy,

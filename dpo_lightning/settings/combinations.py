@@ -26,6 +26,7 @@ from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
+from dpo_lightning.settings.moving_reference import moving_reference_problems
 from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
 from dpo_lightning.settings.row_sources import source_problems
@@ -164,6 +165,7 @@ def _objective(config: Config) -> Iterator[str]:
     objective = objective_settings(loss)
     yield from (f"loss.{problem}" for problem in objective.problems())
     yield from _use_of_reference(config, objective)
+    yield from moving_reference_problems(config)
     if config.data.controlled.population and objective.listwise:
         yield (
             f"data.controlled.population=true weighs pairs, which "

@@ -45,6 +45,8 @@ _LOSSES: dict[str, Answer] = {
     "f_dpo": Answer("loss=sigmoid loss.f_divergence=<name>"),
     "fdpo": Answer("loss=sigmoid loss.f_divergence=<name>"),
     "beta_dpo": Answer("loss=sigmoid loss.adaptive_beta=<strength>"),
+    "tr_dpo": Answer("loss=sigmoid reference.sync_every=<steps>"),
+    "tr_ipo": Answer("loss=ipo reference.sync_every=<steps>"),
     **dict.fromkeys(("kto", "kto_unpaired"), Answer("loss=kto_pair", _UNPAIRED)),
     **dict.fromkeys(("bco", "bco_unpaired"), Answer("loss=bco_pair", _UNPAIRED)),
     "nca": Answer("loss=nca_pair"),
