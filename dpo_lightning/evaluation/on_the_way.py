@@ -186,7 +186,7 @@ class AnswersOnTheWay(Callback):
             return self._judge.mark(prompts, texts, show=self._answering.show)[0]
         except UserError as error:
             log.warning(
-                "answers on the way are judged no more, the training goes on: %s",
+                "the judge failed: later evaluations are not judged, training continues: %s",
                 redact(" ".join(str(error).split())),
             )
             self._judge = None
@@ -199,8 +199,8 @@ class AnswersOnTheWay(Callback):
             return
         self._said = True
         log.info(
-            "answers at evaluations took %.0f%% of the wall time so far: a smaller "
-            "evaluation.intermediate_samples= takes less (it is %d), 0 draws none",
+            "answers at evaluations took %.0f%% of the wall time so far; lower "
+            "evaluation.intermediate_samples=%d, or set it to 0",
             *(100 * share, self._count),
         )
 

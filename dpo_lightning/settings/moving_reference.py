@@ -32,21 +32,22 @@ def moving_reference_problems(config: Config) -> Iterator[str]:
         )
     elif reference.kind == "cached":
         yield (
-            f"reference.sync_every={every} with reference=cached: cached log-probs are of the reference as it starts, and "
-            "it moves away from there; use reference=auto"
+            f"reference.sync_every={every} with reference=cached: cached log-probs are of the "
+            "reference as it starts, and it moves away from there; use reference=auto"
         )
     if every == 1 and alpha == 1:
         yield (
-            f"reference.sync_every={every} reference.sync_alpha=1: the reference would be the policy in each step, so "
-            "that each log-ratio is 0, the loss never changes (ln 2 with loss=sigmoid), and beta "
-            "only scales the gradient: nothing keeps the policy near any reference; use more "
-            "steps, or a smaller reference.sync_alpha="
+            f"reference.sync_every={every} reference.sync_alpha=1: the reference would be the "
+            "policy in each step, so that each log-ratio is 0, the loss never changes (ln 2 with "
+            "loss=sigmoid), and beta only scales the gradient: nothing keeps the policy near any "
+            "reference; use more steps, or a smaller reference.sync_alpha="
         )
     if config.peft.kind == "lora":
         for name in ("pretrained", "adapter"):
             value = getattr(reference, name)
             if value is not None:
                 yield (
-                    f"reference.sync_every={every} with peft=lora moves a copy of the trained adapter, and "
-                    f"reference.{name}={value} is another start; leave reference.{name} out"
+                    f"reference.sync_every={every} with peft=lora moves a copy of the trained "
+                    f"adapter, and reference.{name}={value} is another start; leave "
+                    f"reference.{name} out"
                 )

@@ -182,7 +182,7 @@ JUDGES = [
     ),
     Row(
         "evaluation.judge=https://host/v1",
-        "addresses are not loaded; one that is to be asked is evaluation.judge=endpoint",
+        "addresses are not loaded; to ask a server, use evaluation.judge=endpoint",
         ENDPOINT,
     ),
     Row(
@@ -220,7 +220,7 @@ JUDGES = [
     ),
     Row(
         f"{ENDPOINT} evaluation.judge_prompt=nope.txt",
-        "evaluation.judge_prompt=nope.txt: no such file of text",
+        "evaluation.judge_prompt=nope.txt: no such text file",
         ENDPOINT,
     ),
     Row(
