@@ -260,10 +260,16 @@ def _reference_tokens(
     data: PreparedData,
     shared: bool,
 ) -> int:
-    """Tokens of the reference: of each step with a live one, else of each group that is seen."""
+    """Tokens of the reference: of each step with a live one, else of each group that is seen.
+
+    Beside one that moves held-out groups are computed once all the same.
+    """
     if not learning.objective.uses_reference or config.reference.kind == "none":
         return 0
     costs = _costs(data.train, shared=shared)
+    evaluated = _costs(data.all_evaluated_groups(), shared=shared)
+    if config.reference.sync_every is not None:
+        return _tokens(config, schedule, costs) + sum(evaluated)
     if config.reference.kind == "live":
         return _tokens(config, schedule, costs)
     seen = rows_of_steps(
@@ -272,5 +278,4 @@ def _reference_tokens(
         steps=schedule.total_steps,
         seed=config.seed,
     )
-    evaluated = _costs(data.all_evaluated_groups(), shared=shared)
     return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)
