@@ -326,7 +326,7 @@ class RunFolder:
         """
         if not self.is_there():
             raise StorageError(
-                f"{self.path}: the run's folder was deleted or moved while the run was at work in "
+                f"{self.path}: the run's folder was deleted or moved while the run was using "
                 "it, so nothing of it could be kept; the run stops"
             )
 
@@ -375,7 +375,7 @@ def hold_run(config: Config, path: Path, *, is_writer: bool) -> Iterator[RunFold
             settle(lock)
         except TakenError as error:
             raise UserError(
-                f"hydra.run.dir={path}: a run is at work there ({error}); wait for its end, stop "
+                f"hydra.run.dir={path}: a run is using it ({error}); wait for its end, stop "
                 "it, or name another folder with hydra.run.dir="
             ) from error
         except OSError as error:
@@ -389,7 +389,7 @@ def hold_run(config: Config, path: Path, *, is_writer: bool) -> Iterator[RunFold
 
 
 def _say_wait(path: Path, who: str) -> None:
-    print(f"{path}: {who} was at work there a moment ago; waiting for a sign of it", flush=True)
+    print(f"{path}: {who} used it a moment ago; waiting for its heartbeat", flush=True)
 
 
 def _lost(path: Path) -> None:

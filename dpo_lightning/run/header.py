@@ -121,7 +121,9 @@ def _reference(models: Models, names: Names) -> str:
     if models.adapters is not None and names.reference is None:
         adapter = names.frozen_adapter
         reference = f"adapter {adapter}" if adapter else "base model without the adapter"
-    if models.reference is None:
+    if models.movement is not None:
+        state = models.movement.describe()
+    elif models.reference is None:
         state += ", log-probs cached"
     return f"{reference} ({state})"
 

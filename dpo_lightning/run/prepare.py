@@ -46,6 +46,7 @@ from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.processes.phases import ShowPhase, unshown
+from dpo_lightning.reference.moving import Movement
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.chat import ChatTemplate, choose_template
@@ -339,12 +340,19 @@ def _load_models(
             pretrained=reference.pretrained,
             revision=reference.revision,
             needed=objective_settings(config.loss).uses_reference,
+            movement=movement_of(config),
         ),
         seed=config.seed,
         adapters=adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
         show=show,
     )
+
+
+def movement_of(config: Config) -> Movement | None:
+    """The way in which the reference follows the policy; None where it stays as it is."""
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    return None if every is None else Movement(every, alpha)
 
 
 def choose_judge(

@@ -31,6 +31,7 @@ from dpo_lightning.memory.peaks import (
 )
 from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.fill import Watch
+from dpo_lightning.reference.moving import say_if_still
 from dpo_lightning.run.build import (
     Beginning,
     SessionCallbacks,
@@ -243,7 +244,7 @@ def _with_models_in_place(session: Session, placed: Placed) -> Prepared:
         models.policy.activation_checkpointing_enable({"use_reentrant": False})
     prepared = with_shards(prepared, placed.computation)
     assert session.trainer is not None
-    if models.reference is None:
+    if models.reference is None or models.movement is not None:
         start_others(session.trainer)
     check = session.supervision.children.check
     if placed.device.type == "cpu":
@@ -278,6 +279,7 @@ def _build(
         say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
         say_selection(plan.evaluation.course)
+        say_if_still(prepared.models.movement, total_steps=plan.schedule.total_steps)
     return (
         module,
         datamodule,

@@ -27,6 +27,7 @@ from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
+from dpo_lightning.settings.moving_reference import moving_reference_problems
 from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
 from dpo_lightning.settings.row_sources import source_problems
@@ -171,6 +172,7 @@ def _objective(config: Config) -> Iterator[str]:
     yield from (f"loss.{problem}" for problem in objective.problems())
     yield from _use_of_reference(config, objective)
     yield from _controlled(config, objective)
+    yield from moving_reference_problems(config)
     yield from _changing_beta(config, objective)
     if reference.kind == "none" and reference.pretrained is not None:
         yield (

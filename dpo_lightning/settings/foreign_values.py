@@ -46,6 +46,8 @@ _LOSSES: dict[str, Answer] = {
     "beta_dpo": Answer("loss=sigmoid loss.adaptive_beta=<strength>"),
     "kto_unpaired": Answer("loss=kto"),
     "bco_unpaired": Answer("loss=bco"),
+    "tr_dpo": Answer("loss=sigmoid reference.sync_every=<steps>"),
+    "tr_ipo": Answer("loss=ipo reference.sync_every=<steps>"),
     "nca": Answer("loss=nca_pair"),
     "exo": Answer("loss=exo_pair"),
     "sppo": Answer("loss=sppo_hard"),

@@ -33,6 +33,7 @@ OWN = "data.train=rows.jsonl model.pretrained=model"
 LORA = "peft.kind=lora"
 NF4 = f"{LORA} peft.quantization=nf4"
 SFT = "loss.name=sft"
+SYNC = "reference.sync_every=64"
 HUB = "data.train=org/rows model.pretrained=model"
 
 SOURCES = [
@@ -182,7 +183,7 @@ JUDGES = [
     ),
     Row(
         "evaluation.judge=https://host/v1",
-        "addresses are not loaded; one that is to be asked is evaluation.judge=endpoint",
+        "addresses are not loaded; to ask a server, use evaluation.judge=endpoint",
         ENDPOINT,
     ),
     Row(
@@ -220,7 +221,7 @@ JUDGES = [
     ),
     Row(
         f"{ENDPOINT} evaluation.judge_prompt=nope.txt",
-        "evaluation.judge_prompt=nope.txt: no such file of text",
+        "evaluation.judge_prompt=nope.txt: no such text file",
         ENDPOINT,
     ),
     Row(
@@ -253,6 +254,46 @@ OBJECTIVES = [
         "loss.f_divergence=forward_kl reference.kind=none",
         "reference=none: loss.f_divergence=forward_kl is a distance from the reference",
         "loss.f_divergence=reverse_kl reference.kind=none",
+    ),
+    Row(
+        "reference.sync_alpha=0.3",
+        "reference.sync_alpha=0.3: the reference stays as it is; add reference.sync_every=",
+        f"{SYNC} reference.sync_alpha=0.3",
+    ),
+    Row(
+        f"{SYNC} {SFT}",
+        "reference.sync_every=64: loss=sft uses no reference; leave it out",
+        f"{SYNC} loss.name=ipo",
+    ),
+    Row(
+        f"{SYNC} reference.kind=none",
+        "reference.sync_every=64 with reference=none: there is nothing to move",
+        f"{SYNC} reference.kind=auto",
+    ),
+    Row(
+        f"{SYNC} reference.kind=cached",
+        "reference.sync_every=64 with reference=cached: cached log-probs are of the reference as",
+        f"{SYNC} reference.kind=live",
+    ),
+    Row(
+        "reference.sync_every=1 reference.sync_alpha=1",
+        "the reference would be the policy in each step, so that each log-ratio is 0, the loss",
+        "reference.sync_every=2 reference.sync_alpha=1",
+    ),
+    Row(
+        "reference.sync_every=1 reference.sync_alpha=1.0",
+        "nothing keeps the policy near any reference; use more steps, or a smaller",
+        "reference.sync_every=1 reference.sync_alpha=0.99",
+    ),
+    Row(
+        f"{LORA} {SYNC} reference.pretrained=a/b",
+        "moves a copy of the trained adapter, and reference.pretrained=a/b is another start",
+        f"{SYNC} reference.pretrained=a/b",
+    ),
+    Row(
+        f"{LORA} {SYNC} reference.adapter=a/b",
+        "and reference.adapter=a/b is another start; leave reference.adapter out",
+        f"{LORA} {SYNC} peft.adapter=a/b",
     ),
     Row(
         "loss.name=softmax data.controlled.population=true",
