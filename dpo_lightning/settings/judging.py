@@ -219,7 +219,7 @@ def judge_problems(config: Config) -> Iterator[str]:
         )
         return
     name = judge_named(evaluation)
-    if name is not None and evaluation.samples == 0:
+    if name is not None and evaluation.samples == 0 and not config.rounds.count:
         yield (
             f"evaluation.judge={name} has nothing to judge with evaluation.samples=0; raise that"
         )
