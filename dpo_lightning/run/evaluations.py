@@ -80,12 +80,13 @@ def plan_evaluations(
     total_steps: int,
     batch_size: int,
     shared: bool,
+    round_steps: int | None = None,
 ) -> EvaluationCourse:
     """Decides the evaluations of a run.
 
     The limit is shared out evenly over evaluations and sets. It is of the mean training row, so
     that neither seed nor order decides the sample. Where no interval is set and it leaves too few
-    rows for ten evaluations there are fewer of them.
+    rows for ten evaluations there are fewer of them. With rounds they are at ends of rounds.
 
     Args:
         evaluation: The settings.
@@ -94,6 +95,7 @@ def plan_evaluations(
         total_steps: Steps of the run.
         batch_size: Groups of a step.
         shared: True if a prompt is computed once for all its responses.
+        round_steps: Steps of a round; None where there are no rounds.
 
     Raises:
         UserError: If an evaluation that was asked for has no rows, or a metric is to select that no
@@ -111,7 +113,12 @@ def plan_evaluations(
     if share is not None:
         trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
         budget = share * trained / len(sets)
-    every, sample = _interval([*sets.values()], evaluation, total_steps, budget, shared=shared)
+    possible = _intervals(evaluation, total_steps, round_steps)
+    # The rows that nobody asked for have to be worth an evaluation; ends of rounds are anyway.
+    least = _LEAST_ROWS if evaluation.every_n_steps is None and round_steps is None else 1
+    every, sample = _interval(
+        [*sets.values()], evaluation, possible, total_steps, budget, least=least, shared=shared
+    )
     if not sample:
         _refuse_without_room(evaluation, share)
     count = _before(evaluation, every, total_steps) if sample else 0
@@ -124,7 +131,9 @@ def plan_evaluations(
         held_out=HeldOut(sizes, names, None if whole else tuple(sample)),
         samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
-        exact=evaluation.every_n_steps is not None or monitor.startswith("controlled/"),
+        exact=evaluation.every_n_steps is not None
+        or round_steps is not None
+        or monitor.startswith("controlled/"),
     )
     if monitor:
         _check_monitor(checkpoint, course)
@@ -185,12 +194,24 @@ def _before(evaluation: EvaluationConfig, every: int, total_steps: int) -> int:
     return (total_steps - 1) // every + evaluation.on_start
 
 
+def _intervals(
+    evaluation: EvaluationConfig, total_steps: int, round_steps: int | None
+) -> list[int]:
+    """Intervals to choose from, the shortest first."""
+    if evaluation.every_n_steps is not None:
+        return [evaluation.every_n_steps]
+    unit = round_steps or 1
+    return list(dict.fromkeys(unit * math.ceil(total_steps / n / unit) for n in range(10, 0, -1)))
+
+
 def _interval(
     sets: Sequence[Sequence[TokenGroup]],
     evaluation: EvaluationConfig,
+    possible: Sequence[int],
     total_steps: int,
     budget: float,
     *,
+    least: int,
     shared: bool,
 ) -> tuple[int, list[int]]:
     """Steps between two evaluations, and the rows that those before the last see.
@@ -198,8 +219,10 @@ def _interval(
     Args:
         sets: The groups of each set.
         evaluation: The settings.
+        possible: Intervals to choose from, the shortest first.
         total_steps: Steps of the run.
         budget: Tokens that all those evaluations may take of each set.
+        least: Rows of each set that are enough.
         shared: True if a prompt is computed once for all its responses.
 
     Returns:
@@ -207,10 +230,8 @@ def _interval(
         last one.
     """
     own = evaluation.every_n_steps
-    possible = [own] if own is not None else [math.ceil(total_steps / n) for n in range(10, 0, -1)]
     for every in possible:
         count = _before(evaluation, every, total_steps)
-        least = _LEAST_ROWS if own is None else 1
         sample = _sample(sets, budget / count, least=least, shared=shared) if count else []
         if sample:
             return every, sample

@@ -49,8 +49,9 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
+from dpo_lightning.run.rounds.marking import RoundMarker, make_marker
 from dpo_lightning.settings.folders import cache_folder
-from dpo_lightning.settings.judging import judge_settings
+from dpo_lightning.settings.judging import JudgeSettings, judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.ranks import Ranks
@@ -72,6 +73,7 @@ class Prepared:
         task: The controlled task, if that is trained on.
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         judge: Judges answers, if the settings name one.
+        marker: Has it mark the answers of rounds, if there are some to mark.
         threads: CPU threads of one operation in the reference pass.
         ranks: The processes that share the models' weights; None where each has its own.
         chat: The chat template; None where no rows go through one.
@@ -85,6 +87,7 @@ class Prepared:
     task: ControlledTask | None
     reference_outcome_logps: Tensor | None
     judge: Judge | None
+    marker: RoundMarker | None
     threads: int
     ranks: Ranks | None = None
     chat: ChatTemplate | None = None
@@ -146,6 +149,7 @@ def prepare(
         task=task,
         reference_outcome_logps=reference_logps,
         judge=choose_judge(config, hardware, judges=ranks is None or ranks.is_first, show=show),
+        marker=choose_marker(config, hardware, folder, show=show),
         threads=threads,
         ranks=ranks,
         chat=chat,
@@ -338,14 +342,37 @@ def choose_judge(
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
     if settings is None:
         return None
-    if not judges:
-        return SilentJudge()
+    return _make_judge(settings, hardware, show) if judges else SilentJudge()
 
+
+def _make_judge(
+    settings: JudgeSettings, hardware: Hardware, show: ShowPhase, *, may_miss: bool = False
+) -> Judge:
     def reward_model(source: str) -> RewardModel:
         fetch_weights(source, None, show)
         return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
 
-    return make_judge(settings, reward_model=reward_model)
+    return make_judge(settings, reward_model=reward_model, may_miss=may_miss)
+
+
+def choose_marker(
+    config: Config, hardware: Hardware, folder: RunFolder | None, *, show: ShowPhase = unshown
+) -> RoundMarker | None:
+    """The one who has the judge mark a round's answers; None where there is nobody to ask.
+
+    Args:
+        config: The settings.
+        hardware: Devices; a reward model takes the one that a policy is on.
+        folder: The run's folder, which keeps marks.
+        show: Shows how far a download is.
+    """
+    settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
+    if settings is None or not config.rounds.count or folder is None:
+        return None
+    judge = _make_judge(settings, hardware, show, may_miss=True)
+    return make_marker(
+        judge, settings, folder.path, go_on=f"resume={folder.path} goes on once the judge answers"
+    )
 
 
 def controlled_groups(config: Config, source: ModelSource) -> PreparedData:
