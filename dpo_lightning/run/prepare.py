@@ -325,7 +325,12 @@ def _load_models(
 
 
 def choose_judge(
-    config: Config, hardware: Hardware, *, judges: bool, show: ShowPhase = unshown
+    config: Config,
+    hardware: Hardware,
+    *,
+    judges: bool,
+    may_miss: bool = False,
+    show: ShowPhase = unshown,
 ) -> Judge | None:
     """The judge, before the training: what is wrong with it need not cost one.
 
@@ -333,6 +338,7 @@ def choose_judge(
         config: The settings.
         hardware: Devices; a reward model takes the one that a policy is on.
         judges: False on a rank that leaves it to the first.
+        may_miss: True if it may leave answers without a mark.
         show: Shows how far a download is.
     """
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
@@ -345,7 +351,7 @@ def choose_judge(
         fetch_weights(source, None, show)
         return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
 
-    return make_judge(settings, reward_model=reward_model)
+    return make_judge(settings, reward_model=reward_model, may_miss=may_miss)
 
 
 def controlled_groups(config: Config, source: ModelSource) -> PreparedData:
