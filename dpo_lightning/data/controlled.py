@@ -91,7 +91,7 @@ def word_values() -> list[list[float]]:
 
 @cache
 def _worth() -> dict[str, tuple[float, ...]]:
-    """What each token is worth, by prompt; END nothing."""
+    """Worth of each token, by prompt; END is worth nothing."""
     return {p: (0.0, *row) for p, row in zip(PROMPTS, word_values(), strict=True)}
 
 

@@ -96,7 +96,7 @@ def checked_marks(
         prompts: Of the answers.
         answers: To be marked.
         may_miss: True if what is no finite number is no mark, instead of an error; a text is then
-            read like a reply, such as ``Good. 7/10``.
+            read like a reply, such as ``Score: 7/10``.
 
     Raises:
         UserError: If it fails, or gives something else.
