@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.objectives.partition import exact_log_partition, optimal_logps
 
 END = 0
@@ -87,6 +87,12 @@ def word_values() -> list[list[float]]:
 
 
 # Tables of the one task there is, made once in a process.
+
+
+@cache
+def _worth() -> dict[str, tuple[float, ...]]:
+    """Worth of each token, by prompt; END is worth nothing."""
+    return {p: (0.0, *row) for p, row in zip(PROMPTS, word_values(), strict=True)}
 
 
 @cache
@@ -145,6 +151,16 @@ class ControlledTask:
     def rewards(self) -> Tensor:
         """(8, 4681), float64: the true reward of each outcome after each prompt."""
         return _rewards()
+
+    def marks(self, prompt: str, answers: Sequence[Ids]) -> list[float]:
+        """The true reward of answers, which is the mark that the task gives them.
+
+        Args:
+            prompt: One of ``PROMPTS``.
+            answers: Token ids of each, shapes (R,).
+        """
+        worth = _worth()[prompt]
+        return [sum(worth[token] for token in ids.tolist()) for ids in answers]
 
     @torch.no_grad()
     def outcome_logps(self, model: Any) -> Tensor:
@@ -226,11 +242,9 @@ class ControlledTask:
 
     def bayes_accuracy(self, groups: Sequence[TokenGroup]) -> float:
         """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|)."""
-        values = dict(zip(PROMPTS, ([0.0, *row] for row in word_values()), strict=True))
         total = 0.0
         for group in groups:
-            worth = values[group.prompt_key]
-            first, second = (sum(worth[t] for t in y.tolist()) for y in group.responses)
+            first, second = self.marks(group.prompt_key, group.responses)
             total += 1 / (1 + math.exp(-abs(first - second)))
         return total / len(groups)
 

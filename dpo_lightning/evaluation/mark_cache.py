@@ -1,10 +1,15 @@
-"""Replies of a judge, kept on disk, so that nothing is asked and paid for twice. No torch."""
+"""Replies and marks of a judge, kept on disk, so that nothing is asked and paid for twice.
+
+Imports no torch. An endpoint's replies are kept for all runs. The marks of functions and reward
+models are kept for one run: their code and weights may change under the same name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,3 +87,94 @@ class MarkCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
+
+
+class KeptMarks:
+    """Marks that a judge gave in the rounds of one run: a file of lines that only grows.
+
+    One process writes it. What is added at once is one line, which is there as a whole or not at
+    all: one that was cut off by a kill counts as missing.
+
+    Args:
+        path: The file; it is made with the first mark.
+        judge: All that its marks depend on, as plain values.
+    """
+
+    def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
+        self._path = path
+        self._judge = dict(judge)
+        self._is_open = True
+        self._rounds: dict[int, dict[str, float | None]] | None = None
+        self._is_cut = False
+
+    def key(self, content: Mapping[str, Any]) -> str:
+        """The name of a mark.
+
+        Args:
+            content: Prompt and answer, or answers.
+        """
+        return key_of(self._judge, content)
+
+    def before(self, round: int) -> dict[str, float]:
+        """Marks that were made in earlier rounds, by name.
+
+        Args:
+            round: The number of the round that is marked, from 1.
+        """
+        rounds = self._read()
+        return {
+            key: mark
+            for number in sorted(rounds)
+            if number < round
+            for key, mark in rounds[number].items()
+            if mark is not None
+        }
+
+    def of(self, round: int) -> dict[str, float | None]:
+        """Marks of a round, by name; None where the run went on without one.
+
+        Args:
+            round: Its number, from 1.
+        """
+        return self._read().get(round, {})
+
+    def add(self, round: int, marks: Mapping[str, float | None]) -> None:
+        """Keeps marks; a disk that takes none is said once, and costs no mark.
+
+        Args:
+            round: The number of the round, from 1.
+            marks: By name; None where the run goes on without one.
+        """
+        self._read().setdefault(round, {}).update(marks)
+        if not self._is_open or not marks:
+            return
+        begin = "\n" if self._is_cut else ""
+        line = json.dumps({"round": round, "marks": dict(marks)})
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(f"{begin}{line}\n".encode())
+        except OSError as error:
+            self._is_open = False
+            log.warning("marks are not kept: %s: %s", error.filename or self._path, error.strerror)
+        self._is_cut = False
+
+    def _read(self) -> dict[int, dict[str, float | None]]:
+        if self._rounds is None:
+            self._rounds = {}
+            try:
+                content = self._path.read_bytes()
+            except OSError:
+                content = b""
+            self._is_cut = bool(content) and not content.endswith(b"\n")
+            for line in content.split(b"\n"):
+                found = json_object(line) or {}
+                round, marks = found.get("round"), found.get("marks")
+                is_whole = type(round) is int and isinstance(marks, dict)
+                if is_whole and all(map(_is_mark, marks.values())):
+                    self._rounds.setdefault(round, {}).update(marks)
+        return self._rounds
+
+
+def _is_mark(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isfinite(value))

@@ -49,9 +49,10 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
-from dpo_lightning.run.rounds.marking import RoundMarker, make_marker
+from dpo_lightning.run.rounds.asking import RoundMarker
+from dpo_lightning.run.rounds.marking import make_marker
 from dpo_lightning.settings.folders import cache_folder
-from dpo_lightning.settings.judging import JudgeSettings, judge_settings
+from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.ranks import Ranks
@@ -329,7 +330,12 @@ def _load_models(
 
 
 def choose_judge(
-    config: Config, hardware: Hardware, *, judges: bool, show: ShowPhase = unshown
+    config: Config,
+    hardware: Hardware,
+    *,
+    judges: bool,
+    may_miss: bool = False,
+    show: ShowPhase = unshown,
 ) -> Judge | None:
     """The judge, before the training: what is wrong with it need not cost one.
 
@@ -337,17 +343,15 @@ def choose_judge(
         config: The settings.
         hardware: Devices; a reward model takes the one that a policy is on.
         judges: False on a rank that leaves it to the first.
+        may_miss: True if it may leave answers without a mark.
         show: Shows how far a download is.
     """
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
     if settings is None:
         return None
-    return _make_judge(settings, hardware, show) if judges else SilentJudge()
+    if not judges:
+        return SilentJudge()
 
-
-def _make_judge(
-    settings: JudgeSettings, hardware: Hardware, show: ShowPhase, *, may_miss: bool = False
-) -> Judge:
     def reward_model(source: str) -> RewardModel:
         fetch_weights(source, None, show)
         return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
@@ -369,7 +373,8 @@ def choose_marker(
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
     if settings is None or not config.rounds.count or folder is None:
         return None
-    judge = _make_judge(settings, hardware, show, may_miss=True)
+    judge = choose_judge(config, hardware, judges=True, may_miss=True, show=show)
+    assert judge is not None
     return make_marker(
         judge, settings, folder.path, go_on=f"resume={folder.path} goes on once the judge answers"
     )

@@ -120,10 +120,14 @@ def _marks(config: Config) -> Iterator[str]:
             "reward model, or endpoint>"
         )
     elif judge_named(evaluation) is not None and not gives_marks(evaluation):
-        yield (
-            f"{key} needs a mark of each answer, and evaluation.judge_form=pairs compares two; use "
-            "evaluation.judge_form=marks"
-        )
+        # What it says of two answers is a label already.
+        drawn = rounds.noise == "bradley_terry"
+        if rounds.groups != "pairs" or drawn or rounds.min_margin:
+            yield (
+                f"{key}: evaluation.judge_form=pairs compares two answers, which makes "
+                "rounds.groups=pairs with rounds.noise=none and rounds.min_margin=0 alone; use "
+                "evaluation.judge_form=marks, or these"
+            )
 
 
 def _length(config: Config) -> Iterator[str]:

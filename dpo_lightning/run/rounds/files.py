@@ -203,7 +203,7 @@ def _row(own: MarkedGroup, facts: RoundFacts, tokenizer: Any) -> dict[str, Any]:
 
 
 def _writer(prompt: object, tokenizer: Any, prompt_ids: Ids) -> Callable[[str, Ids], Any]:
-    """What makes a response of a row out of an answer's text and token ids."""
+    """Function that makes a response of a row out of the text and the token ids of an answer."""
     if isinstance(prompt, str):
         return lambda text, ids: text_behind(tokenizer, prompt_ids, ids)
     return lambda text, ids: [{"role": "assistant", "content": text}]

@@ -108,11 +108,4 @@ def true_marks(task: ControlledTask, drawn: Sequence[MarkedPrompt]) -> list[Mark
         task: The task.
         drawn: Its prompts, with answers as token ids.
     """
-    prompts = {tuple(ids): number for number, ids in enumerate(task.prompt_ids.tolist())}
-    outcomes = {ids: number for number, ids in enumerate(task.outcomes)}
-
-    def marks(own: MarkedPrompt) -> tuple[float, ...]:
-        rewards = task.rewards[prompts[tuple(own.prompt.tolist())]]
-        return tuple(float(rewards[outcomes[tuple(ids.tolist())]]) for ids in own.answers)
-
-    return [replace(own, marks=marks(own)) for own in drawn]
+    return [replace(own, marks=tuple(task.marks(own.prompt_key, own.answers))) for own in drawn]
