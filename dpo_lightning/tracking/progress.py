@@ -157,8 +157,9 @@ class _Numbers(ProgressColumn):
         self.text = ""
 
     def render(self, task: Task) -> Text:
-        """The numbers, of the training alone."""
-        return Text(self.text if task.description == _TRAINING else "", style="italic")
+        """The numbers of the training; of a phase beside it what is said of that."""
+        text = self.text if task.description == _TRAINING else task.fields.get("note", "")
+        return Text(text, style="italic")
 
 
 class Progress(RichProgressBar):
@@ -198,11 +199,11 @@ class Progress(RichProgressBar):
         """
         bar = self.progress
         if bar is None:
-            yield lambda now: None
+            yield lambda now, note="": None
             return
         task = bar.add_task(name, total=total, completed=done)
         try:
-            yield lambda now: bar.update(task, completed=now, refresh=True)
+            yield lambda now, note="": bar.update(task, completed=now, note=note, refresh=True)
         finally:
             # Lightning finds its own tasks by their places, so that none is taken out.
             bar.update(task, visible=False, refresh=True)
