@@ -56,6 +56,7 @@ from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.ranks import Ranks
+from dpo_lightning.training.schedule import make_schedule
 from dpo_lightning.training.traced import traced_optimizer
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,10 @@ def prepare(
     record.data["hash"] = hashes["data"]
     record.config_hash = config_hash(resolved, hashes)
     numbers = config_numbers(source.config)
-    identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
+    identity = (chat.identity() if chat else {}) | identity_of(
+        config, hashes, numbers=numbers, round_steps=schedule.round_steps
+    )
     return Prepared(
         source=source,
         memory=memory,

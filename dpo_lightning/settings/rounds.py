@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from dpo_lightning.settings.judging import gives_marks, judge_named, longest_answer
 from dpo_lightning.settings.loss_group import objective_settings
@@ -16,9 +16,6 @@ from dpo_lightning.settings.schema import Config
 
 How = Literal["pairs", "best_worst", "ranking", "margin"]
 Noise = Literal["none", "bradley_terry"]
-
-# Settings that may grow while a run goes on: more rounds behind those that there were.
-_MAY_GROW = ("count",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +55,6 @@ class RoundSettings:
         """Groups that the answers to a prompt make, where none is dropped."""
         k = self.num_generations
         return {"pairs": k // 2, "margin": k * (k - 1) // 2}.get(self.groups, 1)
-
-    def facts(self) -> dict[str, Any]:
-        """Entries that decide the rows of a round, for the identity of a run."""
-        return {k: v for k, v in asdict(self).items() if k not in _MAY_GROW}
 
 
 def round_settings(config: Config) -> RoundSettings | None:
