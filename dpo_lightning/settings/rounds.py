@@ -109,8 +109,8 @@ def _marks(config: Config) -> Iterator[str]:
     key = f"rounds.count={rounds.count}"
     if config.data.train is not None and judge_named(evaluation) is None:
         yield (
-            f"{key} needs a judge that marks the answers: evaluation.judge=<a plugin's function, a "
-            "reward model, or endpoint>"
+            f"{key} needs a judge that marks the answers: set evaluation.judge=<a function of a "
+            "plugin or a reward model>"
         )
     elif judge_named(evaluation) is not None and not gives_marks(evaluation):
         # What it says of two answers is a label already.
@@ -130,7 +130,7 @@ def _length(config: Config) -> Iterator[str]:
         if trainer.max_steps is not None and trainer.max_steps < rounds.count:
             yield (
                 f"rounds.count={rounds.count}: trainer.max_steps={trainer.max_steps} has no step "
-                "for each round; raise it, or lower rounds.count"
+                f"for each round; use rounds.count={trainer.max_steps}, or more steps"
             )
         return
     total = rounds.count * rounds.steps
@@ -178,7 +178,7 @@ def _others(config: Config) -> Iterator[str]:
     if config.data.overfit_groups is not None:
         yield (
             f"{key}: data.overfit_groups={config.data.overfit_groups} trains on a few given rows "
-            "over and over; use one of the two"
+            "over and over; leave one of the two out"
         )
     if config.data.controlled.population and config.data.train is None:
         yield (
