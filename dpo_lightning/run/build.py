@@ -31,7 +31,8 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
-from dpo_lightning.run.rounds.conduct import RoundConductor, Saving
+from dpo_lightning.run.rounds.conduct import RoundConductor
+from dpo_lightning.run.rounds.kept import Saving
 from dpo_lightning.settings.metric_names import JUDGE_METRIC
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
@@ -161,19 +162,26 @@ def make_session_callbacks(
     course = plan.evaluation.course
     if course is not None and course.on_start:
         own.append(StartEvaluation())
-    rung = None
-    if kept.rung is not None:
-        rung = RungStop(
-            plan.folders.run,
-            folder,
-            kept.rung,
-            total_steps=plan.schedule.total_steps,
-            warmup_steps=plan.schedule.warmup_steps,
-            keep=kept.keep,
-        )
+    rung = _rung(plan)
+    if rung is not None:
         own.append(rung)
     own.append(Preemption(signals, folder, keep=kept.keep))
     return SessionCallbacks(own, samples, curve, rung, answers, best, rounds)
+
+
+def _rung(plan: RunPlan) -> RungStop | None:
+    """The end at a rung of the sweep, where the run has one."""
+    kept = plan.checkpoints
+    if kept.rung is None:
+        return None
+    return RungStop(
+        plan.folders.run,
+        plan.folders.checkpoints,
+        kept.rung,
+        total_steps=plan.schedule.total_steps,
+        warmup_steps=plan.schedule.warmup_steps,
+        keep=kept.keep,
+    )
 
 
 def _rounds(

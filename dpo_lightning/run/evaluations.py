@@ -113,11 +113,9 @@ def plan_evaluations(
     if share is not None:
         trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
         budget = share * trained / len(sets)
-    possible = _intervals(evaluation, total_steps, round_steps)
-    # The rows that nobody asked for have to be worth an evaluation; ends of rounds are anyway.
-    least = _LEAST_ROWS if evaluation.every_n_steps is None and round_steps is None else 1
+    intervals = _intervals(evaluation, total_steps, round_steps)
     every, sample = _interval(
-        [*sets.values()], evaluation, possible, total_steps, budget, least=least, shared=shared
+        [*sets.values()], evaluation, intervals, total_steps, budget, shared=shared
     )
     if not sample:
         _refuse_without_room(evaluation, share)
@@ -131,9 +129,7 @@ def plan_evaluations(
         held_out=HeldOut(sizes, names, None if whole else tuple(sample)),
         samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
-        exact=evaluation.every_n_steps is not None
-        or round_steps is not None
-        or monitor.startswith("controlled/"),
+        exact=intervals.least == 1 or monitor.startswith("controlled/"),
     )
     if monitor:
         _check_monitor(checkpoint, course)
@@ -194,24 +190,38 @@ def _before(evaluation: EvaluationConfig, every: int, total_steps: int) -> int:
     return (total_steps - 1) // every + evaluation.on_start
 
 
+@dataclass(frozen=True, slots=True)
+class _Intervals:
+    """Steps between two evaluations, to choose from.
+
+    Attributes:
+        possible: The shortest first.
+        least: Rows of each set that are enough for an evaluation.
+    """
+
+    possible: tuple[int, ...]
+    least: int
+
+
 def _intervals(
     evaluation: EvaluationConfig, total_steps: int, round_steps: int | None
-) -> list[int]:
-    """Intervals to choose from, the shortest first."""
+) -> _Intervals:
+    """What may be chosen: an interval that is set, ends of rounds, or any."""
     if evaluation.every_n_steps is not None:
-        return [evaluation.every_n_steps]
+        return _Intervals((evaluation.every_n_steps,), 1)
     unit = round_steps or 1
-    return list(dict.fromkeys(unit * math.ceil(total_steps / n / unit) for n in range(10, 0, -1)))
+    found = dict.fromkeys(unit * math.ceil(total_steps / n / unit) for n in range(10, 0, -1))
+    # What nobody asked for has to be worth an evaluation; ends of rounds are anyway.
+    return _Intervals(tuple(found), _LEAST_ROWS if round_steps is None else 1)
 
 
 def _interval(
     sets: Sequence[Sequence[TokenGroup]],
     evaluation: EvaluationConfig,
-    possible: Sequence[int],
+    intervals: _Intervals,
     total_steps: int,
     budget: float,
     *,
-    least: int,
     shared: bool,
 ) -> tuple[int, list[int]]:
     """Steps between two evaluations, and the rows that those before the last see.
@@ -219,10 +229,9 @@ def _interval(
     Args:
         sets: The groups of each set.
         evaluation: The settings.
-        possible: Intervals to choose from, the shortest first.
+        intervals: Those to choose from.
         total_steps: Steps of the run.
         budget: Tokens that all those evaluations may take of each set.
-        least: Rows of each set that are enough.
         shared: True if a prompt is computed once for all its responses.
 
     Returns:
@@ -230,10 +239,11 @@ def _interval(
         last one.
     """
     own = evaluation.every_n_steps
-    for every in possible:
+    for every in intervals.possible:
         count = _before(evaluation, every, total_steps)
-        sample = _sample(sets, budget / count, least=least, shared=shared) if count else []
-        if sample:
+        if not count:
+            continue
+        if sample := _sample(sets, budget / count, least=intervals.least, shared=shared):
             return every, sample
     return own or total_steps, []
 

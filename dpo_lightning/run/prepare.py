@@ -137,14 +137,9 @@ def prepare(
     assert data is not None
     data.choose_evaluated(config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
-    _fill(record, config, source, models, data)
-    record.data["hash"] = hashes["data"]
+    _fill(record, config, source, models, data, hashes)
     record.config_hash = config_hash(resolved, hashes)
-    numbers = config_numbers(source.config)
-    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
-    identity = (chat.identity() if chat else {}) | identity_of(
-        config, hashes, numbers=numbers, round_steps=schedule.round_steps
-    )
+    identity = (chat.identity() if chat else {}) | _identity(config, source, data, hashes)
     return Prepared(
         source=source,
         memory=memory,
@@ -159,6 +154,14 @@ def prepare(
         ranks=ranks,
         chat=chat,
     )
+
+
+def _identity(
+    config: Config, source: ModelSource, data: PreparedData, hashes: dict[str, str]
+) -> dict[str, Any]:
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
+    numbers = config_numbers(source.config)
+    return identity_of(config, hashes, numbers=numbers, round_steps=schedule.round_steps)
 
 
 def _checked_memory(config: Config, source: ModelSource, hardware: Hardware) -> StepMemory:
@@ -219,12 +222,17 @@ def outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> 
 
 
 def _fill(
-    record: RunRecord, config: Config, source: ModelSource, models: Models, data: PreparedData
+    record: RunRecord,
+    config: Config,
+    source: ModelSource,
+    models: Models,
+    data: PreparedData,
+    hashes: dict[str, str],
 ) -> None:
     """The entries of model and data, and what its numbers are of."""
     record.basis = basis_of(config, held_out=digest_of(data.evaluated_groups()))
     parameters, trainable = count_parameters(models.policy)
-    record.data = data.counts()
+    record.data = data.counts() | {"hash": hashes["data"]}
     record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}
 
 

@@ -8,10 +8,7 @@ round that was drawn behind the checkpoint is drawn again by the same policy, an
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from dpo_lightning.data.marked import WHY_DROPPED, MarkedGroup, MarkedPrompt, mark_groups
+from dpo_lightning.data.marked import MarkedGroup, MarkedPrompt, mark_groups
 from dpo_lightning.data.rounds import RoundGroups, RoundPlan
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import CorruptArtifactError, UserError
@@ -30,7 +26,6 @@ from dpo_lightning.evaluation.many_answers import Draws
 from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.reference.fill import Watch
-from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.plan import RoundsPlan
 from dpo_lightning.run.rounds.drawing import (
     Answers,
@@ -39,18 +34,12 @@ from dpo_lightning.run.rounds.drawing import (
     draw_round,
     drop_parts,
 )
-from dpo_lightning.run.rounds.files import (
-    FOLDER,
-    RoundFacts,
-    facts_path,
-    read_round,
-    rows_path,
-    write_round,
-)
+from dpo_lightning.run.rounds.files import RoundFacts, read_round, rows_path, write_round
 from dpo_lightning.run.rounds.filling import Filling, Moment, fill_round
+from dpo_lightning.run.rounds.kept import Saving
+from dpo_lightning.run.rounds.outcome import round_metrics, say_round, trained_hash
 from dpo_lightning.tracking.progress import Throughput
 from dpo_lightning.training.checkpoints.exact_resume import random_state, set_random_state
-from dpo_lightning.training.checkpoints.files import run_of
 from dpo_lightning.training.preemption import save_and_stop
 from dpo_lightning.training.replicas import Replicas
 
@@ -70,28 +59,6 @@ class Paused(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """Places of what a round leaves.
-
-    Attributes:
-        folder: The run's folder.
-        checkpoints: Its checkpoints' folder.
-        keep: Number of checkpoints that stay.
-        resumed: The checkpoint that the run goes on from.
-    """
-
-    folder: RunFolder
-    checkpoints: Path
-    keep: int
-    resumed: Path | None
-
-    @property
-    def writes(self) -> bool:
-        """True if parts of a round may be kept by now: no other run's files are in the way."""
-        return self.folder.begun or self.resumed is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +140,6 @@ class RoundConductor(Callback):
         self._usable: list[TokenGroup] = []
         # Round, hash of its rows and of its policy, as a checkpoint has them.
         self._state: dict[str, Any] = {}
-        self._is_clean = False
 
     def ask(self, work: RoundWork) -> None:
         """Says what the rounds are made with, before the training.
@@ -278,10 +244,10 @@ class RoundConductor(Callback):
                     f"rows of round {round}: it was made with other rounds; resume from a "
                     "checkpoint at the start of a round, or start a new run"
                 )
-            for folder in self._folders():
+            for folder in self._saving.folders:
                 found = read_round(folder, round)
                 if found is not None and found.digest == state["digest"]:
-                    self._take_over_later(folder, round)
+                    self._saving.take_over(folder, round)
                     return _Round(found.groups, state["policy"], folder, {})
             raise CorruptArtifactError(
                 f"{rows_path(self._saving.folder.path, round)}: the rows that the checkpoint was "
@@ -366,7 +332,7 @@ class RoundConductor(Callback):
             seed=self._seed,
             round=round,
         )
-        _say(round, asked, found, dropped)
+        say_round(round, asked, found, dropped)
         facts = RoundFacts(
             round=round,
             step=self._ranks.trainer.global_step,
@@ -390,47 +356,10 @@ class RoundConductor(Callback):
     def _write(self, groups: Sequence[MarkedGroup], facts: RoundFacts) -> None:
         """Writes the rows of a round; those of later ones were of a course that the run left."""
         assert self._work is not None
+        self._saving.remove_later(facts.round)
         folder = self._saving.folder.path
-        self._clean(facts.round)
         digest = write_round(folder, groups, facts, self._work.draws.tokenizer)
         self._state = {"round": facts.round, "digest": digest, "policy": facts.policy}
-
-    def _take_over_later(self, folder: Path, round: int) -> None:
-        self._saving.folder.when_begun(lambda: self._take_over(folder, round))
-
-    def _take_over(self, folder: Path, round: int) -> None:
-        """Has the rows so far in the run's own folder too, where it goes on from another's."""
-        own = self._saving.folder.path
-        self._clean(round)
-        if folder == own:
-            return
-        (own / FOLDER).mkdir(exist_ok=True)
-        for number in range(1, round + 1):
-            for path in (rows_path(folder, number), facts_path(folder, number)):
-                if path.is_file():
-                    shutil.copyfile(path, own / FOLDER / path.name)
-        reference = folder / FOLDER / ".reference"
-        if reference.is_dir():
-            shutil.copytree(reference, own / FOLDER / reference.name, dirs_exist_ok=True)
-
-    def _clean(self, round: int) -> None:
-        """Removes rows of later rounds, once."""
-        if self._is_clean:
-            return
-        self._is_clean = True
-        folder = self._saving.folder.path / FOLDER
-        for path in folder.glob("*.jsonl"):
-            if path.stem.isdecimal() and int(path.stem) > round:
-                facts_path(folder.parent, int(path.stem)).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-
-    def _folders(self) -> list[Path]:
-        """Folders of runs that may have a round: this one's, then the one that is resumed."""
-        own, resumed = self._saving.folder.path, self._saving.resumed
-        other = None if resumed is None else run_of(resumed)
-        if other is None or other.absolute() == own.absolute():
-            return [own]
-        return [other, own]
 
     # Ranks and signals ------------------------------------------------------------------------
 
@@ -463,63 +392,3 @@ def _stop_if_any(signals: Sequence[int]) -> None:
     """Stops all ranks alike where one of them has had a signal."""
     if any(signals):
         raise Paused(max(signals))
-
-
-@torch.no_grad()
-def trained_hash(policy: Any) -> str:
-    """A hash of the weights that are trained: names, shapes, types and bytes; 32 hex digits.
-
-    Args:
-        policy: A transformers causal language model, with or without adapters.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in policy.named_parameters():
-        if weight.requires_grad:
-            data = weight.detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
-            digest.update(data.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def round_metrics(
-    round: int, marked: Sequence[MarkedPrompt], groups: Sequence[MarkedGroup]
-) -> dict[str, float]:
-    """Metrics of a round: of the policy that drew its answers.
-
-    Args:
-        round: Its number, from 1.
-        marked: Its prompts with their answers and marks.
-        groups: Its groups.
-    """
-    marks = [mark for own in marked for mark in own.marks if mark is not None]
-    lengths = [len(ids) for own in marked for ids in own.answers]
-    found = {
-        "rounds/round": float(round),
-        "rounds/prompts": float(len(marked)),
-        "rounds/groups": float(len(groups)),
-        "rounds/length": statistics.fmean(lengths),
-    }
-    if marks:
-        found["rounds/mark"] = statistics.fmean(marks)
-        found["rounds/mark_spread"] = statistics.pstdev(marks)
-    return found
-
-
-def _say(
-    round: int, asked: Sequence[Any], groups: Sequence[MarkedGroup], dropped: dict[str, int]
-) -> None:
-    """Says what a round came to.
-
-    Raises:
-        UserError: If nothing is left of it.
-    """
-    lost = ", ".join(f"{count} {WHY_DROPPED[name]}" for name, count in dropped.items())
-    if not groups:
-        raise UserError(
-            f"round {round}: the answers to {len(asked)} prompts made no group ({lost}); a higher "
-            "rounds.temperature, more rounds.prompts or a lower rounds.min_margin make some"
-        )
-    log.info(
-        "round %d: %d groups of the answers to %d prompts%s",
-        *(round, len(groups), len(asked), f"; dropped: {lost}" if lost else ""),
-    )

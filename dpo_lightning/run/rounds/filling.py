@@ -28,7 +28,8 @@ from dpo_lightning.run.rounds.files import FOLDER
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 
 # Hidden from who reads the folder as rows.
-_OWN = ".reference"
+OWN = ".reference"
+"""Folder of values under the policy as it was, in that of the rounds."""
 
 
 class ParkedModel:
@@ -137,7 +138,7 @@ def fill_round(
         _count(filling.reference, found)
         return RoundGroups(with_values[0], given)
     own = [given[row] for row in rows]
-    cache = filling.cache(moment.policy, moment.folder / FOLDER / _OWN)
+    cache = filling.cache(moment.policy, moment.folder / FOLDER / OWN)
     parts, found = _filled(filling, [drawn, own], cache, moment, watch)
     _count(filling.reference, found)
     filled = [*given]
@@ -195,7 +196,7 @@ def _as_it_was(filling: Filling, moment: Moment) -> Any:
     if moment.round == 1:
         return filling.start.load()
     raise CorruptArtifactError(
-        f"{moment.folder / FOLDER / _OWN}: log-probabilities of round {moment.round} under the "
+        f"{moment.folder / FOLDER / OWN}: log-probabilities of round {moment.round} under the "
         "policy that began it are not there, and the policy has moved on since; put them back, or "
         "resume from a checkpoint of an earlier round"
     )

@@ -14,8 +14,9 @@ from dpo_lightning.errors import CorruptArtifactError, UserError
 from dpo_lightning.processes.signals import Stopped
 from dpo_lightning.run.plan import RoundsPlan
 from dpo_lightning.run.rounds import conduct
-from dpo_lightning.run.rounds.conduct import Paused, RoundConductor, RoundWork, Saving
+from dpo_lightning.run.rounds.conduct import Paused, RoundConductor, RoundWork
 from dpo_lightning.run.rounds.files import read_round, rows_path
+from dpo_lightning.run.rounds.kept import Saving
 from dpo_lightning.settings.rounds import RoundSettings
 from dpo_lightning.tracking.progress import Throughput
 from tests.support.groups import ids
@@ -236,7 +237,7 @@ def test_rows_of_a_course_that_was_left_are_removed(tmp_path):
     assert not rows_path(again.folder.path, 3).exists()
     again.begin(2)
     again.begin(3)
-    again.conductor._clean(1)
+    again.conductor._saving.remove_later(1)
     assert read_round(again.folder.path, 3) is not None
 
 
@@ -271,7 +272,7 @@ def test_a_round_without_a_group_ends_the_run(tmp_path, monkeypatch):
 def test_prompts_without_room_for_an_answer_are_not_asked(tmp_path):
     scene = Scene(tmp_path / "run")
     work = scene.conductor._work
-    with pytest.raises(UserError, match="no prompt of data.train leaves room for an answer"):
+    with pytest.raises(UserError, match=r"no prompt of data.train leaves room for an answer"):
         scene.conductor.ask(replace(work, room=1))
 
 

@@ -171,7 +171,7 @@ def test_the_hash_of_a_policy_is_of_what_it_trains():
     """A frozen weight may change without a change of the hash; a trained one may not by a bit."""
     import torch
 
-    from dpo_lightning.run.rounds.conduct import trained_hash
+    from dpo_lightning.run.rounds.outcome import trained_hash
 
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
