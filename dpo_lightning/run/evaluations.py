@@ -109,10 +109,8 @@ def plan_evaluations(
     if not any(sizes):
         _refuse_without_rows(evaluation, checkpoint)
         share = None
-    budget = math.inf
-    if share is not None:
-        trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
-        budget = share * trained / len(sets)
+    trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
+    budget = math.inf if share is None else share * trained / len(sets)
     intervals = _intervals(evaluation, total_steps, round_steps)
     every, sample = _interval(
         [*sets.values()], evaluation, intervals, total_steps, budget, shared=shared
