@@ -126,18 +126,23 @@ def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
     assert again.calls == whole.calls[2:]
 
 
-def test_a_round_that_is_done_again_makes_the_same_calls(tmp_path):
-    """Marks of a later round, and of its own first time, do not change what is asked at once."""
+def test_a_call_that_was_lost_is_made_again_as_it_was(tmp_path):
     first = Function()
     marked(marker_of(first, tmp_path))
-    marked(marker_of(Function(), tmp_path), round=2, answers=[(f"{a}!",) for (a,) in ANSWERS])
     path = tmp_path / "rounds" / ".marks.jsonl"
-    # The second call of the first round is lost.
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], *lines[2:]]))
     again = Function()
     assert marked(marker_of(again, tmp_path)).marks == LENGTHS
     assert again.calls == [first.calls[1]]
+
+
+def test_marks_of_a_later_round_do_not_change_what_is_asked_at_once(tmp_path):
+    """A run that is begun anew in its folder finds the marks of rounds that are not there yet."""
+    marked(marker_of(Function(), tmp_path), round=2, prompts=PROMPTS[:3], answers=ANSWERS[:3])
+    anew = Function()
+    assert marked(marker_of(anew, tmp_path)).marks == LENGTHS
+    assert [len(call) for call in anew.calls] == [4, 4, 2]
 
 
 def test_a_line_that_was_cut_off_is_asked_for_again_and_harms_no_other(tmp_path):
