@@ -39,7 +39,7 @@ def make_marker(judge: Judge, settings: JudgeSettings, folder: Path, *, go_on: s
             go_on=go_on,
             patience=Patience(attempts=5, stall=None),
         )
-    kept = KeptMarks(folder / FOLDER / ".marks.jsonl", judge_identity(settings))
+    kept = KeptMarks(folder / FOLDER / ".marks", judge_identity(settings))
     return RoundMarker(
         judge,
         label=f"evaluation.judge={settings.name}",

@@ -55,7 +55,7 @@ def marker_of(function, folder: Path, *, per_call=4, identity="mine.f", waits=No
     return RoundMarker(
         MarkingJudge(partial(checked_marks, "mine.f", function, may_miss=True)),
         label="evaluation.judge=mine.f",
-        kept=KeptMarks(folder / "rounds" / ".marks.jsonl", {"function": identity}),
+        kept=KeptMarks(folder / "rounds" / ".marks", {"function": identity}),
         per_call=per_call,
         go_on="go on with resume=the/run",
         patience=Patience(**patience),
@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
 def test_a_call_that_was_lost_is_made_again_as_it_was(tmp_path):
     first = Function()
     marked(marker_of(first, tmp_path))
-    path = tmp_path / "rounds" / ".marks.jsonl"
+    path = tmp_path / "rounds" / ".marks" / "1.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], *lines[2:]]))
     again = Function()
@@ -146,7 +146,7 @@ def test_marks_of_a_later_round_do_not_change_what_is_asked_at_once(tmp_path):
 
 
 def test_a_line_that_was_cut_off_is_asked_for_again_and_harms_no_other(tmp_path):
-    path = tmp_path / "rounds" / ".marks.jsonl"
+    path = tmp_path / "rounds" / ".marks" / "1.jsonl"
     marked(marker_of(Function(), tmp_path))
     path.write_bytes(path.read_bytes()[:-20])
     again = Function()
@@ -163,8 +163,24 @@ def test_a_line_that_was_cut_off_is_asked_for_again_and_harms_no_other(tmp_path)
      '{"round": 1, "marks": {"k": NaN}}', "\x00"],
 )  # fmt: skip
 def test_a_damaged_line_is_no_mark(tmp_path, line):
-    (tmp_path / "kept").write_text(f'{line}\n{{"round": 1, "marks": {{"k": 2.0}}}}\n')
-    assert KeptMarks(tmp_path / "kept", {}).before(2) == {"k": 2.0}
+    (tmp_path / "1.jsonl").write_text(f'{line}\n{{"round": 1, "marks": {{"k": 2.0}}}}\n')
+    assert KeptMarks(tmp_path, {}).before(2) == {"k": 2.0}
+
+
+def test_no_process_touches_the_marks_of_another(tmp_path):
+    """A later one, by its number, has the last word."""
+    for mark in (1.0, 2.0):
+        KeptMarks(tmp_path / "rounds" / ".marks", {}).add(1, {"k": mark})
+    files = sorted((tmp_path / "rounds" / ".marks").iterdir())
+    assert [path.name for path in files] == ["1.jsonl", "2.jsonl"]
+    assert files[0].read_text() == '{"round": 1, "marks": {"k": 1.0}}\n'
+    assert KeptMarks(tmp_path / "rounds" / ".marks", {}).of(1) == {"k": 2.0}
+
+
+def test_the_folder_of_a_run_that_is_gone_is_not_made_again(tmp_path, caplog):
+    KeptMarks(tmp_path / "gone" / "rounds" / ".marks", {}).add(1, {"k": 1.0})
+    assert not (tmp_path / "gone").exists()
+    assert "marks are not kept" in caplog.text
 
 
 def test_a_disk_that_is_full_costs_no_mark(tmp_path, caplog):
@@ -423,7 +439,7 @@ def test_prompts_get_the_marks_of_their_answers(tmp_path, plugin):
     found, told = mark_prompts(marker, drawn, seed=0, round=1)
     assert [own.marks for own in found] == [(3.0, 1.0, 3.0), (5.0, 2.0)]
     assert told.made == 4
-    assert (tmp_path / "rounds" / ".marks.jsonl").is_file()
+    assert (tmp_path / "rounds" / ".marks" / "1.jsonl").is_file()
 
 
 def test_a_changed_function_is_another_judge(tmp_path, plugin):
