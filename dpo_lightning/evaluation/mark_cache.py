@@ -6,6 +6,7 @@ models are kept for one run: their code and weights may change under the same na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -173,15 +174,17 @@ class KeptMarks:
         if self._rounds is None:
             self._rounds = {}
             for path in self._files():
-                for line in path.read_bytes().split(b"\n"):
-                    self._take(json_object(line) or {}, self._rounds)
+                with contextlib.suppress(OSError):
+                    for line in path.read_bytes().split(b"\n"):
+                        _take(json_object(line) or {}, self._rounds)
         return self._rounds
 
-    def _take(self, found: Mapping[str, Any], rounds: dict[int, dict[str, float | None]]) -> None:
-        """Takes the marks of a line, if it is whole."""
-        round, marks = found.get("round"), found.get("marks")
-        if type(round) is int and isinstance(marks, dict) and all(map(_is_mark, marks.values())):
-            rounds.setdefault(round, {}).update(marks)
+
+def _take(found: Mapping[str, Any], rounds: dict[int, dict[str, float | None]]) -> None:
+    """Takes the marks of a line, if it is whole."""
+    round, marks = found.get("round"), found.get("marks")
+    if type(round) is int and isinstance(marks, dict) and all(map(_is_mark, marks.values())):
+        rounds.setdefault(round, {}).update(marks)
 
 
 def _is_mark(value: object) -> bool:
