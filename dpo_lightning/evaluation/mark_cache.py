@@ -99,10 +99,14 @@ class KeptMarks:
     Args:
         folder: Where the files are; it is made with the first mark, in a folder that is there.
         judge: All that the marks depend on, as plain values.
+        earlier: The same folder of a run that this one goes on from, which is read alone.
     """
 
-    def __init__(self, folder: Path, judge: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, judge: Mapping[str, Any], *, earlier: Path | None = None
+    ) -> None:
         self._folder = folder
+        self._earlier = earlier
         self._judge = dict(judge)
         self._path: Path | None = None
         self._is_open = True
@@ -162,22 +166,25 @@ class KeptMarks:
         if self._path is None:
             for folder in (self._folder.parent, self._folder):
                 folder.mkdir(exist_ok=True)
-            numbers = [int(path.stem) for path in self._files()]
+            numbers = [int(path.stem) for path in _files(self._folder)]
             self._path = self._folder / f"{1 + max(numbers, default=0)}.jsonl"
         return self._path
-
-    def _files(self) -> list[Path]:
-        found = [path for path in self._folder.glob("*.jsonl") if path.stem.isdecimal()]
-        return sorted(found, key=lambda path: int(path.stem))
 
     def _read(self) -> dict[int, dict[str, float | None]]:
         if self._rounds is None:
             self._rounds = {}
-            for path in self._files():
+            before = [] if self._earlier is None else _files(self._earlier)
+            for path in [*before, *_files(self._folder)]:
                 with contextlib.suppress(OSError):
                     for line in path.read_bytes().split(b"\n"):
                         _take(json_object(line) or {}, self._rounds)
         return self._rounds
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of marks in a folder, in the order in which they were begun."""
+    found = [path for path in folder.glob("*.jsonl") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def _take(found: Mapping[str, Any], rounds: dict[int, dict[str, float | None]]) -> None:

@@ -177,6 +177,19 @@ def test_no_process_touches_the_marks_of_another(tmp_path):
     assert KeptMarks(tmp_path / "rounds" / ".marks", {}).of(1) == {"k": 2.0}
 
 
+def test_a_run_that_goes_on_in_another_folder_knows_the_marks_of_the_first(tmp_path, plugin):
+    settings = JudgeSettings("mine_rounds.length", ("mine_rounds",), None, 4, tmp_path / "cache")
+    judge = make_judge(settings, may_miss=True)
+    for name, resumed, made in (("one", None, 10), ("two", "one", 0), ("three", None, 10)):
+        (tmp_path / name).mkdir()
+        own = make_marker(
+            judge, settings, tmp_path / name, go_on="again",
+            resumed=None if resumed is None else tmp_path / resumed,
+        )  # fmt: skip
+        assert marked(own).made == made
+    assert not (tmp_path / "two" / "rounds").exists()
+
+
 def test_the_folder_of_a_run_that_is_gone_is_not_made_again(tmp_path, caplog):
     KeptMarks(tmp_path / "gone" / "rounds" / ".marks", {}).add(1, {"k": 1.0})
     assert not (tmp_path / "gone").exists()
