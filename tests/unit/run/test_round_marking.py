@@ -287,7 +287,7 @@ def test_many_answers_without_a_mark_stop_the_run(tmp_path):
     said = raised(lambda: marked(marker_of(function, tmp_path, per_call=10)))
     assert said == (
         "round 1: evaluation.judge=mine.f: 2 of 10 answers have no mark, more than 10%, as what it "
-        "gave is no finite number; the first of them is to 'p0'; mend the judge; the marks that "
+        "gave is no finite number; the first of them is to 'p0'; fix the judge; the marks that "
         "were made are kept: go on with resume=the/run"
     )
     again = Function()
