@@ -32,6 +32,8 @@ WHY_DROPPED = {
 }
 """What may be dropped on the way from answers to groups, by the name of its count."""
 
+_END = 16
+
 
 @dataclass(frozen=True, slots=True)
 class MarkedPrompt:
@@ -160,8 +162,10 @@ def text_behind(tokenizer: Any, prompt: Ids, answer: Ids) -> str:
         prompt: Token ids, (P,).
         answer: Token ids, (R,).
     """
-    before: str = tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
-    whole: str = tokenizer.decode([*prompt.tolist(), *answer.tolist()], skip_special_tokens=True)
+    # The end of a prompt is enough to see how words are joined, and quick to write out.
+    end = prompt[-_END:].tolist()
+    before: str = tokenizer.decode(end, skip_special_tokens=True)
+    whole: str = tokenizer.decode([*end, *answer.tolist()], skip_special_tokens=True)
     if whole.startswith(before):
         return whole[len(before) :]
     alone: str = tokenizer.decode(answer.tolist(), skip_special_tokens=True)

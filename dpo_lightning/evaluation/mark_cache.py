@@ -6,6 +6,7 @@ models are kept for one run: their code and weights may change under the same na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -90,22 +91,26 @@ class MarkCache:
 
 
 class KeptMarks:
-    """Marks that a judge gave in the rounds of one run: a file of lines that only grows.
+    """Marks that a judge gave in the rounds of one run: a file of lines for each process of it.
 
-    One process writes it. What is added at once is one line, which is there as a whole or not at
-    all: one that was cut off by a kill counts as missing.
+    No process touches another one's file. What is added at once is one line, which is there as a
+    whole or not at all: one that was cut off by a kill counts as missing.
 
     Args:
-        path: The file; it is made with the first mark.
-        judge: All that its marks depend on, as plain values.
+        folder: Where the files are; it is made with the first mark, in a folder that is there.
+        judge: All that the marks depend on, as plain values.
+        earlier: The same folder of a run that this one goes on from, which is read alone.
     """
 
-    def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(
+        self, folder: Path, judge: Mapping[str, Any], *, earlier: Path | None = None
+    ) -> None:
+        self._folder = folder
+        self._earlier = earlier
         self._judge = dict(judge)
+        self._path: Path | None = None
         self._is_open = True
         self._rounds: dict[int, dict[str, float | None]] | None = None
-        self._is_cut = False
 
     def key(self, content: Mapping[str, Any]) -> str:
         """The name of a mark.
@@ -148,32 +153,45 @@ class KeptMarks:
         self._read().setdefault(round, {}).update(marks)
         if not self._is_open or not marks:
             return
-        begin = "\n" if self._is_cut else ""
         line = json.dumps({"round": round, "marks": dict(marks)})
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(f"{begin}{line}\n".encode())
+            with self._own_file().open("ab") as file:
+                file.write(f"{line}\n".encode())
         except OSError as error:
             self._is_open = False
-            log.warning("marks are not kept: %s: %s", error.filename or self._path, error.strerror)
-        self._is_cut = False
+            where = error.filename or self._folder
+            log.warning("marks are not kept: %s: %s", where, error.strerror)
+
+    def _own_file(self) -> Path:
+        if self._path is None:
+            for folder in (self._folder.parent, self._folder):
+                folder.mkdir(exist_ok=True)
+            numbers = [int(path.stem) for path in _files(self._folder)]
+            self._path = self._folder / f"{1 + max(numbers, default=0)}.jsonl"
+        return self._path
 
     def _read(self) -> dict[int, dict[str, float | None]]:
         if self._rounds is None:
             self._rounds = {}
-            try:
-                content = self._path.read_bytes()
-            except OSError:
-                content = b""
-            self._is_cut = bool(content) and not content.endswith(b"\n")
-            for line in content.split(b"\n"):
-                found = json_object(line) or {}
-                round, marks = found.get("round"), found.get("marks")
-                is_whole = type(round) is int and isinstance(marks, dict)
-                if is_whole and all(map(_is_mark, marks.values())):
-                    self._rounds.setdefault(round, {}).update(marks)
+            before = [] if self._earlier is None else _files(self._earlier)
+            for path in [*before, *_files(self._folder)]:
+                with contextlib.suppress(OSError):
+                    for line in path.read_bytes().split(b"\n"):
+                        _take(json_object(line) or {}, self._rounds)
         return self._rounds
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of marks in a folder, in the order in which they were begun."""
+    found = [path for path in folder.glob("*.jsonl") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def _take(found: Mapping[str, Any], rounds: dict[int, dict[str, float | None]]) -> None:
+    """Takes the marks of a line, if it is whole."""
+    round, marks = found.get("round"), found.get("marks")
+    if type(round) is int and isinstance(marks, dict) and all(map(_is_mark, marks.values())):
+        rounds.setdefault(round, {}).update(marks)
 
 
 def _is_mark(value: object) -> bool:

@@ -34,7 +34,7 @@ _LASTING = (TypeError, NameError, AttributeError, ImportError, SyntaxError, NotI
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a judge that fails is waited for.
+    """Waits for a judge that fails.
 
     Attributes:
         attempts: Times that a call is made at most.
@@ -252,7 +252,7 @@ class RoundMarker:
             raise self._stopped(
                 task,
                 f"{said}, more than {MOST_MISSING:.0%}, as what it gave is no finite number; the "
-                f"first of them is to {first!r}; mend the judge",
+                f"first of them is to {first!r}; fix the judge",
             )
         log.warning("round %d: %s: %s, and are left out", task.round, self._label, said)
         if self._kept is not None:

@@ -16,11 +16,20 @@ from dpo_lightning.run.rounds.asking import Patience, RoundMarker, RoundMarks
 from dpo_lightning.run.rounds.files import FOLDER
 from dpo_lightning.settings.judging import JudgeSettings
 
+# Hidden from who reads the folder of rounds as rows.
+_MARKS = ".marks"
 # Answers of a call: a function may ask somebody for each, and a reward model is loaded for each.
 _OF_FUNCTION, _OF_MODEL, _OF_ENDPOINT = 64, 2048, 1024
 
 
-def make_marker(judge: Judge, settings: JudgeSettings, folder: Path, *, go_on: str) -> RoundMarker:
+def make_marker(
+    judge: Judge,
+    settings: JudgeSettings,
+    folder: Path,
+    *,
+    go_on: str,
+    resumed: Path | None = None,
+) -> RoundMarker:
     """The marker of a run's rounds.
 
     Args:
@@ -28,6 +37,7 @@ def make_marker(judge: Judge, settings: JudgeSettings, folder: Path, *, go_on: s
         settings: Its settings.
         folder: The run's, which keeps the marks of a function or a reward model.
         go_on: What to do once the judge works again, for errors.
+        resumed: The folder of the run that this one goes on from, whose marks count too.
     """
     if settings.endpoint is not None:
         # It has waited for each question already, and keeps replies for all runs.
@@ -39,7 +49,11 @@ def make_marker(judge: Judge, settings: JudgeSettings, folder: Path, *, go_on: s
             go_on=go_on,
             patience=Patience(attempts=5, stall=None),
         )
-    kept = KeptMarks(folder / FOLDER / ".marks.jsonl", judge_identity(settings))
+    kept = KeptMarks(
+        folder / FOLDER / _MARKS,
+        judge_identity(settings),
+        earlier=None if resumed is None else resumed / FOLDER / _MARKS,
+    )
     return RoundMarker(
         judge,
         label=f"evaluation.judge={settings.name}",

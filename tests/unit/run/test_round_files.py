@@ -152,8 +152,9 @@ def test_a_round_is_looked_at(capsys, tmp_path, tiny_model):
     found = inspect_json(
         capsys, f"model.pretrained={tiny_model}", f"data.train={rows_path(tmp_path, 1)}"
     )
-    assert (found["rows"], found["dropped"]) == (20, {})
-    assert "not read: 'marks', 'provenance'" in json.dumps(found, ensure_ascii=False)
+    train = found["rows"]["train"]
+    assert (train["read"], train["forms"], train["dropped"]) == (20, {"pair": 20}, {})
+    assert train["unread"] == ["marks", "provenance"]
 
 
 # For all of them ----------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def marker_of(function, folder: Path, *, per_call=4, identity="mine.f", waits=No
     return RoundMarker(
         MarkingJudge(partial(checked_marks, "mine.f", function, may_miss=True)),
         label="evaluation.judge=mine.f",
-        kept=KeptMarks(folder / "rounds" / ".marks.jsonl", {"function": identity}),
+        kept=KeptMarks(folder / "rounds" / ".marks", {"function": identity}),
         per_call=per_call,
         go_on="go on with resume=the/run",
         patience=Patience(**patience),
@@ -126,13 +126,10 @@ def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
     assert again.calls == whole.calls[2:]
 
 
-def test_a_round_that_is_done_again_makes_the_same_calls(tmp_path):
-    """Marks of a later round, and of its own first time, do not change what is asked at once."""
+def test_a_call_that_was_lost_is_made_again_as_it_was(tmp_path):
     first = Function()
     marked(marker_of(first, tmp_path))
-    marked(marker_of(Function(), tmp_path), round=2, answers=[(f"{a}!",) for (a,) in ANSWERS])
-    path = tmp_path / "rounds" / ".marks.jsonl"
-    # The second call of the first round is lost.
+    path = tmp_path / "rounds" / ".marks" / "1.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], *lines[2:]]))
     again = Function()
@@ -140,8 +137,16 @@ def test_a_round_that_is_done_again_makes_the_same_calls(tmp_path):
     assert again.calls == [first.calls[1]]
 
 
+def test_marks_of_a_later_round_do_not_change_what_is_asked_at_once(tmp_path):
+    """A run that is begun anew in its folder finds the marks of rounds that are not there yet."""
+    marked(marker_of(Function(), tmp_path), round=2, prompts=PROMPTS[:3], answers=ANSWERS[:3])
+    anew = Function()
+    assert marked(marker_of(anew, tmp_path)).marks == LENGTHS
+    assert [len(call) for call in anew.calls] == [4, 4, 2]
+
+
 def test_a_line_that_was_cut_off_is_asked_for_again_and_harms_no_other(tmp_path):
-    path = tmp_path / "rounds" / ".marks.jsonl"
+    path = tmp_path / "rounds" / ".marks" / "1.jsonl"
     marked(marker_of(Function(), tmp_path))
     path.write_bytes(path.read_bytes()[:-20])
     again = Function()
@@ -158,8 +163,37 @@ def test_a_line_that_was_cut_off_is_asked_for_again_and_harms_no_other(tmp_path)
      '{"round": 1, "marks": {"k": NaN}}', "\x00"],
 )  # fmt: skip
 def test_a_damaged_line_is_no_mark(tmp_path, line):
-    (tmp_path / "kept").write_text(f'{line}\n{{"round": 1, "marks": {{"k": 2.0}}}}\n')
-    assert KeptMarks(tmp_path / "kept", {}).before(2) == {"k": 2.0}
+    (tmp_path / "1.jsonl").write_text(f'{line}\n{{"round": 1, "marks": {{"k": 2.0}}}}\n')
+    assert KeptMarks(tmp_path, {}).before(2) == {"k": 2.0}
+
+
+def test_no_process_touches_the_marks_of_another(tmp_path):
+    """A later one, by its number, has the last word."""
+    for mark in (1.0, 2.0):
+        KeptMarks(tmp_path / "rounds" / ".marks", {}).add(1, {"k": mark})
+    files = sorted((tmp_path / "rounds" / ".marks").iterdir())
+    assert [path.name for path in files] == ["1.jsonl", "2.jsonl"]
+    assert files[0].read_text() == '{"round": 1, "marks": {"k": 1.0}}\n'
+    assert KeptMarks(tmp_path / "rounds" / ".marks", {}).of(1) == {"k": 2.0}
+
+
+def test_a_run_that_goes_on_in_another_folder_knows_the_marks_of_the_first(tmp_path, plugin):
+    settings = JudgeSettings("mine_rounds.length", ("mine_rounds",), None, 4, tmp_path / "cache")
+    judge = make_judge(settings, may_miss=True)
+    for name, resumed, made in (("one", None, 10), ("two", "one", 0), ("three", None, 10)):
+        (tmp_path / name).mkdir()
+        own = make_marker(
+            judge, settings, tmp_path / name, go_on="again",
+            resumed=None if resumed is None else tmp_path / resumed,
+        )  # fmt: skip
+        assert marked(own).made == made
+    assert not (tmp_path / "two" / "rounds").exists()
+
+
+def test_the_folder_of_a_run_that_is_gone_is_not_made_again(tmp_path, caplog):
+    KeptMarks(tmp_path / "gone" / "rounds" / ".marks", {}).add(1, {"k": 1.0})
+    assert not (tmp_path / "gone").exists()
+    assert "marks are not kept" in caplog.text
 
 
 def test_a_disk_that_is_full_costs_no_mark(tmp_path, caplog):
@@ -253,7 +287,7 @@ def test_many_answers_without_a_mark_stop_the_run(tmp_path):
     said = raised(lambda: marked(marker_of(function, tmp_path, per_call=10)))
     assert said == (
         "round 1: evaluation.judge=mine.f: 2 of 10 answers have no mark, more than 10%, as what it "
-        "gave is no finite number; the first of them is to 'p0'; mend the judge; the marks that "
+        "gave is no finite number; the first of them is to 'p0'; fix the judge; the marks that "
         "were made are kept: go on with resume=the/run"
     )
     again = Function()
@@ -418,7 +452,7 @@ def test_prompts_get_the_marks_of_their_answers(tmp_path, plugin):
     found, told = mark_prompts(marker, drawn, seed=0, round=1)
     assert [own.marks for own in found] == [(3.0, 1.0, 3.0), (5.0, 2.0)]
     assert told.made == 4
-    assert (tmp_path / "rounds" / ".marks.jsonl").is_file()
+    assert (tmp_path / "rounds" / ".marks" / "1.jsonl").is_file()
 
 
 def test_a_changed_function_is_another_judge(tmp_path, plugin):
