@@ -164,8 +164,9 @@ def test_a_prompt_is_computed_once_and_ended_answers_leave():
     model.get_input_embeddings().register_forward_hook(
         lambda _, ids, __: sizes.append(ids[0].shape)
     )
-    draws = Draws(12, 1.5, 40, 1, 1)
-    answers = drawn(model, scorer, some_prompts(6, 6), draws)
+    draws, prompts = Draws(12, 1.5, 40, 1, 1), some_prompts(6, 6)
+    answers = drawn(model, scorer, prompts, draws)
+    check_by_hand(make_model("llama"), prompts, answers, draws, ends=range(2, 20), most=40)
     assert tuple(sizes[0]) == (2, 6)
     assert all(size[1] == 1 for size in sizes[1:])
     lengths = np.array([len(ids) for own in answers for ids in own])
