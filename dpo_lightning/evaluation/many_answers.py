@@ -186,16 +186,18 @@ def draw_answers(
             for batch in planned
         )
     total = draws.num_generations * len(asked)
-    done = tokens = 0
+    done, tokens, seconds = 0, 0, 1e-9
     with show("sampling", total=total, unit="answers") as say:
-        begin = time.perf_counter()
         for _ in planned:
             if check is not None:
                 check()
+            begin = time.perf_counter()
             batch, answers = next(drawn)
+            # Without the time of whoever takes the answers.
+            seconds += time.perf_counter() - begin
             done += draws.num_generations * len(batch)
             tokens += sum(len(ids) for own in answers for ids in own)
-            say(done, f"{tokens / max(time.perf_counter() - begin, 1e-9):,.0f} tokens/s")
+            say(done, f"{tokens / seconds:,.0f} tokens/s")
             yield batch, answers
 
 

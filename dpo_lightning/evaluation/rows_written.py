@@ -59,7 +59,7 @@ class Rows:
         written = torch.zeros(len(owners), max(self.limits), dtype=torch.int64, device=device)
         alive = torch.arange(len(owners), device=device)
         sound = torch.ones(len(owners), dtype=torch.bool, device=device)
-        look = 1 if eager or device.type == "cpu" else _LOOK_EVERY
+        look = 1 if eager or _looks_at_each(device) else _LOOK_EVERY
         for step in range(max(self.limits)):
             tokens, finite = draw_tokens(scores, keys[alive], step, temperature=self.temperature)
             if self.together:
@@ -83,6 +83,11 @@ class Rows:
                 scores = writer.next(tokens)
         _require_finite(sound)
         return _cut(written, lengths)
+
+
+def _looks_at_each(device: torch.device) -> bool:
+    """True where it costs nothing to look at tensors of a device."""
+    return device.type == "cpu"
 
 
 def _require_finite(sound: Tensor) -> None:

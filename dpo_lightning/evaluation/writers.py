@@ -24,7 +24,7 @@ from dpo_lightning.evaluation.sampling import left_padded
 from dpo_lightning.models.decoding import Decoding
 from dpo_lightning.models.head import LogitsTransform
 from dpo_lightning.models.loading import max_positions
-from dpo_lightning.models.rope import lengths_known
+from dpo_lightning.models.rope import RopeLengths, heed_lengths, lengths_known
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import run_whole
 
@@ -61,11 +61,12 @@ def way_of(model: Any, scorer: Scorer, longest: int) -> tuple[Way, str | None]:
     Returns:
         The way; for the slow one the reason.
     """
-    changes = (*scorer.lengths.steps, *scorer.lengths.slopes)
-    if changes and longest > min(changes):
+    lengths = RopeLengths.of(model.config, max_length=longest)
+    if lengths:
+        first = min((*lengths.steps, *lengths.slopes))
         return "whole", (
-            f"its rotary embeddings change at {min(changes):,} tokens, so that the keys of what is "
-            "written change too"
+            f"its rotary embeddings change behind {first:,} tokens, and so do the keys of what is "
+            "written already"
         )
     if scorer.shared:
         return "shared", None
@@ -97,7 +98,7 @@ def open_writer(model: Any, scorer: Scorer, way: Way, *, pad: int) -> Iterator[W
             model.train(training)
         return
     with scorer.plain(model):
-        yield CachedWriter(model, pad) if way == "cached" else WholeWriter(model, scorer)
+        yield CachedWriter(model, pad) if way == "cached" else WholeWriter(model)
 
 
 class SharedWriter:
@@ -215,14 +216,13 @@ class WholeWriter:
 
     Args:
         model: A transformers causal language model as it was made, in eval mode.
-        scorer: The scorer that prepared it.
     """
 
-    def __init__(self, model: Any, scorer: Scorer) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._scorer = scorer
         self._rows: list[list[int]] = []
         self._options = _last_alone(model)
+        heed_lengths(model)
 
     def begin(self, prompts: Sequence[Ids], owners: Sequence[int]) -> Tensor:
         """See :class:`Writer`."""
@@ -245,9 +245,8 @@ class WholeWriter:
         for length in sorted(set(lengths)):
             here = [number for number, own in enumerate(lengths) if own == length]
             ids = torch.tensor([self._rows[number] for number in here], device=device)
-            known = self._scorer.lengths
-            parts = known.parts([(length, length)], device) if known else ()
-            with lengths_known(parts):
+            # All of a pass are of one length, so that each has the factors of its own.
+            with lengths_known([(length, None)]):
                 output = self._model(input_ids=ids, use_cache=False, **self._options)
             found.append(_wide(output.logits[:, -1]))
             order += here
