@@ -248,7 +248,7 @@ def _answers(plan: RunPlan, keeper: Keeper) -> AnswersOnTheWay | None:
         last_too=selects,
         rows=AnswerRows(plan.folders.run, keeper),
         # A curve of each round needs it; on the embedded task it is exactly known.
-        always_kl=plan.batches.rounds is not None and plan.names.settings["data"]["train"],
+        always_kl=plan.batches.rounds is not None and not plan.batches.rounds.embedded,
     )
 
 

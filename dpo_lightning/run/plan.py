@@ -119,10 +119,12 @@ class RoundsPlan:
     Attributes:
         settings: How answers are drawn, and how they become groups.
         plan: Steps, prompts and groups of each.
+        embedded: True on the embedded task, of which all is exactly known.
     """
 
     settings: RoundSettings
     plan: RoundPlan
+    embedded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +343,7 @@ def rounds_plan(config: Config, schedule: Schedule) -> RoundsPlan | None:
         offline_fraction=settings.offline_fraction,
         seed=config.seed,
     )
-    return RoundsPlan(settings, plan)
+    return RoundsPlan(settings, plan, embedded=config.data.train is None)
 
 
 def _evaluation_plan(config: Config, course: EvaluationCourse | None) -> EvaluationPlan:

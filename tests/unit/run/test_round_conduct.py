@@ -79,7 +79,7 @@ class Scene:
         self.throughput = Throughput()
         saving = Saving(self.folder, path / "checkpoints", 1, resumed)
         self.conductor = RoundConductor(
-            RoundsPlan(SETTINGS, PLAN),
+            RoundsPlan(SETTINGS, PLAN, embedded=False),
             saving,
             signals=self.signals,
             throughput=self.throughput,
