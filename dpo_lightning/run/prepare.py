@@ -75,10 +75,10 @@ class Prepared:
         task: The controlled task, if that is trained on.
         reference_outcome_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
         judge: Judges answers, if the settings name one.
-        marker: Has it mark the answers of rounds, if there are some to mark.
         threads: CPU threads of one operation in the reference pass.
         ranks: The processes that share the models' weights; None where each has its own.
         chat: The chat template; None where no rows go through one.
+        marker: Has the judge mark the answers of rounds; None where there are none, or no judge.
     """
 
     source: ModelSource
@@ -89,10 +89,10 @@ class Prepared:
     task: ControlledTask | None
     reference_outcome_logps: Tensor | None
     judge: Judge | None
-    marker: RoundMarker | None
     threads: int
     ranks: Ranks | None = None
     chat: ChatTemplate | None = None
+    marker: RoundMarker | None = None
 
 
 def prepare(
@@ -149,10 +149,10 @@ def prepare(
         task=task,
         reference_outcome_logps=reference_logps,
         judge=choose_judge(config, hardware, judges=ranks is None or ranks.is_first, show=show),
-        marker=choose_marker(config, hardware, folder, show=show),
         threads=threads,
         ranks=ranks,
         chat=chat,
+        marker=choose_marker(config, hardware, folder, show=show),
     )
 
 
