@@ -37,6 +37,7 @@ from dpo_lightning.processes.ownership import (
     take_folder,
 )
 from dpo_lightning.run.inputs import QUARANTINE_FILE
+from dpo_lightning.run.rounds.files import FOLDER as ROUNDS
 from dpo_lightning.settings.fingerprint import settings_hash
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.tracking.rungs import RUNGS_FILE
@@ -50,7 +51,7 @@ _OUTCOME = (
 # Its course, which a run that goes on from a checkpoint continues.
 _COURSE = (
     *("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE),
-    *("csv", "tensorboard", "profile"),
+    *("csv", "tensorboard", "profile", ROUNDS),
 )
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
@@ -148,7 +149,7 @@ def find_earlier(folder: Path) -> Earlier | None:
 
 def _check_kinds(folder: Path) -> None:
     """Refuses a folder in which what a run writes would meet something of another kind."""
-    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
+    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged", ROUNDS)
     files = (
         RESULT_FILE,
         REPORT_FILE,

@@ -60,6 +60,7 @@ from dpo_lightning.run.plan import (
 )
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord, reference_counts
+from dpo_lightning.run.rounds.work import make_round_work
 from dpo_lightning.run.session_end import (
     conclude_session,
     evaluate_last,
@@ -274,7 +275,18 @@ def _build(
         callbacks.rung.ask(measure, work=measuring_work(plan, prepared))
     pending = what_is_pending(session.trainer, session.supervision.signals)
     module = make_module(plan, prepared, placed, pending_signal=pending)
-    datamodule = make_data_module(plan, prepared, placed)
+    if callbacks.rounds is not None:
+        callbacks.rounds.ask(
+            make_round_work(
+                plan,
+                prepared,
+                placed,
+                answering=answering,
+                check=session.supervision.children.check,
+                show=within.show if session.is_first else unshown,
+            )
+        )
+    datamodule = make_data_module(plan, prepared, placed, callbacks.rounds)
     if session.is_first:
         say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)

@@ -30,6 +30,7 @@ from dpo_lightning.settings.model_folders import found_instead
 from dpo_lightning.settings.moving_reference import moving_reference_problems
 from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
+from dpo_lightning.settings.rounds import rounds_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 from dpo_lightning.settings.selection import sampling_problems, selection_problems
@@ -474,3 +475,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from pruning_problems(config)
     yield from logger_problems(config.logger)
     yield from generation_problems(config.generation, config.strategy.name, config.plugins)
+    yield from rounds_problems(config)

@@ -270,6 +270,13 @@ KEYS: dict[str, Answer] = {
         true="checkpoint.export=best",
         false="checkpoint.export=last",
     ),
+    # answers to train on, of online trainers
+    "num_generations": same("rounds.num_generations=<answers>", "with rounds.count=<rounds>"),
+    "reward_model_path": same("evaluation.judge=<folder or hub id>", "with rounds.count=<rounds>"),
+    "reward_funcs": other(
+        "plugins=[<module>] evaluation.judge=<module>.<function>", "with rounds.count=<rounds>"
+    ),
+    "missing_eos_penalty": none("a judge that is a function of yours may take it off"),
     # checkpoints and folders
     "save_steps": same("checkpoint.every_n_steps=<steps>"),
     "save_total_limit": same("checkpoint.keep=<number>"),

@@ -676,6 +676,74 @@ SELECTION = [
     ),
 ]
 
+ROUNDS = [
+    Row(
+        "rounds.num_generations=8",
+        "rounds.num_generations=8: rounds.count=0 draws nothing; add rounds.count=3",
+        "rounds.num_generations=8 rounds.count=3",
+    ),
+    Row(
+        f"{OWN} rounds.count=3",
+        "rounds.count=3 needs a judge that marks the answers",
+        f"{OWN} rounds.count=3 evaluation.judge=org/m",
+    ),
+    Row(
+        f"{OWN} rounds.count=3 rounds.groups=ranking {ENDPOINT}",
+        "evaluation.judge_form=pairs compares two answers",
+        f"{OWN} rounds.count=3 rounds.groups=ranking {ENDPOINT} evaluation.judge_form=marks",
+    ),
+    Row(
+        "rounds.count=3 trainer.max_steps=2",
+        "rounds.count=3: trainer.max_steps=2 has no step for each round",
+        "rounds.count=3 trainer.max_steps=3",
+    ),
+    Row(
+        "rounds.count=3 rounds.steps=4 trainer.max_steps=10",
+        "trainer.max_steps=10: rounds.count=3 x rounds.steps=4 are 12 steps",
+        "rounds.count=3 rounds.steps=4 trainer.max_steps=12",
+    ),
+    Row(
+        "rounds.count=3 rounds.steps=4 trainer.max_epochs=1",
+        "trainer.max_epochs=1: rounds.count=3 x rounds.steps=4 say how long the run is",
+        "rounds.count=3 trainer.max_epochs=1",
+    ),
+    Row(
+        "rounds.count=3 rounds.reference=previous reference.kind=live",
+        "rounds.reference=previous: its log-probabilities are computed by the policy itself",
+        "rounds.count=3 rounds.reference=previous reference.kind=cached",
+    ),
+    Row(
+        f"rounds.count=3 rounds.reference=previous {SFT}",
+        "rounds.reference=previous: loss=sft with reference=auto uses no reference",
+        f"rounds.count=3 {SFT}",
+    ),
+    Row(
+        "rounds.count=3 strategy.name=fsdp",
+        "rounds.count=3: strategy=fsdp shares the weights out",
+        "rounds.count=3 strategy.name=ddp",
+    ),
+    Row(
+        "rounds.count=3 generation.backend=http://localhost:8000/v1 generation.model=m",
+        "answers with weights that it has loaded",
+        "rounds.count=3 generation.backend=vllm",
+    ),
+    Row(
+        "rounds.count=3 data.overfit_groups=8",
+        "data.overfit_groups=8 trains on a few given rows",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 data.controlled.population=true",
+        "data.controlled.population=true weighs the given pairs",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 sweep.prune=halving",
+        "sweep.prune=halving compares trials on the way",
+        "sweep.prune=halving",
+    ),
+]
+
 ROWS = [
-    *(*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION),
+    *(*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION, *ROUNDS),
 ]

@@ -222,6 +222,7 @@ def _evaluations(
             config.checkpoint,
             data,
             total_steps=schedule.total_steps,
+            round_steps=schedule.round_steps,
             batch_size=config.data.batch_size,
             shared=shared,
         )
