@@ -23,7 +23,8 @@ SERIES = {
 }
 """The colours of both kinds of curves."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 30, 34
+# Room on the right for half of the last step's number.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 30, 34
 _DOTS = 30
 
 
