@@ -90,6 +90,7 @@ docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the cod
 
 # The embedded task needs no data and no network.
 picture: $(READY) ## draw docs/frontier.png again, from a sweep of six β; minutes
+	@rm -rf build/frontier
 	@$(BIN)/python train.py experiment=frontier logger=none hydra.sweep.dir=build/frontier
 	@cp build/frontier/frontier.png docs/frontier.png
 

@@ -148,7 +148,7 @@ def _line(x: float, y: float, to_x: float, to_y: float, name: str) -> str:
 
 
 def _text(
-    x: float, y: float, text: str, name: str, *, size: int = 11, anchor: str = "middle"
+    x: float, y: float, text: str, name: str, *, size: int = 12, anchor: str = "middle"
 ) -> str:
     style = f"fill: var(--{name}); font-size: {size}px; text-anchor: {anchor}"
     return f'<text x="{x:.1f}" y="{y:.1f}" style="{style}">{escape(text)}</text>'
