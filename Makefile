@@ -13,7 +13,7 @@ EVERY := not long and not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs mutations \
+.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs picture mutations \
 	check audit bench bench-gpu bench-rounds bench-sampling bench-sweep lock clean
 
 help: ## show these lines
@@ -88,6 +88,12 @@ docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the cod
 	@$(BIN)/python -m dpo_lightning.run.outcome_page > docs/outcomes.md
 	@$(BIN)/python -m dpo_lightning.run.api_page > docs/api.md
 	@$(SITE)/bin/zensical build --strict --clean
+
+# The embedded task needs no data and no network.
+picture: $(READY) ## draw docs/frontier.png again, from a sweep of six β; minutes
+	@rm -rf build/frontier
+	@$(BIN)/python train.py experiment=frontier logger=none hydra.sweep.dir=build/frontier
+	@cp build/frontier/frontier.png docs/frontier.png
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)

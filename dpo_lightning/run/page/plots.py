@@ -23,7 +23,8 @@ SERIES = {
 }
 """The colours of both kinds of curves."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 30, 34
+# Room on the right for half of the last step's number.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 30, 34
 _DOTS = 30
 
 
@@ -147,7 +148,7 @@ def _line(x: float, y: float, to_x: float, to_y: float, name: str) -> str:
 
 
 def _text(
-    x: float, y: float, text: str, name: str, *, size: int = 11, anchor: str = "middle"
+    x: float, y: float, text: str, name: str, *, size: int = 12, anchor: str = "middle"
 ) -> str:
     style = f"fill: var(--{name}); font-size: {size}px; text-anchor: {anchor}"
     return f'<text x="{x:.1f}" y="{y:.1f}" style="{style}">{escape(text)}</text>'

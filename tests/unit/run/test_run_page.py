@@ -1,8 +1,7 @@
-"""A run's page: its curves, its content, the command that writes it, and the page in a browser."""
+"""A run's page: its curves, its content, the command that writes it."""
 
 import json
 import re
-import shutil
 
 import pytest
 
@@ -10,7 +9,6 @@ from dpo_lightning.run.page.content import make_content
 from dpo_lightning.run.page.plots import Curve, averaged, panel, ticks
 from dpo_lightning.run.page.write import keep_run_page, write_run_page
 from dpo_lightning.sweeps.report.write import main, write_report
-from tests.support.browser import open_browser
 from tests.support.sweep_folders import write_trial
 
 HOSTILE = '<b>"β" </title>'
@@ -155,24 +153,3 @@ def test_a_run_without_metrics_has_no_page_and_one_that_fails_is_a_line(run, cap
     keep_run_page(run)
     assert not (run / "report.html").exists()
     assert len(caplog.messages) == 1
-
-
-CUT_OFF = """[...document.querySelectorAll("body *")].filter(
-  (e) => !e.closest("svg") && e.clientWidth && e.getBoundingClientRect().right > innerWidth + 1
-).map((e) => `${e.tagName}.${e.className}`)"""
-
-
-# The browser takes seconds to start.
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-def test_a_browser_shows_the_whole_page_at_any_width(run, tmp_path):
-    page = write_run_page(run)
-    with open_browser(tmp_path / "user") as browser:
-        for width in (390, 1280):
-            for dark in (False, True):
-                browser.open(page, width=width, dark=dark)
-                assert browser.run("document.documentElement.scrollWidth") == width
-                assert browser.run(CUT_OFF) == []
-                paper = browser.run("getComputedStyle(document.body).backgroundColor")
-                assert paper == ("rgb(17, 24, 39)" if dark else "rgb(255, 255, 255)")
-        assert browser.said == []
