@@ -137,12 +137,12 @@ def _length(config: Config) -> Iterator[str]:
     if trainer.max_steps not in (None, total):
         yield (
             f"trainer.max_steps={trainer.max_steps}: rounds.count={rounds.count} x "
-            f"rounds.steps={rounds.steps} are {total} steps; leave one of the two out"
+            f"rounds.steps={rounds.steps} are {total} steps; leave trainer.max_steps out"
         )
     if trainer.max_epochs is not None:
         yield (
             f"trainer.max_epochs={trainer.max_epochs}: rounds.count={rounds.count} x "
-            f"rounds.steps={rounds.steps} say how long the run is; leave one of the two out"
+            f"rounds.steps={rounds.steps} say how long the run is; leave trainer.max_epochs out"
         )
 
 
@@ -184,6 +184,17 @@ def _others(config: Config) -> Iterator[str]:
         yield (
             f"{key}: data.controlled.population=true weighs the given pairs, and drawn answers are "
             "labelled; leave one of the two out"
+        )
+    if config.reference.sync_every is not None:
+        yield (
+            f"{key}: reference.sync_every={config.reference.sync_every} moves the reference by "
+            "steps, and rounds by rounds.reference=previous; leave one of the two out"
+        )
+    unpaired = objective_settings(config.loss).unpaired
+    if unpaired:
+        yield (
+            f"{key}: loss={','.join(unpaired)} learns from labels of single responses, and rounds "
+            "rank several; use loss=sigmoid"
         )
     if config.sweep.prune != "none":
         yield (

@@ -160,10 +160,10 @@ MODELS = [
     ),
     Row(
         f"{OWN} evaluation.judge=org/model evaluation.samples=0",
-        "nothing to judge with evaluation.samples=0",
+        "evaluation.samples=0 draws no answers to judge",
         f"{OWN} evaluation.judge=org/model evaluation.samples=1",
     ),
-    Row("evaluation.judge=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.judge=org/m evaluation.samples=0", "leave one of", "evaluation.samples=0"),
     Row("evaluation.judge=./nope", "evaluation.judge=./nope", "evaluation.judge=model"),
     Row(
         "evaluation.judge=a/b/c",
@@ -282,7 +282,7 @@ OBJECTIVES = [
     ),
     Row(
         "reference.sync_every=1 reference.sync_alpha=1.0",
-        "nothing keeps the policy near any reference; use more steps, or a smaller",
+        "nothing keeps the policy near any reference; use reference.sync_every=512",
         "reference.sync_every=1 reference.sync_alpha=0.99",
     ),
     Row(
@@ -327,7 +327,7 @@ OBJECTIVES = [
     ),
     Row(
         "loss.terms.kto=1 loss.terms.sigmoid=0.5",
-        "kto is a loss on single responses and stands alone; use loss=kto, or leave kto out",
+        "kto is a loss on single responses and stands alone; leave loss.terms.kto out",
         "loss.terms.kto=0.5",
     ),
     Row(
@@ -699,7 +699,7 @@ ROUNDS = [
     ),
     Row(
         "rounds.count=3 rounds.steps=4 trainer.max_steps=10",
-        "trainer.max_steps=10: rounds.count=3 x rounds.steps=4 are 12 steps",
+        "are 12 steps; leave trainer.max_steps out",
         "rounds.count=3 rounds.steps=4 trainer.max_steps=12",
     ),
     Row(
@@ -735,6 +735,16 @@ ROUNDS = [
     Row(
         "rounds.count=3 data.controlled.population=true",
         "data.controlled.population=true weighs the given pairs",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 reference.sync_every=8",
+        "reference.sync_every=8 moves the reference by steps",
+        "rounds.count=3 rounds.reference=previous",
+    ),
+    Row(
+        "rounds.count=3 loss.name=kto",
+        "loss=kto learns from labels of single responses",
         "rounds.count=3",
     ),
     Row(
