@@ -5,7 +5,6 @@ The settings end here and in ``plan``: every class below takes plain values.
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -446,16 +445,19 @@ def controlled_data(
         reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
     """
     sizes = config.data.controlled
-    if sizes.form == "unpaired":
-        draw = functools.partial(task.labelled, reference_logps=reference_logps)
-    else:
-        draw = functools.partial(task.groups, reference_logps=reference_logps)
-    population = {"population": True} if sizes.population else {}
     # The evaluation rows are the same for every seed, so that seeds can be compared.
-    data = PreparedData(
-        train=draw(sizes.train_groups, seed=config.seed + 1, **population),
-        eval=draw(sizes.eval_groups, seed=0),
-    )
+    train, evaluation = (sizes.train_groups, config.seed + 1), (sizes.eval_groups, 0)
+    if sizes.form == "unpaired":
+        sides = [
+            task.labelled(count, seed=seed, reference_logps=reference_logps)
+            for count, seed in (train, evaluation)
+        ]
+    else:
+        sides = [
+            task.groups(count, seed=seed, reference_logps=reference_logps, population=population)
+            for (count, seed), population in ((train, sizes.population), (evaluation, False))
+        ]
+    data = PreparedData(train=sides[0], eval=sides[1])
     data.overfit(config.data.overfit_groups)
     _with_mismatched(config, data, max_length=MAX_LENGTH)
     return data

@@ -5,8 +5,10 @@ from typing import Any
 
 from dpo_lightning.settings.fields import setting
 
-_SCALING = ("loss", "margins", "chosen", "rejected", "log_z")
-_SCALING += ("desirable", "undesirable", "separation", "z0", "delta")
+_SCALING = (
+    *("loss", "margins", "chosen", "rejected", "log_z"),
+    *("desirable", "undesirable", "separation", "z0", "delta"),
+)
 
 
 def scales_with_beta(metric: str) -> bool:
