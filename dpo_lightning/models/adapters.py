@@ -258,7 +258,10 @@ class Adapters:
         """Puts a second adapter of the trained one's form beside it."""
         config = copy.deepcopy(self._peft.peft_config[_TRAINED])
         config.lora_dropout = 0.0
-        with torch.random.fork_rng(devices=[]), _fitting(name):
+        # On a rank that is handed its share later PEFT would make it on the CPU.
+        is_meta = next(self.policy.parameters()).is_meta
+        place = torch.device("meta") if is_meta else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), _fitting(name), place:
             self._peft.add_adapter(_COPY, config)
 
     @torch.no_grad()

@@ -265,7 +265,7 @@ def make_moving(
         # The copy was rounded with the policy; it starts as the adapter that is trained.
         own = map(policy.get_parameter, weights.names)
         start = [weight.detach().float().clone() for weight in own]
-    cast(model)
+    cast(model.requires_grad_(False))
     return MovingReference(model, scorer, weights, start=start, movement=movement)
 
 

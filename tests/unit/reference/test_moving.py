@@ -183,11 +183,13 @@ def test_the_start_of_an_adapter_is_still_the_reference_that_answers_are_measure
         reference=moving(model, adapters=adapters, alpha=1.0),
         **HOW,
     )
-    ids = torch.tensor([[3, 4, 5, 6]])
+    scorer, batch = Scorer("flat"), collate_groups(groups(1), [0])
+    scorer.prepare(plain)
     with torch.no_grad():
-        start, policy = adapters.reference(input_ids=ids).logits, model.eval()(input_ids=ids).logits
-        moved = adapters.copy(input_ids=ids).logits
-        assert torch.equal(start, plain(input_ids=ids).logits)
+        start, moved, policy, base = (
+            scorer.logps(own, batch) for own in (adapters.reference, adapters.copy, model, plain)
+        )
+    assert torch.equal(start, base)
     assert not torch.equal(moved, start)
     assert not torch.equal(moved, policy)  # a step was taken after the last update
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -334,7 +336,8 @@ def test_values_of_tokens_are_those_of_the_rows_where_they_have_them():
     batch = collate_groups([group], [0])
     live = reference.token_logps(batch, None)
     sums = torch.zeros(2).index_add(0, batch.response, live)
-    torch.testing.assert_close(sums, torch.stack(plain_logps(model, group)).detach())
+    plain = torch.stack(plain_logps(make_model("llama"), group)).detach()
+    torch.testing.assert_close(sums, plain)
     own = tuple(np.full(len(ids), -0.25, dtype=np.float32) for ids in group.responses)
     brought = collate_groups(
         [replace(group, reference_logps=np.zeros(2, np.float32), reference_token_logps=own)], [0]
