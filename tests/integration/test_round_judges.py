@@ -12,8 +12,6 @@ from dpo_lightning.run.rounds.asking import Patience
 from tests.support.judge_server import Act, JudgeServer, judge_server, marks_length
 from tests.support.runs import Run, run_train
 
-pytestmark = pytest.mark.slow  # trains a small policy several times
-
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, tmp_path):
@@ -44,8 +42,9 @@ def round_rows(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow  # trains a small policy twice
 def test_a_judge_that_fails_stalls_and_talks_nonsense_ends_the_run_no_differently(
-    tmp_path, tiny_model, pairs_file, caplog
+    tmp_path, tiny_model, pairs_file, capfd
 ):
     bad = {3: Act("down", status=503), 5: Act(stall=20), 8: Act('{"mark": NaN}'), 11: Act("Fine!"),
            14: Act(reset=True)}  # fmt: skip
@@ -64,9 +63,11 @@ def test_a_judge_that_fails_stalls_and_talks_nonsense_ends_the_run_no_differentl
     assert run.code == whole.code == 0
     assert round_rows(run) == round_rows(whole)
     assert run.values("train/loss") == whole.values("train/loss")
-    assert "it is asked again in" in caplog.text
+    printed = capfd.readouterr()
+    assert "round 1: evaluation.judge=endpoint fails (" in printed.out + printed.err
 
 
+@pytest.mark.long  # trains a small policy three times
 @pytest.mark.parametrize("round", [1, 2])
 def test_a_judge_that_stays_away_stops_the_run_which_goes_on_later(
     tmp_path, tiny_model, pairs_file, capfd, round
