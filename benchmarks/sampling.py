@@ -15,8 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,8 @@ RESULTS = HERE / "results" / "sampling.json"
 MARKS = ("<!-- bench-sampling -->", "<!-- end of bench-sampling -->")
 # How far the mean of log p of drawn tokens may be from its expectation, in standard errors.
 _FAR = 4.0
+# Load of a machine above which other work is said to have run.
+_QUIET = 0.5
 # Share of our tokens that the same noise has to draw from the scores of a plain forward pass.
 _SAME = 0.999
 
@@ -64,7 +66,7 @@ class Arms:
     """The ways to draw: ours, ours with copied keys, and transformers'.
 
     Args:
-        folder: Where a model is made.
+        folder: Where a model is, and is made where there is none.
         load: What is drawn.
     """
 
@@ -76,7 +78,8 @@ class Arms:
         from dpo_lightning.models.probe import choose_path
         from dpo_lightning.models.scoring import Scorer
 
-        make_model(folder, SIZES[load.size])
+        if not (folder / "config.json").exists():
+            make_model(folder, SIZES[load.size])
         self.load = load
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         # No token ends an answer.
@@ -223,22 +226,29 @@ def z_score(logps: Any, tokens: Any) -> float:
 
 def measure(
     arms: dict[str, Callable[[], Any]], *, rounds: int, tokens: int
-) -> dict[str, list[float]]:
-    """Tokens a second of each arm in each round; the first, which warms up, is not kept."""
-    rates: dict[str, list[float]] = {name: [] for name in arms}
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second of each arm in each round, and of a second of its own on a CPU.
+
+    The first round, which warms up, is not kept.
+    """
+    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+    rates: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in arms} for clock in clocks
+    }
     for turn in range(rounds + 1):
         for name in [*arms][:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
+            begin = {clock: read() for clock, read in clocks.items()}
             arms[name]()
             if turn:
-                rates[name].append(tokens / (time.perf_counter() - begin))
+                for clock, read in clocks.items():
+                    rates[clock][name].append(tokens / (read() - begin[clock]))
         if turn:
-            said = "  ".join(f"{name} {own[-1]:,.0f}" for name, own in rates.items())
+            said = "  ".join(f"{name} {own[-1]:,.0f}" for name, own in rates["wall"].items())
             print(f"round {turn}: {said} tokens/s", flush=True)
     return rates
 
 
-def ratios(rates: dict[str, Sequence[float]]) -> dict[str, list[float]]:
+def ratios(rates: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Tokens a second of the ways of ours over transformers', with 95% intervals, by rounds."""
     found = {}
     for name in rates:
@@ -251,6 +261,8 @@ def ratios(rates: dict[str, Sequence[float]]) -> dict[str, list[float]]:
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     machine, load = report["machine"], report["load"]
+    busy = report["load_average"] > _QUIET
+    beside = f", beside other work, load {report['load_average']:.0f}" if busy else ""
     names = {
         "ours": "here: a prompt's keys once for all answers",
         "copied": "the same loop on transformers' cache, its keys copied for each answer",
@@ -259,19 +271,22 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{load['answers']} answers of {load['answer_tokens']} tokens to each of "
         f"{load['prompts']} prompts of {load['prompt_tokens']}, {report['rounds']} rounds "
-        f"({machine['date']}, {machine['cpu']}, {machine['threads']} threads, transformers "
-        f"{machine['versions']['transformers']}):",
+        f"({machine['date']}, {machine['cpu']}, {machine['cores']} cores, threads: "
+        f"{machine['threads']}, transformers {machine['versions']['transformers']}{beside}):",
         "",
-        "| | tokens/s | over `generate` | 95% |",
-        "|---|---|---|---|",
+        "| | tokens/s | over `generate` | 95% | over it by CPU seconds | 95% |",
+        "|---|---|---|---|---|---|",
     ]
     for name, words in names.items():
-        rate = statistics.median(report["tokens_per_second"][name])
-        ratio = ["–", "–"]
-        if name in report["ratios"]:
-            value, low, high = report["ratios"][name]
-            ratio = [f"{value:.2f}", f"{low:.2f}–{high:.2f}"]
-        lines.append(f"| {words} | {rate:,.0f} | {ratio[0]} | {ratio[1]} |")
+        rate = statistics.median(report["tokens_per_second"]["wall"][name])
+        cells = [words, f"{rate:,.0f}"]
+        for clock in ("wall", "cpu"):
+            if name in report["ratios"][clock]:
+                value, low, high = report["ratios"][clock][name]
+                cells += [f"{value:.2f}", f"{low:.2f}–{high:.2f}"]
+            else:
+                cells += ["–", "–"]
+        lines.append(f"| {' | '.join(cells)} |")
     check = report["check"]
     lines += [
         "",
@@ -303,12 +318,14 @@ def main() -> None:
         parser.error(f"--size {arguments.size}: name another file with --out than what is kept")
     import torch
 
+    average = os.getloadavg()[0]
     torch.set_num_threads(arguments.threads)
     load = Load(size=arguments.size)
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
-        arms = Arms(Path(folder), load)
-        check = arms.check()
+        # The scores of all tokens of all answers are large.
+        check = Arms(Path(folder), replace(load, prompts=2)).check()
         print(f"drawn alike: {check}", flush=True)
+        arms = Arms(Path(folder), load)
         rates = measure(
             {name: getattr(arms, name) for name in ("ours", "copied", "transformers")},
             rounds=arguments.rounds,
@@ -318,10 +335,11 @@ def main() -> None:
         "machine": describe_machine(arguments.threads),
         "model": SIZES[arguments.size].describe(),
         "load": {name: getattr(load, name) for name in Load.__dataclass_fields__},
+        "load_average": average,
         "rounds": arguments.rounds,
         "check": check,
         "tokens_per_second": rates,
-        "ratios": ratios(rates),
+        "ratios": {clock: ratios(own) for clock, own in rates.items()},
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.out == RESULTS:

@@ -141,7 +141,7 @@ class Decoding:
             return found.view(rows, 1, heads, -1)
         prompts = layer.prompt_keys.flatten(0, 1)
         before = grid.back(torch.bmm(grid.out(query), prompts.transpose(1, 2)), shared)
-        scores = torch.cat([before.view(rows, heads, -1), own], dim=2)
+        scores = torch.cat([before.reshape(rows, heads, -1), own], dim=2)
         bias = self._bias(window)
         if bias is not None:
             scores[:, :, : self._width].masked_fill_(bias, -torch.inf)

@@ -137,12 +137,12 @@ def _length(config: Config) -> Iterator[str]:
     if trainer.max_steps not in (None, total):
         yield (
             f"trainer.max_steps={trainer.max_steps}: rounds.count={rounds.count} x "
-            f"rounds.steps={rounds.steps} are {total} steps; leave one of the two out"
+            f"rounds.steps={rounds.steps} are {total} steps; leave trainer.max_steps out"
         )
     if trainer.max_epochs is not None:
         yield (
             f"trainer.max_epochs={trainer.max_epochs}: rounds.count={rounds.count} x "
-            f"rounds.steps={rounds.steps} say how long the run is; leave one of the two out"
+            f"rounds.steps={rounds.steps} say how long the run is; leave trainer.max_epochs out"
         )
 
 
@@ -173,7 +173,7 @@ def _others(config: Config) -> Iterator[str]:
     if "://" in config.generation.backend:
         yield (
             f"{key}: generation.backend={config.generation.backend} answers with weights that it "
-            "has loaded, and not with those of a training; use generation.backend=hf or vllm"
+            "has loaded; a round needs a backend that takes those of the training, hf or vllm"
         )
     if config.data.overfit_groups is not None:
         yield (

@@ -525,9 +525,7 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("family", "path"), [("llama", "flat"), ("bloom", "padded"), ("mamba", "padded")]
-)
+@pytest.mark.parametrize(("family", "path"), [("llama", "flat"), ("bloom", "padded")])
 def test_a_sharded_model_draws_the_same(mesh, family, path):
     model, scorer = prepared(family, path)
     prompts = some_prompts(6, 4)
