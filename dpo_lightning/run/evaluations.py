@@ -204,7 +204,7 @@ class _Intervals:
 def _intervals(
     evaluation: EvaluationConfig, total_steps: int, round_steps: int | None
 ) -> _Intervals:
-    """What may be chosen: an interval that is set, ends of rounds, or any."""
+    """Intervals that may be chosen: one that is set, ends of rounds, or any."""
     if evaluation.every_n_steps is not None:
         return _Intervals((evaluation.every_n_steps,), 1)
     unit = round_steps or 1

@@ -173,7 +173,7 @@ def _others(config: Config) -> Iterator[str]:
     if "://" in config.generation.backend:
         yield (
             f"{key}: generation.backend={config.generation.backend} answers with weights that it "
-            "has loaded, and not with those of a training; use generation.backend=hf or vllm"
+            "has loaded; a round needs a backend that takes those of the training, hf or vllm"
         )
     if config.data.overfit_groups is not None:
         yield (

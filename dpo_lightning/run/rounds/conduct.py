@@ -91,7 +91,7 @@ class RoundWork:
 
 
 @dataclass(frozen=True, slots=True)
-class _Round:
+class _ReadyRound:
     """A round, ready to be filled.
 
     Attributes:
@@ -232,12 +232,12 @@ class RoundConductor(Callback):
                 logger.log_metrics(ready.metrics, step=trainer.global_step)
         return groups
 
-    def _trained_on(self, round: int) -> _Round:
+    def _trained_on(self, round: int) -> _ReadyRound:
         """The rows of a round of which a checkpoint has taken steps already."""
         ranks = self._ranks
         known, state = self._state.get("round") == round, self._state
 
-        def read() -> _Round:
+        def read() -> _ReadyRound:
             if not known:
                 raise CorruptArtifactError(
                     f"resume: the checkpoint is of step {ranks.trainer.global_step} and knows no "
@@ -248,7 +248,7 @@ class RoundConductor(Callback):
                 found = read_round(folder, round)
                 if found is not None and found.digest == state["digest"]:
                     self._saving.take_over(folder, round)
-                    return _Round(found.groups, state["policy"], folder, {})
+                    return _ReadyRound(found.groups, state["policy"], folder, {})
             raise CorruptArtifactError(
                 f"{rows_path(self._saving.folder.path, round)}: the rows that the checkpoint was "
                 "trained on are not there; put them back, or resume from a checkpoint of an "
@@ -257,7 +257,7 @@ class RoundConductor(Callback):
 
         return ranks.from_first(read)
 
-    def _drawn(self, round: int) -> _Round:
+    def _drawn(self, round: int) -> _ReadyRound:
         """A round that is drawn by the policy as it is, or was and is read as far as it is kept."""
         assert self._work is not None
         work, ranks = self._work, self._ranks
@@ -293,7 +293,7 @@ class RoundConductor(Callback):
         self._throughput.drawn_tokens += tokens
         self._throughput.sampling_seconds += time.perf_counter() - begin
 
-        def marked() -> _Round | int:
+        def marked() -> _ReadyRound | int:
             try:
                 return self._marked(round, asked, answers, policy)
             except Paused as pause:
@@ -308,7 +308,7 @@ class RoundConductor(Callback):
 
     def _marked(
         self, round: int, asked: Sequence[TokenGroup], answers: Answers, policy: str
-    ) -> _Round:
+    ) -> _ReadyRound:
         """Marks answers, makes groups of them, and has them written; on the first rank."""
         assert self._work is not None
         work, settings = self._work, self._settings
@@ -349,7 +349,7 @@ class RoundConductor(Callback):
         self._saving.folder.when_begun(lambda: self._write(found, facts))
         metrics = round_metrics(round, marked, found)
         folder = self._saving.folder.path
-        return _Round([own.group for own in found], policy, folder, metrics)
+        return _ReadyRound([own.group for own in found], policy, folder, metrics)
 
     # Files ------------------------------------------------------------------------------------
 

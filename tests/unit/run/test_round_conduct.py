@@ -162,8 +162,9 @@ def test_a_round_is_drawn_marked_and_written(tmp_path):
 
 
 def test_what_a_round_draws_leaves_the_generators_as_they_were(tmp_path):
+    scene = Scene(tmp_path / "run")
     before = torch.get_rng_state(), random.getstate()
-    Scene(tmp_path / "run").begin(1)
+    scene.begin(1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 

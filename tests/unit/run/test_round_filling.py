@@ -98,7 +98,7 @@ def test_a_round_has_values_of_the_policy_that_drew_it(tmp_path, groups):
     filling = filling_of(tmp_path, policy, previous=True)
     found = fill_round(filling, groups[:4], groups[4:], [1], moment=moment(tmp_path), watch=WATCH)
     for group in (*found.drawn, found.given[1]):
-        expected = plain_logps(policy, group)
+        expected = plain_logps(moved_policy(), group)
         assert group.reference_logps == pytest.approx(expected, abs=1e-4)
         assert group.reference_logps != pytest.approx(plain_logps(bundled(), group), abs=1e-2)
     assert found.given[0].reference_logps is None
