@@ -107,7 +107,7 @@ def _source(package: Path, module: str) -> ast.Module:
 def _exported(source: ast.Module) -> list[str]:
     """The names of ``__all__``."""
     for node in source.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        if isinstance(node, ast.Assign) and _python(node.targets[0]) == "__all__":
             return [str(name) for name in ast.literal_eval(node.value)]
     raise LookupError("no __all__ there")
 
@@ -123,7 +123,7 @@ def _flat(body: Sequence[ast.stmt]) -> list[ast.stmt]:
 def _name_of(node: Node) -> str:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
-    return ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+    return _python(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
 
 
 def _doc_of(node: Node, behind: Sequence[ast.stmt]) -> str:
@@ -154,11 +154,9 @@ def _signature(node: Node) -> str:
         line = f"def {_call(node, ' ')}"
         return line if len(line) <= _WIDTH else f"def {_call(node, chr(10))}"
     if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        bases = ", ".join(_python(base) for base in node.bases)
         head = f"class {node.name}({bases})" if bases else f"class {node.name}"
-        rows = [
-            ast.unparse(own) for own in node.body if isinstance(own, ast.AnnAssign | ast.Assign)
-        ]
+        rows = [_python(own) for own in node.body if isinstance(own, ast.AnnAssign | ast.Assign)]
         makers = [
             f"def {_call(own, ' ')}"
             for own in node.body
@@ -167,8 +165,8 @@ def _signature(node: Node) -> str:
         return "\n    ".join([head + (":" if rows or makers else ""), *rows, *makers])
     # Of a table that is filled elsewhere its value says nothing.
     if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
-        return f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}"
-    return ast.unparse(node)
+        return f"{_python(node.target)}: {_python(node.annotation)}"
+    return _python(node)
 
 
 def _call(node: ast.FunctionDef, between: str, *, skip: int = 0) -> str:
@@ -183,8 +181,14 @@ def _call(node: ast.FunctionDef, between: str, *, skip: int = 0) -> str:
     inside = ", ".join(words)
     if between == "\n":
         inside = "".join(f"\n    {word}," for word in words) + "\n"
-    back = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    back = f" -> {_python(node.returns)}" if node.returns is not None else ""
     return f"{node.name}({inside}){back}"
+
+
+def _python(node: ast.AST) -> str:
+    """A node as Python, with the quotes that this project has."""
+    text = ast.unparse(node)
+    return text if '"' in text else text.replace("'", '"')
 
 
 def _parameters(arguments: ast.arguments) -> list[str]:
@@ -203,10 +207,10 @@ def _parameters(arguments: ast.arguments) -> list[str]:
 
 
 def _parameter(own: ast.arg, value: ast.expr | None) -> str:
-    kind = "" if own.annotation is None else f": {ast.unparse(own.annotation)}"
+    kind = "" if own.annotation is None else f": {_python(own.annotation)}"
     if value is None:
         return f"{own.arg}{kind}"
-    return f"{own.arg}{kind}{' = ' if kind else '='}{ast.unparse(value)}"
+    return f"{own.arg}{kind}{' = ' if kind else '='}{_python(value)}"
 
 
 if __name__ == "__main__":
