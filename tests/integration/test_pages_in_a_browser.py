@@ -51,7 +51,7 @@ SOUND = "<body style='background:#fff;color:#000'><p>words</p>"
     [
         ("", None),
         ("<p style='width:400px'>wide</p>", 'beyond the window: p "wide"'),
-        ("<p style='width:1000vw'>wide</p>", "the page is 3900 wide and its window 390"),
+        ("<p style='width:1000vw'>wide</p>", "the page is 3908 wide and its window 390"),
         ("<p style='overflow:hidden;width:9px;white-space:nowrap'>more words</p>", "wider than"),
         ("<p style='overflow:auto;width:9px;white-space:nowrap'>more words</p>", "wider than"),
         ("<p style='overflow:hidden;height:9px'>tall</p>", 'taller than its box: p "tall"'),
@@ -64,7 +64,8 @@ SOUND = "<body style='background:#fff;color:#000'><p>words</p>"
         ("<details><summary>s</summary><p style='color:#eee'>in it</p></details>", "contrast"),
         ("<img src='data:,'>", "no alt"),
         ("<img src='data:,' alt=''>", None),
-        ("<a href='#'></a>", "no name: a"),
+        ("<a href='#'><img src='data:,' width='9' height='9'></a>", "no name: a"),
+        ("<a id='line-1'></a>", None),
         ("<table><tr><td style='display:flex'>1</td></tr></table>", "a line without its head"),
         ("<svg role='img' width='90' height='30'><text y='20'>x</text></svg>", "no label: svg"),
         (

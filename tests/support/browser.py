@@ -33,6 +33,7 @@ class Browser:
     session: str | None = None
     said: list[str] = field(default_factory=list)
     _number: int = 0
+    _rest: bytes = b""
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Calls a method of the DevTools protocol and waits for its answer."""
@@ -49,10 +50,11 @@ class Browser:
                 return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        text = b""
-        while (byte := self.receive.read(1)) not in (b"\0", b""):
-            text += byte
-        assert text, "the browser ended"
+        while b"\0" not in self._rest:
+            more = self.receive.read1()
+            assert more, "the browser ended"
+            self._rest += more
+        text, _, self._rest = self._rest.partition(b"\0")
         answer = json.loads(text)
         parameters = answer.get("params", {})
         if answer.get("method") == "Runtime.exceptionThrown":

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
             for view in views(browser, page if "://" in page else Path(page)):
                 faults = faults_of(browser)
                 browser.picture(Path(folder) / f"{name}-{view}.png")
-                print(*(f"{page} {view}: {fault}" for fault in faults), sep="\n", end="")
+                print("".join(f"{page} {view}: {fault}\n" for fault in faults), end="")
                 found += len(faults)
     return 1 if found else 0
 

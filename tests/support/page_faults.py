@@ -98,7 +98,7 @@ _LOOK = r"""
     const label = e.getAttribute("aria-label") || e.getAttribute("title");
     if (e.tagName === "IMG" && !e.hasAttribute("alt")) found.add(`no alt: ${e.src}`);
     if (e.getAttribute("role") === "img" && !label) found.add(`no label: ${named(e)}`);
-    if (["A", "BUTTON"].includes(e.tagName) && !label && !e.textContent.trim()
+    if (["A", "BUTTON"].includes(e.tagName) && e.offsetWidth && !label && !e.textContent.trim()
         && !e.querySelector("img[alt], [aria-label], title")) found.add(`no name: ${named(e)}`);
     if (e.tagName === "TD" && getComputedStyle(e).display === "flex" && !e.dataset.head)
       found.add(`a line without its head: ${named(e)}`);

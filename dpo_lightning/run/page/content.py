@@ -176,12 +176,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     drawn = []
+    taken = [step for row in rows if (step := number(row.get("step"))) is not None]
+    # All panels have the same steps below each other, also where there is one evaluation.
+    steps = (min(taken), max(taken)) if taken else None
     for title, training, evaluation in _PANELS:
         curves = []
         for kind, names in (("training", training), ("evaluation", evaluation)):
             found = [points for name in names if (points := _series(rows, name))]
             curves += [Curve(kind, found[0])] if found else []
-        svg = panel(title, curves)
+        svg = panel(title, curves, steps=steps)
         drawn += [] if svg is None else [svg]
     return drawn
 

@@ -53,6 +53,15 @@ def test_a_panel_without_a_point_is_none_and_a_level_curve_has_a_height():
     assert "nan" not in panel("loss", [Curve("training", [(1, 0.5), (2, 0.5)])])
 
 
+def test_the_axis_of_steps_has_whole_numbers_and_is_the_runs():
+    """One evaluation at step 3 of a run of 1 to 4: a panel of its own would have half steps."""
+    svg = panel("KL", [Curve("evaluation", [(3, 0.5)])], steps=(1, 4))
+    assert svg is not None
+    numbers = re.findall(r'text-anchor: middle">([^<]*)<', svg)
+    assert numbers == ["1", "2", "3", "4", "step"]
+    assert panel("KL", [Curve("evaluation", [(3, 0.5)])]).count("middle") == 4  # 2, 3, 4, step
+
+
 def test_the_page_has_what_the_files_say(run):
     found = make_content(run)
     assert found.signs == ["the policy hardly moved"]
