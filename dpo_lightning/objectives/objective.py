@@ -165,7 +165,7 @@ class ObjectiveSettings:
             if others:
                 yield (
                     f"terms={{{', '.join(self.terms)}}}: {name} is a loss on single responses and "
-                    f"stands alone; use loss={name}, or leave {name} out"
+                    "stands alone; leave loss.terms out and name one loss"
                 )
                 return
             if self.rpo_alpha:

@@ -451,9 +451,9 @@ class SweepConfig:
     )
     prune_metric: str | None = setting(
         None,
-        "Metric that rungs compare by. null: the judge's mark (samples/judge) where there is one, "
-        "else eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own; for "
-        "losses on single responses eval/label_gain.",
+        "Metric that rungs compare by. null: samples/judge where a judge marks answers, else "
+        "eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own; of single "
+        "responses eval/label_gain.",
         expected=f"one of {', '.join(PRUNE_METRICS)}",
     )
     budget: float = setting(

@@ -286,8 +286,8 @@ OBJECTIVES = [
     ),
     Row(
         "loss.terms.kto=1 loss.terms.sigmoid=0.5",
-        "kto is a loss on single responses and stands alone; use loss=kto, or leave kto out",
-        "loss.terms.kto=0.5",
+        "kto is a loss on single responses and stands alone; leave loss.terms out",
+        "loss.terms.kto=0.5 loss.desirable_weight=0.5",
     ),
     Row(
         "loss.name=bco loss.rpo_alpha=0.1",
