@@ -62,7 +62,7 @@ def test_the_answers_of_a_log_are_counted(thumbs: Run):
     assert train["undesirable"] + held_out["undesirable"] == 30
     assert counts["train_groups"] + counts["eval_groups"] == 55
     assert 4 <= counts["eval_groups"] <= 8
-    assert (counts["unrated"], counts["train_pairs"], counts["dropped"]) == (35, 0, {"bad_row": 0})
+    assert (counts["unrated"], counts["train_pairs"], counts["dropped"]) == (35, 0, {})
 
 
 def test_evaluate_compare_and_generate_take_the_run(thumbs: Run, log, tmp_path, capsys):
