@@ -165,7 +165,7 @@ class ObjectiveSettings:
             if others:
                 yield (
                     f"terms={{{', '.join(self.terms)}}}: {name} is a loss on single responses and "
-                    "stands alone; leave loss.terms out and name one loss"
+                    f"stands alone; leave loss.terms.{name} out"
                 )
                 return
             if self.rpo_alpha:

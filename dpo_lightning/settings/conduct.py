@@ -451,15 +451,16 @@ class SweepConfig:
     )
     prune_metric: str | None = setting(
         None,
-        "Metric that rungs compare by. null: samples/judge where a judge marks answers, else "
-        "eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own; of single "
-        "responses eval/label_gain.",
+        "Metric that rungs compare by. null: the judge's mark (samples/judge) where there is one, "
+        "else the log-loss of held-out margins, eval/fitted_log_loss (of single responses "
+        "eval/label_gain).",
         expected=f"one of {', '.join(PRUNE_METRICS)}",
     )
     budget: float = setting(
         0.36,
         "Steps of the pruned sweep, as a share of the whole grid's, within which trials stay that "
-        "are not significantly worse than the best.",
+        "are not significantly worse than the best. Held-out rows that are evaluated at a rung "
+        "count as the steps that take as long.",
         unit="share",
         above=0,
         most=1,
