@@ -159,10 +159,10 @@ MODELS = [
     ),
     Row(
         f"{OWN} evaluation.judge=org/model evaluation.samples=0",
-        "nothing to judge with evaluation.samples=0",
+        "evaluation.samples=0 draws no answers to judge",
         f"{OWN} evaluation.judge=org/model evaluation.samples=1",
     ),
-    Row("evaluation.judge=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.judge=org/m evaluation.samples=0", "raise it", "evaluation.samples=0"),
     Row("evaluation.judge=./nope", "evaluation.judge=./nope", "evaluation.judge=model"),
     Row(
         "evaluation.judge=a/b/c",
@@ -281,7 +281,7 @@ OBJECTIVES = [
     ),
     Row(
         "reference.sync_every=1 reference.sync_alpha=1.0",
-        "nothing keeps the policy near any reference; use more steps, or a smaller",
+        "nothing keeps the policy near any reference; use reference.sync_every=2 or more",
         "reference.sync_every=1 reference.sync_alpha=0.99",
     ),
     Row(
