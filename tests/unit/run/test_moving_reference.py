@@ -76,7 +76,7 @@ def test_the_card_has_the_updates(reference: dict[str, Any], said: bool):
         "data": {"train": None, "batch_size": 16},
         "peft": {"kind": "none", "adapter": None, "dora": False},
         "reference": {"kind": "auto", "pretrained": None, "adapter": None} | reference,
-        "optimizer": {"lr": 5e-6, "schedule": "cosine"},
+        "optimizer": {"name": "adamw", "lr": 5e-6, "schedule": "cosine"},
     }
     text = model_card(CardFacts("run", result, settings), adapter=False).text
     row = "| reference's updates | every 1,024 steps, the policy's share 0.6 |"
