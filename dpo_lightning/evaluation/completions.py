@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.keyed import seeds_of
+from dpo_lightning.evaluation.keyed import request_seeds
 from dpo_lightning.evaluation.posting import Poster, PostFailure, Server, open_poster
 from dpo_lightning.plugins import SampleRequest
 from dpo_lightning.settings.generation import Backend
@@ -43,7 +43,7 @@ class CompletionServer:
         Raises:
             UserError: If it gives none to one of the prompts.
         """
-        seeds = seeds_of(request.seed, request.prompts)
+        seeds = request_seeds(request)
         bodies = [
             self._body(request, prompt, limit, seed)
             for prompt, limit, seed in zip(request.prompts, request.limits, seeds, strict=True)

@@ -57,6 +57,7 @@ class AnswersOnTheWay(Callback):
         seed: Of all draws, the same at each evaluation.
         last_too: True if the last evaluation draws as well, as its marks select checkpoints.
         rows: Keeps the answers.
+        always_kl: True if the KL is measured with a reference that has to be loaded for it, too.
 
     Attributes:
         rows: Keeps the answers.
@@ -64,12 +65,20 @@ class AnswersOnTheWay(Callback):
     """
 
     def __init__(
-        self, *, count: int, total_steps: int, seed: int, last_too: bool, rows: AnswerRows
+        self,
+        *,
+        count: int,
+        total_steps: int,
+        seed: int,
+        last_too: bool,
+        rows: AnswerRows,
+        always_kl: bool = False,
     ) -> None:
         self._count = count
         self._total = total_steps
         self._seed = seed
         self._last_too = last_too
+        self._always_kl = always_kl
         self.rows = rows
         self._judge: Judge | None = None
         self._is_judged = False
@@ -149,7 +158,7 @@ class AnswersOnTheWay(Callback):
             "samples/cut_off": cut_off_count(answers, ends, answering) / len(answers),
         }
         # Else it would have to be loaded beside all that a training holds.
-        if models.start_in_memory:
+        if self._always_kl or models.start_in_memory:
             with models.reference_model(device) as reference:
                 kl = sampled_divergences(
                     models.policy,

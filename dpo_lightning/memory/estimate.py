@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.footprint import AdapterFacts, Footprint, Training, in_gib
 from dpo_lightning.memory.hardware import Hardware
+from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import Config
 
@@ -113,7 +114,7 @@ def memory_settings(config: Config) -> MemorySettings:
         half_weights=config.model.dtype == "bfloat16",
         optimizer=config.optimizer.name,
         adapters=adapters,
-        live_reference=config.reference.kind == "live" or moves,
+        live_reference=config.reference.kind == "live" or moves or _held_for_rounds(config),
         moving_reference=moves,
         sharded=config.strategy.name == "fsdp",
         whole_gradients=synced.get(config.strategy.sync_gradients),
@@ -121,6 +122,17 @@ def memory_settings(config: Config) -> MemorySettings:
         checkpointing=config.model.gradient_checkpointing,
         max_length=config.data.max_length,
         check=config.trainer.memory_check,
+    )
+
+
+def _held_for_rounds(config: Config) -> bool:
+    """True if rounds bring the start beside the policy, for their reference rows."""
+    return (
+        config.rounds.count > 0
+        and config.rounds.reference == "start"
+        and config.peft.kind == "none"
+        and config.reference.kind != "none"
+        and objective_settings(config.loss).uses_reference
     )
 
 

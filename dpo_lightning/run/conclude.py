@@ -190,6 +190,8 @@ def _by_group(trained: Trained) -> dict[str, Any]:
 
 def _accuracies(trained: Trained) -> list[float]:
     """Accuracies of the groups that rank trials, the first of all; none without an evaluation."""
+    if trained.plan.learning.objective.is_unpaired:
+        return []  # single responses are not ranked
     found = trained.module.eval_accuracies
     groups = trained.prepared.data.evaluated_groups()
     return [] if found is None else found[: len(groups)].tolist()

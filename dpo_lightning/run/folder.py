@@ -24,6 +24,7 @@ from dpo_lightning.files import (
     INTERPOLATION_FILE,
     REPORT_FILE,
     RESULT_FILE,
+    ROUNDS_FOLDER,
     SAMPLES_FILE,
     read_json,
     stage,
@@ -50,7 +51,7 @@ _OUTCOME = (
 # Its course, which a run that goes on from a checkpoint continues.
 _COURSE = (
     *("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE),
-    *("csv", "tensorboard", "profile"),
+    *("csv", "tensorboard", "profile", ROUNDS_FOLDER),
 )
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
@@ -148,9 +149,10 @@ def find_earlier(folder: Path) -> Earlier | None:
 
 def _check_kinds(folder: Path) -> None:
     """Refuses a folder in which what a run writes would meet something of another kind."""
-    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
+    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged", ROUNDS_FOLDER)
     files = (
         RESULT_FILE,
+        ROUNDS_FOLDER,
         REPORT_FILE,
         DIVERGED_FILE,
         "evaluation.json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -111,7 +112,7 @@ def _make_budget(
     world_size: int,
 ) -> tuple[Budget, MemoryEstimate]:
     """Chooses the token budget, and estimates the memory that the run takes with it."""
-    groups = [*prepared.data.train, *prepared.data.eval]
+    groups = [*prepared.data.train, *prepared.data.eval, *_longest_drawn(plan, prepared)]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
     lengths = GroupLengths.of(groups, shared=shared)
@@ -130,6 +131,21 @@ def _make_budget(
         devices=world_size,
         float16=plan.hardware.float16,
     )
+
+
+def _longest_drawn(plan: RunPlan, prepared: Prepared) -> list[TokenGroup]:
+    """A group as long as any that a round may draw; none without rounds."""
+    rounds = plan.batches.rounds
+    if rounds is None:
+        return []
+    settings = rounds.settings
+    longest = settings.max_new_tokens if prepared.task is None else MAX_TOKENS
+    prompt = max((group.prompt for group in prepared.data.train), key=len)
+    responses = settings.num_generations if settings.groups == "ranking" else 2
+    positions = max_positions(prepared.source.config) or prepared.source.max_length
+    length = max(1, min(longest, positions - len(prompt)))
+    ids = np.zeros(length, dtype=np.int32)
+    return [TokenGroup(prompt, (ids,) * responses, (1,) * responses, 1.0, "", "")]
 
 
 def choose_answering(
@@ -238,7 +254,7 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
 
     parts, reference = with_reference_logps(
         [data.train, data.eval],
-        _cache(plan, prepared, placed),
+        reference_cache(plan, prepared, placed),
         load=load,
         scorer=models.scorer,
         device=placed.device,
@@ -287,18 +303,35 @@ def _cast_live(models: Models, computation: Computation) -> MovingReference | No
     )
 
 
-def _cache(plan: RunPlan, prepared: Prepared, placed: Placed) -> ReferenceCache:
-    """The stored values of the reference, as it is computed on this device."""
+def reference_cache(
+    plan: RunPlan,
+    prepared: Prepared,
+    placed: Placed,
+    *,
+    weights: str | None = None,
+    folder: Path | None = None,
+) -> ReferenceCache:
+    """The stored values of the reference, as it is computed on this device.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        placed: Their devices.
+        weights: Hash of what the policy has trained, where it is the reference itself; None: the
+            run's reference is meant.
+        folder: Parent of the values' folder; None: the one that all runs share.
+    """
     models = prepared.models
+    trained = "" if weights is None else f" trained to {weights}"
     facts = reference_facts(
-        weights=models.reference_weights,
+        weights=f"{models.reference_weights}{trained}",
         config=models.reference_config,
         dtype=str(prepared.source.dtype),
         precision=placed.computation.name,
         device=device_facts(placed.device, threads=prepared.threads),
         kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
     )
-    return ReferenceCache(plan.folders.references, facts)
+    return ReferenceCache(folder or plan.folders.references, facts)
 
 
 def _needed(plan: RunPlan, data: PreparedData, *, trained: bool) -> npt.NDArray[np.bool_]:
@@ -309,15 +342,27 @@ def _needed(plan: RunPlan, data: PreparedData, *, trained: bool) -> npt.NDArray[
         data: The groups.
         trained: False leaves those of the steps out.
     """
-    seen = rows_of_steps(
-        len(data.train),
-        batch_size=plan.batches.size,
-        steps=plan.schedule.total_steps,
-        seed=plan.seed,
-    )
+    seen = _seen(plan, len(data.train))
     evaluated = np.zeros(len(data.eval), dtype=bool)
     evaluated[slice(None) if data.evaluated is None else data.evaluated] = True
     return np.concatenate([seen & trained, evaluated])
+
+
+def _seen(plan: RunPlan, groups: int) -> npt.NDArray[np.bool_]:
+    """True for the training groups that a step sees, with their values from the beginning."""
+    rounds = plan.batches.rounds
+    if rounds is None:
+        return rows_of_steps(
+            groups,
+            batch_size=plan.batches.size,
+            steps=plan.schedule.total_steps,
+            seed=plan.seed,
+        )
+    seen = np.zeros(groups, dtype=bool)
+    if not rounds.settings.previous:
+        for number in range(1, rounds.plan.count + 1):
+            seen[rounds.plan.given_rows_of(number, groups)] = True
+    return seen
 
 
 def _kernel(scorer: Scorer, *, sharded: bool) -> str:

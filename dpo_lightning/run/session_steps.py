@@ -40,6 +40,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    measuring_work,
     say_forecast,
     what_is_pending,
 )
@@ -59,6 +60,7 @@ from dpo_lightning.run.plan import (
 )
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord, reference_counts
+from dpo_lightning.run.rounds.work import make_round_work
 from dpo_lightning.run.session_end import (
     conclude_session,
     evaluate_last,
@@ -270,10 +272,21 @@ def _build(
         measure = make_measure(
             plan, prepared, groups=groups, answering=within, signals=session.supervision.signals
         )
-        callbacks.rung.ask(measure)
+        callbacks.rung.ask(measure, work=measuring_work(plan, prepared))
     pending = what_is_pending(session.trainer, session.supervision.signals)
     module = make_module(plan, prepared, placed, pending_signal=pending)
-    datamodule = make_data_module(plan, prepared, placed)
+    if callbacks.rounds is not None:
+        callbacks.rounds.ask(
+            make_round_work(
+                plan,
+                prepared,
+                placed,
+                answering=answering,
+                check=session.supervision.children.check,
+                show=within.show if session.is_first else unshown,
+            )
+        )
+    datamodule = make_data_module(plan, prepared, placed, callbacks.rounds)
     if session.is_first:
         say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)

@@ -16,6 +16,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.judging import hashed_evaluation, model_judge
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.optimizer_group import own_optimizer_settings
+from dpo_lightning.settings.rounds_section import own_rounds
 from dpo_lightning.settings.schema import Config
 
 # Where a run is written, watched or helped on does not change what it computes.
@@ -37,6 +38,7 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
     own |= _own_generation(kept.pop("generation", None))
+    own |= own_rounds(kept.pop("rounds", None))
     own |= {"loss": own_loss_settings(kept["loss"])}
     own |= {"evaluation": hashed_evaluation(kept["evaluation"])}
     return kept | own | {"optimizer": own_optimizer_settings(kept["optimizer"])}

@@ -66,7 +66,9 @@ KEYS: dict[str, Answer] = {
     "loss_type": same("loss=<name>", "docs/objectives.md has their names elsewhere"),
     "pref_loss": same("loss=<name>", "docs/objectives.md has their names elsewhere"),
     "pref_ftx": same("loss.rpo_alpha=<weight>"),
-    "stage": other("loss=<name>", dpo="loss=sigmoid", sft="loss=sft"),
+    "stage": other("loss=<name>", dpo="loss=sigmoid", sft="loss=sft", kto="loss=kto"),
+    "kto_chosen_weight": same("loss.desirable_weight=<weight>"),
+    "kto_rejected_weight": same("loss.undesirable_weight=<weight>"),
     "loss_fn": same("loss=<name>", "docs/objectives.md has their names elsewhere"),
     "loss_weights": other("loss.terms={<loss>: <weight>}"),
     "label_smoothing_factor": same("loss.label_smoothing=<share>"),
@@ -268,6 +270,13 @@ KEYS: dict[str, Answer] = {
         true="checkpoint.export=best",
         false="checkpoint.export=last",
     ),
+    # answers to train on, of online trainers
+    "num_generations": same("rounds.num_generations=<answers>", "with rounds.count=<rounds>"),
+    "reward_model_path": same("evaluation.judge=<folder or hub id>", "with rounds.count=<rounds>"),
+    "reward_funcs": other(
+        "plugins=[<module>] evaluation.judge=<module>.<function>", "with rounds.count=<rounds>"
+    ),
+    "missing_eos_penalty": none("a judge that is a function of yours may take it off"),
     # checkpoints and folders
     "save_steps": same("checkpoint.every_n_steps=<steps>"),
     "save_total_limit": same("checkpoint.keep=<number>"),

@@ -219,8 +219,11 @@ def judge_problems(config: Config) -> Iterator[str]:
         )
         return
     name = judge_named(evaluation)
-    if name is not None and evaluation.samples == 0:
-        yield (f"evaluation.judge={name}: evaluation.samples=0 draws no answers to judge; raise it")
+    if name is not None and evaluation.samples == 0 and not config.rounds.count:
+        yield (
+            f"evaluation.judge={name}: evaluation.samples=0 draws no answers to judge; leave one "
+            "of the two out"
+        )
     if name != "endpoint":
         for key in ENDPOINT_KEYS:
             if getattr(evaluation, key) != getattr(default, key):

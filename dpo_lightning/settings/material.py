@@ -157,14 +157,20 @@ class ControlledConfig:
     """Size of the embedded task, which is generated from the seed."""
 
     train_groups: int = setting(
-        16384, "Pairs of the embedded task to train on.", unit="groups", least=1
+        16384, "Rows of the embedded task to train on.", unit="groups", least=1
     )
     eval_groups: int = setting(
-        1024, "Pairs of the embedded task that are held out.", unit="groups", least=1
+        1024, "Rows of the embedded task that are held out.", unit="groups", least=1
     )
     population: bool = setting(
         False,
         "Draw no labels to train on: each pair counts both ways, by the probability of its label.",
+    )
+    form: str = setting(
+        "pairs",
+        "Rows of the embedded task: pairs, or single responses with a label (unpaired), for a "
+        "loss on such, loss=kto or bco.",
+        choices=("pairs", "unpaired"),
     )
 
 
@@ -208,6 +214,12 @@ class DataConfig:
         {},
         "Other names for the fields, such as {prompt: question, chosen: good, rejected: bad}, or "
         "{responses: [a, b], better: winner}; an empty name hides a column.",
+    )
+    threshold: float | None = setting(
+        None,
+        "Least rating of an answer that is desirable, such as 4 of 5 stars; lower ones are "
+        "undesirable. null: labels are true and false, or 1 and 0 or -1.",
+        unit="rating",
     )
     ignore_fields: list[str] = setting(
         [],

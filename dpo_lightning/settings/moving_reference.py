@@ -40,7 +40,7 @@ def moving_reference_problems(config: Config) -> Iterator[str]:
             f"reference.sync_every={every} reference.sync_alpha=1: the reference would be the "
             "policy in each step, so that each log-ratio is 0, the loss never changes (ln 2 with "
             "loss=sigmoid), and beta only scales the gradient: nothing keeps the policy near any "
-            "reference; use reference.sync_every=2 or more, or a smaller reference.sync_alpha="
+            "reference; use reference.sync_every=512 or reference.sync_alpha=0.6"
         )
     if config.peft.kind == "lora":
         for name in ("pretrained", "adapter"):

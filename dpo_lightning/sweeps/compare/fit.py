@@ -14,7 +14,7 @@ from dpo_lightning.settings.conduct import scales_with_beta
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.sweeps.compare.subjects import Subject
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF
-from dpo_lightning.sweeps.report.pooling import JUDGED, SAMPLED_KL
+from dpo_lightning.sweeps.report.pooling import JUDGED, LABEL_GAIN, SAMPLED_KL
 
 _TEMPLATE = ("data.chat_template", "data.chat_template_kwargs", "data.template_date")
 _LIMITS = ("data.max_length", "data.truncation")
@@ -23,9 +23,11 @@ _ROWS = (
     *("data.train", "data.eval", "data.train_split", "data.eval_split", "data.subset"),
     *("data.revision", "data.format", "data.columns", "data.ignore_fields", "data.eval_fraction"),
     *("data.split_seed", "evaluation.max_prompts", "data.controlled.eval_groups"),
+    "data.controlled.form",
     *("model.pretrained", "model.config", "model.tokenizer"),
 )
 _OF_REFERENCE = (SAMPLED_KL, "eval/logratios/", "eval/fitted_log_loss", "eval/loss")
+_OF_REFERENCE += (LABEL_GAIN,)
 
 
 def check_comparable(subjects: Sequence[Subject]) -> None:

@@ -129,8 +129,8 @@ def test_another_spelling_of_a_loss(name: str, ours: str | None) -> None:
 
 
 METHODS = (
-    *("cdpo", "rdpo", "dpop", "tdpo", "kto", "xpo", "spo", "kpo", "ropo", "ppo", "grpo", "nca"),
-    *("bco", "exo", "sppo", "apo", "aot_pair", "kto_unpaired", "bco_unpaired", "cal_dpo", "lpo"),
+    *("cdpo", "rdpo", "dpop", "tdpo", "xpo", "spo", "kpo", "ropo", "ppo", "grpo", "nca"),
+    *("exo", "sppo", "apo", "aot_pair", "kto_unpaired", "bco_unpaired", "cal_dpo", "lpo"),
     *("nco_pair", "tr_dpo", "iterative_dpo", "step_dpo", "simnpo", "dro", "copo", "slic_hf"),
 )
 
