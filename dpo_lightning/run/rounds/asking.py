@@ -302,6 +302,9 @@ def _inside(say: Say, done: int) -> ShowPhase:
 
     @contextlib.contextmanager
     def show(name: str, *, total: int, unit: str, done: int = done) -> Iterator[Say]:
-        yield lambda now: say(done + now)
+        def inside(now: int, note: str = "", /) -> None:
+            say(done + now, note)
+
+        yield inside
 
     return show
