@@ -74,7 +74,7 @@ def test_a_judge_that_fails_stalls_and_talks_nonsense_ends_the_run_no_differentl
 def test_a_judge_that_stays_away_stops_the_run_which_goes_on_later(
     tmp_path, tiny_model, pairs_file, capfd, round
 ):
-    """Marks that were made before are not asked for again."""
+    """Answers that were marked before are not asked for again."""
     with judge_server(marks_length) as server:
         whole = train(tmp_path / "whole", server, tiny_model, pairs_file, MARKS)
         asked = len({*server.questions})
