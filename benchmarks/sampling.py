@@ -40,7 +40,7 @@ _SAME = 0.999
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is drawn.
+    """Sizes of a batch that is drawn.
 
     Attributes:
         size: Name of the model's shape.
@@ -211,7 +211,7 @@ class Arms:
 
 
 def z_score(logps: Any, tokens: Any) -> float:
-    """How far log p of drawn tokens is from its expectation, in standard errors.
+    """Distance of log p of drawn tokens from its expectation, in standard errors.
 
     Args:
         logps: Log-probabilities that they were drawn with, (..., V).

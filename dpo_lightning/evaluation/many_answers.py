@@ -22,13 +22,13 @@ from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.backends import BackendDrawer
 from dpo_lightning.evaluation.noise import answer_keys, occurrences
-from dpo_lightning.evaluation.rows_written import Rows
+from dpo_lightning.evaluation.rows_written import RowsWritten
 from dpo_lightning.evaluation.sampling import Precision, end_ids
 from dpo_lightning.evaluation.writers import open_writer, way_of
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import in_shards, is_sharded
-from dpo_lightning.processes.phases import ShowPhase, unshown
+from dpo_lightning.processes.phases import Say, ShowPhase, unshown
 
 log = logging.getLogger(__name__)
 
@@ -169,12 +169,9 @@ def draw_answers(
     Raises:
         UserError: If the model's scores are not finite, or another backend fails.
     """
-    planned = [
-        [*batch]
-        for batch in (
-            plan_batches(prompts, draws, batch_tokens=batch_tokens) if batches is None else batches
-        )
-    ]
+    if batches is None:
+        batches = plan_batches(prompts, draws, batch_tokens=batch_tokens)
+    planned = [[*batch] for batch in batches]
     asked = [number for batch in planned for number in batch]
     keys = _keys(prompts, draws, asked)
     if drawer is not None and drawer.draws(who):
@@ -185,9 +182,19 @@ def draw_answers(
             (batch, _drawn(model, scorer, tokenizer, prompts, batch, draws, keys, precision))
             for batch in planned
         )
-    total = draws.num_generations * len(asked)
+    shown = show("sampling", total=draws.num_generations * len(asked), unit="answers")
+    yield from _told(drawn, planned, shown, check)
+
+
+def _told(
+    drawn: Iterator[DrawnBatch],
+    planned: Sequence[list[int]],
+    shown: contextlib.AbstractContextManager[Say],
+    check: Callable[[], object] | None,
+) -> Iterator[DrawnBatch]:
+    """The batches as they are drawn, with their progress and their tokens a second."""
     done, tokens, seconds = 0, 0, 1e-9
-    with show("sampling", total=total, unit="answers") as say:
+    with shown as say:
         for _ in planned:
             if check is not None:
                 check()
@@ -195,7 +202,7 @@ def draw_answers(
             batch, answers = next(drawn)
             # Without the time of whoever takes the answers.
             seconds += time.perf_counter() - begin
-            done += draws.num_generations * len(batch)
+            done += sum(map(len, answers))
             tokens += sum(len(ids) for own in answers for ids in own)
             say(done, f"{tokens / seconds:,.0f} tokens/s")
             yield batch, answers
@@ -264,7 +271,7 @@ def _drawn(
         distinct.setdefault(prompts[number].astype(np.int64).tobytes(), []).append(place)
     places = [place for own in distinct.values() for place in own]
     count = draws.num_generations
-    rows = Rows(
+    rows = RowsWritten(
         keys=[key for place in places for key in keys[numbers[place]]],
         limits=[limits[place] for place in places for _ in range(count)],
         ends=end_ids(model, tokenizer),

@@ -535,7 +535,7 @@ def test_a_sharded_model_draws_the_same(mesh, family, path):
 
 
 def rank_draws(rank: int) -> list:
-    """What a rank of two draws, of a model that they share."""
+    """The answers that a rank of two draws, of a model that they share."""
     model, scorer = prepared("llama", "flat")
     mesh = init_device_mesh("cpu", (2,))
     sharded = shard_model(model, mesh, torch.device("cpu"), compute_dtype=None)
