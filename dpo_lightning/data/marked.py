@@ -257,6 +257,7 @@ def _rankings(
     usable = [number for number in different if number in known]
     dropped["unmarked"] += len(prompt.marks) - len(known)
     dropped["duplicate_answer"] += len(known.keys() - {*different})
+    chosen: Sequence[tuple[int, ...]]
     if how == "pairs":
         chosen = [pair for pair in _disjoint_pairs(different, dice) if known.keys() >= {*pair}]
         dropped["alone"] += len(usable) - 2 * len(chosen)

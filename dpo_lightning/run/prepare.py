@@ -55,6 +55,7 @@ from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.checkpoints.files import run_of
 from dpo_lightning.training.ranks import Ranks
 from dpo_lightning.training.schedule import make_schedule
 from dpo_lightning.training.traced import traced_optimizer
@@ -388,8 +389,21 @@ def choose_marker(
     judge = choose_judge(config, hardware, judges=True, may_miss=True, show=show)
     assert judge is not None
     return make_marker(
-        judge, settings, folder.path, go_on=f"resume={folder.path} goes on once the judge answers"
+        judge,
+        settings,
+        folder.path,
+        # Before the first checkpoint there is nothing to resume, and the marks are there.
+        go_on=f"resume=auto hydra.run.dir={folder.path} goes on once the judge answers",
+        resumed=_resumed_folder(config.resume),
     )
+
+
+def _resumed_folder(resume: str | None) -> Path | None:
+    """The folder of the run that is named to go on from; None for none, or this one's own."""
+    if resume is None or resume == "auto":
+        return None
+    path = Path(resume).expanduser()
+    return run_of(path) if path.suffix == ".ckpt" else path
 
 
 def controlled_groups(config: Config, source: ModelSource) -> PreparedData:

@@ -1,5 +1,6 @@
 """Answers with marks, and rounds made of them."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 from dpo_lightning.data.marked import MarkedPrompt
 from dpo_lightning.run.rounds.files import RoundFacts
 from tests.support.models import byte_tokenizer
+
+tokenizer_of_bytes = functools.cache(byte_tokenizer)
 
 
 def ids_of(tokenizer: Any, text: str, *, special: bool) -> Any:
@@ -25,7 +28,7 @@ def marked_prompt(
     source: str = "given.jsonl:1",
 ) -> MarkedPrompt:
     """A prompt, a text or messages of role and content, with its answers as bytes."""
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer_of_bytes()
     if isinstance(prompt, str):
         key, text = f"s:{prompt}", prompt
     else:

@@ -185,7 +185,7 @@ class RoundMarker:
             if why is not None and attempt == self._patience.attempts:
                 raise self._stopped(task, why)
             if why is not None:
-                self._wait(attempt, why, task)
+                self._wait(attempt, why, task, say, done)
         if self._kept is not None:
             self._kept.add(task.round, {k: mark for k, mark in found.items() if mark is not None})
         return found
@@ -227,7 +227,7 @@ class RoundMarker:
             over.set()
             thread.join()
 
-    def _wait(self, attempt: int, why: str, task: _Task) -> None:
+    def _wait(self, attempt: int, why: str, task: _Task, say: Say, done: int) -> None:
         seconds = self._patience.wait(attempt)
         log.warning(
             "round %d: %s fails (%s); it is asked again in %.0f s, attempt %d of %d",
@@ -237,6 +237,7 @@ class RoundMarker:
         # In short parts, so that whoever wants to stop the run is heard.
         while seconds > 0:
             task.check()
+            say(done, f"asks again in {seconds:.0f} s")
             self._sleep(min(1.0, seconds))
             seconds -= 1.0
 
@@ -302,9 +303,6 @@ def _inside(say: Say, done: int) -> ShowPhase:
 
     @contextlib.contextmanager
     def show(name: str, *, total: int, unit: str, done: int = done) -> Iterator[Say]:
-        def inside(now: int, note: str = "", /) -> None:
-            say(done + now, note)
-
-        yield inside
+        yield lambda now, note="", /: say(done + now, note)
 
     return show

@@ -16,8 +16,7 @@ from dpo_lightning.errors import CorruptArtifactError, StorageError
 from dpo_lightning.run.rounds import files
 from dpo_lightning.run.rounds.files import facts_path, read_round, rows_path, write_round
 from tests.support.inspected import inspect_json
-from tests.support.marked import facts_of, marked_prompt
-from tests.support.models import byte_tokenizer
+from tests.support.marked import facts_of, marked_prompt, tokenizer_of_bytes
 from tests.support.properties import examples
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
@@ -30,7 +29,7 @@ def groups_of(*prompts, how="ranking", round=1) -> list[MarkedGroup]:
 
 def written(folder: Path, *prompts, how="ranking", **facts) -> list[MarkedGroup]:
     groups = groups_of(*prompts, how=how, round=facts.get("round", 1))
-    write_round(folder, groups, facts_of(groups=how, **facts), byte_tokenizer())
+    write_round(folder, groups, facts_of(groups=how, **facts), tokenizer_of_bytes())
     return groups
 
 
@@ -66,7 +65,7 @@ def test_a_round_is_read_back_to_the_last_bit(tmp_path):
     assert found.groups[0].ranks == (1, 2, 2)
     assert found.marks == [item.marks for item in own]
     assert found.facts == facts_of(round=3, step=40, dropped={"tie": 2})
-    assert found.digest == write_round(tmp_path, own, found.facts, byte_tokenizer())
+    assert found.digest == write_round(tmp_path, own, found.facts, tokenizer_of_bytes())
 
 
 def test_a_round_is_a_file_of_rows(tmp_path):
@@ -145,6 +144,7 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path):
         written(tmp_path, *PROMPTS)
 
 
+@pytest.mark.slow  # builds a model for its plan
 def test_a_round_is_looked_at(capsys, tmp_path, tiny_model):
     """Its groups are those of the run, and what is not read is named."""
     many = [marked_prompt(f"Say {i}.", [f" {i}", " no"], [1.0, 0.0]) for i in range(20)]
@@ -169,7 +169,7 @@ _ANSWERS = st.lists(
 )
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(40))
 @given(st.lists(st.tuples(_PROMPTS, _ANSWERS), min_size=1, max_size=3))
 def test_any_text_and_any_mark_come_back(tmp_path_factory, drawn):
     folder = tmp_path_factory.mktemp("any")

@@ -1,5 +1,6 @@
 """Marks of a round: what is kept, and judges that fail, stall, give NaN or text."""
 
+import contextlib
 import logging
 import math
 import sys
@@ -311,20 +312,23 @@ def test_a_judge_that_is_silent_is_named_now_and_then(tmp_path, caplog):
     assert caplog.records == []
 
 
-def test_it_is_shown_how_far_it_is(tmp_path):
-    from contextlib import contextmanager
+def test_it_is_shown_how_far_it_is_and_how_long_it_waits(tmp_path):
+    said: list[tuple] = []
 
-    said: list[object] = []
-
-    @contextmanager
+    @contextlib.contextmanager
     def show(name, *, total, unit, done=0):
         said.append((name, total, unit, done))
-        yield said.append
+        yield lambda now, note="": said.append((now, note))
 
-    marked(marker_of(Function(), tmp_path), show=show)
+    function = Function(lambda number, answers: 1 / 0 if number == 2 else None)
+    marked(marker_of(function, tmp_path), show=show)
     assert said[0] == ("marking", 10, "answers", 0)
-    assert said[-1] == 10
-    assert said[1:] == sorted(said[1:])
+    assert [(4, f"asks again in {left} s") for left in (5, 4, 3, 2, 1)] == [
+        own for own in said[1:] if own[1]
+    ]
+    steps = [own[0] for own in said[1:]]
+    assert steps == sorted(steps)
+    assert steps[-1] == 10
 
 
 # An endpoint --------------------------------------------------------------------------------------
