@@ -40,7 +40,7 @@ _SAME = 0.999
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of a batch that is drawn.
+    """The work of one draw.
 
     Attributes:
         size: Name of the model's shape.
@@ -143,11 +143,11 @@ class Arms:
         return torch.tensor([ids.tolist() for own in found for ids in own])
 
     def _draws(self) -> Any:
-        from dpo_lightning.evaluation.many_answers import Draws
+        from dpo_lightning.evaluation.many_answers import RoundDraws
 
         self._turn += 1
         load = self.load
-        return Draws(load.answers, 1.0, load.answer_tokens, seed=1, round=self._turn)
+        return RoundDraws(load.answers, 1.0, load.answer_tokens, seed=1, round=self._turn)
 
     def check(self) -> dict[str, float]:
         """Refuses to time what does not draw from the model's distribution.
@@ -211,7 +211,7 @@ class Arms:
 
 
 def z_score(logps: Any, tokens: Any) -> float:
-    """Distance of log p of drawn tokens from its expectation, in standard errors.
+    """Distance of log p of drawn tokens is from its expectation, in standard errors.
 
     Args:
         logps: Log-probabilities that they were drawn with, (..., V).

@@ -45,6 +45,9 @@ WORDS = ("sun", "rain", "wind", "fog", "snow", "hail", "mist", "calm")
 MAX_TOKENS = 4
 """Tokens in the longest response."""
 
+MAX_LENGTH = 3 + MAX_TOKENS
+"""Tokens of the longest prompt and response."""
+
 PROMPTS = tuple(f"{first} {second}" for first in WORDS[:4] for second in ("snow", "calm"))
 
 _REWARD_SEED = 20
@@ -240,11 +243,55 @@ class ControlledTask:
             )
         ]
 
+    def labelled(self, n: int, *, seed: int, reference_logps: Tensor) -> list[TokenGroup]:
+        """Draws single responses with a label as groups of token ids.
+
+        The prompt is uniform; an outcome is drawn from the reference, again while it is empty; it
+        is desirable with probability sigma(r).
+
+        Args:
+            n: Number of responses.
+            seed: Of all draws.
+            reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+        """
+        draw = np.random.default_rng(seed)
+        cumulative = np.exp(reference_logps.double().numpy()).cumsum(axis=1)
+        cumulative /= cumulative[:, -1:]
+        prompts = draw.integers(len(PROMPTS), size=n)
+        outcomes = np.zeros(n, dtype=np.int64)
+        while len(left := np.flatnonzero(outcomes == 0)):
+            points = draw.random(len(left))
+            for prompt in range(len(PROMPTS)):
+                here = prompts[left] == prompt
+                drawn = np.searchsorted(cumulative[prompt], points[here], side="right")
+                outcomes[left[here]] = np.minimum(drawn, cumulative.shape[1] - 1)
+        rewards = self.rewards.numpy()[prompts, outcomes]
+        desirable = draw.random(n) < 1 / (1 + np.exp(-rewards))
+        prompt_ids = self.prompt_ids.numpy().astype(np.int32)
+        return [
+            TokenGroup(
+                prompt=prompt_ids[prompt],
+                responses=(np.array(self.outcomes[outcome], dtype=np.int32),),
+                ranks=(1,),
+                weight=1.0,
+                source=f"controlled[seed={seed},unpaired]:{number}",
+                prompt_key=PROMPTS[prompt],
+                label=label,
+            )
+            for number, (prompt, outcome, label) in enumerate(
+                zip(prompts.tolist(), outcomes.tolist(), desirable.tolist(), strict=True), start=1
+            )
+        ]
+
     def bayes_accuracy(self, groups: Sequence[TokenGroup]) -> float:
-        """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|)."""
+        """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|).
+
+        Of single responses that of guessing their labels: the mean of sigma(|r|).
+        """
         total = 0.0
         for group in groups:
-            first, second = self.marks(group.prompt_key, group.responses)
+            # What a single response is compared with is worth nothing.
+            first, second, *_ = (*self.marks(group.prompt_key, group.responses), 0.0)
             total += 1 / (1 + math.exp(-abs(first - second)))
         return total / len(groups)
 

@@ -75,8 +75,8 @@ def checked_answers(backend: Backend, sampler: Sampler, request: SampleRequest) 
     for ids, limit in zip(found, request.limits, strict=True):
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise UserError(
-                f"{key}: an answer is {ids[:8]}, and it has to be one or more of the tokenizer's "
-                f"{size} tokens; one that says nothing is the token that ends it"
+                f"{key}: an answer has the token ids {ids[:8]}; it needs at least one, each "
+                f"from 0 to {size - 1} (an empty answer is the EOS token alone)"
             )
         end = next((n for n, token in enumerate(ids, 1) if token in request.ends), len(ids))
         answers.append(np.asarray(ids[: min(end, limit)], dtype=np.int32))

@@ -22,13 +22,13 @@ from dpo_lightning.data.greedy import pack
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.backends import BackendDrawer
 from dpo_lightning.evaluation.noise import answer_keys, occurrences
-from dpo_lightning.evaluation.rows_written import RowsWritten
+from dpo_lightning.evaluation.rows_written import WrittenRows
 from dpo_lightning.evaluation.sampling import Precision, end_ids
 from dpo_lightning.evaluation.writers import open_writer, way_of
 from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import in_shards, is_sharded
-from dpo_lightning.processes.phases import Say, ShowPhase, unshown
+from dpo_lightning.processes.phases import ShowPhase, unshown
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ DrawnBatch = tuple[list[int], list[list[Ids]]]
 
 
 @dataclass(frozen=True)
-class Draws:
+class RoundDraws:
     """Settings of draws; answers depend on all of them.
 
     Attributes:
@@ -69,7 +69,9 @@ class Draws:
             raise ValueError(f"temperature={self.temperature}: needs a number above 0")
 
 
-def plan_batches(prompts: Sequence[Ids], draws: Draws, *, batch_tokens: int) -> list[list[int]]:
+def plan_batches(
+    prompts: Sequence[Ids], draws: RoundDraws, *, batch_tokens: int
+) -> list[list[int]]:
     """Puts prompts into batches, the longest first; a pure function of its arguments.
 
     Neither the order of different prompts nor the number of ranks changes which prompts share a
@@ -102,11 +104,11 @@ def draw_batch(
     tokenizer: Any,
     prompts: Sequence[Ids],
     numbers: Sequence[int],
-    draws: Draws,
+    draws: RoundDraws,
     *,
     precision: Precision = contextlib.nullcontext,
 ) -> list[list[Ids]]:
-    """Draws the answers to the prompts of one batch.
+    """RoundDraws the answers to the prompts of one batch.
 
     A sharded model is drawn from by all ranks together, with the same arguments.
 
@@ -136,7 +138,7 @@ def draw_answers(
     scorer: Scorer,
     tokenizer: Any,
     prompts: Sequence[Ids],
-    draws: Draws,
+    draws: RoundDraws,
     *,
     batch_tokens: int,
     batches: Sequence[Sequence[int]] | None = None,
@@ -146,7 +148,7 @@ def draw_answers(
     drawer: BackendDrawer | None = None,
     who: str = "policy",
 ) -> Iterator[DrawnBatch]:
-    """Draws the answers to prompts, and gives those of each batch as soon as they are there.
+    """RoundDraws the answers to prompts, and gives those of each batch as soon as they are there.
 
     Args:
         model: A transformers causal language model.
@@ -169,9 +171,12 @@ def draw_answers(
     Raises:
         UserError: If the model's scores are not finite, or another backend fails.
     """
-    if batches is None:
-        batches = plan_batches(prompts, draws, batch_tokens=batch_tokens)
-    planned = [[*batch] for batch in batches]
+    planned = [
+        [*batch]
+        for batch in (
+            plan_batches(prompts, draws, batch_tokens=batch_tokens) if batches is None else batches
+        )
+    ]
     asked = [number for batch in planned for number in batch]
     keys = _keys(prompts, draws, asked)
     if drawer is not None and drawer.draws(who):
@@ -182,19 +187,20 @@ def draw_answers(
             (batch, _drawn(model, scorer, tokenizer, prompts, batch, draws, keys, precision))
             for batch in planned
         )
-    shown = show("sampling", total=draws.num_generations * len(asked), unit="answers")
-    yield from _told(drawn, planned, shown, check)
+    yield from _shown(drawn, planned, draws, show, check)
 
 
-def _told(
+def _shown(
     drawn: Iterator[DrawnBatch],
-    planned: Sequence[list[int]],
-    shown: contextlib.AbstractContextManager[Say],
+    planned: Sequence[Sequence[int]],
+    draws: RoundDraws,
+    show: ShowPhase,
     check: Callable[[], object] | None,
 ) -> Iterator[DrawnBatch]:
-    """The batches as they are drawn, with their progress and their tokens a second."""
+    """Batches as they are drawn, with how far that is."""
+    total = draws.num_generations * sum(map(len, planned))
     done, tokens, seconds = 0, 0, 1e-9
-    with shown as say:
+    with show("sampling", total=total, unit="answers") as say:
         for _ in planned:
             if check is not None:
                 check()
@@ -202,14 +208,14 @@ def _told(
             batch, answers = next(drawn)
             # Without the time of whoever takes the answers.
             seconds += time.perf_counter() - begin
-            done += sum(map(len, answers))
+            done += draws.num_generations * len(batch)
             tokens += sum(len(ids) for own in answers for ids in own)
             say(done, f"{tokens / seconds:,.0f} tokens/s")
             yield batch, answers
 
 
 def answer_limits(
-    prompts: Sequence[Ids], numbers: Sequence[int], draws: Draws, positions: int | None
+    prompts: Sequence[Ids], numbers: Sequence[int], draws: RoundDraws, positions: int | None
 ) -> list[int]:
     """Tokens of the longest answer to each of some prompts.
 
@@ -225,7 +231,9 @@ def answer_limits(
     return [max(1, min(longest, positions - len(prompts[i]))) for i in numbers]
 
 
-def _keys(prompts: Sequence[Ids], draws: Draws, numbers: Sequence[int]) -> dict[int, list[int]]:
+def _keys(
+    prompts: Sequence[Ids], draws: RoundDraws, numbers: Sequence[int]
+) -> dict[int, list[int]]:
     """Keys of the noise of each prompt's answers."""
     before = occurrences(prompts)
     return {
@@ -241,7 +249,7 @@ def _keys(prompts: Sequence[Ids], draws: Draws, numbers: Sequence[int]) -> dict[
 
 
 def _say_way(
-    model: Any, scorer: Scorer, prompts: Sequence[Ids], asked: Sequence[int], draws: Draws
+    model: Any, scorer: Scorer, prompts: Sequence[Ids], asked: Sequence[int], draws: RoundDraws
 ) -> None:
     """Says once if answers are written in the slow way."""
     if not asked:
@@ -259,7 +267,7 @@ def _drawn(
     tokenizer: Any,
     prompts: Sequence[Ids],
     numbers: Sequence[int],
-    draws: Draws,
+    draws: RoundDraws,
     keys: dict[int, list[int]],
     precision: Precision,
 ) -> list[list[Ids]]:
@@ -271,7 +279,7 @@ def _drawn(
         distinct.setdefault(prompts[number].astype(np.int64).tobytes(), []).append(place)
     places = [place for own in distinct.values() for place in own]
     count = draws.num_generations
-    rows = RowsWritten(
+    rows = WrittenRows(
         keys=[key for place in places for key in keys[numbers[place]]],
         limits=[limits[place] for place in places for _ in range(count)],
         ends=end_ids(model, tokenizer),
@@ -297,7 +305,7 @@ def _by_backend(
     model: Any,
     prompts: Sequence[Ids],
     batches: Sequence[list[int]],
-    draws: Draws,
+    draws: RoundDraws,
     keys: dict[int, list[int]],
 ) -> Iterator[DrawnBatch]:
     """Answers of another backend.

@@ -52,7 +52,7 @@ def answer_keys(prompt: Ids, *, seed: int, round: int, occurrence: int, count: i
 
 
 def occurrences(prompts: Sequence[Ids]) -> list[int]:
-    """Counts for each prompt how often it was there before.
+    """Counts of how often each prompt was there before.
 
     Args:
         prompts: Token ids of each, (P,).

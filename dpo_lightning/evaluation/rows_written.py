@@ -21,7 +21,7 @@ _LOOK_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
-class RowsWritten:
+class WrittenRows:
     """Answers of a batch, and what each is drawn with.
 
     Attributes:

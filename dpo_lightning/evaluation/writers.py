@@ -51,7 +51,7 @@ class Writer(Protocol):
 
 @torch.no_grad()
 def way_of(model: Any, scorer: Scorer, longest: int) -> tuple[Way, str | None]:
-    """The way that a model's answers are written.
+    """The way in which a model's answers are written.
 
     Args:
         model: A transformers causal language model.

@@ -24,7 +24,14 @@ from dpo_lightning.evaluation.answer_rows import AnswerRows, Keeper
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
-from dpo_lightning.evaluation.rungs import Measure, RungStop, exact_rewards, held_out, judged
+from dpo_lightning.evaluation.rungs import (
+    Measure,
+    RungStop,
+    exact_rewards,
+    held_out,
+    judged,
+    work_of,
+)
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.run.evaluations import monitored_rows
 from dpo_lightning.run.folder import RunFolder
@@ -377,6 +384,19 @@ def make_measure(
             "data.eval= or a larger data.eval_fraction="
         )
     return held_out(goal.metric, prepared.data.evaluated_groups(), signals)
+
+
+def measuring_work(plan: RunPlan, prepared: Prepared) -> float:
+    """Work of a run's measure at its rung, in optimizer steps; that of answers is not counted.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+    """
+    goal = plan.checkpoints.rung
+    if goal is None or goal.metric in ("controlled/expected_reward", "samples/judge"):
+        return 0.0
+    return work_of(len(prepared.data.evaluated_groups()), batch_size=plan.batches.size)
 
 
 def say_forecast(

@@ -120,6 +120,11 @@ def _counts(data: PreparedData) -> str:
     if data.evaluated is not None:
         rows += f", a fixed sample of {len(data.evaluated):,} of these is evaluated"
     counts = [rows]
+    labels = data.labels()
+    if labels:
+        counts.append(f"of the training rows {labels['train']}")
+    if data.unrated:
+        counts.append(f"{data.unrated:,} unrated {_plural('answer', data.unrated)} left out")
     for reason, count in data.dropped.items():
         counts.append(f"{count:,} {_plural('row', count)} dropped: {DROP_REASONS[reason]}")
     for change, count in data.changed.items():
@@ -137,7 +142,9 @@ def _reference(plan: RunPlan, models: Models) -> str:
     if models.adapters is not None and names.reference is None:
         adapter = names.frozen_adapter
         reference = f"adapter {adapter}" if adapter else "base model without the adapter"
-    if models.reference is None:
+    if models.movement is not None:
+        state = models.movement.describe()
+    elif models.reference is None:
         state += ", log-probs cached"
     return f"{reference} ({state})"
 

@@ -134,6 +134,7 @@ def identity_of(
         "beta": config.beta,
         **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
         "reference.kind": config.reference.kind,
+        **_movement(config),
         **{f"peft.{name}": value for name, value in peft.items()},
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
@@ -145,6 +146,15 @@ def identity_of(
         "reference": hashes["reference"],
         "reference.config": hashes["reference_config"],
         **{f"rounds.{name}": value for name, value in facts.items()},
+    }
+
+
+def _movement(config: Config) -> dict[str, Any]:
+    """Settings of a reference that moves; null for one that does not, whatever else is set."""
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    return {
+        "reference.sync_every": every,
+        "reference.sync_alpha": None if every is None else alpha,
     }
 
 

@@ -34,6 +34,8 @@ from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import Watch, with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
+from dpo_lightning.reference.moving import MovingReference, make_moving
+from dpo_lightning.reference.pair import Models
 from dpo_lightning.reference.spot_check import check_stored
 from dpo_lightning.run.identity import device_facts, reference_facts
 from dpo_lightning.run.plan import RunPlan
@@ -211,19 +213,20 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
         # An adapted policy is its own reference, and shared out with it.
         return made if is_sharded(made) else shard(made).requires_grad_(False).eval()
 
-    reference = models.reference
     if models.adapters is not None and computation.weights is not None:
         # As they are gathered they would be rounded to the same, and until then take the double.
         cast_frozen(models.policy, computation.weights)
-    policy = shard(models.policy)
-    if models.live:
-        reference = LiveReference(make_reference(), models.scorer)
-    sharded = replace(models, policy=policy, reference=reference, make_reference=make_reference)
+    sharded = replace(models, policy=shard(models.policy), make_reference=make_reference)
+    if sharded.live:
+        reference = LiveReference(sharded.live_model(), sharded.scorer)
+        sharded = replace(sharded, reference=reference)
     return replace(prepared, models=sharded)
 
 
 def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: Watch) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache.
+
+    Beside a reference that moves held-out groups alone get log-probabilities, those of the start.
 
     Args:
         plan: The run's.
@@ -234,9 +237,8 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
     models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
     models = replace(models, make_reference=lambda: computation.cast(make_reference()))
-    if models.reference is not None:
-        if isinstance(models.reference, LiveReference):
-            computation.cast(models.reference.model)
+    moving = _cast_live(models, computation)
+    if models.reference is not None and moving is None:
         return replace(prepared, models=models)
 
     # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
@@ -244,6 +246,8 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
 
     @functools.cache
     def load() -> Any:
+        if moving is not None:
+            return moving.model  # as it starts
         # Before its first step the policy is the reference, and its shards are in memory already.
         shared = is_policy and prepared.ranks is not None
         return models.policy if shared else models.make_reference()
@@ -258,12 +262,11 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
         micro_batch_tokens=placed.budget.tokens,
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
-        needed=_needed(plan, data),
+        needed=_needed(plan, data, trained=moving is None),
         watch=watch,
         threads=prepared.threads if placed.device.type == "cpu" else None,
     )
-    train, evaluation = parts
-    groups = [*train, *evaluation]
+    groups = [group for part in parts for group in part]
     check_stored(
         [groups[number] for number in reference.read],
         reference.folder,
@@ -273,10 +276,30 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
         precision=placed.context,
         dtype=computation.dtype(prepared.source.dtype),
     )
+    if moving is not None:
+        moving.rows = moving.computed = reference.computed
     return replace(
         prepared,
-        models=replace(models, reference=reference),
-        data=replace(data, train=train, eval=evaluation),
+        models=replace(models, reference=moving or reference),
+        data=replace(data, train=parts[0], eval=parts[1]),
+    )
+
+
+def _cast_live(models: Models, computation: Computation) -> MovingReference | None:
+    """Casts a live reference; one that moves keeps its float32 values, and is given back."""
+    live = models.reference
+    if not isinstance(live, LiveReference):
+        return None
+    if models.movement is None:
+        computation.cast(live.model)
+        return None
+    return make_moving(
+        live.model,
+        models.scorer,
+        policy=models.policy,
+        adapters=models.adapters,
+        movement=models.movement,
+        cast=computation.cast,
     )
 
 
@@ -311,12 +334,18 @@ def reference_cache(
     return ReferenceCache(folder or plan.folders.references, facts)
 
 
-def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:
-    """True for the groups that a step or an evaluation sees, those of the training first."""
+def _needed(plan: RunPlan, data: PreparedData, *, trained: bool) -> npt.NDArray[np.bool_]:
+    """True for the groups that a step or an evaluation sees, those of the training first.
+
+    Args:
+        plan: The run's.
+        data: The groups.
+        trained: False leaves those of the steps out.
+    """
     seen = _seen(plan, len(data.train))
     evaluated = np.zeros(len(data.eval), dtype=bool)
     evaluated[slice(None) if data.evaluated is None else data.evaluated] = True
-    return np.concatenate([seen, evaluated])
+    return np.concatenate([seen & trained, evaluated])
 
 
 def _seen(plan: RunPlan, groups: int) -> npt.NDArray[np.bool_]:

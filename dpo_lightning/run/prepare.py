@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.controlled import MAX_LENGTH, ControlledTask
+from dpo_lightning.data.labels import imbalance
+from dpo_lightning.data.mismatched import add_mismatched
 from dpo_lightning.data.records import write_quarantine
 from dpo_lightning.data.refused import Refuse, stop
 from dpo_lightning.data.splits import (
@@ -41,7 +43,9 @@ from dpo_lightning.models.loading import max_positions
 from dpo_lightning.models.quantization import nf4_config
 from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.models.vocabulary import check_ids
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.processes.phases import ShowPhase, unshown
+from dpo_lightning.reference.moving import Movement
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.chat import ChatTemplate, choose_template
@@ -308,19 +312,38 @@ def prepare_groups(
         show=show,
     )
     data.overfit(config.data.overfit_groups)
+    _with_mismatched(config, data, max_length=source.max_length)
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
-    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
-    uses_margin = "odpo" in objective_settings(config.loss).terms
-    if with_margin and not uses_margin:
-        data.notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
-    elif uses_margin and with_margin < len(rows.train.groups):
-        missing = len(rows.train.groups) - with_margin
-        data.notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
+    objective = objective_settings(config.loss)
+    data.notes += _of_loss(rows, data, objective, key)
     for note in data.notes:
         log.info(note)
     return data, chat
+
+
+def _of_loss(
+    rows: SourceRows, data: PreparedData, objective: ObjectiveSettings, key: str
+) -> list[str]:
+    """Lines about rows whose margins or labels do not suit the loss."""
+    notes = []
+    with_margin = sum(group.target_margin is not None for group in rows.train.groups)
+    uses_margin = "odpo" in objective.terms
+    if with_margin and not uses_margin:
+        notes.append(f"{with_margin} rows have a target_margin, which this loss does not use")
+    elif uses_margin and with_margin < len(rows.train.groups):
+        missing = len(rows.train.groups) - with_margin
+        notes.append(f"{missing} rows have no target_margin: it counts as 0 for loss=odpo")
+    labels = data.labels()
+    if labels and key == "data.train":
+        names = ("desirable_weight", "undesirable_weight")
+        known = [float(objective.options[name]) for name in names if name in objective.options]
+        pairs = sum(group.pairs for group in data.train)
+        weights = known if len(known) == len(names) else None
+        line = imbalance(labels["train"], weights, pairs=pairs)
+        notes += [line] if line else []
+    return notes
 
 
 def _load_models(
@@ -334,12 +357,19 @@ def _load_models(
             pretrained=reference.pretrained,
             revision=reference.revision,
             needed=objective_settings(config.loss).uses_reference,
+            movement=movement_of(config),
         ),
         seed=config.seed,
         adapters=adapter_settings(config, source),
         from_first=None if ranks is None else ranks.from_first,
         show=show,
     )
+
+
+def movement_of(config: Config) -> Movement | None:
+    """The way in which the reference follows the policy; None where it stays as it is."""
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    return None if every is None else Movement(every, alpha)
 
 
 def choose_judge(
@@ -429,15 +459,25 @@ def controlled_data(
         reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
     """
     sizes = config.data.controlled
-    # The evaluation pairs are the same for every seed, so that seeds can be compared.
-    data = PreparedData(
-        train=task.groups(
-            sizes.train_groups,
-            seed=config.seed + 1,
-            reference_logps=reference_logps,
-            population=sizes.population,
-        ),
-        eval=task.groups(sizes.eval_groups, seed=0, reference_logps=reference_logps),
-    )
+    # The evaluation rows are the same for every seed, so that seeds can be compared.
+    train, evaluation = (sizes.train_groups, config.seed + 1), (sizes.eval_groups, 0)
+    if sizes.form == "unpaired":
+        sides = [
+            task.labelled(count, seed=seed, reference_logps=reference_logps)
+            for count, seed in (train, evaluation)
+        ]
+    else:
+        sides = [
+            task.groups(count, seed=seed, reference_logps=reference_logps, population=population)
+            for (count, seed), population in ((train, sizes.population), (evaluation, False))
+        ]
+    data = PreparedData(train=sides[0], eval=sides[1])
     data.overfit(config.data.overfit_groups)
+    _with_mismatched(config, data, max_length=MAX_LENGTH)
     return data
+
+
+def _with_mismatched(config: Config, data: PreparedData, *, max_length: int) -> None:
+    """Gives the groups responses to other prompts, where the loss measures those."""
+    if objective_settings(config.loss).anchor == "mismatched":
+        add_mismatched(data, max_length=max_length, batch_size=config.data.batch_size)

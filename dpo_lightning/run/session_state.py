@@ -97,6 +97,8 @@ class Session:
             record.epoch = trainer.global_step / epoch
         # What the conclusion measured is of the weights that are exported.
         record.metrics = self.metrics.last | record.metrics
+        if self.plan.learning.objective.is_unpaired:
+            record.throughput["examples_per_second"] = self.throughput.examples_per_second
         record.throughput |= {
             "pairs_per_second": self.throughput.pairs_per_second,
             "tokens_per_second": self.throughput.tokens_per_second,

@@ -32,6 +32,9 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in NOT_IN_HASH}
     # What the cache holds is keyed by content; where it stands does not matter.
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
+    if reference.get("sync_every") is None:
+        # A reference that stays as it is has no entries of its updates, as runs of before.
+        reference = {k: v for k, v in reference.items() if not k.startswith("sync_")}
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
     own |= _own_generation(kept.pop("generation", None))

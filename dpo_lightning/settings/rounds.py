@@ -185,6 +185,17 @@ def _others(config: Config) -> Iterator[str]:
             f"{key}: data.controlled.population=true weighs the given pairs, and drawn answers are "
             "labelled; leave one of the two out"
         )
+    if config.reference.sync_every is not None:
+        yield (
+            f"{key}: reference.sync_every={config.reference.sync_every} moves the reference by "
+            "steps, and rounds by rounds.reference=previous; leave one of the two out"
+        )
+    unpaired = objective_settings(config.loss).unpaired
+    if unpaired:
+        yield (
+            f"{key}: loss={','.join(unpaired)} learns from labels of single responses, and rounds "
+            "rank several; use loss=sigmoid"
+        )
     if config.sweep.prune != "none":
         yield (
             f"{key}: sweep.prune={config.sweep.prune} compares trials on the way, which rounds "

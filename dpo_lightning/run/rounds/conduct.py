@@ -22,7 +22,7 @@ from dpo_lightning.data.marked import MarkedGroup, MarkedPrompt, mark_groups
 from dpo_lightning.data.rounds import RoundGroups, RoundPlan
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import CorruptArtifactError, UserError
-from dpo_lightning.evaluation.many_answers import Draws
+from dpo_lightning.evaluation.many_answers import RoundDraws
 from dpo_lightning.processes.phases import ShowPhase
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.reference.fill import Watch
@@ -267,7 +267,7 @@ class RoundConductor(Callback):
         numbers = self._plan.choose_prompts(round, len(self._usable))
         asked = [self._usable[number] for number in numbers]
         prompts = [group.prompt for group in asked]
-        draws = Draws(
+        draws = RoundDraws(
             num_generations=self._settings.num_generations,
             temperature=self._settings.temperature,
             max_new_tokens=work.longest,

@@ -19,12 +19,11 @@ import numpy as np
 
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.backends import BackendDrawer
-from dpo_lightning.evaluation.many_answers import Draws, draw_answers, plan_batches
+from dpo_lightning.evaluation.many_answers import RoundDraws, draw_answers, plan_batches
 from dpo_lightning.evaluation.sampling import Precision
-from dpo_lightning.files import json_object, write_whole
+from dpo_lightning.files import ROUNDS_FOLDER, json_object, write_whole
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.processes.phases import ShowPhase
-from dpo_lightning.run.rounds.files import FOLDER
 from dpo_lightning.training.replicas import Replicas
 
 log = logging.getLogger(__name__)
@@ -45,10 +44,10 @@ class DrawnParts:
     """
 
     def __init__(
-        self, folder: Path, draws: Draws, *, policy: str, prompts: Sequence[Ids], writes: bool
+        self, folder: Path, draws: RoundDraws, *, policy: str, prompts: Sequence[Ids], writes: bool
     ) -> None:
         # Hidden from who reads the folder as rows.
-        self._folder = folder / FOLDER / f".{draws.round}"
+        self._folder = folder / ROUNDS_FOLDER / f".{draws.round}"
         self._writes = writes
         digest = hashlib.blake2b(json.dumps([asdict(draws), policy]).encode(), digest_size=16)
         for ids in prompts:
@@ -107,7 +106,7 @@ def drop_parts(folder: Path, *, but: int | None = None) -> None:
         folder: The run's.
         but: A round whose batches stay: until a step of it is taken it may be drawn again.
     """
-    for path in (folder / FOLDER).glob(".[0-9]*"):
+    for path in (folder / ROUNDS_FOLDER).glob(".[0-9]*"):
         if path.is_dir() and path.name != f".{but}":
             shutil.rmtree(path, ignore_errors=True)
 
@@ -122,7 +121,7 @@ class Drawing:
         tokenizer: Its tokenizer.
         batch_tokens: Most tokens of a batch.
         precision: The context to compute in.
-        drawer: Draws by another backend; None: the policy does itself.
+        drawer: RoundDraws by another backend; None: the policy does itself.
         show: Shows how far it is.
     """
 
@@ -138,7 +137,7 @@ class Drawing:
 def draw_round(
     drawing: Drawing,
     prompts: Sequence[Ids],
-    draws: Draws,
+    draws: RoundDraws,
     *,
     parts: DrawnParts,
     ranks: Replicas,
@@ -146,7 +145,7 @@ def draw_round(
     agreed: Callable[[Sequence[int]], None],
     pending: Callable[[], int],
 ) -> tuple[Answers, int]:
-    """Draws what is missing of a round's answers; every rank gets all of them.
+    """RoundDraws what is missing of a round's answers; every rank gets all of them.
 
     Ranks take whole batches in turn, and meet after each, so that none is lost with a rank.
 

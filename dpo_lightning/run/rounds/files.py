@@ -21,10 +21,7 @@ from dpo_lightning.data.groups import prompt_of_key
 from dpo_lightning.data.marked import MarkedGroup, text_behind
 from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.errors import CorruptArtifactError, StorageError
-from dpo_lightning.files import json_object, read_json, write_json, write_whole
-
-FOLDER = "rounds"
-"""Folder of the rounds inside a run's."""
+from dpo_lightning.files import ROUNDS_FOLDER, json_object, read_json, write_json, write_whole
 
 _FORMAT = 1
 
@@ -84,7 +81,7 @@ def rows_path(folder: Path, number: int) -> Path:
         folder: The run's.
         number: Of the round, from 1.
     """
-    return folder / FOLDER / f"{number}.jsonl"
+    return folder / ROUNDS_FOLDER / f"{number}.jsonl"
 
 
 def facts_path(folder: Path, number: int) -> Path:
@@ -92,7 +89,7 @@ def facts_path(folder: Path, number: int) -> Path:
 
     Its name is hidden from who reads the folder as rows.
     """
-    return folder / FOLDER / f".{number}.json"
+    return folder / ROUNDS_FOLDER / f".{number}.json"
 
 
 def write_round(
@@ -166,7 +163,7 @@ def read_round(folder: Path, number: int) -> RoundRows | None:
         )
     groups, marks = [], []
     for line, text in enumerate(content.decode().split("\n")[:-1], start=1):
-        group, own = _group_of(text, f"{FOLDER}/{number}.jsonl:{line}")
+        group, own = _group_of(text, f"{ROUNDS_FOLDER}/{number}.jsonl:{line}")
         groups.append(group)
         marks.append(own)
     return RoundRows(groups, marks, facts, digest)

@@ -17,13 +17,13 @@ import torch
 from dpo_lightning.data.rounds import RoundGroups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import CorruptArtifactError
+from dpo_lightning.files import ROUNDS_FOLDER
 from dpo_lightning.models.adapters import adapter_dropout_off
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import Watch, with_reference_logps
 from dpo_lightning.reference.kinds import CachedReference, Reference
 from dpo_lightning.reference.spot_check import check_stored
-from dpo_lightning.run.rounds.files import FOLDER
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -138,7 +138,7 @@ def fill_round(
         _count(filling.reference, found)
         return RoundGroups(with_values[0], given)
     own = [given[row] for row in rows]
-    cache = filling.cache(moment.policy, moment.folder / FOLDER / OWN)
+    cache = filling.cache(moment.policy, moment.folder / ROUNDS_FOLDER / OWN)
     parts, found = _filled(filling, [drawn, own], cache, moment, watch)
     _count(filling.reference, found)
     filled = [*given]
@@ -196,9 +196,9 @@ def _as_it_was(filling: Filling, moment: Moment) -> Any:
     if moment.round == 1:
         return filling.start.load()
     raise CorruptArtifactError(
-        f"{moment.folder / FOLDER / OWN}: log-probabilities of round {moment.round} under the "
-        "policy that began it are not there, and the policy has moved on since; put them back, or "
-        "resume from a checkpoint of an earlier round"
+        f"{moment.folder / ROUNDS_FOLDER / OWN}: log-probabilities of round {moment.round} under "
+        "the policy that began it are not there, and the policy has moved on since; put them back, "
+        "or resume from a checkpoint of an earlier round"
     )
 
 

@@ -6,8 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_lightning.files import ROUNDS_FOLDER
 from dpo_lightning.run.folder import RunFolder
-from dpo_lightning.run.rounds.files import FOLDER, facts_path, rows_path
+from dpo_lightning.run.rounds.files import facts_path, rows_path
 from dpo_lightning.run.rounds.filling import OWN
 from dpo_lightning.training.checkpoints.files import run_of
 
@@ -58,14 +59,14 @@ class Saving:
         own = self.folder.path
         if folder.absolute() == own.absolute():
             return
-        (own / FOLDER).mkdir(exist_ok=True)
+        (own / ROUNDS_FOLDER).mkdir(exist_ok=True)
         for number in range(1, round + 1):
             for path in (rows_path(folder, number), facts_path(folder, number)):
                 if path.is_file():
-                    shutil.copyfile(path, own / FOLDER / path.name)
-        values = folder / FOLDER / OWN
+                    shutil.copyfile(path, own / ROUNDS_FOLDER / path.name)
+        values = folder / ROUNDS_FOLDER / OWN
         if values.is_dir():
-            shutil.copytree(values, own / FOLDER / OWN, dirs_exist_ok=True)
+            shutil.copytree(values, own / ROUNDS_FOLDER / OWN, dirs_exist_ok=True)
 
     def remove_later(self, round: int) -> None:
         """Removes rows of later rounds, once: they are of a course that the run left.
@@ -77,7 +78,7 @@ class Saving:
             return
         self.is_clean = True
         folder = self.folder.path
-        for path in (folder / FOLDER).glob("*.jsonl"):
+        for path in (folder / ROUNDS_FOLDER).glob("*.jsonl"):
             if path.stem.isdecimal() and int(path.stem) > round:
                 facts_path(folder, int(path.stem)).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)

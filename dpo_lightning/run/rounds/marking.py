@@ -11,9 +11,9 @@ from dpo_lightning.data.marked import MarkedPrompt, pair_numbers
 from dpo_lightning.evaluation.judges import Judge, Mark
 from dpo_lightning.evaluation.mark_cache import KeptMarks
 from dpo_lightning.evaluation.named_judge import is_function, judge_identity
+from dpo_lightning.files import ROUNDS_FOLDER
 from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.run.rounds.asking import Patience, RoundMarker, RoundMarks
-from dpo_lightning.run.rounds.files import FOLDER
 from dpo_lightning.settings.judging import JudgeSettings
 
 # Hidden from who reads the folder of rounds as rows.
@@ -50,9 +50,9 @@ def make_marker(
             patience=Patience(attempts=5, stall=None),
         )
     kept = KeptMarks(
-        folder / FOLDER / _MARKS,
+        folder / ROUNDS_FOLDER / _MARKS,
         judge_identity(settings),
-        earlier=None if resumed is None else resumed / FOLDER / _MARKS,
+        earlier=None if resumed is None else resumed / ROUNDS_FOLDER / _MARKS,
     )
     return RoundMarker(
         judge,

@@ -17,7 +17,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import rows_written
 from dpo_lightning.evaluation.backends import BackendDrawer
 from dpo_lightning.evaluation.many_answers import (
-    Draws,
+    RoundDraws,
     draw_answers,
     draw_batch,
     plan_batches,
@@ -36,7 +36,7 @@ from tests.support.vllm_module import install
 
 END = 2
 TOKENIZER = SimpleNamespace(eos_token_id=END)
-DRAWS = Draws(num_generations=3, temperature=1.5, max_new_tokens=9, seed=4, round=1)
+DRAWS = RoundDraws(num_generations=3, temperature=1.5, max_new_tokens=9, seed=4, round=1)
 
 
 def some_prompts(*lengths: int, seed: int = 5) -> list[np.ndarray]:
@@ -107,7 +107,7 @@ def test_the_way_is_that_of_the_model(caplog):
     ways = {family: way_of(*prepared(family, "padded"), 20)[0] for family in PADDED_ONLY}
     assert ways == dict.fromkeys(PADDED_ONLY, "cached") | {"mamba": "whole"}
     model, scorer = prepared("mamba", "padded")
-    prompts, draws = some_prompts(3, 2), Draws(1, 1.0, 2, 1, 1)
+    prompts, draws = some_prompts(3, 2), RoundDraws(1, 1.0, 2, 1, 1)
     with caplog.at_level(logging.INFO):
         drawn(model, scorer, prompts, draws, batch_tokens=1)
     [said] = caplog.messages
@@ -140,7 +140,7 @@ def test_factors_that_change_with_the_length_are_those_of_each_length():
     scorer.prepare(model)
     assert way_of(model, scorer, 12)[0] == "shared"
     assert way_of(model, scorer, 13)[0] == "whole"
-    [prompt], draws = some_prompts(8), Draws(2, 1.5, 8, 4, 1)
+    [prompt], draws = some_prompts(8), RoundDraws(2, 1.5, 8, 4, 1)
     [found] = drawn(model, scorer, [prompt], draws)
     keys = answer_keys(prompt, seed=4, round=1, occurrence=0, count=2)
     plain = made().eval()
@@ -164,7 +164,7 @@ def test_a_prompt_is_computed_once_and_ended_answers_leave():
     model.get_input_embeddings().register_forward_hook(
         lambda _, ids, __: sizes.append(ids[0].shape)
     )
-    draws, prompts = Draws(12, 1.5, 40, 1, 1), some_prompts(6, 6)
+    draws, prompts = RoundDraws(12, 1.5, 40, 1, 1), some_prompts(6, 6)
     answers = drawn(model, scorer, prompts, draws)
     check_by_hand(make_model("llama"), prompts, answers, draws, ends=range(2, 20), most=40)
     assert tuple(sizes[0]) == (2, 6)
@@ -222,7 +222,7 @@ def test_answers_of_the_embedded_task_have_their_exact_distribution(temperature)
     exact = task.outcome_logps(Tempered(model, temperature)).exp()
     scorer.prepare(model)
     places = {outcome: place for place, outcome in enumerate(task.outcomes)}
-    draws = Draws(2500, temperature, MAX_TOKENS, 3, 1)
+    draws = RoundDraws(2500, temperature, MAX_TOKENS, 3, 1)
     asked = [task.prompt_ids[n].numpy().astype(np.int32) for n in (1, 6)]
     found = draw_batch(model, scorer, tokenizer, asked, [0, 1], draws)
     for answers, p in zip(found, exact[[1, 6]], strict=True):
@@ -267,12 +267,12 @@ def test_seeds_rounds_and_numbers_of_answers(llama):
     prompts = some_prompts(5, 3)
     plain = drawn(*llama, prompts)
     answers = [tuple(ids) for own in plain for ids in own]
-    for changed in (Draws(3, 1.5, 9, 5, 1), Draws(3, 1.5, 9, 4, 2)):
+    for changed in (RoundDraws(3, 1.5, 9, 5, 1), RoundDraws(3, 1.5, 9, 4, 2)):
         others = [tuple(ids) for own in drawn(*llama, prompts, changed) for ids in own]
         assert not {*answers} & {*others}
-    more = drawn(*llama, prompts, Draws(5, 1.5, 9, 4, 1))
+    more = drawn(*llama, prompts, RoundDraws(5, 1.5, 9, 4, 1))
     assert [own[:3] for own in more] == plain
-    shorter = drawn(*llama, prompts, Draws(3, 1.5, 4, 4, 1))
+    shorter = drawn(*llama, prompts, RoundDraws(3, 1.5, 4, 4, 1))
     assert shorter == [[ids[:4] for ids in own] for own in plain]
 
 
@@ -285,7 +285,7 @@ def test_no_generator_is_touched_and_no_gradient_kept(llama):
 
 def test_under_autocast_tokens_are_nearly_those_of_float32(llama):
     """bfloat16 rounds scores to three digits: at a low temperature few tokens change."""
-    prompts, draws = some_prompts(6, 6, 4), Draws(4, 1.5, 6, 1, 1)
+    prompts, draws = some_prompts(6, 6, 4), RoundDraws(4, 1.5, 6, 1, 1)
     precision = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
     rounded = drawn(*llama, prompts, draws, precision=precision)
     plain = drawn(*llama, prompts, draws)
@@ -331,7 +331,7 @@ def test_positions_end_an_answer_and_the_others_go_on(path):
     prompts = some_prompts(2, 9)
     # Batches of like lengths: these two are put into one by name.
     silent = SimpleNamespace(eos_token_id=None)
-    found = draw_batch(model, scorer, silent, prompts, [0, 1], Draws(2, 1.0, 20, 1, 1))
+    found = draw_batch(model, scorer, silent, prompts, [0, 1], RoundDraws(2, 1.0, 20, 1, 1))
     assert [[len(ids) for ids in own] for own in found] == [[10, 10], [3, 3]]
 
 
@@ -347,8 +347,10 @@ def test_a_device_that_is_waited_for_is_asked_seldom_and_gives_the_same(llama, m
     monkeypatch.setattr(rows_written, "_require_finite", looked)
     if place == "elsewhere":
         monkeypatch.setattr(rows_written, "_looks_at_each", lambda device: False)
-    found = drawn(*llama, some_prompts(5, 5), Draws(3, 1.5, 20, 4, 1))
-    check_by_hand(make_model("llama"), some_prompts(5, 5), found, Draws(3, 1.5, 20, 4, 1), most=20)
+    found = drawn(*llama, some_prompts(5, 5), RoundDraws(3, 1.5, 20, 4, 1))
+    check_by_hand(
+        make_model("llama"), some_prompts(5, 5), found, RoundDraws(3, 1.5, 20, 4, 1), most=20
+    )
     longest = max(len(ids) for own in found for ids in own)
     assert longest == 20
     assert len(looks) == (20 if place == "cpu" else 2) + 1
@@ -374,7 +376,7 @@ def test_scores_that_are_not_finite_are_said():
 def test_draws_of_nothing_are_refused(changes, said):
     plain = {"num_generations": 2, "temperature": 1.0, "max_new_tokens": 4, "seed": 1, "round": 1}
     with pytest.raises(ValueError, match=said):
-        Draws(**(plain | changes))
+        RoundDraws(**(plain | changes))
 
 
 # Batches -----------------------------------------------------------------------------------------
@@ -388,7 +390,7 @@ def test_batches_are_full_and_of_like_lengths():
     27 / 22 = 1.23, and 36 / 27 with one more; 5, 4, 4 are 15 / 13, and 20 / 15 with 2.
     """
     prompts = some_prompts(5, 9, 4, 8, 5, 4, 2, 40)
-    draws = Draws(2, 1.0, 10, 1, 1)
+    draws = RoundDraws(2, 1.0, 10, 1, 1)
     planned = plan_batches(prompts, draws, batch_tokens=64)
     lengths = [[len(prompts[n]) for n in batch] for batch in planned]
     assert lengths == [[40], [9, 8], [5, 5], [4, 4], [2]]
@@ -403,7 +405,7 @@ def test_batches_are_of_contents_and_not_of_places():
     """Prompts of a length have one order, whatever that of the rows; equal ones are neighbours."""
     prompts = some_prompts(4, 4, 4, 4, 4, 4)
     prompts.append(prompts[2].copy())
-    draws = Draws(2, 1.0, 10, 1, 1)
+    draws = RoundDraws(2, 1.0, 10, 1, 1)
 
     def contents(asked):
         planned = plan_batches(asked, draws, batch_tokens=72)
@@ -535,7 +537,7 @@ def test_a_sharded_model_draws_the_same(mesh, family, path):
 
 
 def rank_draws(rank: int) -> list:
-    """The answers that a rank of two draws, of a model that they share."""
+    """Draws of a rank of two, from a model that they share."""
     model, scorer = prepared("llama", "flat")
     mesh = init_device_mesh("cpu", (2,))
     sharded = shard_model(model, mesh, torch.device("cpu"), compute_dtype=None)

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpo_lightning.evaluation.many_answers import Draws
+from dpo_lightning.evaluation.many_answers import RoundDraws
 from dpo_lightning.run.rounds import drawing
 from dpo_lightning.run.rounds.conduct import Paused, _stop_if_any
 from dpo_lightning.run.rounds.drawing import Drawing, DrawnParts, draw_round, drop_parts
 from tests.support.groups import ids
 
 PROMPTS = [ids(n) for n in range(10, 15)]
-DRAWS = Draws(num_generations=2, temperature=1.0, max_new_tokens=4, seed=1, round=1)
+DRAWS = RoundDraws(num_generations=2, temperature=1.0, max_new_tokens=4, seed=1, round=1)
 BATCHES = [[4, 0], [1], [3, 2]]
 
 
@@ -59,7 +59,7 @@ def drawn(monkeypatch) -> list[list[int]]:
     return asked
 
 
-def parts_in(folder, *, policy: str = "p", draws: Draws = DRAWS, writes: bool = True):
+def parts_in(folder, *, policy: str = "p", draws: RoundDraws = DRAWS, writes: bool = True):
     return DrawnParts(folder, draws, policy=policy, prompts=PROMPTS, writes=writes)
 
 
@@ -123,8 +123,8 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path, drawn):
     "words",
     [
         {"policy": "another"},
-        {"draws": Draws(2, 0.7, 4, 1, 1)},
-        {"draws": Draws(2, 1.0, 4, 2, 1)},
+        {"draws": RoundDraws(2, 0.7, 4, 1, 1)},
+        {"draws": RoundDraws(2, 1.0, 4, 2, 1)},
     ],
     ids=["policy", "temperature", "seed"],
 )

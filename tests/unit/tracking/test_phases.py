@@ -89,7 +89,7 @@ def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
     """At 60 columns the loss and the accuracy still stand there whole."""
     console = terminal(width)
     monkeypatch.setattr(progress, "get_console", lambda: console)
-    bar = Progress(SimpleNamespace(pairs_per_second=123.4))
+    bar = Progress(SimpleNamespace(speed="123.4 pairs/s"))
     columns = bar.configure_columns(SimpleNamespace())
     metrics = {"loss": 0.6931, "accuracy": 0.5625, "v_num": 0}
     monkeypatch.setattr(progress.RichProgressBar, "get_metrics", lambda *_: dict(metrics))
@@ -107,6 +107,22 @@ def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
         assert len(line) <= width
 
 
+def test_the_speed_is_of_examples_where_the_loss_is_one_on_single_responses(monkeypatch):
+    """Three steps of a pair and two rows, 4 responses each, in two seconds."""
+    kto = SimpleNamespace(objective=SimpleNamespace(is_unpaired=True))
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    throughput = progress.Throughput()
+    throughput.on_train_start(None, kto)
+    step = SimpleNamespace(pairs=1, examples=4, tokens=9)
+    for number in range(3):
+        throughput.on_train_batch_end(None, kto, None, step, number)
+    throughput.on_train_end(None, kto)
+    assert throughput.speed == "6.0 examples/s"
+    throughput.by_example = False
+    assert throughput.speed == "1.5 pairs/s"
+
+
 @pytest.mark.parametrize("width", [60, 100])
 def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch):
     """8 of 32 answers; the line goes, with an error too, and the training's own bar stays."""
@@ -117,7 +133,7 @@ def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch
 
     console = terminal(width)
     monkeypatch.setattr(progress, "get_console", lambda: console)
-    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    bar = Progress(SimpleNamespace(speed="1.0 pairs/s"))
     with bar.beside("sampling", total=32, unit="answers") as say:
         say(1)  # before the training there is no bar to stand below
     assert shown(console) == ""
@@ -136,7 +152,7 @@ def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch
 
 
 def test_phases_inside_the_training_go_to_its_bar_else_where_all_go():
-    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    bar = Progress(SimpleNamespace(speed="1.0 pairs/s"))
     session = SimpleNamespace(show="a log")
     assert _show_within(session, SimpleNamespace(all=[object(), bar])) == bar.beside
     assert _show_within(session, SimpleNamespace(all=[object()])) == "a log"
