@@ -16,7 +16,7 @@ DRAW_FLAGS = (*("--temperature", "--top-p", "--max-new-tokens", "--seed", "--at-
 
 
 @dataclass(frozen=True, slots=True)
-class TypedDraws:
+class Draws:
     """Settings of draws, as they were typed.
 
     Attributes:
@@ -32,7 +32,7 @@ class TypedDraws:
     seed: int
 
 
-def read_draws(words: Words, longest: int) -> TypedDraws:
+def read_draws(words: Words, longest: int) -> Draws:
     """The settings of draws, by their flags.
 
     Args:
@@ -42,7 +42,7 @@ def read_draws(words: Words, longest: int) -> TypedDraws:
     Raises:
         UserError: If a value is none.
     """
-    return TypedDraws(
+    return Draws(
         temperature=_number(words, "--temperature", 1.0, lambda x: x >= 0, "at least 0"),
         top_p=_number(words, "--top-p", 1.0, lambda x: 0 < x <= 1, "above 0 and at most 1"),
         max_new_tokens=int(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_lightning.data.questions import FORMATS, Format
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.answering.draws import DRAW_FLAGS, TypedDraws, read_at_beta, read_draws
+from dpo_lightning.run.answering.draws import DRAW_FLAGS, Draws, read_at_beta, read_draws
 from dpo_lightning.run.answering.subject import OF_ANSWERS
 from dpo_lightning.run.words import Grammar, read_words
 from dpo_lightning.settings.program import typed
@@ -53,7 +53,7 @@ class Request:
     mode: str | None
     reference: str | None
     at_beta: float | None
-    draws: TypedDraws
+    draws: Draws
     settings: tuple[str, ...]
     as_json: bool
     overwrite: bool
