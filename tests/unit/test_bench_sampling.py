@@ -2,26 +2,23 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-from tests.support.runs import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
+from tests.unit.test_benchmarks import RESULTS, ROOT, load
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The module, imported with its neighbours as the program does."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import sampling  # type: ignore[import-not-found]
+def bench(monkeypatch_module):
+    monkeypatch_module.syspath_prepend(str(ROOT / "benchmarks"))
+    return load("sampling")
 
-        yield sampling
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 def test_log_p_of_drawn_tokens_in_standard_errors(bench):
@@ -77,11 +74,11 @@ def test_ratios_are_of_rounds(bench):
 
 
 def test_the_page_has_the_table_of_what_is_kept(bench):
-    kept = json.loads((BENCHMARKS / "results" / "sampling.json").read_text())
+    kept = json.loads((RESULTS / "sampling.json").read_text())
     for clock, rates in kept["tokens_per_second"].items():
         assert bench.ratios(rates) == kept["ratios"][clock]
         assert all(len(own) == kept["rounds"] >= 5 for own in rates.values())
-    page = (BENCHMARKS / "README.md").read_text()
+    page = (ROOT / "benchmarks" / "README.md").read_text()
     begin, end = (page.index(mark) for mark in bench.MARKS)
     assert page[begin + len(bench.MARKS[0]) : end].strip() == bench.table(kept).strip()
     # Half as fast again at least, with the whole interval.
