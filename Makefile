@@ -13,8 +13,8 @@ EVERY := not long and not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs mutations \
-	check audit bench bench-gpu bench-sweep lock clean
+.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs picture mutations \
+	check audit bench bench-gpu bench-rounds bench-sampling bench-sweep lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -89,6 +89,12 @@ docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the cod
 	@$(BIN)/python -m dpo_lightning.run.api_page > docs/api.md
 	@$(SITE)/bin/zensical build --strict --clean
 
+# The embedded task needs no data and no network.
+picture: $(READY) ## draw docs/frontier.png again, from a sweep of six β; minutes
+	@rm -rf build/frontier
+	@$(BIN)/python train.py experiment=frontier logger=none hydra.sweep.dir=build/frontier
+	@cp build/frontier/frontier.png docs/frontier.png
+
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)
 
@@ -107,8 +113,14 @@ bench: $(BENCH)/.ready ## measure speed beside TRL, or beside a commit: make ben
 bench-gpu: $(BENCH)/.ready ## measure speed, MFU and memory beside TRL on one GPU, within 30 minutes
 	@$(BENCH)/bin/python benchmarks/gpu.py $(ARGS)
 
+bench-sampling: $(BENCH)/.ready ## tokens a second of eight answers to a prompt, beside transformers' generate
+	@$(BENCH)/bin/python benchmarks/sampling.py $(ARGS)
+
 bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit: make bench-sweep ARGS="--against HEAD~1"
 	@$(BENCH)/bin/python benchmarks/sweep.py $(ARGS)
+
+bench-rounds: $(READY) ## train with and without on-policy rounds on the embedded task, exactly measured; an hour
+	@PYTHONPATH=benchmarks $(BIN)/python benchmarks/rounds.py --picture docs/rounds.png $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## regenerate constraints.txt in a clean environment

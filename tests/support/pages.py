@@ -56,6 +56,8 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     run = folder / "outputs" / "runs" / "mine" / "checkpoints"
     run.mkdir(parents=True)
     (run / "step-000010.ckpt").write_bytes(b"")
+    (run.parent / "rounds").mkdir()
+    shutil.copy(folder / "pairs.jsonl", run.parent / "rounds" / "3.jsonl")
     sweep = folder / "outputs" / "sweeps" / "2026-01-01_00-00-00"
     sweep.mkdir(parents=True)
     (sweep / "multirun.yaml").touch()

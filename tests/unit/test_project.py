@@ -270,7 +270,7 @@ def test_the_readme_names_commands():
     assert len(readme_commands()) >= 8
     assert len(readme_commands("docs/scaling.md")) >= 8
     assert len(readme_commands("docs/memory.md")) == 4
-    assert len(readme_commands("docs/data.md")) == 11
+    assert len(readme_commands("docs/data.md")) == 14
     assert len(readme_commands("docs/frontier.md")) == 4
     assert len(readme_commands("docs/judges.md")) == 6
     assert len(readme_commands("docs/answers.md")) >= 8

@@ -25,6 +25,8 @@ _PANELS = (
     ("loss", ("train/loss",), ("eval/loss",)),
     ("accuracy", ("train/rewards/accuracies",), ("eval/rewards/accuracies",)),
     ("margin, in rewards", ("train/rewards/margins",), ("eval/rewards/margins",)),
+    ("separation, in nats", ("train/logratios/separation",), ("eval/logratios/separation",)),
+    ("told about labels, in nats", (), ("eval/label_gain",)),
     (
         "KL to the reference, nats an answer",
         (),
@@ -174,12 +176,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     drawn = []
+    taken = [step for row in rows if (step := number(row.get("step"))) is not None]
+    # All panels have the same steps below each other, also where there is one evaluation.
+    steps = (min(taken), max(taken)) if taken else None
     for title, training, evaluation in _PANELS:
         curves = []
         for kind, names in (("training", training), ("evaluation", evaluation)):
             found = [points for name in names if (points := _series(rows, name))]
             curves += [Curve(kind, found[0])] if found else []
-        svg = panel(title, curves)
+        svg = panel(title, curves, steps=steps)
         drawn += [] if svg is None else [svg]
     return drawn
 
@@ -281,8 +286,10 @@ def _times(throughput: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append((label, seconds_text(value)))
     for key, label in (
         ("pairs_per_second", "pairs a second"),
+        ("examples_per_second", "examples a second"),
         ("tokens_per_second", "tokens a second"),
     ):
-        if (value := number(throughput.get(key))) is not None:
+        # Of single responses alone there are no pairs.
+        if (value := number(throughput.get(key))) or (value == 0 and key != "pairs_per_second"):
             found.append((label, number_text(value)))
     return found
