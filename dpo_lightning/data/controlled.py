@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.objectives.partition import exact_log_partition, optimal_logps
 
 END = 0
@@ -44,6 +44,9 @@ WORDS = ("sun", "rain", "wind", "fog", "snow", "hail", "mist", "calm")
 
 MAX_TOKENS = 4
 """Tokens in the longest response."""
+
+MAX_LENGTH = 3 + MAX_TOKENS
+"""Tokens of the longest prompt and response."""
 
 PROMPTS = tuple(f"{first} {second}" for first in WORDS[:4] for second in ("snow", "calm"))
 
@@ -87,6 +90,12 @@ def word_values() -> list[list[float]]:
 
 
 # Tables of the one task there is, made once in a process.
+
+
+@cache
+def _worth() -> dict[str, tuple[float, ...]]:
+    """Worth of each token, by prompt; END is worth nothing."""
+    return {p: (0.0, *row) for p, row in zip(PROMPTS, word_values(), strict=True)}
 
 
 @cache
@@ -145,6 +154,16 @@ class ControlledTask:
     def rewards(self) -> Tensor:
         """(8, 4681), float64: the true reward of each outcome after each prompt."""
         return _rewards()
+
+    def marks(self, prompt: str, answers: Sequence[Ids]) -> list[float]:
+        """The true reward of answers, which is the mark that the task gives them.
+
+        Args:
+            prompt: One of ``PROMPTS``.
+            answers: Token ids of each, shapes (R,).
+        """
+        worth = _worth()[prompt]
+        return [sum(worth[token] for token in ids.tolist()) for ids in answers]
 
     @torch.no_grad()
     def outcome_logps(self, model: Any) -> Tensor:
@@ -224,13 +243,55 @@ class ControlledTask:
             )
         ]
 
+    def labelled(self, n: int, *, seed: int, reference_logps: Tensor) -> list[TokenGroup]:
+        """Draws single responses with a label as groups of token ids.
+
+        The prompt is uniform; an outcome is drawn from the reference, again while it is empty; it
+        is desirable with probability sigma(r).
+
+        Args:
+            n: Number of responses.
+            seed: Of all draws.
+            reference_logps: Log-probabilities of the outcomes under the reference, (8, 4681).
+        """
+        draw = np.random.default_rng(seed)
+        cumulative = np.exp(reference_logps.double().numpy()).cumsum(axis=1)
+        cumulative /= cumulative[:, -1:]
+        prompts = draw.integers(len(PROMPTS), size=n)
+        outcomes = np.zeros(n, dtype=np.int64)
+        while len(left := np.flatnonzero(outcomes == 0)):
+            points = draw.random(len(left))
+            for prompt in range(len(PROMPTS)):
+                here = prompts[left] == prompt
+                drawn = np.searchsorted(cumulative[prompt], points[here], side="right")
+                outcomes[left[here]] = np.minimum(drawn, cumulative.shape[1] - 1)
+        rewards = self.rewards.numpy()[prompts, outcomes]
+        desirable = draw.random(n) < 1 / (1 + np.exp(-rewards))
+        prompt_ids = self.prompt_ids.numpy().astype(np.int32)
+        return [
+            TokenGroup(
+                prompt=prompt_ids[prompt],
+                responses=(np.array(self.outcomes[outcome], dtype=np.int32),),
+                ranks=(1,),
+                weight=1.0,
+                source=f"controlled[seed={seed},unpaired]:{number}",
+                prompt_key=PROMPTS[prompt],
+                label=label,
+            )
+            for number, (prompt, outcome, label) in enumerate(
+                zip(prompts.tolist(), outcomes.tolist(), desirable.tolist(), strict=True), start=1
+            )
+        ]
+
     def bayes_accuracy(self, groups: Sequence[TokenGroup]) -> float:
-        """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|)."""
-        values = dict(zip(PROMPTS, ([0.0, *row] for row in word_values()), strict=True))
+        """The best accuracy the labels of pairs allow: the mean of sigma(|r_1 - r_2|).
+
+        Of single responses that of guessing their labels: the mean of sigma(|r|).
+        """
         total = 0.0
         for group in groups:
-            worth = values[group.prompt_key]
-            first, second = (sum(worth[t] for t in y.tolist()) for y in group.responses)
+            # What a single response is compared with is worth nothing.
+            first, second, *_ = (*self.marks(group.prompt_key, group.responses), 0.0)
             total += 1 / (1 + math.exp(-abs(first - second)))
         return total / len(groups)
 

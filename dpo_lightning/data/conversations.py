@@ -80,7 +80,9 @@ class ResponseName:
     count: int
 
     def __str__(self) -> str:
-        """Chosen or rejected where there are two."""
+        """Chosen or rejected where there are two, and no number where there is one."""
+        if self.count == 1:
+            return "response"
         if self.count == 2:
             return ("chosen", "rejected")[self.number]
         return f"responses[{self.number}]"

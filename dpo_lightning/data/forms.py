@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_lightning.data.fields import FieldAccount, is_empty, may_be_the_prompt, words_of
 from dpo_lightning.data.texts import RowError, describe, show, typed_name
+from dpo_lightning.data.thumbs import answer_column, label_column
 
 Row = dict[str, Any]
 
@@ -27,6 +28,15 @@ _WORSE = frozenset(
 
 _NAMED = frozenset({"prompt", "chosen", "rejected", "responses"})
 """Fields that the user maps where the row has no form that is known."""
+
+_COMPARED = (
+    *("chosen", "rejected", "responses", "rejected_response", "rejected_messages"),
+    *("conversation_a", "non_preferred_output"),
+)
+"""Columns of rows that compare responses, whatever label stands beside them."""
+
+_ALONE = ("response", "completion")
+"""Columns that may be the only response of a row."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,9 @@ class Form:
         about: What is made of the columns, said once.
         refusal: The reason why such rows cannot be read; empty where they can.
         recognised: False if it is read only where ``data.format`` names it.
+        alone: True if a row has one response and a label.
+        conversation: The column whose answers are rated, each of which becomes a row; empty for
+            forms of one group a row.
     """
 
     name: str
@@ -54,6 +67,8 @@ class Form:
     derive: Callable[[Row, FieldAccount], Row] | None = None
     refusal: str = ""
     recognised: bool = True
+    alone: bool = False
+    conversation: str = ""
 
     def has(self, names: Collection[str]) -> bool:
         """True if columns of these names are those of this form."""
@@ -355,14 +370,42 @@ FORMS = (
         ("prompt", "response", "helpfulness", "correctness", "coherence"),
         refusal="HelpSteer's marks, one response a row: that is no preference; take the pairs of "
         "its preference files (response_1, response_2, preference_strength), or put the responses "
-        "of a prompt in one row with their scores",
+        "of a prompt in one row with their scores, or say from which mark on one is desirable, as "
+        "in 'data.columns={label: helpfulness}' data.threshold=3 loss=kto",
     ),
     Form(
         "unpaired",
-        ("prompt", "completion", "label"),
-        refusal="one answer a row with a label: that is no preference; put a good and a bad answer "
-        "of one prompt in a row, as chosen and rejected",
-        lacks=("chosen", "rejected", "responses"),
+        ("response", "label"),
+        {"response": "response", "label": "label"},
+        lacks=_COMPARED,
+        alone=True,
+    ),
+    Form(
+        "unpaired_completion",
+        ("completion", "label"),
+        {"response": "completion", "label": "label"},
+        "TRL's unpaired form: 'completion' is desirable where 'label' is true, undesirable where "
+        "it is false",
+        lacks=_COMPARED,
+        alone=True,
+    ),
+    *(
+        Form(
+            name,
+            (column,),
+            {
+                "prompt": column,
+                "response": answer_column(column),
+                "label": label_column(column),
+            },
+            f"conversations with ratings: the turns of '{column}' before a rated answer are its "
+            "prompt",
+            lacks=(*_COMPARED, *_ALONE),
+            reads=(column,),
+            alone=True,
+            conversation=column,
+        )
+        for name, column in (("thumbs", "messages"), ("thumbs_sharegpt", "conversations"))
     ),
     Form(
         "nectar",
@@ -405,13 +448,24 @@ def form_of(names: Collection[str], columns: Mapping[str, Any], first: Row | Non
         columns: ``data.columns``: who maps the texts of a row reads it by that.
         first: The first row, where its columns alone do not tell.
     """
+    shown = set(names) - {name for name, column in columns.items() if not column}
+    if not any(columns.get(name) for name in ("chosen", "rejected", "responses")):
+        # What is mapped is there, under a name of the user's.
+        mapped = {name for name in ("response", "label") if columns.get(name)}
+        for form in FORMS:
+            if form.alone and form.has(shown | mapped):
+                return form
     if any(columns.get(name) for name in _NAMED):
         return None
-    shown = set(names) - {name for name, column in columns.items() if not column}
     for form in FORMS:
-        if form.has(shown):
+        if not form.alone and form.has(shown):
             return form
     return FORM["messages"] if first is not None and _answers_apart(first, shown) else None
+
+
+def may_lack_label(names: Collection[str]) -> bool:
+    """True if rows of these columns may have one response each, and a label that this one lacks."""
+    return bool(set(_ALONE) & set(names)) and not {"label", *_COMPARED} & set(names)
 
 
 def _answers_apart(row: Row, names: Collection[str]) -> bool:

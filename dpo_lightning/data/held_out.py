@@ -80,4 +80,5 @@ def in_lots(groups: Sequence[TokenGroup]) -> list[int]:
 def _content(group: TokenGroup) -> tuple[object, ...]:
     """All of a group but its place, to sort by."""
     responses = [own.tobytes() for own in group.responses]
-    return (responses, group.ranks, group.weight, group.target_margin, group.confidence)
+    own = (responses, group.ranks, group.weight, group.target_margin, group.confidence)
+    return own if group.label is None else (*own, group.label)

@@ -24,9 +24,17 @@ class Lengths(NamedTuple):
 
 
 def shortened(
-    prompt_ids: list[int], kept: Ranked, bos: int | None, limits: Lengths
+    prompt_ids: list[int], kept: Ranked, bos: int | None, limits: Lengths, *, alone: bool = False
 ) -> tuple[list[int], Ranked, list[str]] | str:
-    """Prompt and responses within the limit and what was changed, or why the group is dropped."""
+    """Prompt and responses within the limit and what was changed, or why the group is dropped.
+
+    Args:
+        prompt_ids: Token ids of the prompt.
+        kept: Those of the responses, with their ranks.
+        bos: The id that a prompt keeps at its beginning; None for none.
+        limits: The limit.
+        alone: True if there is one response, which has a label and no partner.
+    """
     max_length, truncation, _ = limits
     excess = len(prompt_ids) + max(len(ids) for ids, _ in kept) - max_length
     if excess <= 0:
@@ -40,8 +48,8 @@ def shortened(
         prompt_ids = prompt_ids[:first] + prompt_ids[first + excess :]
         return prompt_ids, kept, ["truncated_prompt"]
     cut = _cut(kept, max(0, max_length - len(prompt_ids)))
-    if not comparable(cut):
-        return "nothing_to_compare"
+    if not usable(cut, alone=alone):
+        return "too_long" if alone else "nothing_to_compare"
     whole = all(response in kept for response in cut)
     return prompt_ids, cut, [] if whole else ["truncated_response"]
 
@@ -59,3 +67,8 @@ def _cut(responses: Sequence[tuple[list[int], int]], length: int) -> list[tuple[
 def comparable(responses: Sequence[tuple[list[int], int]]) -> bool:
     """True if any two of the (different) responses are strictly ranked."""
     return len({rank for _, rank in responses}) > 1
+
+
+def usable(responses: Sequence[tuple[list[int], int]], *, alone: bool) -> bool:
+    """True if they can be trained on: two that are strictly ranked, or one that has a label."""
+    return bool(responses) if alone else comparable(responses)

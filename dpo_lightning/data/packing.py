@@ -6,7 +6,6 @@ all restart at |P|. Groups follow each other in one row of T tokens, and nothing
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.gathers import Bucket, Bucketed, Gathers, Sequences
-from dpo_lightning.data.greedy import pack_costs
+from dpo_lightning.data.mismatched import mismatched_group
+from dpo_lightning.data.step_plan import epoch_order, plan_step
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.data.transit import Movable
 
@@ -62,6 +62,8 @@ class GroupBatch(Movable):
         places: Index of each group in its data set, shape (G,), int64.
         segments: (|P|, |y_1|, ..., |y_K|) of each group, on the host.
         rows: Index of each group in its data set, on the host.
+        desirable: True for desirable responses, shape (N,), bool, where a group has a label: of
+            those without one the best are; None where ranks alone say it.
     """
 
     input_ids: Tensor
@@ -85,6 +87,7 @@ class GroupBatch(Movable):
     places: Tensor
     segments: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+    desirable: Tensor | None = None
 
     def in_buckets(self) -> Bucketed:
         """The buckets that it brings, or new ones, which go to its device in one copy."""
@@ -119,6 +122,12 @@ class StepBatch(Movable):
         pairs: Strictly ranked pairs of the step, over all ranks.
         tokens: Tokens that the step computes, over all ranks; none is padding.
         fillers: Micro-batches that are there for the other ranks, which have as many.
+        examples: Responses of the step, over all ranks.
+        example_weight: Sum of the weights of all these, each of which has its group's.
+        mismatched: This rank's micro-batches of responses to other prompts, where a loss measures
+            them; the last ``mismatched_fillers`` are there for the other ranks.
+        mismatched_fillers: Number of those.
+        mismatched_count: Mismatched responses of the step, over all ranks.
     """
 
     micro_batches: tuple[GroupBatch, ...]
@@ -126,86 +135,21 @@ class StepBatch(Movable):
     pairs: int
     tokens: int
     fillers: int = 0
+    examples: int = 0
+    example_weight: float = 0.0
+    mismatched: tuple[GroupBatch, ...] = ()
+    mismatched_fillers: int = 0
+    mismatched_count: int = 0
 
     @property
     def counted(self) -> tuple[GroupBatch, ...]:
         """The micro-batches whose groups count."""
         return self.micro_batches[: len(self.micro_batches) - self.fillers]
 
-
-def plan_step(
-    costs: Sequence[int], *, world_size: int, micro_batch_tokens: int, equal_counts: bool = False
-) -> list[list[list[int]]]:
-    """Shares the groups of one step out over ranks and micro-batches.
-
-    The longest group goes first, to the rank with the fewest tokens so far, so that no two ranks
-    differ by more than the longest group. Within a rank they are packed into few micro-batches and
-    then shared out evenly over as many, as far as the budget allows. A group over the budget gets a
-    micro-batch of its own. The result depends on the arguments alone.
-
-    Args:
-        costs: Tokens of each group of the step.
-        world_size: Number of ranks.
-        micro_batch_tokens: Most tokens of a micro-batch.
-        equal_counts: True if all ranks are to have as many micro-batches, for strategies whose
-            ranks meet in every forward pass: some are split, and a rank with too few groups gets
-            empty ones.
-
-    Returns:
-        For each rank a list of micro-batches, each a list of indices into ``costs`` in ascending
-        order. A rank without groups has no micro-batches, or empty ones with ``equal_counts``.
-
-    Example:
-        >>> plan_step([5, 9, 4, 2], world_size=2, micro_batch_tokens=9)
-        [[[1], [3]], [[0, 2]]]
-    """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    shares = _share_out(order, costs, world_size)
-    plan = [_micro_batches(share, costs, micro_batch_tokens) for share in shares]
-    if equal_counts:
-        count = max(map(len, plan))
-        plan = [_split_up(micro_batches, costs, count) for micro_batches in plan]
-    return [[sorted(micro) for micro in micro_batches] for micro_batches in plan]
-
-
-def _share_out(order: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Each in turn to the part with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    loads = [(0, part) for part in range(parts)]
-    for i in order:
-        load, part = heapq.heappop(loads)
-        shares[part].append(i)
-        heapq.heappush(loads, (load + costs[i], part))
-    return shares
-
-
-def _micro_batches(share: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Few micro-batches, as even as the budget allows: never more than first-fit needs."""
-    packed = pack_costs(share, costs, budget, first_fit=True)
-    for count in range(max(1, -(-sum(costs[i] for i in share) // budget)), len(packed) + 1):
-        even = _share_out(share, costs, count)
-        if all(len(micro) == 1 or sum(costs[i] for i in micro) <= budget for micro in even):
-            return even
-    return packed
-
-
-def _split_up(micro_batches: list[list[int]], costs: Sequence[int], count: int) -> list[list[int]]:
-    """The same groups in ``count`` micro-batches: the largest are split, then empty ones follow."""
-    found = [*micro_batches]
-    while len(found) < count:
-        splittable = [micro for micro in found if len(micro) > 1]
-        if not splittable:
-            found.append([])
-            continue
-        largest = max(splittable, key=lambda micro: sum(costs[i] for i in micro))
-        found.remove(largest)
-        found += _share_out(largest, costs, 2)
-    return found
-
-
-def epoch_order(n: int, *, seed: int, epoch: int) -> list[int]:
-    """The order of ``n`` groups in an epoch: a function of the seed and the epoch alone."""
-    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(n)]
+    @property
+    def counted_mismatched(self) -> tuple[GroupBatch, ...]:
+        """The micro-batches whose mismatched responses count."""
+        return self.mismatched[: len(self.mismatched) - self.mismatched_fillers]
 
 
 def make_step_batch(
@@ -232,26 +176,60 @@ def make_step_batch(
         gathers: What the micro-batches bring along for attention.
     """
     step = [groups[i] for i in rows]
-    costs = [group.tokens if shared else group.padded_tokens for group in step]
-    plan = plan_step(
-        costs,
-        world_size=world_size,
-        micro_batch_tokens=micro_batch_tokens,
-        equal_counts=equal_counts,
-    )
-    mine = [micro for micro in plan[rank] if micro]
-    fillers = len(plan[rank]) - len(mine) if equal_counts else 0
-    shortest = min(range(len(costs)), key=lambda i: costs[i])
+    share = _Share(rank, world_size, micro_batch_tokens, shared, equal_counts, gathers)
+    micro_batches, fillers, tokens = share.of(step, rows)
+    apart = [
+        (mismatched_group(g), i)
+        for g, i in zip(step, rows, strict=True)
+        if g.mismatched is not None
+    ]
+    mismatched, mismatched_fillers, more = share.of([g for g, _ in apart], [i for _, i in apart])
     return StepBatch(
-        micro_batches=tuple(
-            collate_groups([step[i] for i in micro], [rows[i] for i in micro], gathers=gathers)
-            for micro in [*mine, *[[shortest]] * fillers]
-        ),
+        micro_batches=micro_batches,
         total_weight=float(sum(group.weight for group in step)),
         pairs=sum(group.pairs for group in step),
-        tokens=sum(costs),
+        tokens=tokens + more,
         fillers=fillers,
+        examples=sum(len(group.responses) for group in step),
+        example_weight=float(sum(group.weight * len(group.responses) for group in step)),
+        mismatched=mismatched,
+        mismatched_fillers=mismatched_fillers,
+        mismatched_count=len(apart),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A rank's part of groups, as the arguments of :func:`make_step_batch` say it."""
+
+    rank: int
+    world_size: int
+    micro_batch_tokens: int
+    shared: bool
+    equal_counts: bool
+    gathers: Gathers
+
+    def of(
+        self, step: Sequence[TokenGroup], rows: Sequence[int]
+    ) -> tuple[tuple[GroupBatch, ...], int, int]:
+        """The rank's micro-batches, how many of them are fillers, and the tokens of all ranks."""
+        if not step:
+            return (), 0, 0
+        costs = [group.tokens if self.shared else group.padded_tokens for group in step]
+        plan = plan_step(
+            costs,
+            world_size=self.world_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            equal_counts=self.equal_counts,
+        )
+        mine = [micro for micro in plan[self.rank] if micro]
+        fillers = len(plan[self.rank]) - len(mine) if self.equal_counts else 0
+        shortest = min(range(len(costs)), key=lambda i: costs[i])
+        batches = tuple(
+            collate_groups([step[i] for i in micro], [rows[i] for i in micro], gathers=self.gathers)
+            for micro in [*mine, *[[shortest]] * fillers]
+        )
+        return batches, fillers, sum(costs)
 
 
 def collate_groups(
@@ -310,7 +288,20 @@ def collate_groups(
         places=_integers(rows),
         segments=segments,
         rows=tuple(rows),
+        desirable=_desirable(groups),
     )
+
+
+def _desirable(groups: Sequence[TokenGroup]) -> Tensor | None:
+    """Desirable responses, (N,), bool; None where no group has a label."""
+    if all(group.label is None for group in groups):
+        return None
+    found = [
+        rank == 1 if group.label is None else group.label
+        for group in groups
+        for rank in group.ranks
+    ]
+    return torch.tensor(found, dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True)

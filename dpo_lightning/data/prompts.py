@@ -96,6 +96,7 @@ class PromptFinder:
             if not implicit:
                 return self._follow(prompt, lists, labels)
             self._check_no_prompt(row, labels, any_text=False, known=lists)
+            self._check_several(row, texts)
             self._account.said["messages"] += 1
             return split_messages(lists, labels)
         if not isinstance(prompt, str):
@@ -108,6 +109,7 @@ class PromptFinder:
             return prompt, strings
         prompt, rests, dialogue = split_strings(strings)
         self._check_no_prompt(row, labels, any_text=not dialogue, known=())
+        self._check_several(row, texts)
         if not prompt:
             reason = f"{self._missing}, and the responses have no common beginning for a prompt"
             raise ShapeError(self._prompt or "prompt", reason, row)
@@ -123,6 +125,16 @@ class PromptFinder:
                 f"{self._prompt}[{len(prompt) - 1}]",
                 f"{show(last.content)}, which is a response of this row; end the prompt before it",
             )
+
+    def _check_several(self, row: Mapping[str, object], texts: Sequence[Text]) -> None:
+        """Raises a RowError if there is one response: it does not say where its prompt ends."""
+        if len(texts) == 1:
+            reason = f"{self._missing}, and one response does not say where its prompt ends"
+            remedy = (
+                "give the prompt in a column of its own, or a whole conversation as 'messages', "
+                "the last answer of which has the label"
+            )
+            raise ShapeError(self._prompt or "prompt", reason, row, remedy)
 
     def _check_no_prompt(
         self,

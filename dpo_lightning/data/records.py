@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from dpo_lightning.data.bad_rows import BadRow, check_bad_rows, count_of, write_quarantine
 from dpo_lightning.data.fields import FieldAccount, UnusedField
-from dpo_lightning.data.forms import FORM, NAMES, Form, form_of
+from dpo_lightning.data.forms import FORM, NAMES, Form, form_of, may_lack_label
+from dpo_lightning.data.labels import LabelReader
 from dpo_lightning.data.record_files import Record, cell_value
-from dpo_lightning.data.rows import PreferenceGroup, RowReader, ShapeError, turned
+from dpo_lightning.data.rows import PreferenceGroup, RowReader, ShapeError, Unrated, turned
 from dpo_lightning.data.shapes import Shapes, check_settings
 from dpo_lightning.data.source_names import Entry, entries, source_label
 from dpo_lightning.data.sources import Source, open_sources
 from dpo_lightning.data.texts import Message, RowError, Text, describe, printable, show
+from dpo_lightning.data.thumbs import ROW_LABELS, rated_answers
 from dpo_lightning.errors import UserError
 from dpo_lightning.plugins import READERS
 
@@ -54,6 +57,9 @@ _SAID = {
 }
 
 
+_LOOKED_AT = 100
+"""Rows of a file in which a column is looked for that the first row lacks."""
+
 _NOUNS = {"json": "text", "parts": "message", "function_call": "message"}
 
 
@@ -69,6 +75,8 @@ class Rows:
         ignored: Names of ``data.ignore_fields`` that a row had.
         fields: Names that could be there.
         unread: Names of fields that were not read, and are named in the notes.
+        unrated: Answers without a label beside those with one; no rows of ``total``.
+        by_threshold: Labels that were compared with ``data.threshold``.
     """
 
     groups: list[PreferenceGroup]
@@ -78,6 +86,8 @@ class Rows:
     ignored: frozenset[str] = frozenset()
     fields: frozenset[str] = field(default=frozenset(), repr=False)
     unread: frozenset[str] = frozenset()
+    unrated: int = 0
+    by_threshold: int = 0
 
 
 def read_rows(
@@ -90,6 +100,7 @@ def read_rows(
     revision: str | None,
     key: str = "data.train",
     ignore: Collection[str] = (),
+    threshold: float | None = None,
 ) -> Rows:
     """Reads all preference rows of local files or data sets of the hub.
 
@@ -107,6 +118,7 @@ def read_rows(
         revision: Commit, tag or branch of the data set.
         key: The configuration key that ``source`` is the value of, for errors.
         ignore: Columns, and keys of messages as ``messages.<key>``, that nobody wants.
+        threshold: Least number of a label that is desirable; None where labels say it themselves.
 
     Raises:
         UserError: If the source as a whole cannot be used. A bad row raises nothing.
@@ -118,11 +130,15 @@ def read_rows(
         listed = entries(source)
     except ValueError as error:
         raise UserError(f"{where}: {error}, expected a name, or a list of names") from error
-    reading = _Reading(format, columns, account)
+    reading = _Reading(format, columns, account, threshold)
     options = {"split": split, "subset": subset, "revision": revision, "key": key}
     for entry in listed:
         reading.read_entry(entry, options)
     groups, bad = reading.groups, reading.bad
+    if reading.unrated:
+        are = "is" if reading.unrated == 1 else "are"
+        count = count_of(reading.unrated, "answer")
+        reading.notes.append(f"{where}: {count} without a rating {are} left out")
     return Rows(
         groups,
         bad,
@@ -131,31 +147,56 @@ def read_rows(
         ignored=frozenset(account.met),
         fields=frozenset(reading.fields | set(account.unread)),
         unread=frozenset({*account.unread, *account.told}),
+        unrated=reading.unrated,
+        by_threshold=reading.by_threshold,
     )
+
+
+_Derive = Callable[[dict[str, Any]], list[tuple[str, dict[str, Any]]]]
+
+
+def _whole(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The row itself, whose place is that of its record."""
+    return [("", row)]
 
 
 class _Reading:
     """Rows that were read so far, out of one source after the other."""
 
-    def __init__(self, format: str, columns: Mapping[str, Any], account: FieldAccount) -> None:
+    def __init__(
+        self,
+        format: str,
+        columns: Mapping[str, Any],
+        account: FieldAccount,
+        threshold: float | None,
+    ) -> None:
         self.groups: list[PreferenceGroup] = []
         self.bad: list[BadRow] = []
         self.notes: list[str] = []
         self.fields: set[str] = set()
+        self.unrated = 0
+        self.by_threshold = 0
         self._format = format
         self._columns = columns
         self._account = account
+        self._threshold = threshold
 
     def read_entry(self, entry: Entry, options: Mapping[str, Any]) -> None:
         """Reads what one name stands for; the options are those of :func:`open_sources`."""
         where = f"{options['key']}={printable(entry.path)}"
         opened, notes = open_sources(entry.path, **options)
         self.notes += notes
-        before = len(self.groups), len(self.bad)
+        before, unrated = (len(self.groups), len(self.bad)), self.unrated
         for source in opened:
             self.read(source)
         if (len(self.groups), len(self.bad)) == before:
-            raise UserError(f"{where}: no rows, the file or the split is empty")
+            if self.unrated == unrated:
+                raise UserError(f"{where}: no rows, the file or the split is empty")
+            raise UserError(
+                f"{where}: none of {count_of(self.unrated - unrated, 'answer')} is rated; a rating "
+                "is a column 'label', or 'label', 'rating' or 'feedback' in a turn of the "
+                "assistant; 'data.columns={label: <column>}' maps another column"
+            )
         if entry.weight < 1:
             self._take_share(entry, before[0], where)
 
@@ -164,24 +205,34 @@ class _Reading:
         shapes = Shapes(self._columns, source.columns)
         texts: list[int] = []
         turns = self._account.said["turns"]
+        labels = LabelReader(self._threshold)
         try:
-            records, reader, form, derive = self._prepared(source)
+            records, reader, form, derive = self._prepared(source, labels)
             shapes.form = form
             for record in records:
                 place = f"{printable(source.label)}:{record.number}"
                 try:
                     row = _mapping(record)
                     shapes.add(row)
-                    if derive is not None:
-                        row = derive(row)
-                    self.groups.append(reader.read(row, place))
-                    if reader.was_text:
-                        texts.append(len(self.groups) - 1)
+                    made = derive(row)
                 except RowError as error:
                     self._set_aside(record, place, error, shapes)
+                    continue
+                for behind, one in made:
+                    try:
+                        self.groups.append(reader.read(one, place + behind))
+                    except Unrated:
+                        self.unrated += 1
+                    except RowError as error:
+                        self._set_aside(record, place + behind, error, shapes)
+                    else:
+                        if reader.was_text:
+                            texts.append(len(self.groups) - 1)
         except OSError as error:
             raise UserError(f"{source.where}: cannot be read: {error.strerror or error}") from error
         shapes.check(source.where)
+        labels.check()
+        self.by_threshold += labels.by_threshold
         self.fields |= set(shapes.found)
         if self._account.said["turns"] > turns:
             # Of one file all rows have one form, those without a system message too.
@@ -196,31 +247,30 @@ class _Reading:
         if isinstance(error, UnusedField):
             shapes.unused.setdefault((error.name, error.remedy), []).append(place)
 
-    def _prepared(self, source: Source) -> tuple[Iterator[Record], RowReader, Form | None, Any]:
+    def _prepared(
+        self, source: Source, labels: LabelReader
+    ) -> tuple[Iterator[Record], RowReader, Form | None, _Derive]:
         """The records of a source, with what reads them."""
-        form = FORM.get(self._format)
         first: list[Record] = []
         records: Iterator[Record] | None = None
         names: Collection[str] = source.columns or ()
         if source.columns is None:
             records = source.read(())
-            for record in records:
-                first.append(record)
-                if isinstance(record.value, dict):
-                    names = record.value
-                    break
-        if self._format == "auto":
-            value = first[-1].value if first and isinstance(first[-1].value, dict) else None
-            form = form_of(names, self._columns, value)
-        if form is not None and form.refusal:
-            raise UserError(f"{source.where}: {form.refusal}")
+            names = self._first_names(records, first)
+        form = self._form(source, names, first)
         columns = {**(form.columns if form else {}), **self._columns}
         columns = {k: v for k, v in columns.items() if k != "conversations"}
+        if form is not None and form.conversation:
+            # The user's name is that of a column of the row, out of which the label is taken.
+            columns["label"] = form.columns["label"]
+        plugin = self._format in READERS
         reader = RowReader(
-            columns=columns,
+            columns={"response": "response", **columns} if plugin else columns,
             null_is_absent=source.columns is not None,
             account=self._account,
-            reads=form.reads if form else (),
+            reads=self._reads(form),
+            labels=labels,
+            any_form=plugin,
         )
         if form is not None and form.about and self._format == "auto":
             self.notes.append(f"{source.where}: read as data.format={form.name}: {form.about}")
@@ -228,31 +278,77 @@ class _Reading:
         if records is None:
             assert source.columns is not None
             wanted = reader.wanted(source.columns)
-            plugin = self._format in READERS
             records = source.read(list(source.columns) if plugin else wanted)
         return chain(first, records), reader, form, derive
 
-    def _derive(self, form: Form | None, source: Source, columns: Mapping[str, Any]) -> Any:
-        """The change that a row needs before it is read; None without one."""
+    def _first_names(self, records: Iterator[Record], first: list[Record]) -> Collection[str]:
+        """The columns of the first row; ``first`` takes the records that were read for it."""
+        names: Collection[str] = ()
+        for record in records:
+            first.append(record)
+            if isinstance(record.value, dict):
+                names = record.value
+                break
+        if may_lack_label(names):
+            # An answer that nobody rated may have no label at all.
+            for record in islice(records, _LOOKED_AT):
+                first.append(record)
+                if isinstance(record.value, dict) and "label" in record.value:
+                    return {**record.value, **dict.fromkeys(names)}
+        return names
+
+    def _form(self, source: Source, names: Collection[str], first: Sequence[Record]) -> Form | None:
+        """The form of a source's rows; None for the project's own."""
+        form = FORM.get(self._format)
+        if self._format in ("auto", "rows"):
+            values = [record.value for record in first if isinstance(record.value, dict)]
+            form = form_of(names, self._columns, values[0] if values else None)
+            if self._format == "rows" and form is not FORM["unpaired"]:
+                form = None
+        if form is not None and form.refusal:
+            raise UserError(f"{source.where}: {form.refusal}")
+        return form
+
+    def _reads(self, form: Form | None) -> Sequence[str]:
+        """Columns that the form uses beside those that it maps."""
+        if form is None:
+            return ()
+        return (*form.reads, *self._row_labels()) if form.conversation else tuple(form.reads)
+
+    def _row_labels(self) -> tuple[str, ...]:
+        """Columns that may rate the last answer of a conversation."""
+        mapped = self._columns.get("label")
+        if mapped is None:
+            return ROW_LABELS
+        return (mapped,) if mapped else ()
+
+    def _derive(self, form: Form | None, source: Source, columns: Mapping[str, Any]) -> _Derive:
+        """The change of a record's row into those that are read, each with its place in it."""
         steps: list[Any] = []
         if source.cells:
-            numbers = _number_columns(columns) | set(form.reads if form else ())
+            numbers = _number_columns(columns) | set(self._reads(form))
             steps.append(lambda row: _with_values(row, numbers))
         if form is not None and form.derive is not None:
             change = form.derive
             steps.append(lambda row: change(row, self._account))
         if self._format in READERS:
             steps.append(lambda row: _by_plugin(self._format, row, self._account))
-        if not steps:
-            return None
+        parts: _Derive = _whole
+        if form is not None and form.conversation:
+            parts = partial(
+                rated_answers,
+                account=self._account,
+                conversation=form.conversation,
+                labels=self._row_labels(),
+            )
 
-        def derive(row: dict[str, Any]) -> dict[str, Any]:
+        def derive(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             try:
                 for step in steps:
                     row = step(row)
+                return parts(row)
             except RecursionError:
                 raise RowError("row", "nested too deeply") from None
-            return row
 
         return derive
 
@@ -292,7 +388,7 @@ def _mapping(record: Record) -> dict[str, Any]:
 
 def _number_columns(columns: Mapping[str, Any]) -> set[str]:
     found: set[str] = set()
-    for name in ("ranks", "scores", "responses", "weight", "target_margin", "better"):
+    for name in ("ranks", "scores", "responses", "weight", "target_margin", "better", "label"):
         column = columns.get(name, name)
         if isinstance(column, str):
             found.add(column)

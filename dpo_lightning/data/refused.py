@@ -67,11 +67,12 @@ def refused_rows(
 
 def _as_row(group: PreferenceGroup) -> str:
     """A group as a row of JSON."""
-    row: dict[str, Any] = {
-        "prompt": _plain(group.prompt),
-        "responses": [_plain(response) for response in group.responses],
-        "ranks": list(group.ranks),
-    }
+    responses = [_plain(response) for response in group.responses]
+    row: dict[str, Any] = {"prompt": _plain(group.prompt)}
+    if group.label is None:
+        row |= {"responses": responses, "ranks": list(group.ranks)}
+    else:
+        row |= {"response": responses[0], "label": group.label}
     if group.tools:
         row["tools"] = json.loads(group.tools)
     if group.template_kwargs:

@@ -2,9 +2,10 @@
 
 A row is an object with ``prompt``, ``chosen`` and ``rejected``; or with ``prompt`` and
 ``responses`` (best first), which ``ranks`` (1 is best), ``scores`` (higher is better) or ``better``
-may order; ties are allowed. A text is a string or a list of messages. The prompt may be implicit:
-it is then what all responses begin with, and no other column may be it. ``system`` and ``tools``
-make the texts turns of a conversation.
+may order; ties are allowed. Or it has one ``response`` with a ``label``. A text is a string or a
+list of messages. The prompt may be implicit where there are several responses: it is then what all
+of them begin with, and no other column may be it. ``system`` and ``tools`` make the texts turns of
+a conversation.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from typing import Any
 from dpo_lightning.data import orders
 from dpo_lightning.data.fields import FieldAccount, may_be_for_the_model
 from dpo_lightning.data.groups import PreferenceGroup, prompt_of_key, turned
+from dpo_lightning.data.labels import LabelReader
 from dpo_lightning.data.messages import MessageReader
 from dpo_lightning.data.prompts import PromptFinder, ShapeError
 from dpo_lightning.data.texts import RowError, describe, show
 
-__all__ = ["FIELDS", "PreferenceGroup", "RowReader", "ShapeError", "prompt_of_key", "turned"]
+__all__ = [
+    "FIELDS",
+    "PreferenceGroup",
+    "RowReader",
+    "ShapeError",
+    "Unrated",
+    "prompt_of_key",
+    "turned",
+]
 
 FIELDS = (
     "prompt",
@@ -30,6 +40,8 @@ FIELDS = (
     "ranks",
     "scores",
     "better",
+    "response",
+    "label",
     "weight",
     "target_margin",
     "system",
@@ -43,13 +55,17 @@ SEVERAL = frozenset({"responses", "ranks", "scores"})
 """Fields that a list of columns may stand for."""
 
 # Names that could mean anything: read where they are mapped.
-_WHERE_MAPPED = frozenset({"better", "input", "conversations"})
+_WHERE_MAPPED = frozenset({"better", "response", "label", "input", "conversations"})
 
 _OPTIONAL = frozenset(
-    {"weight", "target_margin", "system", "input", "tools", "chat_template_kwargs"}
+    {"label", "weight", "target_margin", "system", "input", "tools", "chat_template_kwargs"}
 )
 
 Columns = Mapping[str, str | Sequence[str]]
+
+
+class Unrated(Exception):
+    """A row whose answer nobody rated: it is neither bad nor undesirable, and is left out."""
 
 
 class RowReader:
@@ -62,6 +78,9 @@ class RowReader:
             one out. A null prompt stays an error: it must not turn into an implicit one.
         account: Takes note of what was inferred, and of what was not read.
         reads: Further columns that the row's form has used already.
+        labels: Reads the labels of single responses.
+        any_form: Rows may have one response with a label, or several; else a mapping of
+            ``response`` says that all have one.
     """
 
     def __init__(
@@ -71,10 +90,14 @@ class RowReader:
         null_is_absent: bool,
         account: FieldAccount,
         reads: Iterable[str] = (),
+        labels: LabelReader | None = None,
+        any_form: bool = False,
     ) -> None:
         names: dict[str, Any] = {
             field: columns.get(field, "" if field in _WHERE_MAPPED else field) for field in FIELDS
         }
+        if columns.get("response"):
+            names["label"] = columns.get("label", "label")
         # A form that is mapped by hand wins over another that merely happens to be there.
         pair = any(columns.get(field) for field in ("chosen", "rejected"))
         if columns.get("responses") and not pair:
@@ -94,6 +117,10 @@ class RowReader:
             for column in ([given] if isinstance(given, str) else given)
             if column
         ]
+        if any_form and columns.get("response"):
+            self._required.remove(str(columns["response"]))
+        self._labels = labels or LabelReader(None)
+        self._any_form = any_form
         self._orders = [str(columns[f]) for f in ("ranks", "scores", "better") if columns.get(f)]
         self._null_is_absent = null_is_absent
         self._missing = "missing or null" if null_is_absent else "missing"
@@ -144,6 +171,7 @@ class RowReader:
 
         Raises:
             RowError: If the row is no preference group.
+            Unrated: If it has one response, which has no label.
         """
         try:
             return self._read(row, source)
@@ -157,11 +185,15 @@ class RowReader:
             keep_null = {self._prompt} if self._null_is_absent else row.keys()
             row = {k: v for k, v in row.items() if k and (v is not None or k in keep_null)}
         used = {self._prompt}
-        labels, values, keys = self._responses(row, used)
+        label = self._label(row, used, source) if self._is_alone(row) else None
+        if label is None:
+            labels, values, keys = self._responses(row, used)
+        else:
+            labels, values, keys = self._alone(row, used)
         weight = self._optional(row, "weight", used, above_zero=True)
         target_margin = self._optional(row, "target_margin", used)
         texts = [
-            self._messages.text(value, label) for value, label in zip(values, labels, strict=True)
+            self._messages.text(value, place) for value, place in zip(values, labels, strict=True)
         ]
         prompt, responses = self._prompts.join(row, texts, labels)
         prompt, responses, tools, kwargs = self._prompts.given(row, prompt, responses, used)
@@ -181,11 +213,55 @@ class RowReader:
             template_kwargs=kwargs,
             form=self._form,
             moved=order != [*range(len(order))],
+            label=label,
         )
         self._account.close(whole, used | self._reads)
         if group.weight != 1:
             self._account.said["weight"] += 1
         return group
+
+    def _is_alone(self, row: Mapping[str, Any]) -> bool:
+        """True if the row is to have one response with a label."""
+        name = self._names["response"]
+        if not self._any_form:
+            return bool(name)
+        return name in row and not {"chosen", "rejected", "responses"} & row.keys()
+
+    def _label(self, row: Mapping[str, Any], used: set[str], source: str) -> bool:
+        """The label of a row's only response.
+
+        Raises:
+            Unrated: If there is none.
+        """
+        response, name = self._names["response"], self._names["label"]
+        self._check_columns(row)
+        for field in ("chosen", "rejected", "responses"):
+            other = self._names[field]
+            if isinstance(other, str) and other in row:
+                reason = f"found beside {show(response)}, and the rows of a file have one form"
+                raise ShapeError(other, reason, row)
+        label = self._labels.read(row.get(name), name, source)
+        if label is None:
+            raise Unrated
+        used.update((response, name))
+        return label
+
+    def _alone(
+        self, row: Mapping[str, Any], used: set[str]
+    ) -> tuple[Sequence[str], Sequence[object], Sequence[float]]:
+        """As :meth:`_responses`, of a row with one response."""
+        margin = self._names["target_margin"]
+        if margin in row:
+            raise RowError(margin, "the lead of the better response, and the row has only one")
+        self._form = "label"
+        name = self._names["response"]
+        return (name,), (row[name],), (1,)
+
+    def _check_columns(self, row: Mapping[str, Any]) -> None:
+        """Raises a ShapeError if a column is missing that has to be there."""
+        for column in self._required:
+            if column not in row:
+                raise ShapeError(column, self._missing, row)
 
     def _responses(
         self, row: Mapping[str, Any], used: set[str]
@@ -193,9 +269,7 @@ class RowReader:
         """Labels, raw values and sort keys (lowest is best) of the responses of a row."""
         names, missing = self._names, self._missing
         chosen, rejected, many = names["chosen"], names["rejected"], names["responses"]
-        for column in self._required:
-            if column not in row:
-                raise ShapeError(column, missing, row)
+        self._check_columns(row)
         if "responses" in self._several:
             labels = self._several["responses"]
             used.update(labels)

@@ -83,7 +83,8 @@ class Shapes:
         mapping = mapping_hint(self.found)
         return (
             f"found {found}; expected prompt, chosen, rejected; or prompt, responses (best first, "
-            f"or with ranks or scores); map other names, as in {mapping}"
+            "or with ranks or scores); or prompt, response, label; map other names, as in "
+            f"{mapping}"
         )
 
 
@@ -111,6 +112,12 @@ def check_settings(format: str, columns: Mapping[str, Any]) -> None:
         raise UserError(
             f"data.columns={{{other}: {printable(columns[other])}}}: no field of "
             f"data.format={format}; {remedy}"
+        )
+    compared = [field for field in ("chosen", "rejected", "responses") if columns.get(field)]
+    if columns.get("response") and compared:
+        raise UserError(
+            f"data.columns: {compared[0]} and response are both mapped; rows compare responses, or "
+            "have one response with a label"
         )
     taken: dict[str, list[str]] = {}
     for field, column in _pairs(columns):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_lightning.data.groups import conversation_of
 from dpo_lightning.data.held_out import choose_evaluated
+from dpo_lightning.data.labels import LabelCounts
 from dpo_lightning.data.lengths import Lengths
 from dpo_lightning.data.records import BadRow, Rows
 from dpo_lightning.data.refused import Refuse, refused_rows, stop
@@ -41,6 +43,7 @@ class PreparedData:
         notes: Lines to say once.
         set_aside: Rows that the chat template does not take whole.
         leads: Rows by the text that the chat template writes before their responses.
+        unrated: Answers without a label beside those that have one; no rows of the above.
     """
 
     train: list[TokenGroup]
@@ -53,6 +56,7 @@ class PreparedData:
     set_aside: list[BadRow] = field(default_factory=list)
     leads: Counter[str] = field(default_factory=Counter)
     sources: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
+    unrated: int = 0
 
     def overfit(self, count: int | None) -> None:
         """Leaves the first training groups alone, to be trained and evaluated on.
@@ -102,18 +106,27 @@ class PreparedData:
         """All groups of the first held-out set."""
         return self.eval[: self._sizes()[0]]
 
+    def labels(self) -> dict[str, LabelCounts]:
+        """Single responses by their label, of both sides; empty where all groups compare some."""
+        sides = {"train": self.train, "eval": self.ranking()}
+        found = {side: LabelCounts.of(g.label for g in groups) for side, groups in sides.items()}
+        return found if any(counts.total for counts in found.values()) else {}
+
     def _sizes(self) -> list[int]:
         return [*self.sets.values()] or [len(self.eval)]
 
     def counts(self) -> dict[str, Any]:
         """The ``data`` entry of ``result.json``."""
         sets = {name: len(groups) for name, groups in self.evaluated_sets().items()}
+        labels = self.labels()
         return {
             "train_groups": len(self.train),
             "eval_groups": len(self.ranking()),
             "evaluated_groups": len(self.evaluated_groups()),
             **({"eval_sets": sets} if self.sets else {}),
             "train_pairs": sum(group.pairs for group in self.train),
+            **({"labels": {k: own.as_dict() for k, own in labels.items()}} if labels else {}),
+            **({"unrated": self.unrated} if self.unrated else {}),
             "dropped": dict(self.dropped),
             "changed": dict(self.changed),
         }
@@ -162,7 +175,7 @@ def prepare_rows(
         UserError: If more was dropped, or nothing is left of ``data.train`` or ``data.eval``.
     """
     limits = Lengths(max_length, truncation, positions)
-    prepared = PreparedData(train=[], eval=[], notes=[*train.notes])
+    prepared = PreparedData(train=[], eval=[], notes=[*train.notes], unrated=train.unrated)
     tokenize = _Tokenizing(
         prepared, tokenizer, limits, cache, options, on_bad_row, refuse, keep_tokens, show
     )
@@ -246,16 +259,18 @@ def _add_held_out(
     prepared: PreparedData, name: str | None, rows: Rows, held_out: TokenizedGroups
 ) -> None:
     """Takes a set of evaluation groups from rows of their own."""
-    key, own = eval_key(name), {group.prompt_key for group in held_out.groups}
-    first = {group.prompt_key for group in prepared.ranking()}
+    key, shared = eval_key(name), shared_text([*prepared.train, *prepared.eval, *held_out.groups])
+    own = {shared(group) for group in held_out.groups}
+    first = {shared(group) for group in prepared.ranking()}
     if name is not None:
         prepared.sets[name] = len(held_out.groups)
     prepared.eval = [*prepared.eval, *held_out.groups]
     prepared.notes += rows.notes
+    prepared.unrated += rows.unrated
     # The same may have been said of the training rows, with other numbers.
     held_out.notes = [f"{key}: {note}" for note in held_out.notes]
     _account(prepared, key, rows, held_out)
-    common = {group.prompt_key for group in prepared.train} & own
+    common = {shared(group) for group in prepared.train} & own
     if common:
         prepared.notes.append(f"{len(common)} prompts of {key} are in data.train too")
     if first & own:
@@ -265,10 +280,26 @@ def _add_held_out(
         )
 
 
+def shared_text(groups: Iterable[TokenGroup]) -> Callable[[TokenGroup], str]:
+    """The text that groups have in common which belong on one side of a split.
+
+    That is the prompt; or the beginning of the conversation where responses have labels, as those
+    of one conversation are then rated one by one.
+
+    Args:
+        groups: All groups that are told apart.
+    """
+    if any(group.label is not None for group in groups):
+        return lambda group: conversation_of(group.prompt_key)
+    return lambda group: group.prompt_key
+
+
 def split_by_prompt(
     groups: Sequence[TokenGroup], *, fraction: float, seed: int
 ) -> tuple[list[TokenGroup], list[TokenGroup]]:
     """Holds out about ``fraction`` of the groups; all groups of one prompt stay together.
+
+    Where responses have labels, all groups of one conversation do.
 
     Prompts are ordered by a hash of seed and text, so the choice depends neither on the order of
     the file nor on anything but the prompts themselves.
@@ -278,7 +309,9 @@ def split_by_prompt(
     """
     if not fraction:
         return list(groups), []
-    sizes = Counter(group.prompt_key for group in groups)
+    shared = shared_text(groups)
+    texts = [shared(group) for group in groups]
+    sizes = Counter(texts)
     target = max(1, round(fraction * len(groups)))
 
     def position(key: str) -> bytes:
@@ -298,12 +331,14 @@ def split_by_prompt(
     if not held_out and len(sizes) > 1:
         # Every prompt has that many: a larger share is held out than none.
         held_out.add(min(keys, key=sizes.__getitem__))
-    train = [group for group in groups if group.prompt_key not in held_out]
-    return train, [group for group in groups if group.prompt_key in held_out]
+    sides: tuple[list[TokenGroup], list[TokenGroup]] = ([], [])
+    for group, text in zip(groups, texts, strict=True):
+        sides[text in held_out].append(group)
+    return sides
 
 
 def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> str:
-    """A hash of all token ids, ranks, weights, margins and confidences in their order."""
+    """A hash of all token ids, ranks, weights, margins, confidences and labels in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (train, evaluation):
         digest.update(f"{len(part)};".encode())
@@ -312,6 +347,7 @@ def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> 
             # Nothing is added where there is none: such rows had their hash before these.
             more: tuple[object, ...] = (group.target_margin,) if group.target_margin else ()
             more += ("confidence", group.confidence) if group.confidence < 1 else ()
+            more += () if group.label is None else ("label", group.label)
             digest.update(repr(shape + more).encode())
             for ids in (group.prompt, *group.responses):
                 digest.update(ids.tobytes())
@@ -319,12 +355,13 @@ def data_hash(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> 
 
 
 def group_id(group: TokenGroup) -> str:
-    """Name of a group in files, ``<prompt>-<group>``: a hash of its token ids and ranks."""
+    """Name of a group in files, ``<prompt>-<group>``: a hash of its token ids, ranks or label."""
     prompt = hashlib.blake2b(group.prompt.tobytes(), digest_size=5)
     whole = prompt.copy()
     for ids in group.responses:
         whole.update(f"{len(ids)};".encode() + ids.tobytes())
-    whole.update(repr(group.ranks).encode())
+    own = group.ranks if group.label is None else group.label
+    whole.update(repr(own).encode())
     return f"{prompt.hexdigest()}-{whole.hexdigest()}"
 
 

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 # Roles whose turns are given to the policy: a response never begins with one of them.
 GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
 
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Beginnings of turns in dialogues that are one text, as in Anthropic's hh-rlhf."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -113,9 +114,9 @@ def split_strings(texts: Sequence[str]) -> tuple[str, list[str], bool]:
         The common beginning, the rests, and whether the texts are such dialogues.
     """
     common = common_beginning(texts)
-    at = common.rfind(_ASSISTANT) if common.startswith(_HUMAN) else -1
+    at = common.rfind(ASSISTANT) if common.startswith(HUMAN) else -1
     # A space belongs to the word that follows it, for tokenizers as for readers.
-    prompt = common[: at + len(_ASSISTANT)] if at >= 0 else common.rstrip()
+    prompt = common[: at + len(ASSISTANT)] if at >= 0 else common.rstrip()
     return prompt, [text[len(prompt) :] for text in texts], at >= 0
 
 

@@ -29,7 +29,7 @@ from dpo_lightning.processes.phases import ShowPhase, unshown
 log = logging.getLogger(__name__)
 
 # Part of every key: other code may cut other tokens.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def tokenize_once(
@@ -105,7 +105,7 @@ def _key(groups: Sequence[PreferenceGroup], tokenizer: Any, backend: Any, limits
     digest.update(backend.to_str().encode("utf-8", "surrogatepass"))
     for group in groups:
         given = (group.prompt, group.responses, group.tools, group.template_kwargs)
-        text = repr((*given, group.ranks, group.weight))
+        text = repr((*given, group.ranks, group.weight, group.label))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -182,6 +182,7 @@ def _unpacked(
                 source=group.source,
                 prompt_key=group.prompt_key,
                 target_margin=group.target_margin or 0.0,
+                label=group.label,
             )
         )
         at += count + 1

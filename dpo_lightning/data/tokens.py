@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_lightning.data.conversations import Fault, FaultyRow
-from dpo_lightning.data.lengths import Lengths, Ranked, comparable, shortened
+from dpo_lightning.data.lengths import Lengths, Ranked, shortened, usable
 from dpo_lightning.data.records import PreferenceGroup, Text
 from dpo_lightning.data.rendering import Renderer
 from dpo_lightning.data.templates import TemplateOptions
@@ -38,8 +38,22 @@ DROP_REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatched:
+    """A response behind a prompt that is not its own.
+
+    Attributes:
+        ids: Its token ids, shape (R,), int32; cut where it does not fit behind the prompt.
+        reference_logp: Its log-probability there under the reference, or None where that is not
+            known beforehand.
+    """
+
+    ids: Ids
+    reference_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """A prompt and its K responses as token ids, best response first.
+    """A prompt and its responses as token ids: K >= 2, best first, or one with a label.
 
     Attributes:
         prompt: Ids of the shared prompt, shape (P,), int32, P >= 1.
@@ -55,6 +69,10 @@ class TokenGroup:
         target_margin: Lead of the better responses that the row asks for, in units of reward.
         confidence: Probability that the ranking is right; below 1 each pair also counts the other
             way round, with what is left.
+        label: None where responses are compared; True or False where the group has one response
+            and no partner: it is desirable, or undesirable.
+        mismatched: A response to another prompt, which a loss measures behind this one; None where
+            no loss does.
     """
 
     prompt: Ids
@@ -67,11 +85,18 @@ class TokenGroup:
     reference_token_logps: tuple[npt.NDArray[np.float32], ...] | None = None
     target_margin: float = 0.0
     confidence: float = 1.0
+    label: bool | None = None
+    mismatched: Mismatched | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of the group laid out flat, the prompt once."""
         return len(self.prompt) + sum(len(response) for response in self.responses)
+
+    @property
+    def preferred(self) -> Ids | None:
+        """The best response, or one that is desirable; None where there is none."""
+        return None if self.label is False else self.responses[0]
 
     @property
     def pairs(self) -> int:
@@ -330,14 +355,15 @@ class _Assembly:
         # Some state has to predict the first token: the text begins where the model begins.
         prompt_ids = prompt[:n_prompt] or [self._eos if self._bos is None else self._bos]
         kept, reason = self._different(group, texts, [ids[n_prompt:] for ids in full])
-        if not comparable(kept):
-            tied = len(set(group.ranks)) == 1
+        alone = group.label is not None
+        if not usable(kept, alone=alone):
+            tied = not alone and len(set(group.ranks)) == 1
             result.dropped["nothing_to_compare" if tied else reason] += 1
             return
-        short = shortened(prompt_ids, kept, self._bos, self._limits)
+        short = shortened(prompt_ids, kept, self._bos, self._limits, alone=alone)
         if isinstance(short, str):
             result.dropped[short] += 1
-            self._count_too_long(prompt_ids, kept)
+            self._count_too_long(prompt_ids, kept, alone=alone)
             return
         prompt_ids, kept, changes = short
         if len(kept) < len(group.responses):
@@ -353,14 +379,15 @@ class _Assembly:
         if not by_template or self._tokenizer.decode(prompt[n_prompt:]).strip():
             self.shrunk += 1
 
-    def _count_too_long(self, prompt_ids: list[int], kept: Ranked) -> None:
+    def _count_too_long(self, prompt_ids: list[int], kept: Ranked, *, alone: bool) -> None:
         result, limit = self._result, self._limits.max_length
         longest = len(prompt_ids) + max(len(ids) for ids, _ in kept)
         result.longest = max(result.longest, longest)
         result.kept_by["max_length"] += 1
         for other in ("prompt", "response"):
             limits = Lengths(limit, other)
-            if not isinstance(shortened(prompt_ids, kept, self._bos, limits), str):
+            short = shortened(prompt_ids, kept, self._bos, limits, alone=alone)
+            if not isinstance(short, str):
                 result.kept_by[other] += 1
 
     def _different(
@@ -391,4 +418,5 @@ def _token_group(group: PreferenceGroup, prompt_ids: list[int], kept: Ranked) ->
         source=group.source,
         prompt_key=group.prompt_key,
         target_margin=group.target_margin or 0.0,
+        label=group.label,
     )

@@ -58,6 +58,10 @@ class Answering:
         text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
+    def preferred(self, group: TokenGroup) -> str:
+        """The preferred answer of the data as text; empty where the only one is undesirable."""
+        return "" if group.preferred is None else self.text(group.preferred).strip()
+
     def answers(
         self, models: Models, model: Any, prompts: Sequence[Ids], *, seed: int | None
     ) -> list[Ids]:
@@ -118,26 +122,31 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
             f"the model's {answering.positions} positions leave {limit} tokens behind the longest "
             "prompt"
         )
-        remedy = "prompts of a lower data.max_length= leave more"
+        remedy = "lower data.max_length="
     else:
         where = f"evaluation.max_new_tokens={limit}"
-        remedy = "a larger one lets them go on"
+        remedy = "raise it"
     return (
-        f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and marks are of "
-        f"their beginnings alone; {remedy}"
+        f"{where}: {cut} of {len(answers)} answers were cut off there, so KL and marks cover only "
+        f"their beginnings; {remedy}"
     )
 
 
 def choose_prompts(
     groups: Sequence[TokenGroup], *, count: int, max_tokens: int
 ) -> list[TokenGroup]:
-    """The first groups with different prompts that leave room for an answer."""
+    """The first groups with different prompts that leave room for an answer.
+
+    Of two answers to one prompt that are rated by themselves, a desirable one comes first.
+    """
     chosen: dict[str, TokenGroup] = {}
     for group in groups:
-        if len(chosen) == count:
-            break
-        if len(group.prompt) < max_tokens:
-            chosen.setdefault(group.prompt_key, group)
+        known = chosen.get(group.prompt_key)
+        if known is not None:
+            if known.preferred is None and len(group.prompt) < max_tokens:
+                chosen[group.prompt_key] = group
+        elif len(chosen) < count and len(group.prompt) < max_tokens:
+            chosen[group.prompt_key] = group
     return list(chosen.values())
 
 
@@ -201,7 +210,7 @@ class SampleAnswers(Callback):
         after = self._answers(self._models.policy)
         text = self._answering.text
         prompts = [text(group.prompt).strip() for group in self._groups]
-        preferred = [text(group.responses[0]).strip() for group in self._groups]
+        preferred = [self._answering.preferred(group) for group in self._groups]
         self.rows = list(zip(prompts, preferred, self._reference, self._before, after, strict=True))
 
     def ask_again(self, trainer: pl.Trainer) -> None:

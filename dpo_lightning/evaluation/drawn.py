@@ -153,7 +153,7 @@ class _Drawn:
         rows: list[dict[str, Any]] = [
             {
                 "prompt": answering.text(group.prompt).strip(),
-                "preferred": answering.text(group.responses[0]).strip(),
+                "preferred": answering.preferred(group),
                 "reference": "",
                 "policy": answering.text(ids).strip(),
                 "kl": kl,

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from dpo_lightning.data.packing import GroupBatch, StepBatch
 from dpo_lightning.evaluation.held_out import fitted_log_losses
+from dpo_lightning.objectives.by_example import (
+    Examples,
+    desirable_of,
+    group_rows,
+    metrics_of_sums,
+    sum_names,
+)
 from dpo_lightning.objectives.comparison import (
     SUMS,
     Comparison,
@@ -24,8 +31,11 @@ from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.objectives.partition import group_shares, log_partition
 
 FITTED = "eval/fitted_log_loss"
+LABEL_GAIN = "eval/label_gain"
 
 Array = NDArray[np.float64]
+
+_OF_PAIRS = ObjectiveSettings(terms={"sigmoid": 1.0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +43,12 @@ class GroupItems:
     """Measurements of G held-out groups, in their order.
 
     Attributes:
-        sums: What each group adds to the entries of ``SUMS``, (G, 12).
+        sums: What each group adds to the entries of :func:`sum_names`, (G, 12) or (G, 13).
         margins: Log-ratio of the better response less that of the worse one, of each pair, (M,).
         owner: Group of each pair, (M,).
         share: Share of each pair in its group, (M,).
         beta: What rewards are multiples of.
+        objective: Of the loss.
     """
 
     sums: Array
@@ -45,6 +56,7 @@ class GroupItems:
     owner: NDArray[np.int64]
     share: Array
     beta: float
+    objective: ObjectiveSettings = _OF_PAIRS
 
     def metrics(self, groups: NDArray[np.int64] | None = None) -> dict[str, float]:
         """Metrics over some of the groups, as an evaluation has them over all.
@@ -53,14 +65,20 @@ class GroupItems:
             groups: Their numbers, of which one may be there several times; None is all.
         """
         rows = self.sums if groups is None else self.sums[groups]
-        return metrics_from_sums(rows.sum(axis=0).tolist(), beta=self.beta)
+        return self.of_sums(rows.sum(axis=0))
+
+    def of_sums(self, row: Array) -> dict[str, float]:
+        """Metrics of sums over groups, (C,)."""
+        return metrics_of_sums(self.objective, row.tolist(), beta=self.beta)
 
     def values(self) -> dict[str, Array]:
         """Metrics by group, (G,); of K responses those that are best against the mean of the rest.
 
         A group that has no value, as all its responses are of one rank, has NaN.
         """
-        column = dict(zip(SUMS, self.sums.T, strict=True))
+        column = dict(zip(sum_names(self.objective), self.sums.T, strict=True))
+        if self.objective.is_unpaired:
+            return self._of_examples(column)
         with np.errstate(invalid="ignore", divide="ignore"):
             chosen = column["best_logratios"] / column["best"]
             rejected = column["rest_logratios"] / column["rest"]
@@ -73,6 +91,18 @@ class GroupItems:
             "eval/logratios/chosen": chosen,
             "eval/logratios/rejected": rejected,
         }
+
+    def _of_examples(self, column: dict[str, Array]) -> dict[str, Array]:
+        """Metrics by group where single responses are examples, (G,)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                LABEL_GAIN: column["gain"] / column["gains"],
+                "eval/loss": column["loss"] / column["weight"],
+                "eval/logratios/desirable": column["desirable_logratios"] / column["desirable"],
+                "eval/logratios/undesirable": (
+                    column["undesirable_logratios"] / column["undesirable"]
+                ),
+            }
 
     def fitted_losses(self) -> Array:
         """Log-loss of each group's pairs at the scale at which it is least, (G,)."""
@@ -90,6 +120,7 @@ def measure_groups(
     logps: Callable[[GroupBatch], Logps],
     device: torch.device,
     betas: tuple[float, float],
+    running: float | None = None,
 ) -> tuple[dict[str, float], GroupItems]:
     """Measures all groups once, as the evaluation of a run does.
 
@@ -100,11 +131,19 @@ def measure_groups(
         logps: Scores a micro-batch on the device.
         device: Where to compute.
         betas: That of the loss, which is the last step's, and that of rewards, the first one's.
+        running: Mean log-ratio of the training, which BCO compares with; None takes that of these
+            rows.
 
     Returns:
         The metrics of all groups together, and the groups one by one.
     """
     beta, reward_beta = betas
+    if objective.is_unpaired:
+        found = _examples(batches, count=count, logps=logps, device=device)
+        own = float(found.logratios.mean()) if running is None else running
+        anchor = found.anchor(objective, running=own)
+        rows = group_rows(objective, found, count=count, beta=beta, anchor=anchor)
+        return _without_pairs(rows, objective, reward_beta)
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     sums = np.zeros((count, len(SUMS)))
     seen = np.zeros(count, dtype=np.int64)
@@ -112,12 +151,12 @@ def measure_groups(
     for batch in batches:
         for part in batch.counted:
             moved = part.to(device)
-            found = logps(moved)
-            comparison = compare_responses(objective, moved, found, beta=beta)
+            scored = logps(moved)
+            comparison = compare_responses(objective, moved, scored, beta=beta)
             total = total + comparison.sums.double().cpu()
-            sums[list(part.rows)] = group_sums(comparison, moved, found.ratios(), beta=beta)
+            sums[list(part.rows)] = group_sums(comparison, moved, scored.ratios(), beta=beta)
             seen[list(part.rows)] += 1
-            pairs.append(_pairs(moved, found.ratios()))
+            pairs.append(_pairs(moved, scored.ratios()))
     if (seen != 1).any():
         raise AssertionError("a held-out group was not measured once")
     margins = torch.cat(pairs, dim=1) if pairs else torch.zeros(3, 0, dtype=torch.float64)
@@ -129,8 +168,61 @@ def measure_groups(
         owner=margins[0].long().numpy(),
         share=margins[2].numpy(),
         beta=reward_beta,
+        objective=objective,
     )
     return metrics_from_sums(total.tolist(), beta=reward_beta), items
+
+
+def _without_pairs(
+    rows: Tensor, objective: ObjectiveSettings, beta: float
+) -> tuple[dict[str, float], GroupItems]:
+    """Metrics and groups of which nothing is ranked."""
+    nothing = np.zeros(0)
+    items = GroupItems(
+        rows.numpy(),
+        margins=nothing,
+        owner=nothing.astype(np.int64),
+        share=nothing,
+        beta=beta,
+        objective=objective,
+    )
+    return items.metrics(), items
+
+
+def _examples(
+    batches: Iterable[StepBatch],
+    *,
+    count: int,
+    logps: Callable[[GroupBatch], Logps],
+    device: torch.device,
+) -> Examples:
+    """All examples of the groups, and the log-ratios of their mismatched responses."""
+    seen = np.zeros(count, dtype=np.int64)
+    found: list[Tensor] = []
+    mismatched: list[Tensor] = []
+    for batch in batches:
+        for part in batch.counted:
+            moved = part.to(device)
+            scored = logps(moved)
+            rows = [moved.places[moved.group], scored.ratios(), scored.policy]
+            rows += [desirable_of(moved), moved.weight[moved.group]]
+            found.append(torch.stack([row.double().cpu() for row in rows]))
+            seen[list(part.rows)] += 1
+        for part in batch.counted_mismatched:
+            mismatched.append(logps(part.to(device)).ratios().double().cpu())
+    if (seen != 1).any():
+        raise AssertionError("a held-out group was not measured once")
+    place, ratios, policy, desirable, weight = torch.cat(found, dim=1)
+    # Of one group all responses are of one batch, whose order stays.
+    order = place.argsort(stable=True)
+    return Examples(
+        place=place[order].long(),
+        logratios=ratios[order],
+        policy_logps=policy[order],
+        desirable=desirable[order] == 1,
+        weight=weight[order],
+        mismatched=torch.cat(mismatched) if mismatched else torch.zeros(0, dtype=torch.float64),
+    )
 
 
 def group_sums(

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dpo_lightning.data.controlled import ControlledTask
+from dpo_lightning.data.packing import GroupBatch
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
@@ -26,6 +27,7 @@ from dpo_lightning.evaluation.judges import Judge
 from dpo_lightning.evaluation.win_rates import why_withheld
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.models.sharding import is_sharded
+from dpo_lightning.objectives.by_example import desirable_of, label_gains
 from dpo_lightning.processes.signals import SignalWatch, Stopped
 from dpo_lightning.reference.pair import Models
 from dpo_lightning.tracking.rungs import AtRung, Goal, RungReport, write_reports
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 Measure = Callable[[pl.Trainer, Any], Sequence[float]]
 """Values of a metric, one for each held-out item; all ranks call it, and rank 0's count."""
+
+# A step's backward pass takes twice its forward pass, which is all that a measure has.
+_PASSES_OF_A_STEP = 3
 
 
 class RungStop(Callback):
@@ -67,6 +72,7 @@ class RungStop(Callback):
         self._keep = keep
         self._steps = goal.steps(total=total_steps, warmup=warmup_steps)
         self._measure: Measure | None = None
+        self._work = 0.0
 
     @property
     def step(self) -> int | None:
@@ -74,9 +80,15 @@ class RungStop(Callback):
         step = self._steps[self._goal.rung]
         return step if step < self._total else None
 
-    def ask(self, measure: Measure) -> None:
-        """Says what is measured, before the training."""
+    def ask(self, measure: Measure, *, work: float) -> None:
+        """Says what is measured, before the training.
+
+        Args:
+            measure: Gives the values.
+            work: Optimizer steps that take as long as it does.
+        """
         self._measure = measure
+        self._work = work
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures at once where the run was ended between its checkpoint and its report.
@@ -123,7 +135,9 @@ class RungStop(Callback):
             write_reports(
                 self._run_dir,
                 [
-                    RungReport(rung, step, self._total, self._goal.metric, value, values)
+                    RungReport(
+                        rung, step, self._total, self._goal.metric, value, values, self._work
+                    )
                     for rung in same
                     if rung >= self._goal.rung
                 ],
@@ -135,16 +149,28 @@ class RungStop(Callback):
 # What is measured -------------------------------------------------------------------------------
 
 
+def work_of(groups: int, *, batch_size: int) -> float:
+    """The work of measuring held-out groups, in optimizer steps that take as long.
+
+    Args:
+        groups: Held-out groups.
+        batch_size: Groups of a step.
+    """
+    return groups / (_PASSES_OF_A_STEP * batch_size)
+
+
 def held_out(
     name: str, groups: Sequence[TokenGroup], signals: SignalWatch
 ) -> Callable[[pl.Trainer, Any], list[float]]:
     """The measure of margins of held-out groups: a value for each group.
 
     Args:
-        name: ``eval/fitted_log_loss`` or ``eval/rewards/accuracies``.
+        name: ``eval/fitted_log_loss``, ``eval/rewards/accuracies`` or ``eval/label_gain``.
         groups: All held-out groups.
         signals: Those that stop the run.
     """
+    if name == "eval/label_gain":
+        return _label_gains(groups, signals)
     of_pairs = fitted_log_losses if name == "eval/fitted_log_loss" else accuracies
 
     def measure(trainer: pl.Trainer, module: Any) -> list[float]:
@@ -154,10 +180,57 @@ def held_out(
     return measure
 
 
+def _label_gains(
+    groups: Sequence[TokenGroup], signals: SignalWatch
+) -> Callable[[pl.Trainer, Any], list[float]]:
+    """The measure of what log-ratios tell about labels: a mean for each group."""
+
+    def of_part(part: GroupBatch, ratios: Tensor) -> tuple[Tensor, ...]:
+        return part.places[part.group], ratios, desirable_of(part)
+
+    def measure(trainer: pl.Trainer, module: Any) -> list[float]:
+        place, ratios, desirable = _measured(trainer, module, groups, signals, of_part)
+        gains = label_gains(ratios, desirable == 1)
+        own = place.long()
+        ones = torch.ones_like(gains)
+        sums, counts = (ones.new_zeros(len(groups)).index_add(0, own, x) for x in (gains, ones))
+        return [float(value) for value in sums / counts]
+
+    return measure
+
+
 def _margins(
     trainer: pl.Trainer, module: Any, groups: Sequence[TokenGroup], signals: SignalWatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Margin, group and share in it of each pair, in the order of the groups, over all ranks."""
+
+    def of_part(part: GroupBatch, ratios: Tensor) -> tuple[Tensor, ...]:
+        group = part.group[part.chosen]
+        return part.places[group], ratios[part.chosen] - ratios[part.rejected], part.pair_share
+
+    place, margins, share = _measured(trainer, module, groups, signals, of_part)
+    return margins, place.long(), share
+
+
+def _measured(
+    trainer: pl.Trainer,
+    module: Any,
+    groups: Sequence[TokenGroup],
+    signals: SignalWatch,
+    of_part: Callable[[GroupBatch, Tensor], tuple[Tensor, ...]],
+) -> Tensor:
+    """Three numbers of each item, the first its group, in the order of the groups, over all ranks.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        groups: All held-out groups.
+        signals: Those that stop the run.
+        of_part: Gives them for a micro-batch and the log-ratios of its responses.
+
+    Returns:
+        Shape (3, items), float64.
+    """
     found: list[Tensor] = []
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     for batch in datamodule.ranking_dataloader():
@@ -169,17 +242,14 @@ def _margins(
                 ratios = module.logratios(part)
                 if number >= len(moved.counted):
                     continue
-                group = part.group[part.chosen]
-                rows = (part.places[group], ratios[part.chosen] - ratios[part.rejected])
-                found.append(torch.stack([row.double().cpu() for row in (*rows, part.pair_share)]))
+                found.append(torch.stack([x.double().cpu() for x in of_part(part, ratios)]))
     own = torch.cat(found, dim=1) if found else torch.zeros(3, 0, dtype=torch.float64)
     whole = _of_all_ranks(trainer, own)
-    # A group is one rank's, and its pairs are in order; the sort keeps that.
-    order = whole[0].argsort(stable=True)
-    place, margins, share = whole[:, order]
-    if int(place.unique().numel()) != len(groups):
+    # A group is one rank's, and its items are in order; the sort keeps that.
+    ordered = whole[:, whole[0].argsort(stable=True)]
+    if int(ordered[0].unique().numel()) != len(groups):
         raise AssertionError("a held-out group was not measured")
-    return margins, place.long(), share
+    return ordered
 
 
 def _of_all_ranks(trainer: pl.Trainer, own: Tensor) -> Tensor:

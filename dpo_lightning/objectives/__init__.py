@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from dpo_lightning.objectives.registry import (
         LISTWISE_LOSSES,
         PAIRWISE_LOSSES,
+        UNPAIRED_LOSSES,
         PairwiseLoss,
         register_loss,
     )
+    from dpo_lightning.objectives.unpaired import unpaired_loss
 
 _HOMES = {
     "LISTWISE_LOSSES": "registry",
@@ -35,6 +37,7 @@ _HOMES = {
     "PairLogps": "losses",
     "PairwiseLoss": "registry",
     "StreamedPartition": "partition",
+    "UNPAIRED_LOSSES": "registry",
     "estimate_log_partition": "partition",
     "exact_log_partition": "partition",
     "group_shares": "partition",
@@ -44,11 +47,13 @@ _HOMES = {
     "optimal_logps": "partition",
     "pairwise_loss": "pairwise",
     "register_loss": "registry",
+    "unpaired_loss": "unpaired",
 }
 
 __all__ = [
     "LISTWISE_LOSSES",
     "PAIRWISE_LOSSES",
+    "UNPAIRED_LOSSES",
     "PairLogps",
     "PairwiseLoss",
     "StreamedPartition",
@@ -61,6 +66,7 @@ __all__ = [
     "optimal_logps",
     "pairwise_loss",
     "register_loss",
+    "unpaired_loss",
 ]
 
 

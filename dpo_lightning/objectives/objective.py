@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 from dpo_lightning.objectives.registry import (
     LISTWISE_LOSSES,
     PAIRWISE_LOSSES,
+    UNPAIRED_ENTRIES,
+    UNPAIRED_LOSSES,
     Option,
     PairwiseLoss,
+    UnpairedLoss,
     Value,
+    losses_with_options,
 )
 
 
 def known_losses() -> tuple[str, ...]:
     """Names of all losses."""
-    import dpo_lightning.objectives.losses  # noqa: F401  (registers the package's own)
+    import dpo_lightning.objectives.losses
+    import dpo_lightning.objectives.unpaired  # noqa: F401  (both register the package's own)
 
-    return (*PAIRWISE_LOSSES, *LISTWISE_LOSSES)
+    return (*PAIRWISE_LOSSES, *LISTWISE_LOSSES, *UNPAIRED_LOSSES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +61,32 @@ class ObjectiveSettings:
         return [name for name in self.terms if name in LISTWISE_LOSSES]
 
     @property
+    def unpaired(self) -> dict[str, UnpairedLoss]:
+        """The terms that are losses on single responses."""
+        known_losses()
+        return {name: UNPAIRED_ENTRIES[name] for name in self.terms if name in UNPAIRED_ENTRIES}
+
+    @property
+    def is_unpaired(self) -> bool:
+        """True if single responses are examples: a pair then counts as two of them."""
+        return any(name in UNPAIRED_LOSSES for name in self.terms)
+
+    @property
+    def anchor(self) -> str:
+        """The point that rewards are compared with; see :class:`UnpairedLoss`."""
+        return next((loss.anchor for loss in self.unpaired.values()), "none")
+
+    @property
     def uses_reference(self) -> bool:
         """True if any term compares with a reference."""
-        return bool(self.listwise) or any(loss.uses_reference for loss in self.pairwise.values())
+        others = bool(self.listwise) or self.is_unpaired
+        return others or any(loss.uses_reference for loss in self.pairwise.values())
 
     @property
     def needs_reference(self) -> list[str]:
         """The terms that have no meaning without a reference."""
-        return [name for name, loss in self.pairwise.items() if loss.needs_reference]
+        pairwise = [name for name, loss in self.pairwise.items() if loss.needs_reference]
+        return [*pairwise, *self.unpaired]
 
     @property
     def couples(self) -> list[str]:
@@ -82,7 +105,8 @@ class ObjectiveSettings:
 
     def own_options(self, name: str) -> dict[str, Value]:
         """The options that a loss takes."""
-        return {key: self.options.get(key, d) for key, d in PAIRWISE_LOSSES[name].options.items()}
+        defaults = losses_with_options()[name].options
+        return {key: self.options.get(key, default) for key, default in defaults.items()}
 
     def problems(self) -> Iterator[str]:
         """Yields the contradictions, one clause each; options by their bare names."""
@@ -96,7 +120,8 @@ class ObjectiveSettings:
             yield "terms: needs at least one loss"
         shown = ",".join(self.terms)
         for option, value in self.options.items():
-            entries = [e.schema[option] for e in self.pairwise.values() if option in e.schema]
+            terms = self._with_options()
+            entries = [e.schema[option] for e in terms if option in e.schema]
             if not entries:
                 yield (
                     f"{option}={_shown(value)}: loss={shown} has no such option{self._own()}; "
@@ -105,6 +130,7 @@ class ObjectiveSettings:
             for entry in entries:
                 if not entry.accepts(value):
                     yield f"{option}={_shown(value)}: must be {entry.expected()} for loss={shown}"
+        yield from self._unpaired_problems()
         pairs = ", ".join(n for n, e in self.pairwise.items() if e.uses_rejected)
         if self.f_divergence != "reverse_kl":
             for name in self.terms:
@@ -132,8 +158,27 @@ class ObjectiveSettings:
                     f"{','.join(self.couples)} has one loss for all pairs of a batch"
                 )
 
+    def _unpaired_problems(self) -> Iterator[str]:
+        """Yields the clauses on what single responses do not go with."""
+        for name in self.unpaired:
+            others = [other for other in self.terms if other != name]
+            if others:
+                yield (
+                    f"terms={{{', '.join(self.terms)}}}: {name} is a loss on single responses and "
+                    f"stands alone; leave loss.terms.{name} out"
+                )
+                return
+            if self.rpo_alpha:
+                yield (
+                    f"rpo_alpha={self.rpo_alpha:g} adds the likelihood of the better response of "
+                    f"a group, which loss={name} does not look for; leave it out"
+                )
+
+    def _with_options(self) -> list[PairwiseLoss | UnpairedLoss]:
+        return [*self.pairwise.values(), *self.unpaired.values()]
+
     def _own(self) -> str:
-        own = [key for loss in self.pairwise.values() for key in loss.schema]
+        own = [key for loss in self._with_options() for key in loss.schema]
         return f"; it has {', '.join(own)}" if own else ""
 
 
@@ -147,7 +192,7 @@ def _shown(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def merged_options(losses: Iterable[PairwiseLoss]) -> dict[str, Option]:
+def merged_options(losses: Iterable[PairwiseLoss | UnpairedLoss]) -> dict[str, Option]:
     """All options of some losses, each with the first one's default; bounds are the loss's own."""
     merged: dict[str, Option] = {}
     for loss in losses:

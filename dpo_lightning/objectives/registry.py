@@ -110,6 +110,36 @@ PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {}
 LISTWISE_LOSSES = ("softmax", "plackett_luce")
 """Names of the losses on a whole group; the functions are in `listwise.py`."""
 
+UNPAIRED_LOSSES = ("kto", "bco", "apo_zero_unpaired")
+"""Names of the losses on single responses that are desirable or not; see `unpaired.py`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedLoss:
+    """A loss on single responses.
+
+    Attributes:
+        fn: `fn(examples, *, beta, **options) -> Tensor (B,)`.
+        anchor: The point that rewards are compared with: `mismatched`, the mean log-ratio of
+            responses to other prompts (KTO's z0); `running`, the mean reward so far (BCO's delta);
+            `none`, 0.
+        options: Every option's name and default.
+        schema: The same with types and bounds.
+        paper: Source of the loss.
+        summary: The first line of its docstring.
+    """
+
+    fn: Callable[..., Any]
+    anchor: str = "none"
+    options: Mapping[str, Value] = field(default_factory=dict)
+    schema: Mapping[str, Option] = field(default_factory=dict)
+    paper: str
+    summary: str = ""
+
+
+UNPAIRED_ENTRIES: dict[str, UnpairedLoss] = {}
+"""The losses of `UNPAIRED_LOSSES` by name, once `unpaired.py` is imported."""
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """Names of the f-divergences; the functions are in `divergences.py`."""
 
@@ -153,7 +183,8 @@ def register_loss(
 
     def register(function: _Function) -> _Function:
         known = PAIRWISE_LOSSES.get(name)
-        if name in LISTWISE_LOSSES or (known is not None and not is_same(known.fn, function)):
+        taken = name in LISTWISE_LOSSES or name in UNPAIRED_LOSSES
+        if taken or (known is not None and not is_same(known.fn, function)):
             raise ValueError(f"loss {name!r} is registered already: choose another name")
         schema = dict(_options(name, function))
         _check_kinds(name, schema)
@@ -174,10 +205,41 @@ def register_loss(
     return register
 
 
+def register_unpaired(
+    name: str, *, paper: str, anchor: str = "none"
+) -> Callable[[_Function], _Function]:
+    """Makes a function one of `UNPAIRED_ENTRIES`; its options are read off its signature.
+
+    Args:
+        name: One of `UNPAIRED_LOSSES`.
+        paper: Source of the loss.
+        anchor: `mismatched`, `running` or `none`, as in :class:`UnpairedLoss`.
+    """
+
+    def register(function: _Function) -> _Function:
+        schema = dict(_options(name, function))
+        UNPAIRED_ENTRIES[name] = UnpairedLoss(
+            fn=function,
+            anchor=anchor,
+            options={option: entry.default for option, entry in schema.items()},
+            schema=schema,
+            paper=paper,
+            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+        )
+        return function
+
+    return register
+
+
+def losses_with_options() -> dict[str, PairwiseLoss | UnpairedLoss]:
+    """The losses that may have options, by name."""
+    return {**PAIRWISE_LOSSES, **UNPAIRED_ENTRIES}
+
+
 def _check_kinds(name: str, schema: Mapping[str, Option]) -> None:
     """Raises where an option of that name has another type in another loss."""
     for option, own in schema.items():
-        for other, entry in PAIRWISE_LOSSES.items():
+        for other, entry in losses_with_options().items():
             theirs = entry.schema.get(option)
             if other != name and theirs is not None and theirs.kind is not own.kind:
                 raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_lightning.data.mismatched import laid_out, taken_apart
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
@@ -83,9 +84,8 @@ def with_reference_logps(
     """Gives groups their reference log-probabilities, from the cache as far as it has them.
 
     What is missing is computed in the data set's fixed blocks, each claimed in the cache's folder,
-    so that of many processes that want the same rows, ranks of one run among them, one computes a
-    block and the others read it. A cache that cannot be written to is said once; what it lacks is
-    then computed for this process alone.
+    so that of many processes that want the same rows one computes a block and the others read it.
+    What a cache lacks that cannot be written to, which is said, is computed for this process alone.
 
     Args:
         parts: Lists of groups, such as the training and the held-out groups: together the data
@@ -111,6 +111,7 @@ def with_reference_logps(
     Raises:
         UserError: If the reference gives a response no finite log-probability.
     """
+    parts = [[laid_out(group) for group in part] for part in parts]
     groups = [group for part in parts for group in part]
     wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
     plan = plan_blocks(
@@ -124,7 +125,7 @@ def with_reference_logps(
     reference = _reference(np.flatnonzero(wanted), plan, computed, own)
     if not computing.is_first:
         reference.computed = 0  # the first one counts for all
-    return [[next(filled) for _ in part] for part in parts], reference
+    return [[taken_apart(next(filled)) for _ in part] for part in parts], reference
 
 
 def _reference(

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from dpo_lightning.data.labels import LabelCounts
 from dpo_lightning.data.source_names import entries, is_hub_id, is_local_data
 from dpo_lightning.settings.schema import BASE
 
@@ -103,6 +104,10 @@ def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     yield "steps", f"{result['step']} x {settings['data']['batch_size']} prompts"
     yield "seed", str(result["seed"])
     yield "reference", _reference(settings["reference"], peft)
+    every = settings["reference"].get("sync_every")  # not in settings of before
+    if every is not None:
+        share = settings["reference"]["sync_alpha"]
+        yield "reference's updates", f"every {every:,} steps, the policy's share {share:g}"
     if peft["kind"] == "none":
         yield "trained", "all weights"
     else:
@@ -133,6 +138,8 @@ def _data(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield "hash of the rows' tokens", f"`{data['hash']}`"
     yield "training groups", f"{data['train_groups']:,}"
     yield "held-out groups", f"{data['eval_groups']:,}"
+    if "labels" in data:
+        yield "labels of training groups", str(LabelCounts(**data["labels"]["train"]))
     dropped = {reason: count for reason, count in data["dropped"].items() if count}
     yield "dropped", ", ".join(f"{count} `{reason}`" for reason, count in dropped.items()) or "none"
 

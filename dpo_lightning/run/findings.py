@@ -39,7 +39,7 @@ def gather_facts(
         groups: Held-out groups.
         accuracies: The policy's accuracy on each; empty where it was not evaluated.
     """
-    best = [len(group.responses[0]) for group in groups]
+    best = [len(group.preferred) for group in groups if group.preferred is not None]
     return Facts(
         metrics=dict(metrics),
         accuracies=training_accuracies(metrics_file),

@@ -13,9 +13,11 @@ from urllib.parse import urlparse
 from dpo_lightning.data.fields import misses
 from dpo_lightning.data.records import BadRow, Rows, check_bad_rows, read_rows, write_quarantine
 from dpo_lightning.data.source_names import eval_key, eval_sets, hub_ids
+from dpo_lightning.errors import UserError
+from dpo_lightning.objectives.registry import UNPAIRED_LOSSES
 from dpo_lightning.plugins import find_scorer
 from dpo_lightning.settings.judging import model_judge
-from dpo_lightning.settings.schema import BASE, Config
+from dpo_lightning.settings.schema import BASE, Config, LossConfig
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +136,7 @@ def read_sources(
     if rows is None:
         return None
     bad = check_named(rows, config)
+    check_labels(rows, config.loss, key=key)
     if bad:
         when_begun(lambda: write_quarantine(run_dir / QUARANTINE_FILE, bad))
         are = "bad row goes" if len(bad) == 1 else "bad rows go"
@@ -165,6 +168,7 @@ def read_named(config: Config, *, key: str = "data.train") -> SourceRows | None:
             subset=data.subset,
             revision=data.revision,
             ignore=data.ignore_fields,
+            threshold=data.threshold,
         )
 
     train = read(data.train, data.train_split, key)
@@ -182,6 +186,11 @@ def read_named(config: Config, *, key: str = "data.train") -> SourceRows | None:
     met = [name for rows in sources for name in rows.ignored]
     there = [name for rows in sources for name in rows.fields]
     train.notes.extend(misses(data.ignore_fields, met, there))
+    if data.threshold is not None and not any(rows.by_threshold for rows in sources):
+        train.notes.append(
+            f"data.threshold={data.threshold:g}: no row has a number as its label; "
+            "'data.columns={label: <column>}' names the column of the ratings"
+        )
     return found
 
 
@@ -199,3 +208,37 @@ def check_named(rows: SourceRows, config: Config) -> list[BadRow]:
     total = sum(source.total for source in rows.all)
     check_bad_rows(Rows([], bad, total, []), on_bad_row=config.data.on_bad_row)
     return bad
+
+
+def check_labels(rows: SourceRows, loss: LossConfig, *, key: str = "data.train") -> None:
+    """Checks that the loss can learn from the rows: from one response, or from several.
+
+    Args:
+        rows: The rows that were read.
+        loss: The settings of the loss.
+        key: The setting by which the user named ``rows.train``, for errors.
+
+    Raises:
+        UserError: If a row has one response with a label, and the loss compares two; or if one has
+            a ranking, and the loss takes each response by itself. A pair is two of these.
+    """
+    names = [*loss.terms] or [loss.name]
+    takes_one = all(name in UNPAIRED_LOSSES for name in names)
+    shown, *others = ",".join(names), *(f"loss={name}" for name in UNPAIRED_LOSSES)
+    named = {key: rows.train} | {eval_key(name): own for name, own in rows.held_out.items()}
+    for where, part in named.items():
+        alone = [group for group in part.groups if group.label is not None]
+        if alone and not takes_one:
+            raise UserError(
+                f"{where}: {alone[0].source} has one response and a label ({len(alone):,} of "
+                f"{part.total:,} rows), and loss={shown} compares responses; use "
+                f"{' or '.join(others)}, or give rows with chosen and rejected"
+            )
+        ranked = [g for g in part.groups if g.label is None and len(g.responses) > 2]
+        if ranked and takes_one:
+            raise UserError(
+                f"{where}: {ranked[0].source} has {len(ranked[0].responses)} ranked responses "
+                f"({len(ranked):,} of {part.total:,} rows), and loss={shown} takes each as "
+                "desirable or undesirable, which a ranking does not say; give pairs or labels, or "
+                "use loss=plackett_luce"
+            )

@@ -27,7 +27,7 @@ from dpo_lightning.memory.hardware import decide_hardware
 from dpo_lightning.models.devices import settle_attention
 from dpo_lightning.reference.fill import Watch
 from dpo_lightning.run.build import make_data_module, make_trainer, module_arguments
-from dpo_lightning.run.inputs import SourceRows, check_named, read_named
+from dpo_lightning.run.inputs import SourceRows, check_labels, check_named, read_named
 from dpo_lightning.run.opened import key_of
 from dpo_lightning.run.placement import Placed, place, with_reference
 from dpo_lightning.run.plan import RunPlan, choose_folders, trainer_plan
@@ -249,6 +249,7 @@ def _rows(config: Config) -> SourceRows | None:
     rows = read_named(config)
     if rows is not None:
         bad = check_named(rows, config)
+        check_labels(rows, config.loss)
         if bad:
             log.info("bad rows: %d, they are left out", len(bad))
     return rows

@@ -17,6 +17,7 @@ from dpo_lightning.settings.program import typed
 OF_ROWS = (
     *("data.eval", "data.eval_split", "data.subset", "data.revision", "data.format"),
     *("data.columns", "data.ignore_fields", "data.on_bad_row", "data.max_dropped"),
+    "data.threshold",
     *("data.max_length", "data.truncation", "data.chat_template", "data.chat_template_kwargs"),
     "data.template_date",
 )

@@ -20,14 +20,17 @@ from dpo_lightning.data.source_names import (
     source_label,
 )
 from dpo_lightning.objectives.objective import ObjectiveSettings, known_losses
+from dpo_lightning.objectives.registry import UNPAIRED_LOSSES
 from dpo_lightning.settings.generation import generation_problems
 from dpo_lightning.settings.judging import judge_problems, model_judge
 from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
+from dpo_lightning.settings.moving_reference import moving_reference_problems
 from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
+from dpo_lightning.settings.rounds import rounds_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 from dpo_lightning.settings.selection import sampling_problems, selection_problems
@@ -109,6 +112,11 @@ def _data(config: Config) -> Iterator[str]:
                 f"{key}={value}: the controlled task is spoken only by the bundled model; "
                 "name rows with data.train=<file or hub id>"
             )
+        if data.threshold is not None:
+            yield (
+                f"data.threshold={data.threshold:g}: the controlled task has no ratings; leave it "
+                "out"
+            )
         if data.eval is not None:
             shown = source_label(data.eval)
             yield f"data.eval={shown} needs training rows too: data.train=<file or hub id>"
@@ -164,12 +172,8 @@ def _objective(config: Config) -> Iterator[str]:
     objective = objective_settings(loss)
     yield from (f"loss.{problem}" for problem in objective.problems())
     yield from _use_of_reference(config, objective)
-    if config.data.controlled.population and objective.listwise:
-        yield (
-            f"data.controlled.population=true weighs pairs, which "
-            f"loss={','.join(objective.listwise)} does not compare; use "
-            "data.controlled.population=false, or another loss"
-        )
+    yield from _controlled(config, objective)
+    yield from moving_reference_problems(config)
     yield from _changing_beta(config, objective)
     if reference.kind == "none" and reference.pretrained is not None:
         yield (
@@ -188,6 +192,28 @@ def _objective(config: Config) -> Iterator[str]:
             "reference.adapter= too"
         )
     yield from _model_folder("reference.pretrained", reference.pretrained, ("config.json",))
+
+
+def _controlled(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
+    """Faults between the loss and the rows of the embedded task."""
+    controlled = config.data.controlled
+    if controlled.population and (objective.listwise or objective.is_unpaired):
+        named = ",".join([*objective.listwise, *objective.unpaired])
+        yield (
+            f"data.controlled.population=true weighs pairs, which loss={named} does not compare; "
+            "use data.controlled.population=false, or another loss"
+        )
+    if controlled.form == "unpaired" and config.data.train is not None:
+        yield (
+            "data.controlled.form=unpaired is of the embedded task, and data.train="
+            f"{source_label(config.data.train)} has rows of its own; leave it out"
+        )
+    elif controlled.form == "unpaired" and not objective.is_unpaired:
+        yield (
+            "data.controlled.form=unpaired: rows have one response and a label, and "
+            f"loss={','.join(objective.terms)} compares two; use data.controlled.form=pairs, or "
+            f"loss={' or '.join(UNPAIRED_LOSSES)}"
+        )
 
 
 def _use_of_reference(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
@@ -449,3 +475,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from pruning_problems(config)
     yield from logger_problems(config.logger)
     yield from generation_problems(config.generation, config.strategy.name, config.plugins)
+    yield from rounds_problems(config)

@@ -5,6 +5,11 @@ from typing import Any
 
 from dpo_lightning.settings.fields import setting
 
+_SCALING = (
+    *("loss", "margins", "chosen", "rejected", "log_z"),
+    *("desirable", "undesirable", "separation", "z0", "delta"),
+)
+
 
 def scales_with_beta(metric: str) -> bool:
     """True for a loss and for what it is made of, by which trials of several betas never compare.
@@ -12,7 +17,7 @@ def scales_with_beta(metric: str) -> bool:
     Args:
         metric: A name as in ``metrics.jsonl``.
     """
-    return metric.rpartition("/")[2] in ("loss", "margins", "chosen", "rejected", "log_z")
+    return metric.rpartition("/")[2] in _SCALING
 
 
 RANKING_METRICS = (
@@ -20,6 +25,7 @@ RANKING_METRICS = (
     "samples/judge",
     "samples/win_rate",
     "eval/rewards/accuracies",
+    "eval/label_gain",
 )
 """Metrics to rank trials by: none of them scales with beta, and more is better in all."""
 
@@ -38,6 +44,7 @@ PRUNE_METRICS = (
     "samples/judge",
     "eval/fitted_log_loss",
     "eval/rewards/accuracies",
+    "eval/label_gain",
 )
 """Metrics to prune trials by: none of them scales with beta."""
 
@@ -445,13 +452,15 @@ class SweepConfig:
     prune_metric: str | None = setting(
         None,
         "Metric that rungs compare by. null: the judge's mark (samples/judge) where there is one, "
-        "else eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own.",
+        "else the log-loss of held-out margins, eval/fitted_log_loss (of single responses "
+        "eval/label_gain).",
         expected=f"one of {', '.join(PRUNE_METRICS)}",
     )
     budget: float = setting(
         0.36,
         "Steps of the pruned sweep, as a share of the whole grid's, within which trials stay that "
-        "are not significantly worse than the best.",
+        "are not significantly worse than the best. Held-out rows that are evaluated at a rung "
+        "count as the steps that take as long.",
         unit="share",
         above=0,
         most=1,

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from dpo_lightning.objectives.objective import ObjectiveSettings
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
+from dpo_lightning.objectives.registry import losses_with_options
 from dpo_lightning.settings.schema import LossConfig
 
 
@@ -20,11 +20,9 @@ def objective_settings(loss: LossConfig) -> ObjectiveSettings:
         Its options are those of its losses, and what was set of the others, to be complained of.
     """
     terms = dict(loss.terms) or {loss.name: 1.0}
+    entries = losses_with_options()
     own = {
-        key: getattr(loss, key)
-        for name in terms
-        if name in PAIRWISE_LOSSES
-        for key in PAIRWISE_LOSSES[name].schema
+        key: getattr(loss, key) for name in terms if name in entries for key in entries[name].schema
     }
     stray = {
         item.name: getattr(loss, item.name)
@@ -53,5 +51,6 @@ def own_loss_settings(loss: dict[str, Any]) -> dict[str, Any]:
     What other losses there are, a plugin's among them, is no part of an experiment.
     """
     names = loss["terms"] or {loss["name"]: 1.0}
-    own = {key for name in names if name in PAIRWISE_LOSSES for key in PAIRWISE_LOSSES[name].schema}
+    entries = losses_with_options()
+    own = {key for name in names if name in entries for key in entries[name].schema}
     return {key: value for key, value in loss.items() if key in _COMMON or key in own}

@@ -116,7 +116,8 @@ class ReferenceConfig:
     kind: str = setting(
         "auto",
         "cached computes each row once ever; live is a frozen copy in memory; none trains "
-        "without one; auto is cached where the loss needs a reference.",
+        "without one; auto is cached where the loss needs a reference, and live where that moves "
+        "(reference.sync_every).",
         choices=("auto", "cached", "live", "none"),
     )
     pretrained: str | None = setting(
@@ -129,6 +130,21 @@ class ReferenceConfig:
         "peft.adapter that adapter, frozen.",
     )
     revision: str | None = setting(None, "Branch, tag or commit of either hub id.")
+    sync_every: int | None = setting(
+        None,
+        "Optimizer steps after which the reference takes over a share of the policy's weights "
+        "(TR-DPO), again and again; it is then held in memory. null: it stays as it is.",
+        unit="steps",
+        least=1,
+    )
+    sync_alpha: float = setting(
+        0.6,
+        "Share of the policy in the reference after such an update: alpha * policy + (1 - alpha) * "
+        "reference. 1 replaces it.",
+        unit="share",
+        above=0,
+        most=1,
+    )
     cache_dir: str | None = setting(
         None,
         "Folder of the cached log-probabilities and of the rows' token ids; null: "
@@ -141,14 +157,20 @@ class ControlledConfig:
     """Size of the embedded task, which is generated from the seed."""
 
     train_groups: int = setting(
-        16384, "Pairs of the embedded task to train on.", unit="groups", least=1
+        16384, "Rows of the embedded task to train on.", unit="groups", least=1
     )
     eval_groups: int = setting(
-        1024, "Pairs of the embedded task that are held out.", unit="groups", least=1
+        1024, "Rows of the embedded task that are held out.", unit="groups", least=1
     )
     population: bool = setting(
         False,
         "Draw no labels to train on: each pair counts both ways, by the probability of its label.",
+    )
+    form: str = setting(
+        "pairs",
+        "Rows of the embedded task: pairs, or single responses with a label (unpaired), for a "
+        "loss on such, loss=kto or bco.",
+        choices=("pairs", "unpaired"),
     )
 
 
@@ -192,6 +214,12 @@ class DataConfig:
         {},
         "Other names for the fields, such as {prompt: question, chosen: good, rejected: bad}, or "
         "{responses: [a, b], better: winner}; an empty name hides a column.",
+    )
+    threshold: float | None = setting(
+        None,
+        "Least rating of an answer that is desirable, such as 4 of 5 stars; lower ones are "
+        "undesirable. null: labels are true and false, or 1 and 0 or -1.",
+        unit="rating",
     )
     ignore_fields: list[str] = setting(
         [],

@@ -67,6 +67,43 @@ OF_RESPONSES = {
         "share",
         "0.5 at step 0, then more",
     ),
+    "rewards/desirable": Meaning(
+        "Mean reward of desirable responses: β times the log-ratio.", "reward", "0 at step 0"
+    ),
+    "rewards/undesirable": Meaning(
+        "The same of undesirable ones.", "reward", "0 at step 0, then below the desirable ones'"
+    ),
+    "logps/desirable": Meaning(
+        "Mean log-probability of desirable responses under the policy.", _NATS, ""
+    ),
+    "logps/undesirable": Meaning("The same of undesirable ones.", _NATS, "falls"),
+    "logratios/desirable": Meaning(
+        "Mean log-ratio of policy over reference, of desirable responses; free of β.",
+        _NATS,
+        "0 at step 0",
+    ),
+    "logratios/undesirable": Meaning(
+        "The same of undesirable ones.", _NATS, "0 at step 0, then below the desirable ones'"
+    ),
+    "logratios/separation": Meaning(
+        "Desirable less undesirable log-ratio, a difference of two means; its size goes with 1/β.",
+        _NATS,
+        "0 at step 0, then more",
+    ),
+    "kto/z0": Meaning(
+        "KTO's reference point: mean log-ratio of responses to other prompts, at least 0.",
+        _NATS,
+        "0 at step 0; near 0, or slowly rising",
+    ),
+    "bco/delta": Meaning(
+        "BCO's shift: mean reward of all examples of the steps before.", "reward", "0 at step 0"
+    ),
+    "label_gain": Meaning(
+        "Nats that a held-out log-ratio tells about its label, by a logistic that is fitted to "
+        "them; free of β. Under eval/ alone.",
+        _NATS,
+        "0 at step 0, then more; at most the labels' entropy, ln 2 = 0.693 for halves",
+    ),
 }
 """Under ``train/``, ``eval/`` and ``eval/<set>/``."""
 
@@ -174,6 +211,20 @@ WHOLE_NAMES = {
         "Estimate of log Z by the judge's marks of the reference's answers.", _NATS, ""
     ),
     "samples/log_z_ess": Meaning("Share of these answers that count in it.", "share", "above 0.1"),
+    "rounds/round": Meaning("Number of the round that begins, from 1.", "", ""),
+    "rounds/prompts": Meaning("Prompts that the round asked.", "prompts", ""),
+    "rounds/groups": Meaning(
+        "Groups that its answers made; the others were dropped.", "groups", "most of what was asked"
+    ),
+    "rounds/length": Meaning(
+        "Mean length of its answers.", "tokens", "near that of the round before"
+    ),
+    "rounds/mark": Meaning(
+        "Mean mark of its answers: of the policy as the round began.", "marks", "rises"
+    ),
+    "rounds/mark_spread": Meaning(
+        "Standard deviation of those marks.", "marks", "above 0: equal marks teach nothing"
+    ),
     "partition/self_check": Meaning(
         "Estimate of log Z of the policy over the reference, which is 0.",
         _NATS,

@@ -10,8 +10,8 @@ import re
 
 LARGER, SMALLER, NEITHER = 1, -1, 0
 
-# Of responses, under train/, eval/ and eval/<set>/.
-_OF_RESPONSES = {
+# Of responses that are compared, under train/, eval/ and eval/<set>/.
+_OF_PAIRS = {
     "loss": SMALLER,
     "rewards/accuracies": LARGER,
     "rewards/margins": LARGER,
@@ -25,6 +25,22 @@ _OF_RESPONSES = {
     "partition/log_z": NEITHER,
     "partition/p_chosen": LARGER,
 }
+
+# Of responses that count by themselves, in the same places; the last one under eval/ alone.
+_OF_EXAMPLES = {
+    "loss": SMALLER,
+    "rewards/desirable": NEITHER,
+    "rewards/undesirable": NEITHER,
+    "logps/desirable": NEITHER,
+    "logps/undesirable": NEITHER,
+    "logratios/desirable": NEITHER,
+    "logratios/undesirable": NEITHER,
+    "logratios/separation": LARGER,
+    "kto/z0": NEITHER,
+    "bco/delta": NEITHER,
+    "label_gain": LARGER,
+}
+_OF_RESPONSES = _OF_PAIRS | _OF_EXAMPLES
 
 # Of steps, under train/ alone.
 _OF_STEPS = dict.fromkeys(
@@ -63,6 +79,13 @@ _WHOLE_NAMES = {
     "samples/judge_missing": SMALLER,
     "samples/log_z": NEITHER,
     "samples/log_z_ess": NEITHER,
+    # Of what a round drew, by the policy as the round began.
+    "rounds/round": NEITHER,
+    "rounds/prompts": NEITHER,
+    "rounds/groups": NEITHER,
+    "rounds/length": NEITHER,
+    "rounds/mark": LARGER,
+    "rounds/mark_spread": NEITHER,
     "partition/self_check": NEITHER,
     "partition/self_check_ess": NEITHER,
     "partition/self_check_tokens": NEITHER,
@@ -132,7 +155,11 @@ def direction(metric: str) -> int | None:
 
 
 def directed(
-    sets: tuple[str, ...] = (), *, exact: bool = False, judged: bool = False
+    sets: tuple[str, ...] = (),
+    *,
+    exact: bool = False,
+    judged: bool = False,
+    unpaired: bool = False,
 ) -> tuple[str, ...]:
     """Metrics that evaluations measure during a training and of which more or less is better.
 
@@ -140,8 +167,10 @@ def directed(
         sets: Names of the held-out sets.
         exact: True on the embedded task.
         judged: True if answers are drawn on the way, and a judge marks them by themselves.
+        unpaired: True if the loss is one on single responses.
     """
-    of_responses = [name for name, better in _OF_RESPONSES.items() if better]
+    table = _OF_EXAMPLES if unpaired else _OF_PAIRS
+    of_responses = [name for name, better in table.items() if better]
     found = [f"eval/{name}" for name in of_responses]
     found += [f"eval/{own}/{name}" for own in sets for name in of_responses]
     if exact:

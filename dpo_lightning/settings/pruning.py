@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from dpo_lightning.errors import UserError
 from dpo_lightning.settings.conduct import RUNG_WARMUPS, scales_with_beta
 from dpo_lightning.settings.judging import gives_marks, judge_named
+from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.metric_names import direction
 from dpo_lightning.settings.schema import Config, SweepConfig
@@ -15,6 +16,7 @@ from dpo_lightning.settings.schema import Config, SweepConfig
 _OPTIONS = ("prune_at", "prune_keep", "prune_within", "prune_metric", "budget")
 _JUDGES = ("controlled/expected_reward", "samples/judge")
 _FREE_OF_BETA = "eval/fitted_log_loss"
+_OF_LABELS = "eval/label_gain"
 _WITHOUT_JUDGE = ("loss", "beta", "reference")
 
 
@@ -60,7 +62,7 @@ def pruning_problems(config: Config) -> Iterator[str]:
     if metric is not None and scales_with_beta(metric):
         yield (
             f"sweep.prune_metric={metric}: it scales with beta, so it does not compare trials; use "
-            f"sweep.prune_metric={_FREE_OF_BETA}"
+            f"sweep.prune_metric={_of_rows(config)}"
         )
         return
     yield from _unmeasured(config)
@@ -85,15 +87,29 @@ def _unmeasured(config: Config) -> Iterator[str]:
         if judge_named(evaluation) is None:
             yield (
                 f"{key} is a judge's mark, and evaluation.judge names none; use "
-                f"sweep.prune_metric={_FREE_OF_BETA}, or name a judge"
+                f"sweep.prune_metric={_of_rows(config)}, or name a judge"
             )
         elif not gives_marks(evaluation):
             yield (
                 f"{key} is a mark of each answer, and evaluation.judge_form=pairs compares two; "
-                f"use sweep.prune_metric={_FREE_OF_BETA} or evaluation.judge_form=marks"
+                f"use sweep.prune_metric={_of_rows(config)} or evaluation.judge_form=marks"
             )
+    elif metric != _of_rows(config) and (metric == _OF_LABELS or _is_unpaired(config)):
+        yield (
+            f"{key} is not measured with loss={config.loss.name}; use "
+            f"sweep.prune_metric={_of_rows(config)}, or leave it out"
+        )
     elif data.train is not None and not (data.eval or data.eval_split or data.eval_fraction):
         yield f"{key} needs held-out rows: set data.eval=, or a data.eval_fraction= > 0"
+
+
+def _is_unpaired(config: Config) -> bool:
+    return objective_settings(config.loss).is_unpaired
+
+
+def _of_rows(config: Config) -> str:
+    """The metric of held-out rows that is free of beta."""
+    return _OF_LABELS if _is_unpaired(config) else _FREE_OF_BETA
 
 
 def metric_of(config: Config) -> str:
@@ -101,7 +117,7 @@ def metric_of(config: Config) -> str:
     chosen = config.sweep.prune_metric
     if chosen is not None:
         return chosen
-    return "samples/judge" if gives_marks(config.evaluation) else _FREE_OF_BETA
+    return "samples/judge" if gives_marks(config.evaluation) else _of_rows(config)
 
 
 def prune_settings(configs: Sequence[Config]) -> PruneSettings | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning.objectives.objective import known_losses, merged_options
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES, Option
+from dpo_lightning.objectives.registry import Option, losses_with_options
 from dpo_lightning.plugins import OPTIMIZERS, known_optimizers
 from dpo_lightning.settings.conduct import (
     RANKING_METRICS,
@@ -37,6 +37,7 @@ from dpo_lightning.settings.material import (
     PeftConfig,
     ReferenceConfig,
 )
+from dpo_lightning.settings.rounds_section import RoundsConfig
 
 __all__ = [
     "BASE",
@@ -135,6 +136,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
@@ -151,7 +153,8 @@ def loss_schema() -> type[LossConfig]:
 
 @functools.cache
 def _loss_schema(names: tuple[str, ...]) -> type[LossConfig]:
-    losses = {name: PAIRWISE_LOSSES[name] for name in names if name in PAIRWISE_LOSSES}
+    entries = losses_with_options()
+    losses = {name: entries[name] for name in names if name in entries}
     takers = {name: entry.schema for name, entry in losses.items()}
     items = _option_fields("loss", merged_options(losses.values()), takers, LossConfig)
     return make_dataclass("LossConfig", items, bases=(LossConfig,))

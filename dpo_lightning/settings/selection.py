@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dpo_lightning.data.source_names import eval_sets
 from dpo_lightning.settings.judging import gives_marks
+from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.metric_names import JUDGE_METRIC, directed, direction, set_of
 from dpo_lightning.settings.schema import CheckpointConfig, Config, EvaluationConfig
 
@@ -100,7 +101,8 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
     evaluation = config.evaluation
     drawn = bool(evaluation.samples and evaluation.intermediate_samples)
     judged = drawn and gives_marks(evaluation)
-    possible = directed(sets, exact=data.train is None, judged=judged)
+    unpaired = objective_settings(config.loss).is_unpaired
+    possible = directed(sets, exact=data.train is None, judged=judged, unpaired=unpaired)
     key = f"checkpoint.monitor={metric}"
     known = direction(metric)
     own = set_of(metric)
@@ -135,6 +137,12 @@ def _monitor(config: Config, metric: str) -> Iterator[str]:
             f"{key} needs a judge that marks answers, and answers to mark: set evaluation.judge= "
             "(an endpoint with evaluation.judge_form=marks), evaluation.samples= and "
             "evaluation.intermediate_samples="
+        )
+    elif metric not in possible and metric in directed(sets, unpaired=not unpaired):
+        kind = "single responses" if unpaired else "pairs"
+        yield (
+            f"{key} is not measured with loss={config.loss.name}, a loss on {kind}; use "
+            f"checkpoint.monitor={possible[0]}, one of {names}"
         )
     elif metric not in possible:
         yield (

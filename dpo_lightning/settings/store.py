@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.objectives.objective import known_losses
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES
+from dpo_lightning.objectives.registry import losses_with_options
 from dpo_lightning.plugins import OPTIMIZERS
 from dpo_lightning.settings.names import model_label, run_name, trial_name
 from dpo_lightning.settings.page import settings_help
@@ -45,11 +45,11 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; called again after plugins were loaded."""
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=schema(), provider="dpo_lightning")
-    defaults = loss_schema()()
+    defaults, entries = loss_schema()(), losses_with_options()
     for name in known_losses():
         if not (CONF / "loss" / f"{name}.yaml").exists():
             # loss=<name> is a choice without a file, also for a plugin's.
-            own = PAIRWISE_LOSSES[name].options if name in PAIRWISE_LOSSES else {}
+            own = entries[name].options if name in entries else {}
             differing = {key: own[key] for key in own if own[key] != getattr(defaults, key)}
             store.store(group="loss", name=name, node={"name": name, **differing})
     merged = optimizer_schema()()

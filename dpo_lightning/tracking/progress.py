@@ -29,31 +29,41 @@ _SAY_SECONDS = 30.0
 
 
 class Throughput(Callback):
-    """Counts pairs and real tokens over the wall time of the training loop.
+    """Counts pairs, or examples, and real tokens over the wall time of the training loop.
 
-    Data and logging are included; evaluation inside the loop is not.
+    Data and logging are included; evaluation inside the loop is not, nor is the drawing of rounds.
 
     Attributes:
         pairs: Strictly ranked pairs trained on, over all ranks.
+        examples: Responses trained on, over all ranks.
+        by_example: True if the loss is one on single responses, so that those are the speed.
         tokens: Tokens computed by the policy, over all ranks.
         seconds: Wall time of the loop so far.
+        drawing_seconds: Wall time in which rounds were drawn, marked and filled so far.
+        drawn_tokens: Tokens of their answers, over all ranks,
+        sampling_seconds: and the part of that time in which they were drawn.
     """
 
     def __init__(self) -> None:
         self.pairs = 0
+        self.examples = 0
+        self.by_example = False
         self.tokens = 0
         self._begin: float | None = None
         self._end: float | None = None
         self._evaluating = 0.0
         self._evaluation_begin = 0.0
+        self.drawing_seconds = 0.0
+        self.drawn_tokens = 0
+        self.sampling_seconds = 0.0
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training loop so far, without evaluation."""
+        """Wall time of the training loop so far, without evaluation and the drawing of rounds."""
         if self._begin is None:
             return 0.0
         end = time.perf_counter() if self._end is None else self._end
-        return end - self._begin - self._evaluating
+        return end - self._begin - self._evaluating - self.drawing_seconds
 
     @property
     def evaluating_seconds(self) -> float:
@@ -66,12 +76,30 @@ class Throughput(Callback):
         return self.pairs / self.seconds if self.seconds else 0.0
 
     @property
+    def examples_per_second(self) -> float:
+        """Responses trained on per second of the loop."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    @property
+    def speed(self) -> str:
+        """The speed in words: examples where the loss is one on single responses, else pairs."""
+        if self.by_example:
+            return f"{self.examples_per_second:.1f} examples/s"
+        return f"{self.pairs_per_second:.1f} pairs/s"
+
+    @property
     def tokens_per_second(self) -> float:
         """Real tokens per second of the loop."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def drawn_tokens_per_second(self) -> float:
+        """Tokens of rounds' answers per second of their drawing."""
+        return self.drawn_tokens / self.sampling_seconds if self.sampling_seconds else 0.0
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock of the loop."""
+        self.by_example = bool(getattr(getattr(pl_module, "objective", None), "is_unpaired", False))
         self._begin = time.perf_counter()
 
     def on_train_batch_end(
@@ -84,6 +112,7 @@ class Throughput(Callback):
     ) -> None:
         """Counts a step."""
         self.pairs += batch.pairs
+        self.examples += batch.examples
         self.tokens += batch.tokens
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,8 +175,9 @@ class _Numbers(ProgressColumn):
         self.text = ""
 
     def render(self, task: Task) -> Text:
-        """The numbers, of the training alone."""
-        return Text(self.text if task.description == _TRAINING else "", style="italic")
+        """The numbers of the training; of a phase beside it what is said of that."""
+        text = self.text if task.description == _TRAINING else task.fields.get("note", "")
+        return Text(text, style="italic")
 
 
 class Progress(RichProgressBar):
@@ -187,11 +217,11 @@ class Progress(RichProgressBar):
         """
         bar = self.progress
         if bar is None:
-            yield lambda now: None
+            yield lambda now, note="": None
             return
         task = bar.add_task(name, total=total, completed=done)
         try:
-            yield lambda now: bar.update(task, completed=now, refresh=True)
+            yield lambda now, note="": bar.update(task, completed=now, note=note, refresh=True)
         finally:
             # Lightning finds its own tasks by their places, so that none is taken out.
             bar.update(task, visible=False, refresh=True)
@@ -199,10 +229,14 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Nothing for a column of Lightning's; loss, accuracy and speed stand in our own."""
         metrics = super().get_metrics(trainer, pl_module)
-        names = {"loss": "loss", "accuracy": "accuracy" if self._is_wide else "acc"}
+        names = {
+            "loss": "loss",
+            "accuracy": "accuracy" if self._is_wide else "acc",
+            "separation": "separation" if self._is_wide else "sep",
+        }
         parts = [f"{names[key]} {metrics[key]:.3f}" for key in names if key in metrics]
         if self._is_wide:
-            parts.append(f"{self._throughput.pairs_per_second:.1f} pairs/s")
+            parts.append(self._throughput.speed)
         self._numbers.text = " ".join(parts)
         return {}
 
@@ -234,13 +268,15 @@ class LogProgress(Callback):
         done = step - self._first
         left = self._throughput.seconds / done * (self._total - step)
         metrics = trainer.callback_metrics
+        told = "separation" if self._throughput.by_example else "accuracy"
         log.info(
-            "step %d/%d  loss %.4f  accuracy %.3f  %.1f pairs/s  %ds left",
+            "step %d/%d  loss %.4f  %s %.3f  %s  %ds left",
             step,
             self._total,
             metrics.get("loss", float("nan")),
-            metrics.get("accuracy", float("nan")),
-            self._throughput.pairs_per_second,
+            told,
+            metrics.get(told, float("nan")),
+            self._throughput.speed,
             left,
         )
 

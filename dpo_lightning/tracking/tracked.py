@@ -29,7 +29,7 @@ class TrackedRun:
 
 COLUMNS = (
     *("eval/rewards/accuracies", "eval/logratios/margins", "controlled/expected_reward"),
-    *("controlled/kl_policy_reference", "samples/kl"),
+    *("eval/label_gain", "controlled/kl_policy_reference", "samples/kl"),
 )
 """Metrics that runs are compared by; each is free of beta."""
 

@@ -25,14 +25,13 @@ from dpo_lightning.models.sharding import (
     set_gradient_sync,
 )
 from dpo_lightning.objectives.betas import BetaPlan, adapted_beta
-from dpo_lightning.objectives.comparison import (
-    Comparison,
-    Logps,
-    compare_responses,
-)
+from dpo_lightning.objectives.by_example import anchor_sums, judge_examples
+from dpo_lightning.objectives.comparison import Comparison, Logps, compare_responses
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import Reference
+from dpo_lightning.reference.moving import MovingReference
 from dpo_lightning.reference.same_model import check_same_model
+from dpo_lightning.training.anchors import follow_mean, mismatched_logratios, mismatched_mean
 from dpo_lightning.training.batch_logps import batch_logps
 from dpo_lightning.training.divergence import Scored, report, rows_of_step, what_happened
 from dpo_lightning.training.evaluating import EvaluatingModule
@@ -42,6 +41,9 @@ from dpo_lightning.training.outcome import Outcome, agree, of_all_ranks
 from dpo_lightning.training.step_settings import StepSettings
 
 log = logging.getLogger(__name__)
+
+# What a checkpoint holds of a reference that moves.
+_MOVED = "reference"
 
 
 class DPOModule(EvaluatingModule):
@@ -85,11 +87,10 @@ class DPOModule(EvaluatingModule):
         compute_dtype: torch.dtype | None = None,
         pending_signal: Callable[[], int] = lambda: 0,
     ) -> None:
-        super().__init__(policy, beta_plan, smaller=steps.smaller)
+        super().__init__(policy, objective, beta_plan, smaller=steps.smaller)
         self.automatic_optimization = False
         self.reference = reference
         self.scorer = scorer
-        self.objective = objective
         self.starts_from_reference = starts_from_reference
         self.stop_signal = 0
         self._optimizer = optimizer
@@ -134,6 +135,18 @@ class DPOModule(EvaluatingModule):
         """Evaluation may run without a fit."""
         self.reference.to(self.device)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the reference where it has moved away from its start."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.reference, MovingReference):
+            checkpoint[_MOVED] = self.reference.state(keep=self.trainer.is_global_zero)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the reference as it had moved."""
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(checkpoint.get(_MOVED))
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over the groups of a step.
 
@@ -160,10 +173,13 @@ class DPOModule(EvaluatingModule):
                 optimizer.step()
             if self._masters is not None:
                 self._masters.publish()
+            self._follow(sums)
         else:
-            self._skip_or_stop(scored, sums[0], grad_norm, total_weight=batch.total_weight)
+            self._skip_or_stop(scored, sums[0], grad_norm, total_weight=self._weight_of(batch))
             self._take_back(average)
         optimizer.zero_grad()
+        if isinstance(self.reference, MovingReference):
+            self.reference.follow(self._trained, step=self.global_step)
         scheduler: Any = self.lr_schedulers()
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
@@ -178,7 +194,7 @@ class DPOModule(EvaluatingModule):
             policy=self.policy,
             reference=self.reference,
             scorer=self.scorer,
-            reduce=lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
+            reduce=self._summed,
         )
 
     @property
@@ -217,8 +233,9 @@ class DPOModule(EvaluatingModule):
     def _backward(self, batch: StepBatch) -> tuple[Tensor, list[Scored]]:
         """Backward passes of a step; its sums, and what was scored for them."""
         # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
-        scale = self.trainer.world_size / batch.total_weight
+        scale = self.trainer.world_size / self._weight_of(batch)
         sums = self._no_sums()
+        anchor = self._anchor(batch)
         scored: list[Scored] = []
         for number, micro_batch in enumerate(batch.micro_batches):
             counts = number < len(batch.counted)
@@ -226,7 +243,7 @@ class DPOModule(EvaluatingModule):
                 explained(self._now, micro_batch, self._steps.smaller),
                 self._gradient_sync(last=number + 1 == len(batch.micro_batches)),
             ):
-                comparison = self._compare(micro_batch, training=True, counts=counts)
+                comparison = self._compare(micro_batch, training=True, counts=counts, anchor=anchor)
                 self.manual_backward(comparison.loss * (scale if counts else 0.0))
             if counts:
                 sums = sums + comparison.sums
@@ -237,6 +254,9 @@ class DPOModule(EvaluatingModule):
                     float(self.beta_plan.at(self.global_step)), torch.zeros(0, device=self.device)
                 )
             self.manual_backward(self._zero_loss())
+        if anchor is not None and self.trainer.is_global_zero:
+            beta = self.beta_plan.at(self.global_step)
+            sums = sums + anchor_sums(self.objective, anchor, beta=beta, like=sums)
         return sums, scored
 
     def _log_step(self, learning_rate: float, grad_norm: Tensor | None) -> None:
@@ -260,11 +280,15 @@ class DPOModule(EvaluatingModule):
         self._log_metrics("train", metrics)
         self._train_sums = None
 
-    def _compare(self, batch: GroupBatch, *, training: bool, counts: bool = True) -> Comparison:
-        asked = self.reference.rows, self.reference.computed
-        logps = self._logps(batch)
-        if not counts:
-            self.reference.rows, self.reference.computed = asked
+    def _compare(
+        self,
+        batch: GroupBatch,
+        *,
+        training: bool,
+        counts: bool = True,
+        anchor: Tensor | None = None,
+    ) -> Comparison:
+        logps = self._counted_logps(batch, counts=counts)
         # By now a step that was taken counts: what is evaluated had the last step's beta.
         beta: float | Tensor = self.beta_plan.at(self.global_step - (not training))
         if training and self.beta_plan.adaptive:
@@ -273,14 +297,26 @@ class DPOModule(EvaluatingModule):
             beta = self._adapted(float(beta), margins if counts else margins[:0])
         if training:
             self._beta = beta
+        if anchor is not None:
+            return judge_examples(self.objective, batch, logps, beta=beta, anchor=anchor)
         return compare_responses(self.objective, batch, logps, beta=beta)
+
+    def _counted_logps(self, batch: GroupBatch, *, counts: bool) -> Logps:
+        asked = self.reference.rows, self.reference.computed
+        logps = self._logps(batch)
+        if not counts:
+            self.reference.rows, self.reference.computed = asked
+        return logps
+
+    def _mismatched(self, batch: GroupBatch) -> Tensor:
+        with explained(self._now, batch, self._steps.smaller):
+            return mismatched_logratios(
+                batch, policy=self.policy, reference=self.reference, scorer=self.scorer
+            )
 
     def logratios(self, batch: GroupBatch) -> Tensor:
         """Log-ratio of each response, shape (N,); nothing is counted as asked for."""
-        asked = self.reference.rows, self.reference.computed
-        ratios = self._logps(batch).ratios()
-        self.reference.rows, self.reference.computed = asked
-        return ratios
+        return self._counted_logps(batch, counts=False).ratios()
 
     def _logps(self, batch: GroupBatch) -> Logps:
         return batch_logps(
@@ -300,6 +336,28 @@ class DPOModule(EvaluatingModule):
         adapted = adapted_beta(beta, margin, self.margin_average, strength=self.beta_plan.adaptive)
         self.margin_average.lerp_(margin, 1 - self.beta_plan.momentum)
         return adapted
+
+    def _weight_of(self, batch: StepBatch) -> float:
+        """Weights that a step's loss is a mean by: of its groups, or of its examples."""
+        return batch.example_weight if self.objective.is_unpaired else batch.total_weight
+
+    def _anchor(self, batch: StepBatch) -> Tensor | None:
+        """Log-ratio that the step's examples are compared with; None where groups compare."""
+        if not self.objective.is_unpaired:
+            return None
+        if self.objective.anchor == "mismatched":
+            return mismatched_mean(batch, self._mismatched, reduce=self._summed, device=self.device)
+        running = self.objective.anchor == "running"
+        return self.logratio_average.clone() if running else torch.zeros((), device=self.device)
+
+    def _follow(self, sums: Tensor) -> None:
+        """Takes a step that was taken into the running mean, where the loss has one."""
+        if self.objective.anchor == "running":
+            follow_mean(self.logratio_average, self.logratio_count, sums, reduce=self._summed)
+
+    def _summed(self, values: Tensor) -> Any:
+        """The values added up over all ranks."""
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Only a step's last backward pass synchronises gradients over ranks."""

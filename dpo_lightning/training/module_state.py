@@ -12,13 +12,16 @@ from torch import Tensor
 from dpo_lightning.errors import DivergedError, UserError
 from dpo_lightning.models.master_weights import MasterWeights
 from dpo_lightning.objectives.betas import BetaPlan
-from dpo_lightning.objectives.comparison import SUMS, metrics_from_sums
+from dpo_lightning.objectives.by_example import metrics_of_sums, sum_names
+from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.training.loss_scale import Float16Precision
 
 log = logging.getLogger(__name__)
 
 # What a checkpoint holds of the module beside its weights.
 _STATE = "progress"
+# Buffers that the settings decide about; a changed setting may need others than a checkpoint has.
+_BUFFERS = ("margin_average", "logratio_average", "logratio_count")
 
 
 class CheckpointedModule(pl.LightningModule):
@@ -26,26 +29,35 @@ class CheckpointedModule(pl.LightningModule):
 
     Args:
         policy: A transformers causal language model.
+        objective: What is minimised.
         beta_plan: Strength of the pull towards the reference, step by step.
 
     Attributes:
         skipped_steps: Steps that were passed over.
         last_evaluation: The step at which the evaluation groups were last seen.
         eval_accuracies: Share of each evaluation group's pairs ranked right, shape (groups,), when
-            all of them were last seen; None where the last evaluation saw a sample.
+            all of them were last seen; None where the last evaluation saw a sample. Zeros where
+            single responses are examples.
         sample_metrics: Metrics of the sample that every evaluation sees, from the last one.
         exported_metrics: Those of weights that are exported in place of the last ones; None until
             there are such, and evaluations are logged.
     """
 
-    def __init__(self, policy: Any, beta_plan: BetaPlan) -> None:
+    def __init__(self, policy: Any, objective: ObjectiveSettings, beta_plan: BetaPlan) -> None:
         super().__init__()
         self.policy = policy
+        self.objective = objective
         self.beta_plan = beta_plan
         if beta_plan.adaptive:
             # The moving average of mean margins; of a checkpoint too.
             self.margin_average: Tensor
             self.register_buffer("margin_average", torch.zeros(()))
+        if objective.anchor == "running":
+            # The mean log-ratio of all examples so far, and their number; of a checkpoint too.
+            self.logratio_average: Tensor
+            self.logratio_count: Tensor
+            self.register_buffer("logratio_average", torch.zeros(()))
+            self.register_buffer("logratio_count", torch.zeros((), dtype=torch.int64))
         self.skipped_steps = 0
         self.last_evaluation = -1
         self.eval_accuracies: Tensor | None = None
@@ -80,7 +92,7 @@ class CheckpointedModule(pl.LightningModule):
         sums = self._train_sums
         if sums is not None:
             everyone: Any = self.trainer.strategy.all_gather(sums)
-            sums = everyone.reshape(-1, len(SUMS)).cpu()
+            sums = everyone.reshape(-1, len(sum_names(self.objective))).cpu()
         evaluated = self.last_evaluation == self.global_step
         checkpoint[_STATE] = {
             "train_sums": sums,
@@ -99,10 +111,12 @@ class CheckpointedModule(pl.LightningModule):
         if scaled in checkpoint and type(self.trainer.precision_plugin).__qualname__ != scaled:
             log.info("resume: the checkpoint's loss scale is left out: this run needs none")
         weights = checkpoint["state_dict"]
-        if self.beta_plan.adaptive:
-            weights.setdefault("margin_average", self.margin_average)
-        else:
-            weights.pop("margin_average", None)
+        for name in _BUFFERS:
+            buffer = getattr(self, name, None)
+            if buffer is None:
+                weights.pop(name, None)
+            else:
+                weights.setdefault(name, buffer)
         own = {n: v for n, v in self.state_dict().items() if n not in self._frozen}
         for name in own.keys() & weights.keys():
             if weights[name].shape != own[name].shape:
@@ -121,6 +135,8 @@ class CheckpointedModule(pl.LightningModule):
         self.last_evaluation = state["last_evaluation"]
         self.eval_accuracies = state["eval_accuracies"]
         sums = state["train_sums"]
+        if sums is not None and sums.shape[1] != len(sum_names(self.objective)):
+            sums = None  # of another loss, whose metrics are others
         if sums is not None and len(sums) == self.trainer.world_size:
             self._train_sums = sums[self.trainer.global_rank]
         elif sums is not None:
@@ -188,11 +204,11 @@ class CheckpointedModule(pl.LightningModule):
 
     def _no_sums(self) -> Tensor:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.zeros(len(SUMS), dtype=dtype, device=self.device)
+        return torch.zeros(len(sum_names(self.objective)), dtype=dtype, device=self.device)
 
     def _reduced_metrics(self, sums: Tensor) -> dict[str, float]:
         reduced: Any = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-        return metrics_from_sums(reduced.tolist(), beta=self.beta_plan.start)
+        return metrics_of_sums(self.objective, reduced.tolist(), beta=self.beta_plan.start)
 
     def _log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
         """Sends a row to the loggers, and the values to callbacks that watch them.
@@ -205,7 +221,9 @@ class CheckpointedModule(pl.LightningModule):
             return
         self.log_dict(values, logger=False, batch_size=1)
         if prefix == "train" and "loss" in metrics:
-            shown = {"loss": metrics["loss"], "accuracy": metrics["rewards/accuracies"]}
+            named = {"accuracy": "rewards/accuracies", "separation": "logratios/separation"}
+            shown = {short: metrics[own] for short, own in named.items() if own in metrics}
+            shown = {"loss": metrics["loss"]} | shown
             self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         epoch = round(self.global_step / datamodule.steps_per_epoch, 6)

@@ -30,6 +30,8 @@ FIRST = {
     "bco_pair": 2 * math.log(2),
     "nca_pair": 2 * math.log(2),
     "kto_pair": 0.5,
+    **dict.fromkeys(("kto", "apo_zero_unpaired"), 0.5),
+    "bco": math.log(2),
     "discopop": 0.5 * math.log(2) + 0.5,
     # KL of (1/2, 1/2) from (0.999, 0.001)
     "exo_pair": 0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001),

@@ -82,7 +82,19 @@ many = st.integers(2, 4).flatmap(
         },
     )
 )
-rows = pairs | many | odd_rows
+labels = st.sampled_from([True, False, None, 1, 0, -1, 2.5, "up", "down", "maybe", "", {}])
+alone = st.fixed_dictionaries(
+    {"prompt": texts, "response": texts},
+    optional={"label": labels, "weight": numbers, "target_margin": numbers},
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": strings},
+    optional={"rating": labels, "feedback": labels},
+)
+logs = st.fixed_dictionaries(
+    {"messages": st.lists(turns | messages, max_size=5)}, optional={"label": labels}
+)
+rows = pairs | many | odd_rows | alone | logs
 
 
 def _as_line(row: Any) -> bytes:
@@ -183,7 +195,8 @@ def _check_group(group: PreferenceGroup) -> None:
     assert len({type(text) for text in texts}) == 1
     for text in texts:
         assert isinstance(text, str) or (text and all(isinstance(m, Message) for m in text))
-    assert len(group.responses) == len(group.ranks) >= 2
+    assert len(group.responses) == len(group.ranks)
+    assert (len(group.responses) == 1) == (group.label is not None)
     assert group.ranks[0] == 1
     assert {b - a for a, b in itertools.pairwise(group.ranks)} <= {0, 1}
     assert 0 < group.weight < float("inf")
@@ -229,7 +242,8 @@ def _check_tokens(data: PreparedData, total: int, vocabulary: int) -> None:
     groups = (*data.train, *data.eval)
     assert len(groups) + sum(data.dropped.values()) == total
     for group in groups:
-        assert 2 <= len(group.responses) == len(group.ranks)
+        assert len(group.responses) == len(group.ranks)
+        assert (len(group.responses) == 1) == (group.label is not None)
         assert len(group.prompt) + max(map(len, group.responses)) <= 64
         assert 0 < group.weight < float("inf")
         assert abs(group.target_margin) < float("inf")

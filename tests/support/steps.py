@@ -13,7 +13,7 @@ import torch
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.data.packing import epoch_order
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Mismatched, TokenGroup
 from dpo_lightning.models.scoring import Scorer
 from dpo_lightning.objectives.betas import BetaPlan
 from dpo_lightning.objectives.objective import ObjectiveSettings
@@ -26,6 +26,7 @@ from dpo_lightning.training.step_settings import StepSettings
 from tests.support.models import make_model
 
 SEED = 1
+PLAIN = ObjectiveSettings(terms={"sigmoid": 1.0})
 
 
 def ids(*values: int) -> np.ndarray:
@@ -58,6 +59,21 @@ def pair(number: int, **changes: Any) -> TokenGroup:
         ids(*draw.integers(3, 97, 3).tolist()), responses, (1, 2), 1.0, f"rows:{number}", "key"
     )
     return replace(group, **changes)
+
+
+def single(number: int, *, desirable: bool, **changes: Any) -> TokenGroup:
+    """One response with a label, of other ids and another length for each number."""
+    group = pair(number)
+    response = group.responses[number % 2]
+    return replace(group, responses=(response,), ranks=(1,), label=desirable, **changes)
+
+
+def with_mismatched(model: Any, group: TokenGroup, response: np.ndarray, ratio: float) -> Any:
+    """The group with a mismatched response of which the model's log-ratio is the given one."""
+    alone = replace(group, responses=(response,), ranks=(1,))
+    with torch.no_grad():
+        [own] = [logp.item() for logp in plain_logps(model, alone)]
+    return replace(group, mismatched=Mismatched(response, own - ratio))
 
 
 def in_turn(*groups: TokenGroup) -> list[TokenGroup]:
@@ -114,6 +130,7 @@ def take_steps(
     equal_counts: bool = False,
     strategy: Any = None,
     beta: float = 0.1,
+    objective: ObjectiveSettings = PLAIN,
     plan: dict[str, Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
     scaled: Float16Precision | None = None,
@@ -137,6 +154,7 @@ def take_steps(
         equal_counts: True if all ranks take as many micro-batches.
         strategy: Lightning's; None: DDP on several ranks.
         beta: Of the first step.
+        objective: What is minimised.
         plan: Further arguments of the plan of betas.
         callbacks: Lightning's.
         scaled: Plugin of a run in float16; None computes in float32.
@@ -163,7 +181,7 @@ def take_steps(
         policy=model,
         reference=reference or CachedReference(rows=len(groups), computed=0),
         scorer=scorer,
-        objective=ObjectiveSettings(terms={"sigmoid": 1.0}),
+        objective=objective,
         beta_plan=BetaPlan(start=beta, total_steps=steps, **(plan or {})),
         optimizer=OptimizerSettings(**own(OptimizerSettings)),
         steps=StepSettings(total_steps=steps, **own(StepSettings)),

@@ -30,8 +30,10 @@ PUBLIC = {
     ],
     "objectives": [
         *("LISTWISE_LOSSES", "PAIRWISE_LOSSES", "PairLogps", "PairwiseLoss", "StreamedPartition"),
+        "UNPAIRED_LOSSES",
         *("estimate_log_partition", "exact_log_partition", "fit_tabular_policy", "group_shares"),
         *("listwise_loss", "log_partition", "optimal_logps", "pairwise_loss", "register_loss"),
+        "unpaired_loss",
     ],
     "plugins": [
         *("SampleRequest", "load_plugins", "make_callbacks", "register_callback"),

@@ -26,7 +26,8 @@ PAIRWISE = {
     for name, entry in registry.PAIRWISE_LOSSES.items()
     if entry.fn.__module__ == "dpo_lightning.objectives.losses"
 }
-LOSSES = (*PAIRWISE, *registry.LISTWISE_LOSSES)
+LOSSES = (*PAIRWISE, *registry.LISTWISE_LOSSES, *registry.UNPAIRED_LOSSES)
+WITH_OPTIONS = {**PAIRWISE, **registry.UNPAIRED_ENTRIES}
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf/loss").glob("*")}
 
 
@@ -65,7 +66,7 @@ def test_every_loss_has_one_row_and_every_row_is_a_loss():
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_row_has_the_paper(name: str):
     [row] = rows_of(name)
-    paper = (PAIRWISE.get(name) or LISTWISE_LOSSES[name]).paper
+    paper = (WITH_OPTIONS.get(name) or LISTWISE_LOSSES[name]).paper
     link = re.match(r"https://[^\s,]+", paper)
     assert row[0].startswith(f"[`{name}`]({link.group()})" if link else f"`{name}` (")
 
@@ -73,7 +74,7 @@ def test_a_row_has_the_paper(name: str):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_row_has_the_options_with_their_defaults_and_bounds(name: str):
     [row] = rows_of(name)
-    schema = PAIRWISE[name].schema if name in PAIRWISE else {}
+    schema = WITH_OPTIONS[name].schema if name in WITH_OPTIONS else {}
     assert set(re.findall(r"`(\w+)=", row[2])) == set(schema)
     # What loss=<name> gives: the file of the loss wins.
     for option, entry in schema.items():

@@ -204,6 +204,7 @@ PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
     *("docs/running.md", "docs/embedded_task.md", "docs/tutorial.md"),
+    *("docs/gpus.md", "docs/slurm_and_ray.md"),
     *(f"docs/coming_from/{name}.md" for name in ("trl", "original")),
     *(f"docs/coming_from/{name}.md" for name in ("llama_factory", "alignment_handbook")),
     *("docs/selection.md", "docs/answers.md", "docs/python.md", "docs/troubleshooting.md"),
@@ -269,7 +270,7 @@ def test_the_readme_names_commands():
     assert len(readme_commands()) >= 8
     assert len(readme_commands("docs/scaling.md")) >= 8
     assert len(readme_commands("docs/memory.md")) == 4
-    assert len(readme_commands("docs/data.md")) == 11
+    assert len(readme_commands("docs/data.md")) == 14
     assert len(readme_commands("docs/frontier.md")) == 4
     assert len(readme_commands("docs/judges.md")) == 6
     assert len(readme_commands("docs/answers.md")) >= 8

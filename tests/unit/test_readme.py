@@ -50,7 +50,7 @@ TERMS = {
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_is_defined_or_linked_where_it_is_used_first(term: str):
-    """In what is read: neither commands nor the words that stand for a picture."""
+    """Text alone counts: neither commands nor the words that stand for a picture."""
     text = re.sub(r"^```.*?^```|`[^`]*`|!\[[^]]*\]\([^)]*\)", "", README, flags=re.S | re.M)
     text = " ".join(text.split())
     first = re.search(rf"(?<!\w){term}", text)

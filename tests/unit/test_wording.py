@@ -86,6 +86,14 @@ OF_THEIR_KIND = [
         "is of an endpoint",
         "is of mlflow",
         "says what it is of",
+        "is at work there",
+        "judged no more",
+        "were nonsense",
+        "question of ours",
+        "lets them go on",
+        "knows nothing of",
+        "are common to both",
+        "not here;",
     ),
 ]
 

@@ -237,7 +237,7 @@ def _take_out(entry: dict[str, Any]) -> None:
 def _is_of_beta(metric: str) -> bool:
     of_rewards = metric.startswith(("eval/rewards/", "eval/partition/", "samples/log_z"))
     free = metric == "eval/rewards/accuracies"
-    return metric == "eval/loss" or (of_rewards and not free)
+    return metric in ("eval/loss", "eval/bco/delta") or (of_rewards and not free)
 
 
 def _notes(opened: Opened, config: Config, settings: Sequence[str]) -> list[str]:
@@ -279,9 +279,11 @@ def _show(found: Mapping[str, Any]) -> None:
     for name, value in found["metrics"].items():
         table.add_row(name, _number(value), _range(found["intervals"].get(name)))
     console.print(table)
-    shown = ("eval/rewards/accuracies", "eval/logratios/margins")
+    shown, heads = ("eval/rewards/accuracies", "eval/logratios/margins"), ("accuracy", "margin")
+    if "eval/label_gain" in found["metrics"]:
+        shown, heads = ("eval/label_gain", "eval/logratios/separation"), ("gain", "separation")
     table = Table(title="slices", title_justify="left")
-    for name in ("by", "value", "rows", "accuracy", "95% interval", "margin", "95% interval"):
+    for name in ("by", "value", "rows", heads[0], "95% interval", heads[1], "95% interval"):
         justify = "left" if name in ("by", "value") else "right"
         table.add_column(name, justify=justify, overflow="fold")
     for own in found["slices"]:

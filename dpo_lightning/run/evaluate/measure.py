@@ -20,6 +20,7 @@ from dpo_lightning.data.evaluations import HeldOut
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.items import GroupItems, measure_groups
+from dpo_lightning.files import RESULT_FILE, read_json
 from dpo_lightning.memory.estimate import memory_settings, step_memory_of
 from dpo_lightning.memory.hardware import Hardware, decide_hardware
 from dpo_lightning.memory.peaks import bound_product_caches
@@ -33,6 +34,7 @@ from dpo_lightning.run.conclude import draw_answers, exact_metrics, kl_facts
 from dpo_lightning.run.inputs import prefer_cache_without_network, read_sources
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.opened import Opened, last_step
+from dpo_lightning.run.page.values import as_mapping
 from dpo_lightning.run.placement import Placed, choose_answering, place, with_reference
 from dpo_lightning.run.plan import RunPlan, choose_folders, make_plan, trainer_plan
 from dpo_lightning.run.prepare import (
@@ -107,17 +109,23 @@ def evaluate(
             f"run={opened.name}: it held out no rows; name some with data.eval=<file or hub id>"
         )
     plan = _plan(config, hardware, prepared)
-    return _measure(plan, prepared, _beta_of(opened, plan.learning.beta), show)
+    beta = _beta_of(opened, plan.learning.beta)
+    return _measure(plan, prepared, (beta, _running_of(opened, beta)), show)
 
 
 def _on_one_device(config: Config) -> Config:
-    """The settings for one process, whatever the run was trained on."""
+    """The settings for one process that draws no rounds, whatever the run was trained on."""
     devices = config.trainer.devices
     one = devices[:1] if isinstance(devices, list) else 1
     trainer = replace(
         config.trainer, devices=one, num_nodes=1, profiler=None, enable_progress_bar=False
     )
-    return replace(config, trainer=trainer, strategy=replace(config.strategy, name="auto"))
+    return replace(
+        config,
+        trainer=trainer,
+        strategy=replace(config.strategy, name="auto"),
+        rounds=replace(config.rounds, count=0),
+    )
 
 
 def _beta_of(opened: Opened, beta: BetaPlan) -> float:
@@ -127,6 +135,15 @@ def _beta_of(opened: Opened, beta: BetaPlan) -> float:
         return beta.start
     taken, planned = steps
     return replace(beta, total_steps=planned).at(taken - 1)
+
+
+def _running_of(opened: Opened, beta: float) -> float | None:
+    """Mean log-ratio that a run's last evaluation compared with; None where none says it."""
+    if opened.run is None:
+        return None
+    metrics = read_json(opened.run / RESULT_FILE).get("metrics")
+    delta = as_mapping(metrics).get("eval/bco/delta")
+    return delta / beta if isinstance(delta, int | float) else None
 
 
 # Models and data --------------------------------------------------------------------------------
@@ -201,7 +218,11 @@ def _plan(config: Config, hardware: Hardware, prepared: Prepared) -> RunPlan:
 # Measuring --------------------------------------------------------------------------------------
 
 
-def _measure(plan: RunPlan, prepared: Prepared, beta: float, show: ShowPhase) -> Evaluation:
+_At = tuple[float, float | None]
+"""Beta of the loss, and the mean log-ratio of the training, where that is known."""
+
+
+def _measure(plan: RunPlan, prepared: Prepared, at: _At, show: ShowPhase) -> Evaluation:
     metrics: dict[str, float] = {}
     if prepared.task is not None:
         # Of the weights as they are exported; what follows is of those that are computed with.
@@ -217,7 +238,7 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float, show: ShowPhase) ->
         cast_parameters(policy, placed.computation.master_dtype)
     policy = policy if prepared.source.quantization is not None else policy.to(placed.device)
     policy.eval()
-    measured, items = _groups(plan, prepared, placed, beta, show)
+    measured, items = _groups(plan, prepared, placed, at, show)
     asked, answering = choose_answering(plan, prepared, placed.computation)
     answering = replace(answering, show=show)
     sampled = draw_answers(plan, prepared, asked, answering, placed.device)
@@ -237,7 +258,7 @@ def _measure(plan: RunPlan, prepared: Prepared, beta: float, show: ShowPhase) ->
 
 
 def _groups(
-    plan: RunPlan, prepared: Prepared, placed: Placed, beta: float, show: ShowPhase
+    plan: RunPlan, prepared: Prepared, placed: Placed, at: _At, show: ShowPhase
 ) -> tuple[dict[str, float], GroupItems]:
     """Metrics of the held-out sets, and the groups of the first one by one."""
     sets = prepared.data.evaluated_sets()
@@ -245,7 +266,7 @@ def _groups(
     metrics: dict[str, float] = {}
     first: GroupItems | None = None
     for number, groups in enumerate(sets.values()):
-        measured, items = _set(plan, prepared, placed, beta, groups, show)
+        measured, items = _set(plan, prepared, placed, at, groups, show)
         first = first or items
         for beginning in held_out.metrics_of(number):
             metrics |= {f"{beginning}{name}": value for name, value in measured.items()}
@@ -257,7 +278,7 @@ def _set(
     plan: RunPlan,
     prepared: Prepared,
     placed: Placed,
-    beta: float,
+    at: _At,
     groups: Sequence[TokenGroup],
     show: ShowPhase,
 ) -> tuple[dict[str, float], GroupItems]:
@@ -289,7 +310,8 @@ def _set(
                 objective=objective,
             ),
             device=placed.device,
-            betas=(beta, plan.beta),
+            betas=(at[0], plan.beta),
+            running=at[1],
         )
 
 

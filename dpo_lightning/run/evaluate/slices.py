@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_lightning.data.thumbs import row_of
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation.items import GroupItems, numbered
 from dpo_lightning.evaluation.uncertainty import Interval, bootstrap, by_prompt, wilson
-from dpo_lightning.objectives.comparison import metrics_from_sums
 
 ACCURACY = "rewards/accuracies"
 MOST_SLICES = 20
@@ -67,7 +67,7 @@ def slices_by_column(
     Raises:
         UserError: If its values are lists or objects, which are no values to slice by.
     """
-    found = [values.get(group.source) for group in groups]
+    found = [values.get(row_of(group.source)) for group in groups]
     for group, value in zip(groups, found, strict=True):
         if isinstance(value, list | dict):
             kind = "a list" if isinstance(value, list) else "an object"
@@ -175,8 +175,11 @@ def group_intervals(
         groups: Numbers of those that are meant.
     """
     sums = by_prompt(items.sums[groups], prompts[groups])
-    found = bootstrap(sums, lambda row: metrics_from_sums(row.tolist(), beta=items.beta))
-    accuracies = items.values()["eval/rewards/accuracies"][groups]
+    found = bootstrap(sums, items.of_sums)
+    whole = items.values().get("eval/rewards/accuracies")
+    if whole is None:
+        return found
+    accuracies = whole[groups]
     if len(sums) == len(groups) and np.isin(accuracies, (0.0, 0.5, 1.0)).all():
         found[ACCURACY] = wilson(float(accuracies.sum()), len(groups))
     return found

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_lightning.data.bad_rows import count_of
+from dpo_lightning.data.labels import LabelCounts
 from dpo_lightning.data.tokens import DROP_REASONS
 from dpo_lightning.run.inspect.oddities import SAID
 from dpo_lightning.run.inspect.visible import visible
@@ -19,6 +21,7 @@ _FORMS = {
     "ranks": "responses with ranks",
     "scores": "responses with scores",
     "better": "responses and the name of the better one",
+    "label": "one response with a label",
 }
 
 
@@ -113,6 +116,10 @@ def _rows(found: Mapping[str, Any]) -> Iterator[Fact]:
         forms = [f"{count:,} {_FORMS[form]}" for form, count in source["forms"].items()]
         kinds = [f"{count:,} of {visible(name)}" for name, count in source["texts"].items()]
         yield Fact("form", "; ".join([*forms, *kinds]))
+        if sum(source["labels"].values()):
+            yield Fact("labels", _labels(source["labels"]))
+        if source["unrated"]:
+            yield Fact("", f"{count_of(source['unrated'], 'answer')} without a rating left out")
         if source["reordered"]:
             yield Fact("", f"{source['reordered']:,} rows were not in the order of their ranks")
         for reason, count in source["dropped"].items():
@@ -133,11 +140,20 @@ def _rows(found: Mapping[str, Any]) -> Iterator[Fact]:
     if groups["evaluated"] < groups["eval"]:
         yield Fact("", f"a fixed sample of {groups['evaluated']:,} of these is evaluated")
     counts = ", ".join(f"{count:,} of {size}" for size, count in groups["responses"].items())
-    yield Fact("responses", f"{counts}; {groups['pairs']:,} ranked pairs")
+    labels = groups["labels"]
+    alone = bool(sum(labels.values()))
+    told = [f"{groups['pairs']:,} ranked pairs"] if groups["pairs"] or not alone else []
+    told += [_labels(labels)] if alone else []
+    yield Fact("responses", "; ".join([counts, *told]))
     template = found["template"]
     if template is not None:
         said = template["says"] if template["used"] else "not used"
         yield Fact("template", visible("; ".join([said, *template["notes"]])))
+
+
+def _labels(counts: Mapping[str, int]) -> str:
+    """The labels of single responses in words."""
+    return str(LabelCounts(counts["desirable"], counts["undesirable"]))
 
 
 def _oddities(found: Mapping[str, Any]) -> Iterator[Fact]:
@@ -152,6 +168,8 @@ def _oddities(found: Mapping[str, Any]) -> Iterator[Fact]:
     if leaked["count"]:
         nothing = False
         said = "evaluation rows whose prompt is trained on"
+        if sum(found["groups"]["labels"].values()):
+            said = "evaluation rows of a conversation that is trained on"
         yield Fact(_counted(leaked), _with_places(said, "", leaked), warns=True)
     if nothing:
         yield Fact("nothing", "no duplicates, identical or contradictory pairs, shared prompts")
@@ -304,6 +322,8 @@ def _example(example: Mapping[str, Any]) -> Section:
         name = f"rank {response['rank']}"
         if pair:
             name = "chosen" if response["rank"] == 1 else "rejected"
+        elif example["label"] is not None:
+            name = "desirable" if example["label"] else "undesirable"
         title = f"{name}, {response['length']:,} scored tokens"
         passages.append(Passage(title, _response(response)))
     where = visible(example["source"])

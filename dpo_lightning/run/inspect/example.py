@@ -24,14 +24,16 @@ def example_of(group: TokenGroup, tokenizer: Any, *, number: int) -> dict[str, A
         number: Its place among the training groups, from 1.
 
     Returns:
-        ``number``, ``source``, ``prompt`` and ``responses``; of each its ``length`` in tokens, how
-        many of them are ``left_out``, and ``tokens``: ``ids`` (several where only together they
-        are text), ``text`` and ``special``. A response has its ``rank`` too.
+        ``number``, ``source``, ``label`` (None where responses are compared), ``prompt`` and
+        ``responses``; of each its ``length`` in tokens, how many of them are ``left_out``, and
+        ``tokens``: ``ids`` (several where only together they are text), ``text`` and ``special``. A
+        response has its ``rank`` too.
     """
     prompt = group.prompt.tolist()
     return {
         "number": number,
         "source": group.source,
+        "label": group.label,
         "prompt": _part(prompt, prompt[-MOST_TOKENS:], tokenizer),
         "responses": [
             {"rank": rank, **_part(ids.tolist(), ids.tolist()[:MOST_TOKENS], tokenizer)}

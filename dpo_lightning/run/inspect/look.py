@@ -11,11 +11,12 @@ from typing import Any
 
 from dpo_lightning.data.bad_rows import BadRow
 from dpo_lightning.data.groups import PreferenceGroup
+from dpo_lightning.data.labels import LabelCounts
 from dpo_lightning.data.records import Rows
 from dpo_lightning.data.source_names import eval_key, source_label
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.errors import UserError
-from dpo_lightning.run.inputs import SourceRows, check_named, read_named
+from dpo_lightning.run.inputs import SourceRows, check_labels, check_named, read_named
 from dpo_lightning.run.inspect.oddities import (
     Told,
     count_oddities,
@@ -54,6 +55,8 @@ def look(config: Config, *, outputs: Path, number: int | None = None) -> dict[st
     if rows is not None:
         with _kept(refused):
             check_named(rows, config)
+        with _kept(refused):
+            check_labels(rows, config.loss)
         if not rows.train.groups:
             raise UserError(refused[0])
     # Here, because the tokenizer's library imports torch: by now all rows are read.
@@ -121,6 +124,7 @@ def _together(parts: Sequence[Rows]) -> Rows:
         bad=[row for part in parts for row in part.bad],
         total=sum(part.total for part in parts),
         unread=frozenset(name for part in parts for name in part.unread),
+        unrated=sum(part.unrated for part in parts),
     )
 
 
@@ -153,6 +157,8 @@ def _source(
         "changed": {name: count for name, count in changed.items() if count},
         "forms": {"pair": drawn} if drawn else dict(Counter(group.form for group in groups)),
         "texts": {"tokens": drawn} if drawn else _texts(groups),
+        "labels": LabelCounts.of(group.label for group in groups).as_dict(),
+        "unrated": rows.unrated,
         "reordered": sum(group.moved for group in groups),
         "unread": sorted(rows.unread),
         "bad": [_bad(row) for row in rows.bad[:_BAD_SHOWN]],
@@ -181,6 +187,7 @@ def _groups(config: Config, data: PreparedData) -> dict[str, Any]:
         "eval": len(data.eval),
         "evaluated": len(data.evaluated_groups()),
         "pairs": sum(group.pairs for group in data.train),
+        "labels": LabelCounts.of(group.label for group in data.train).as_dict(),
         "responses": dict(sorted(Counter(len(g.responses) for g in data.train).items())),
         "prompts": len({group.prompt_key for group in data.train}),
         "split": "drawn" if is_drawn else "named" if named else "held out by prompt",

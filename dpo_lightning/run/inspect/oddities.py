@@ -9,14 +9,16 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from dpo_lightning.data.groups import PreferenceGroup
-from dpo_lightning.data.texts import Text
+from dpo_lightning.data.splits import shared_text
+from dpo_lightning.data.texts import HUMAN, Text
 from dpo_lightning.data.tokens import TokenGroup
 
 SAID = {
     "identical_pairs": "pairs whose chosen equals the rejected response",
     "near_identical_pairs": "further pairs that differ in case, spaces and punctuation alone",
     "contradictions": "pairs of one prompt that rows order both ways",
-    "duplicates": "rows that repeat an earlier row (prompt, responses and order)",
+    "contradictory_labels": "answers to one prompt that rows call desirable and undesirable",
+    "duplicates": "rows that repeat an earlier row (prompt, responses and order or label)",
     "repeated_prompts": "rows whose prompt an earlier row has",
     "prefixes": "rows in which a response begins another",
     "empty_responses": "rows with an empty response",
@@ -27,7 +29,6 @@ SAID = {
 """Kinds of oddities with what is counted, in the order in which they are shown."""
 
 _PLACES = 5
-_HUMAN = "\n\nHuman:"
 
 
 @dataclass(slots=True)
@@ -67,6 +68,7 @@ class Told:
         turns: The most turns that a response has.
         asked: Turns of the user in the prompt.
         place: ``file:line``.
+        label: Of a single response, if it is desirable; None where responses are compared.
     """
 
     prompt: str
@@ -76,6 +78,7 @@ class Told:
     turns: int
     asked: int
     place: str
+    label: bool | None = None
 
 
 def told_rows(groups: Iterable[PreferenceGroup]) -> Iterator[Told]:
@@ -89,6 +92,7 @@ def told_rows(groups: Iterable[PreferenceGroup]) -> Iterator[Told]:
             turns=max(map(_turns, group.responses)),
             asked=_asked(group.prompt),
             place=group.source,
+            label=group.label,
         )
 
 
@@ -102,7 +106,7 @@ def told_tokens(groups: Iterable[TokenGroup], eos: int) -> Iterator[Told]:
     for group in groups:
         # A character for each id, so that one response begins another where its ids do.
         texts = tuple("".join(chr(i) for i in ids if i != eos) for ids in group.responses)
-        yield Told(group.prompt_key, texts, group.ranks, texts, 1, 1, group.source)
+        yield Told(group.prompt_key, texts, group.ranks, texts, 1, 1, group.source, group.label)
 
 
 def count_oddities(rows: Iterable[Told]) -> dict[str, Oddity]:
@@ -111,14 +115,20 @@ def count_oddities(rows: Iterable[Told]) -> dict[str, Oddity]:
     seen: set[Hashable] = set()
     prompts: Counter[str] = Counter()
     orders: dict[tuple[str, frozenset[Hashable]], set[Hashable]] = defaultdict(set)
+    labels: dict[tuple[str, Hashable], set[bool]] = defaultdict(set)
     for row in rows:
-        own = (row.prompt, frozenset(zip(row.responses, row.ranks, strict=True)))
+        own = (row.prompt, frozenset(zip(row.responses, row.ranks, strict=True)), row.label)
         found["duplicates"].add(row.place, own in seen)
         seen.add(own)
         found["repeated_prompts"].add(row.place, row.prompt in prompts)
         prompts[row.prompt] += 1
         pairs = list(_ranked(row))
-        found["tied"].add(row.place, not pairs)
+        found["tied"].add(row.place, not pairs and row.label is None)
+        if row.label is not None:
+            known_labels = labels[row.prompt, row.responses[0]]
+            # Once for each answer, however often it is rated which way.
+            found["contradictory_labels"].add(row.place, known_labels == {not row.label})
+            known_labels.add(row.label)
         same = sum(one == other for one, other in pairs)
         found["identical_pairs"].add(row.place, same)
         found["near_identical_pairs"].add(row.place, _alike(row) - same)
@@ -136,16 +146,17 @@ def count_oddities(rows: Iterable[Told]) -> dict[str, Oddity]:
 
 
 def leaks(train: Sequence[TokenGroup], evaluation: Sequence[TokenGroup]) -> Oddity:
-    """Evaluation rows whose prompt is trained on.
+    """Evaluation rows whose prompt is trained on, or with labels another turn of the conversation.
 
     Args:
         train: The groups to train on.
         evaluation: Those to evaluate on.
     """
-    known = {group.prompt_key for group in train}
+    shared = shared_text([*train, *evaluation])
+    known = {shared(group) for group in train}
     found = Oddity()
     for group in evaluation:
-        found.add(group.source, group.prompt_key in known)
+        found.add(group.source, shared(group) in known)
     return found
 
 
@@ -183,10 +194,10 @@ def _words(response: Text) -> str:
 
 
 def _turns(response: Text) -> int:
-    return 1 + response.count(_HUMAN) if isinstance(response, str) else len(response)
+    return 1 + response.count(HUMAN) if isinstance(response, str) else len(response)
 
 
 def _asked(prompt: Text) -> int:
     if isinstance(prompt, str):
-        return max(1, prompt.count(_HUMAN))
+        return max(1, prompt.count(HUMAN))
     return sum(message.role == "user" for message in prompt)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
+from dpo_lightning.data.mismatched import laid_out, mismatched_group
 from dpo_lightning.data.packing import plan_step
 from dpo_lightning.data.refused import Refuse
 from dpo_lightning.data.splits import PreparedData
@@ -94,7 +95,7 @@ def plan_run(
                 trained=estimate.memory.trained(estimate.training),
                 adapters=estimate.training.adapters is not None,
                 recomputed=budget.checkpointing,
-                tokens=_tokens(config, schedule, costs),
+                tokens=_tokens(config, schedule, _computed(data.train, costs)),
                 reference_tokens=_reference_tokens(config, schedule, learning, data, shared),
             ),
             name=source.name,
@@ -155,6 +156,14 @@ def _costs(groups: Sequence[TokenGroup], *, shared: bool) -> list[int]:
     return [group.tokens if shared else group.padded_tokens for group in groups]
 
 
+def _computed(groups: Sequence[TokenGroup], costs: Sequence[int]) -> list[int]:
+    """Tokens that a step computes of each group, with what it measures behind other prompts."""
+    return [
+        cost if group.mismatched is None else cost + mismatched_group(group).tokens
+        for group, cost in zip(groups, costs, strict=True)
+    ]
+
+
 def _plan(
     config: Config,
     schedule: Schedule,
@@ -180,7 +189,8 @@ def _plan(
         for rows in steps
     ]
     counts = [max(map(len, ranks)) for ranks in shares]
-    tokens = [sum(costs[row] for row in rows) for rows in steps]
+    computed = _computed(data.train, costs)
+    tokens = [sum(computed[row] for row in rows) for rows in steps]
     padded = sum(group.padded_tokens for group in data.train)
     # Of each prompt all copies but one.
     saved = padded - sum(group.tokens for group in data.train)
@@ -212,6 +222,7 @@ def _evaluations(
             config.checkpoint,
             data,
             total_steps=schedule.total_steps,
+            round_steps=schedule.round_steps,
             batch_size=config.data.batch_size,
             shared=shared,
         )
@@ -260,17 +271,22 @@ def _reference_tokens(
     data: PreparedData,
     shared: bool,
 ) -> int:
-    """Tokens of the reference: of each step with a live one, else of each group that is seen."""
+    """Tokens of the reference: of each step with a live one, else of each group that is seen.
+
+    Beside one that moves held-out groups are computed once all the same.
+    """
     if not learning.objective.uses_reference or config.reference.kind == "none":
         return 0
-    costs = _costs(data.train, shared=shared)
-    if config.reference.kind == "live":
-        return _tokens(config, schedule, costs)
+    evaluated = _costs([laid_out(g) for g in data.all_evaluated_groups()], shared=shared)
+    moves = config.reference.sync_every is not None
+    if moves or config.reference.kind == "live":
+        costs = _computed(data.train, _costs(data.train, shared=shared))
+        return _tokens(config, schedule, costs) + (sum(evaluated) if moves else 0)
+    costs = _costs([laid_out(group) for group in data.train], shared=shared)
     seen = rows_of_steps(
         len(costs),
         batch_size=config.data.batch_size,
         steps=schedule.total_steps,
         seed=config.seed,
     )
-    evaluated = _costs(data.all_evaluated_groups(), shared=shared)
     return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)

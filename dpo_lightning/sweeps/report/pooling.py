@@ -23,6 +23,7 @@ REWARD = "controlled/expected_reward"
 MARK = "samples/judge"
 WIN_RATE = "samples/win_rate"
 ACCURACY = "eval/rewards/accuracies"
+LABEL_GAIN = "eval/label_gain"
 EXACT_KL = "controlled/kl_policy_reference"
 SAMPLED_KL = "samples/kl"
 
@@ -31,6 +32,7 @@ METRICS = {
     MARK: "judge's mark of sampled responses",
     WIN_RATE: "win rate against the reference",
     ACCURACY: "held-out accuracy",
+    LABEL_GAIN: "nats told about held-out labels",
 }
 """What trials may be ranked by. Reward margins are not: they grow with beta by themselves."""
 
@@ -40,7 +42,7 @@ SHARES = (ACCURACY, WIN_RATE)
 JUDGED = (MARK, WIN_RATE)
 """Metrics of answers that were drawn, which say nothing of what was cut off."""
 
-_BY_DEFAULT = (REWARD, MARK, WIN_RATE, ACCURACY)
+_BY_DEFAULT = (REWARD, MARK, WIN_RATE, ACCURACY, LABEL_GAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Configuration:
     def pairs_per_second(self) -> float | None:
         """Mean over the seeds of the training speed."""
         rates = [number(t.section("throughput").get("pairs_per_second")) for t in self.trials]
-        known = [rate for rate in rates if rate is not None]
+        known = [rate for rate in rates if rate]  # of single responses alone it is 0
         return math.fsum(known) / len(known) if known else None
 
 

@@ -156,7 +156,8 @@ def test_wrong_columns_everywhere_are_one_error(tmp_path):
     assert message == (
         f"data.train={tmp_path}/a.json: the columns of every row are wrong: 'chosen' is missing, "
         "and no 'responses'; found 'prompt', 'better', 'worse'; expected prompt, chosen, rejected; "
-        "or prompt, responses (best first, or with ranks or scores); map other names, as in "
+        "or prompt, responses (best first, or with ranks or scores); or prompt, response, "
+        "label; map other names, as in "
         "'data.columns={chosen: better, rejected: worse}'"
     )
     mapped = read(tmp_path / "a.json", columns={"chosen": "better", "rejected": "worse"})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,14 @@ def test_a_card_says_what_was_trained_on_and_shows_no_folder_of_this_machine():
     assert card.data.base_model is None
     assert model_card(facts("owner/tiny"), adapter=False).data.base_model == "owner/tiny"
     assert "vLLM takes no DoRA" in model_card(facts("o/t", dora=True), adapter=True).text
+
+
+def test_a_card_counts_the_labels_of_single_responses():
+    about = facts(None)
+    data = {**about.result["data"], "labels": {"train": {"desirable": 7, "undesirable": 2}}}
+    card = model_card(replace(about, result={**about.result, "data": data}), adapter=True)
+    assert "| labels of training groups | 7 desirable, 2 undesirable |" in card.text
+    assert "labels of" not in model_card(about, adapter=True).text
 
 
 # The hub ------------------------------------------------------------------------------------------

@@ -98,6 +98,10 @@ def test_no_entry_hides_a_loss_or_a_key_of_ours() -> None:
         ("bf16_full_eval", False, "leave it out"),
         ("loss.beta", 0.2, "beta has one place: beta=<value>"),
         ("padding_free", True, "nothing is padded here"),
+        ("sync_ref_model", True, "use reference.sync_every=512"),
+        ("sync_ref_model", False, "leave it out"),
+        ("ref_model_sync_steps", 64, "use reference.sync_every=64"),
+        ("ref_model_mixup_alpha", 0.3, "use reference.sync_alpha=0.3 (of the policy, as there)"),
         ("lora_r", True, "use peft=lora peft.r=<rank>"),
         ("lr", 10**400, "use optimizer.lr=<rate>"),
         ("output_dir", ["a"], "use hydra.run.dir=<folder>"),
@@ -125,8 +129,8 @@ def test_another_spelling_of_a_loss(name: str, ours: str | None) -> None:
 
 
 METHODS = (
-    *("cdpo", "rdpo", "dpop", "tdpo", "kto", "xpo", "spo", "kpo", "ropo", "ppo", "grpo", "nca"),
-    *("bco", "exo", "sppo", "apo", "aot_pair", "kto_unpaired", "bco_unpaired", "cal_dpo", "lpo"),
+    *("cdpo", "rdpo", "dpop", "tdpo", "xpo", "spo", "kpo", "ropo", "ppo", "grpo", "nca"),
+    *("exo", "sppo", "apo", "aot_pair", "kto_unpaired", "bco_unpaired", "cal_dpo", "lpo"),
     *("nco_pair", "tr_dpo", "iterative_dpo", "step_dpo", "simnpo", "dro", "copo", "slic_hf"),
 )
 

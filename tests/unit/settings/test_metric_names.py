@@ -22,6 +22,8 @@ from tests.support.runs import ROOT
         *(("eval/rewards/margins", 1), ("eval/logratios/margins", 1), ("eval/partition/log_z", 0)),
         # Both of them fall in a good training, as often as not.
         *(("eval/rewards/chosen", 0), ("eval/logps/rejected", 0), ("eval/partition/p_chosen", 1)),
+        *(("eval/logratios/separation", 1), ("eval/label_gain", 1), ("train/kto/z0", 0)),
+        *(("train/rewards/desirable", 0), ("eval/b/bco/delta", 0)),
         *(("eval/hard-1/loss", -1), ("eval/b/rewards/accuracies", 1), ("eval/b/logps/chosen", 0)),
         *(("controlled/expected_reward", 1), ("controlled/gain_ratio", 1)),
         *(("controlled/kl_optimum_policy", -1), ("controlled/kl_policy_reference", 0)),
@@ -39,7 +41,7 @@ def test_what_ranks_and_prunes_trials_has_the_same_direction():
     assert [direction(name) for name in RANKING_METRICS] == [1] * len(RANKING_METRICS)
     of_losses = {name: direction(name) for name in PRUNE_METRICS if name.endswith("loss")}
     assert of_losses == {"eval/fitted_log_loss": -1}
-    assert [direction(name) for name in PRUNE_METRICS if name not in of_losses] == [1, 1, 1]
+    assert [direction(name) for name in PRUNE_METRICS if name not in of_losses] == [1] * 4
 
 
 @settings(max_examples=examples(50))

@@ -64,12 +64,32 @@ def test_a_phase_is_one_line(width):
     assert all("999999 responses" in line and len(line) <= width for line in lines)
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_rate_stands_beside_a_phase_on_its_one_line(width):
+    console = terminal(width)
+    with Phases(console)("sampling", total=99_999, unit="answers") as say:
+        say(12_345, "12,345 tokens/s")
+    lines = console_lines(shown(console))
+    assert all(len(line) <= width for line in lines)
+    assert "12345/99999 answers, 12,345 tokens/s" in lines[-1]
+
+
+def test_a_rate_stands_in_the_line_of_a_log(monkeypatch, caplog):
+    """31 s for 5 of 10: as many are left."""
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), Phases(None)("sampling", total=10, unit="answers") as say:
+        now[0] = 31.0
+        say(5, "7 tokens/s")
+    assert caplog.messages == ["sampling: 5 of 10 answers, 7 tokens/s, 31s left"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
     """At 60 columns the loss and the accuracy still stand there whole."""
     console = terminal(width)
     monkeypatch.setattr(progress, "get_console", lambda: console)
-    bar = Progress(SimpleNamespace(pairs_per_second=123.4))
+    bar = Progress(SimpleNamespace(speed="123.4 pairs/s"))
     columns = bar.configure_columns(SimpleNamespace())
     metrics = {"loss": 0.6931, "accuracy": 0.5625, "v_num": 0}
     monkeypatch.setattr(progress.RichProgressBar, "get_metrics", lambda *_: dict(metrics))
@@ -87,17 +107,33 @@ def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
         assert len(line) <= width
 
 
+def test_the_speed_is_of_examples_where_the_loss_is_one_on_single_responses(monkeypatch):
+    """Three steps of a pair and two rows, 4 responses each, in two seconds."""
+    kto = SimpleNamespace(objective=SimpleNamespace(is_unpaired=True))
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    throughput = progress.Throughput()
+    throughput.on_train_start(None, kto)
+    step = SimpleNamespace(pairs=1, examples=4, tokens=9)
+    for number in range(3):
+        throughput.on_train_batch_end(None, kto, None, step, number)
+    throughput.on_train_end(None, kto)
+    assert throughput.speed == "6.0 examples/s"
+    throughput.by_example = False
+    assert throughput.speed == "1.5 pairs/s"
+
+
 @pytest.mark.parametrize("width", [60, 100])
 def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch):
     """8 of 32 answers; the line goes, with an error too, and the training's own bar stays."""
 
     def interrupted(say):
-        say(8)
+        say(8, "90 tokens/s")
         raise KeyboardInterrupt
 
     console = terminal(width)
     monkeypatch.setattr(progress, "get_console", lambda: console)
-    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    bar = Progress(SimpleNamespace(speed="1.0 pairs/s"))
     with bar.beside("sampling", total=32, unit="answers") as say:
         say(1)  # before the training there is no bar to stand below
     assert shown(console) == ""
@@ -111,12 +147,12 @@ def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch
         ]  # fmt: skip
     lines = console_lines(shown(console))
     assert {line.split()[0] for line in lines} == {"training", "sampling"}
-    assert any("8/32" in line for line in lines)
+    assert any("8/32" in line and "90 tokens/s"[: width // 10] in line for line in lines)
     assert max(map(len, lines)) <= width
 
 
 def test_phases_inside_the_training_go_to_its_bar_else_where_all_go():
-    bar = Progress(SimpleNamespace(pairs_per_second=1.0))
+    bar = Progress(SimpleNamespace(speed="1.0 pairs/s"))
     session = SimpleNamespace(show="a log")
     assert _show_within(session, SimpleNamespace(all=[object(), bar])) == bar.beside
     assert _show_within(session, SimpleNamespace(all=[object()])) == "a log"
