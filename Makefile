@@ -13,8 +13,8 @@ EVERY := not long and not launchers and not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs mutations \
-	check audit bench bench-gpu bench-sweep lock clean
+.PHONY: help train test test-slow test-docs test-all test-long test-faults test-launchers fuzz coverage docs picture mutations \
+	check audit bench bench-gpu bench-rounds bench-sampling bench-sweep lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -53,14 +53,14 @@ test: $(READY) ## run the tests but the slow ones: make test ARGS="-k attention"
 test-slow: $(READY) ## run the slow tests, and those of the pages, alone
 	@$(BIN)/python $(PYTEST) -m "$(SLOW)" $(ARGS)
 
-test-docs: $(READY) ## take each command of the README and of docs/ as far as the front door
-	@$(BIN)/python $(PYTEST) -m docs $(ARGS)
+test-docs: $(READY) ## run each command and snippet of the README and of docs/; a quarter of an hour
+	@$(BIN)/python $(PYTEST) --dist worksteal -m docs $(ARGS)
 
 test-all: $(READY) ## run both
 	@$(BIN)/python $(PYTEST) -m "$(EVERY)" $(ARGS)
 
 test-long: $(READY) ## several ranks, compiled steps, whole sweeps, online wandb; twenty minutes
-	@$(BIN)/python $(PYTEST) -m long $(ARGS)
+	@$(BIN)/python $(PYTEST) -m "long and not docs" $(ARGS)
 
 test-faults: $(READY) ## kills, full disks, damaged files, every resume; half an hour
 	@$(BIN)/python $(PYTEST) -m faults $(ARGS)
@@ -86,7 +86,14 @@ $(SITE)/.ready: pyproject.toml constraints.txt
 docs: $(READY) $(SITE)/.ready ## regenerate the pages that are made from the code, and build site/ from docs/
 	@$(BIN)/python -m dpo_lightning.settings.page > docs/settings.md
 	@$(BIN)/python -m dpo_lightning.run.outcome_page > docs/outcomes.md
+	@$(BIN)/python -m dpo_lightning.run.api_page > docs/api.md
 	@$(SITE)/bin/zensical build --strict --clean
+
+# The embedded task needs no data and no network.
+picture: $(READY) ## draw docs/frontier.png again, from a sweep of six β; minutes
+	@rm -rf build/frontier
+	@$(BIN)/python train.py experiment=frontier logger=none hydra.sweep.dir=build/frontier
+	@cp build/frontier/frontier.png docs/frontier.png
 
 mutations: $(READY) ## change the code in small ways and see that a test notices each
 	@$(BIN)/python -m tests.support.mutate $(ARGS)
@@ -106,8 +113,14 @@ bench: $(BENCH)/.ready ## measure speed beside TRL, or beside a commit: make ben
 bench-gpu: $(BENCH)/.ready ## measure speed, MFU and memory beside TRL on one GPU, within 30 minutes
 	@$(BENCH)/bin/python benchmarks/gpu.py $(ARGS)
 
+bench-sampling: $(BENCH)/.ready ## tokens a second of eight answers to a prompt, beside transformers' generate
+	@$(BENCH)/bin/python benchmarks/sampling.py $(ARGS)
+
 bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit: make bench-sweep ARGS="--against HEAD~1"
 	@$(BENCH)/bin/python benchmarks/sweep.py $(ARGS)
+
+bench-rounds: $(READY) ## train with and without on-policy rounds on the embedded task, exactly measured; an hour
+	@PYTHONPATH=benchmarks $(BIN)/python benchmarks/rounds.py --picture docs/rounds.png $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
 lock: ## regenerate constraints.txt in a clean environment

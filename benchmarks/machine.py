@@ -7,13 +7,21 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers", "lightning", "trl", "accelerate", "dpo-lightning")
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Date, processor, device, versions."""
+
+def describe_machine(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Date, processor, device, versions.
+
+    Args:
+        threads: CPU threads that were measured with.
+        packages: Those whose versions count.
+    """
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -22,7 +30,6 @@ def describe_machine(threads: int) -> dict[str, Any]:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    packages = ("torch", "transformers", "lightning", "trl", "accelerate", "dpo-lightning")
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "cpu": cpu,

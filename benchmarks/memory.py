@@ -36,7 +36,7 @@ LARGE = ("data.micro_batch_tokens=2048", "data.batch_size=64")
 WAYS = {
     "float32": (),
     "bfloat16 behind float32 masters": ("trainer.precision=bf16-mixed",),
-    "bfloat16, rounded by chance": ("model.dtype=bfloat16",),
+    "bfloat16, stochastic rounding": ("model.dtype=bfloat16",),
     "float32, 8-bit Adam": ("optimizer=adamw_8bit",),
     "bfloat16, 8-bit Adam": ("model.dtype=bfloat16", "optimizer=adamw_8bit"),
     "float32, 2,048 tokens": LARGE,

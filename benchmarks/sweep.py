@@ -223,19 +223,31 @@ def large(
     rounds: int,
     threads: int,
     precision: str = "bf16-mixed",
+    shape: str = "lognormal",
+    again: str | None = None,
 ) -> dict[str, Any]:
-    """Eight β of one model: our whole grid, our pruned sweep, and TRL one run after the other."""
-    workload = Workload.make(
-        work / "workload", SIZES[scale.size], SHAPES["lognormal"], rows=scale.rows
-    )
+    """Eight β of one model: our whole grid, our pruned sweep, and TRL one run after the other.
+
+    Args:
+        trees: The code of each name.
+        work: An empty folder.
+        scale: Size of it all.
+        rounds: Runs of each arm.
+        threads: Of TRL.
+        precision: Of both sides.
+        shape: Lengths of the rows.
+        again: The arm that is timed alone, beside kept figures; None: all of them, and TRL.
+    """
+    workload = Workload.make(work / "workload", SIZES[scale.size], SHAPES[shape], rows=scale.rows)
     evaluation = work / "evaluation.jsonl"
     vocabulary = SIZES[scale.size].vocabulary
-    make_rows(evaluation, SHAPES["lognormal"], count=scale.evaluated, vocabulary=vocabulary)
+    make_rows(evaluation, SHAPES[shape], count=scale.evaluated, vocabulary=vocabulary)
     steps = scale.rows // scale.pairs
     settings = (
         *(f"model.pretrained={workload.model}", f"data.train={workload.rows}"),
         *(f"data.eval={evaluation}", f"data.batch_size={scale.pairs}", "data.max_length=1024"),
-        *(f"trainer.max_steps={steps}", f"trainer.precision={precision}", "evaluation.samples=0"),
+        *(f"trainer.max_steps={steps}", f"trainer.precision={precision}"),
+        *("evaluation.samples=0", "evaluation.partition_samples=0"),  # the other arm draws nothing
         f"evaluation.every_n_steps={steps}",  # at the end alone, like the other arm
         *("optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.lr=1e-5"),
     )
@@ -246,7 +258,14 @@ def large(
         arms["pruned"] = (trees["here"], (*settings, *PRUNED))
     else:
         print(f"this checkout does not know {PRUNED[0]}: the whole grid alone", flush=True)
+    if again is not None:
+        arms = {again: arms[again]}
     records = take_turns(arms, work, rounds=rounds, part="large", betas=scale.betas)
+    facts: dict[str, Any] = {"betas": scale.betas, "rows": scale.rows, "evaluated": scale.evaluated}
+    facts |= {"pairs": scale.pairs, "steps": steps, "precision": precision, "shape": shape}
+    facts |= {"model": SIZES[scale.size].describe(), "runs": records}
+    if again is not None:
+        return facts
     options = workload.options() | {
         "evaluation": evaluation, "cache": work / "datasets-cache", "precision": precision,
         "steps": min(steps, WARM + 1 + scale.steady), "pairs": scale.pairs, "threads": threads,
@@ -260,9 +279,23 @@ def large(
             f"large  round {turn + 1}  TRL tuned, a β {theirs[-1]['run_seconds']:8.1f} s",
             flush=True,
         )
-    facts = {"betas": scale.betas, "rows": scale.rows, "evaluated": scale.evaluated}
-    facts |= {"pairs": scale.pairs, "steps": steps, "precision": precision}
-    return facts | {"model": SIZES[scale.size].describe(), "runs": records, "trl": theirs}
+    return facts | {"trl": theirs}
+
+
+def merged(kept: dict[str, Any], found: dict[str, Any], arm: str) -> dict[str, Any]:
+    """Kept figures of the large part with those of one arm, timed again, in place of its own.
+
+    Raises:
+        SystemExit: If the two are not of the same work on the same machine.
+    """
+    for name in ("betas", "rows", "evaluated", "pairs", "steps", "precision", "shape", "model"):
+        if json.loads(json.dumps(found[name])) != kept.get(name):
+            raise SystemExit(f"--again: the kept figures have another {name}: {kept.get(name)}")
+    if found["machine"]["cpu"] != kept["machine"]["cpu"]:
+        raise SystemExit("--again: the kept figures are of another machine")
+    runs = [run for run in kept["runs"] if run["arm"] != arm]
+    again = {"arm": arm, "machine": found["machine"], "load": found["load"]}
+    return kept | {"runs": [*runs, *found["runs"]], "again": again}
 
 
 def main() -> None:
@@ -276,6 +309,13 @@ def main() -> None:
         "--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed",
         help="of the large part, on both sides: the one that is faster on this machine",
     )  # fmt: skip
+    parser.add_argument(
+        "--shape", choices=tuple(SHAPES), default="lognormal",
+        help="lengths of the large part's rows: short halves them, and the time that it takes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--again", choices=("pruned",), help="times this arm of the large part alone, once more"
+    )
     parser.add_argument("--toy", action="store_true", help="tries the program out; needs --out")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
@@ -314,9 +354,12 @@ def main() -> None:
             rounds = arguments.rounds or 1
             found = large(
                 trees, work, scale=scale, rounds=rounds, threads=arguments.threads,
-                precision=arguments.precision,
+                precision=arguments.precision, shape=arguments.shape, again=arguments.again,
             )  # fmt: skip
-            report["large"] = head | found
+            found = head | found
+            if arguments.again is not None:
+                found = merged(report["large"], found, arguments.again)
+            report["large"] = found
             write(arguments.out, report, readme)
     print(table(report))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from against import Ratio
+from workload import SHAPES
 
 # Load from which on other work is told of.
 QUIET = 0.5
@@ -73,7 +74,9 @@ def _part(found: dict[str, Any]) -> list[str]:
     if "trl" in found:
         size = found["model"]
         what = f"{size['layers']} layers of {size['hidden']}, {found['rows']:,} rows"
-        what += f", {found['steps']} steps of {found['pairs']} pairs each, {found['precision']}"
+        lengths = SHAPES[found["shape"]]
+        what += f" of median {lengths.prompt} + {lengths.response} tokens, {found['steps']} steps"
+        what += f" of {found['pairs']} pairs each, {found['precision']}"
     machine = found["machine"]
     where = f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores"
     if found["load"] > QUIET:

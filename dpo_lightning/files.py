@@ -26,6 +26,9 @@ REPORT_FILE = "report.html"
 SAMPLES_FILE = "samples.jsonl"
 """Answers at the evaluations of a run, in its folder."""
 
+ROUNDS_FOLDER = "rounds"
+"""The rows of a run's rounds, in its folder."""
+
 INTERPOLATION_FILE = "interpolation.json"
 """The frontier of one policy, in its run's folder."""
 

@@ -57,6 +57,8 @@ class SampleRequest:
         model: Gives the transformers model, loaded when it is first asked for.
         weights: Gives folder or hub id of its weights, and of an adapter on top of them or None.
         options: ``generation.options`` of the settings.
+        seeds: A seed for each prompt, where each answer is to depend on its own alone; None: what
+            ``seed`` gives will do. Of 63 bits.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -70,6 +72,7 @@ class SampleRequest:
     model: Callable[[], Any]
     weights: Callable[[], tuple[str, str | None]]
     options: Mapping[str, Any]
+    seeds: Sequence[int] | None = None
 
 
 Sampler: TypeAlias = Callable[[SampleRequest], Sequence[Sequence[int]]]

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.tokens import TokenGroup
+from dpo_lightning.data.tokens import Ids, TokenGroup
 from dpo_lightning.objectives.partition import exact_log_partition, optimal_logps
 
 END = 0
@@ -93,6 +93,12 @@ def word_values() -> list[list[float]]:
 
 
 @cache
+def _worth() -> dict[str, tuple[float, ...]]:
+    """Worth of each token, by prompt; END is worth nothing."""
+    return {p: (0.0, *row) for p, row in zip(PROMPTS, word_values(), strict=True)}
+
+
+@cache
 def _outcomes() -> tuple[tuple[int, ...], ...]:
     ids = range(1, len(WORDS) + 1)
     ended = [(*words, END) for n in range(MAX_TOKENS) for words in product(ids, repeat=n)]
@@ -148,6 +154,16 @@ class ControlledTask:
     def rewards(self) -> Tensor:
         """(8, 4681), float64: the true reward of each outcome after each prompt."""
         return _rewards()
+
+    def marks(self, prompt: str, answers: Sequence[Ids]) -> list[float]:
+        """The true reward of answers, which is the mark that the task gives them.
+
+        Args:
+            prompt: One of ``PROMPTS``.
+            answers: Token ids of each, shapes (R,).
+        """
+        worth = _worth()[prompt]
+        return [sum(worth[token] for token in ids.tolist()) for ids in answers]
 
     @torch.no_grad()
     def outcome_logps(self, model: Any) -> Tensor:
@@ -272,14 +288,10 @@ class ControlledTask:
 
         Of single responses that of guessing their labels: the mean of sigma(|r|).
         """
-        values = dict(zip(PROMPTS, ([0.0, *row] for row in word_values()), strict=True))
         total = 0.0
         for group in groups:
-            worth = values[group.prompt_key]
-            first, second, *_ = (
-                *(sum(worth[t] for t in y.tolist()) for y in group.responses),
-                0.0,  # what a single response is compared with
-            )
+            # What a single response is compared with is worth nothing.
+            first, second, *_ = (*self.marks(group.prompt_key, group.responses), 0.0)
             total += 1 / (1 + math.exp(-abs(first - second)))
         return total / len(groups)
 

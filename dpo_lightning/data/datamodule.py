@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dpo_lightning.data.evaluations import EvalBatch, HeldOut
@@ -248,10 +249,16 @@ class PreferenceDataModule(pl.LightningDataModule):
         fits = trainer.state.fn == TrainerFn.FITTING
         return not fits or trainer.should_stop or trainer.global_step >= self.total_steps
 
-    def _loader(self, steps: Dataset[StepBatch], sampler: Sampler[int] | None) -> Any:
+    def _loader(
+        self,
+        steps: Dataset[StepBatch],
+        sampler: Sampler[int] | Iterable[int] | None,
+        generator: Generator | None = None,
+    ) -> Any:
         return DataLoader(
             steps,
             sampler=sampler,
+            generator=generator,
             batch_size=None,  # an item is a batch already
             num_workers=self._num_workers,
             pin_memory=self._pinned,

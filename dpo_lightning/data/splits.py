@@ -281,10 +281,10 @@ def _add_held_out(
 
 
 def shared_text(groups: Iterable[TokenGroup]) -> Callable[[TokenGroup], str]:
-    """What groups have in common that belong on one side of a split.
+    """The text that groups have in common which belong on one side of a split.
 
-    It is the prompt; or the beginning of the conversation where responses have labels, as those of
-    one conversation are then rated one by one.
+    That is the prompt; or the beginning of the conversation where responses have labels, as those
+    of one conversation are then rated one by one.
 
     Args:
         groups: All groups that are told apart.

@@ -122,13 +122,13 @@ def cut_off_note(answers: Sequence[Ids], ends: Sequence[int], answering: Answeri
             f"the model's {answering.positions} positions leave {limit} tokens behind the longest "
             "prompt"
         )
-        remedy = "prompts of a lower data.max_length= leave more"
+        remedy = "lower data.max_length="
     else:
         where = f"evaluation.max_new_tokens={limit}"
-        remedy = "a larger one lets them go on"
+        remedy = "raise it"
     return (
-        f"{where}: {cut} of {len(answers)} answers were cut off there, so that KL and marks are of "
-        f"their beginnings alone; {remedy}"
+        f"{where}: {cut} of {len(answers)} answers were cut off there, so KL and marks cover only "
+        f"their beginnings; {remedy}"
     )
 
 

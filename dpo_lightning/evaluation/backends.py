@@ -75,8 +75,8 @@ def checked_answers(backend: Backend, sampler: Sampler, request: SampleRequest) 
     for ids, limit in zip(found, request.limits, strict=True):
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise UserError(
-                f"{key}: an answer is {ids[:8]}, and it has to be one or more of the tokenizer's "
-                f"{size} tokens; one that says nothing is the token that ends it"
+                f"{key}: an answer has the token ids {ids[:8]}; it needs at least one, each "
+                f"from 0 to {size - 1} (an empty answer is the EOS token alone)"
             )
         end = next((n for n, token in enumerate(ids, 1) if token in request.ends), len(ids))
         answers.append(np.asarray(ids[: min(end, limit)], dtype=np.int32))
@@ -103,6 +103,11 @@ class BackendDrawer:
         """True for those that it answers for: a server has loaded the policy alone."""
         return who == "policy" or not self.backend.is_server
 
+    @property
+    def starts_each_time(self) -> bool:
+        """True where each request starts an engine: few large ones are better than many."""
+        return self.backend.name == "vllm"
+
     def answers(
         self,
         who: str,
@@ -123,11 +128,42 @@ class BackendDrawer:
             max_new_tokens: Longest answer.
             seed: Of all draws; the same prompt is drawn for anew each time it is there.
         """
+        return self.asked(
+            who, model, prompts, ends=ends, limits=[max_new_tokens] * len(prompts), seed=seed
+        )
+
+    def asked(
+        self,
+        who: str,
+        model: Any,
+        prompts: Sequence[Ids],
+        *,
+        ends: Sequence[int],
+        limits: Sequence[int],
+        seed: int,
+        temperature: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Ids]:
+        """Answers to prompts, each with its limit, nothing cut off.
+
+        Args:
+            who: ``policy`` or ``reference``.
+            model: That model.
+            prompts: Token ids of each prompt.
+            ends: Tokens that end an answer.
+            limits: Tokens of the longest answer to each.
+            seed: Of all draws.
+            temperature: Of the next-token distribution.
+            seeds: One for each prompt, for backends that take them; None: those of ``seed``.
+
+        Raises:
+            UserError: If the backend fails, or gives something else.
+        """
         with contextlib.ExitStack() as stack:
             request = SampleRequest(
                 prompts=[ids.tolist() for ids in prompts],
-                limits=[max_new_tokens] * len(prompts),
-                temperature=1.0,
+                limits=[*limits],
+                temperature=temperature,
                 top_p=1.0,
                 seed=seed,
                 ends=list(ends),
@@ -136,6 +172,7 @@ class BackendDrawer:
                 model=lambda: stack.enter_context(self.plain(model)),
                 weights=lambda: stack.enter_context(self.files(who, model)),
                 options=dict(self.backend.options or {}),
+                seeds=seeds,
             )
             return checked_answers(self.backend, find_sampler(self.backend), request)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.keyed import seeds_of
+from dpo_lightning.evaluation.keyed import request_seeds
 from dpo_lightning.evaluation.posting import Poster, PostFailure, Server, open_poster
 from dpo_lightning.plugins import SampleRequest
 from dpo_lightning.settings.generation import Backend
@@ -43,7 +43,7 @@ class CompletionServer:
         Raises:
             UserError: If it gives none to one of the prompts.
         """
-        seeds = seeds_of(request.seed, request.prompts)
+        seeds = request_seeds(request)
         bodies = [
             self._body(request, prompt, limit, seed)
             for prompt, limit, seed in zip(request.prompts, request.limits, seeds, strict=True)
@@ -63,8 +63,8 @@ class CompletionServer:
         answers = [self._ids(choice, request) for choice in choices]
         if self._by_text:
             log.info(
-                "%s gives no token ids back: its answers are tokenized again, so that "
-                "log-probabilities are of these tokens and not surely of those that were drawn",
+                "%s returns no token ids: its answers are tokenized again, so log-probs may be of "
+                "other tokens than those that were drawn",
                 self._url,
             )
         return answers
@@ -117,7 +117,7 @@ def _first_choice(content: bytes, url: str) -> dict[str, Any]:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"generation.backend={url}: a reply is none of a server of completions; name the "
+            f"generation.backend={url}: the reply is not one of a completions server; give the "
             "address up to its /v1"
         ) from error
     assert isinstance(choice, dict)
@@ -126,4 +126,4 @@ def _first_choice(content: bytes, url: str) -> dict[str, Any]:
 
 _KEY = "name the variable that holds its key with generation.key_variable="
 _REMEDIES = {401: _KEY, 403: _KEY, 404: "check the address and generation.model="}
-_REMEDY = "see what its server says, or draw by generation.backend=hf"
+_REMEDY = "look at the server's log, or use generation.backend=hf"

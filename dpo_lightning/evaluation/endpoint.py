@@ -166,11 +166,11 @@ class Endpoint:
             f"{spent.requests} requests, {spent.tokens_in:,} tokens in and {spent.tokens_out:,} out"
         ]
         parts += [] if price is None else [f"price {price:.4g}"]
-        parts += [f"{spent.nonsense} replies were nonsense"] if spent.nonsense else []
+        parts += [f"{spent.nonsense} replies could not be read"] if spent.nonsense else []
         if spent.failed:
             parts.append(f"{spent.failed} got no reply ({spent.last_error})")
         if spent.uncounted:
-            parts.append(f"of {spent.uncounted} replies the server counted no tokens")
+            parts.append(f"{spent.uncounted} replies came without token counts")
         return ", ".join(parts)
 
     def upper_bound(self, texts_bytes: int, count: int) -> str:

@@ -149,10 +149,10 @@ def _notes(values: Sequence[Mark], facts: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     lost = facts["nonsense"] + facts["failed"]
     if lost:
-        why = f", the last one as {facts['last_error']}" if "last_error" in facts else ""
+        why = f" (last error: {facts['last_error']})" if "last_error" in facts else ""
         notes.append(
-            f"{facts['nonsense']} replies were nonsense and {facts['failed']} questions got none"
-            f"{why}; they count in no mean"
+            f"{facts['nonsense']} replies could not be read and {facts['failed']} questions got no "
+            f"reply{why}; no mean includes them"
         )
     withheld = why_withheld(values)
     if withheld is not None:

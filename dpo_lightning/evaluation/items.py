@@ -204,8 +204,8 @@ def _examples(
         for part in batch.counted:
             moved = part.to(device)
             scored = logps(moved)
-            rows = (moved.places[moved.group], scored.ratios(), scored.policy)
-            rows += (desirable_of(moved), moved.weight[moved.group])
+            rows = [moved.places[moved.group], scored.ratios(), scored.policy]
+            rows += [desirable_of(moved), moved.weight[moved.group]]
             found.append(torch.stack([row.double().cpu() for row in rows]))
             seen[list(part.rows)] += 1
         for part in batch.counted_mismatched:

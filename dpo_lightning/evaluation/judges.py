@@ -86,12 +86,12 @@ class MarkingJudge:
     """A judge that is a function from prompts and answers to numbers.
 
     Args:
-        function: Marks each answer; its numbers are finite.
+        function: Marks each answer; its numbers are finite, None stands for no mark.
     """
 
     gives_marks = True
 
-    def __init__(self, function: Callable[[list[Prompt], list[str]], Sequence[float]]) -> None:
+    def __init__(self, function: Callable[[list[Prompt], list[str]], Sequence[Mark]]) -> None:
         self._function = function
 
     def mark(

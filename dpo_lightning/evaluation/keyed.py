@@ -18,6 +18,7 @@ from torch import Tensor
 from dpo_lightning.data.tokens import Ids
 from dpo_lightning.evaluation.interpolated import Pair, Stream, mixed_logps
 from dpo_lightning.evaluation.sampling import Precision, left_padded
+from dpo_lightning.plugins import SampleRequest
 from dpo_lightning.processes.phases import ShowPhase, unshown
 
 NextLogps = Callable[[Tensor, Tensor], Tensor]
@@ -70,6 +71,13 @@ def seeds_of(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
         marked = prompt if not count else [*prompt, -count]
         found.append(noise_seed(seed, np.asarray(marked)))
     return found
+
+
+def request_seeds(request: SampleRequest) -> list[int]:
+    """A seed for each prompt of a request: its own, or one of the prompt and of what was before."""
+    if request.seeds is not None:
+        return [*request.seeds]
+    return seeds_of(request.seed, request.prompts)
 
 
 def drawn_from(logps: Tensor, sampling: Sampling) -> Tensor:

@@ -1,10 +1,16 @@
-"""Replies of a judge, kept on disk, so that nothing is asked and paid for twice. No torch."""
+"""Replies and marks of a judge, kept on disk, so that nothing is asked and paid for twice.
+
+Imports no torch. An endpoint's replies are kept for all runs. The marks of functions and reward
+models are kept for one run: their code and weights may change under the same name.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,3 +88,111 @@ class MarkCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
+
+
+class KeptMarks:
+    """Marks that a judge gave in the rounds of one run: a file of lines for each process of it.
+
+    No process touches another one's file. What is added at once is one line, which is there as a
+    whole or not at all: one that was cut off by a kill counts as missing.
+
+    Args:
+        folder: Where the files are; it is made with the first mark, in a folder that is there.
+        judge: All that the marks depend on, as plain values.
+        earlier: The same folder of a run that this one goes on from, which is read alone.
+    """
+
+    def __init__(
+        self, folder: Path, judge: Mapping[str, Any], *, earlier: Path | None = None
+    ) -> None:
+        self._folder = folder
+        self._earlier = earlier
+        self._judge = dict(judge)
+        self._path: Path | None = None
+        self._is_open = True
+        self._rounds: dict[int, dict[str, float | None]] | None = None
+
+    def key(self, content: Mapping[str, Any]) -> str:
+        """The name of a mark.
+
+        Args:
+            content: Prompt and answer, or answers.
+        """
+        return key_of(self._judge, content)
+
+    def before(self, round: int) -> dict[str, float]:
+        """Marks that were made in earlier rounds, by name.
+
+        Args:
+            round: The number of the round that is marked, from 1.
+        """
+        rounds = self._read()
+        return {
+            key: mark
+            for number in sorted(rounds)
+            if number < round
+            for key, mark in rounds[number].items()
+            if mark is not None
+        }
+
+    def of(self, round: int) -> dict[str, float | None]:
+        """Marks of a round, by name; None where the run went on without one.
+
+        Args:
+            round: Its number, from 1.
+        """
+        return self._read().get(round, {})
+
+    def add(self, round: int, marks: Mapping[str, float | None]) -> None:
+        """Keeps marks; a disk that takes none is said once, and costs no mark.
+
+        Args:
+            round: The number of the round, from 1.
+            marks: By name; None where the run goes on without one.
+        """
+        self._read().setdefault(round, {}).update(marks)
+        if not self._is_open or not marks:
+            return
+        line = json.dumps({"round": round, "marks": dict(marks)})
+        try:
+            with self._own_file().open("ab") as file:
+                file.write(f"{line}\n".encode())
+        except OSError as error:
+            self._is_open = False
+            where = error.filename or self._folder
+            log.warning("marks are not kept: %s: %s", where, error.strerror)
+
+    def _own_file(self) -> Path:
+        if self._path is None:
+            for folder in (self._folder.parent, self._folder):
+                folder.mkdir(exist_ok=True)
+            numbers = [int(path.stem) for path in _files(self._folder)]
+            self._path = self._folder / f"{1 + max(numbers, default=0)}.jsonl"
+        return self._path
+
+    def _read(self) -> dict[int, dict[str, float | None]]:
+        if self._rounds is None:
+            self._rounds = {}
+            before = [] if self._earlier is None else _files(self._earlier)
+            for path in [*before, *_files(self._folder)]:
+                with contextlib.suppress(OSError):
+                    for line in path.read_bytes().split(b"\n"):
+                        _take(json_object(line) or {}, self._rounds)
+        return self._rounds
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of marks in a folder, in the order in which they were begun."""
+    found = [path for path in folder.glob("*.jsonl") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def _take(found: Mapping[str, Any], rounds: dict[int, dict[str, float | None]]) -> None:
+    """Takes the marks of a line, if it is whole."""
+    round, marks = found.get("round"), found.get("marks")
+    if type(round) is int and isinstance(marks, dict) and all(map(_is_mark, marks.values())):
+        rounds.setdefault(round, {}).update(marks)
+
+
+def _is_mark(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isfinite(value))

@@ -27,7 +27,6 @@ from dpo_lightning.evaluation.sampling import end_ids, sampled_divergences
 from dpo_lightning.evaluation.verdicts import known
 from dpo_lightning.evaluation.win_rates import why_withheld
 from dpo_lightning.models.sharding import is_sharded
-from dpo_lightning.reference.kinds import LiveReference
 from dpo_lightning.reference.pair import Models
 from dpo_lightning.settings.credentials import redact
 from dpo_lightning.training.checkpoints.exact_resume import evaluate_now
@@ -58,6 +57,7 @@ class AnswersOnTheWay(Callback):
         seed: Of all draws, the same at each evaluation.
         last_too: True if the last evaluation draws as well, as its marks select checkpoints.
         rows: Keeps the answers.
+        always_kl: True if the KL is measured with a reference that has to be loaded for it, too.
 
     Attributes:
         rows: Keeps the answers.
@@ -65,12 +65,20 @@ class AnswersOnTheWay(Callback):
     """
 
     def __init__(
-        self, *, count: int, total_steps: int, seed: int, last_too: bool, rows: AnswerRows
+        self,
+        *,
+        count: int,
+        total_steps: int,
+        seed: int,
+        last_too: bool,
+        rows: AnswerRows,
+        always_kl: bool = False,
     ) -> None:
         self._count = count
         self._total = total_steps
         self._seed = seed
         self._last_too = last_too
+        self._always_kl = always_kl
         self.rows = rows
         self._judge: Judge | None = None
         self._is_judged = False
@@ -150,7 +158,7 @@ class AnswersOnTheWay(Callback):
             "samples/cut_off": cut_off_count(answers, ends, answering) / len(answers),
         }
         # Else it would have to be loaded beside all that a training holds.
-        if isinstance(models.reference, LiveReference):
+        if self._always_kl or models.start_in_memory:
             with models.reference_model(device) as reference:
                 kl = sampled_divergences(
                     models.policy,
@@ -187,7 +195,7 @@ class AnswersOnTheWay(Callback):
             return self._judge.mark(prompts, texts, show=self._answering.show)[0]
         except UserError as error:
             log.warning(
-                "answers on the way are judged no more, the training goes on: %s",
+                "the judge failed: later evaluations are not judged, training continues: %s",
                 redact(" ".join(str(error).split())),
             )
             self._judge = None
@@ -200,8 +208,8 @@ class AnswersOnTheWay(Callback):
             return
         self._said = True
         log.info(
-            "answers at evaluations took %.0f%% of the wall time so far: a smaller "
-            "evaluation.intermediate_samples= takes less (it is %d), 0 draws none",
+            "answers at evaluations took %.0f%% of the wall time so far; lower "
+            "evaluation.intermediate_samples=%d, or set it to 0",
             *(100 * share, self._count),
         )
 

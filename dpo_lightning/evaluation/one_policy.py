@@ -224,7 +224,7 @@ def _fault(found: PromptEstimates) -> str | None:
         return None
     if found.size < LEAST_ESS:
         return (
-            f"its answers are worth {float(found.size):.1f} a prompt, and {LEAST_ESS:g} are needed"
+            f"its effective sample is {float(found.size):.1f} answers a prompt, below {LEAST_ESS:g}"
         )
     return (
         f"the tail of its weights has Pareto k {float(found.pareto_k):.2f}, and only below "

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 Measure = Callable[[pl.Trainer, Any], Sequence[float]]
 """Values of a metric, one for each held-out item; all ranks call it, and rank 0's count."""
 
+# A step's backward pass takes twice its forward pass, which is all that a measure has.
+_PASSES_OF_A_STEP = 3
+
 
 class RungStop(Callback):
     """Saves, measures and ends the run at its rung; stands before the callback that stops it.
@@ -69,6 +72,7 @@ class RungStop(Callback):
         self._keep = keep
         self._steps = goal.steps(total=total_steps, warmup=warmup_steps)
         self._measure: Measure | None = None
+        self._work = 0.0
 
     @property
     def step(self) -> int | None:
@@ -76,9 +80,15 @@ class RungStop(Callback):
         step = self._steps[self._goal.rung]
         return step if step < self._total else None
 
-    def ask(self, measure: Measure) -> None:
-        """Says what is measured, before the training."""
+    def ask(self, measure: Measure, *, work: float) -> None:
+        """Says what is measured, before the training.
+
+        Args:
+            measure: Gives the values.
+            work: Optimizer steps that take as long as it does.
+        """
         self._measure = measure
+        self._work = work
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures at once where the run was ended between its checkpoint and its report.
@@ -125,7 +135,9 @@ class RungStop(Callback):
             write_reports(
                 self._run_dir,
                 [
-                    RungReport(rung, step, self._total, self._goal.metric, value, values)
+                    RungReport(
+                        rung, step, self._total, self._goal.metric, value, values, self._work
+                    )
                     for rung in same
                     if rung >= self._goal.rung
                 ],
@@ -135,6 +147,16 @@ class RungStop(Callback):
 
 
 # What is measured -------------------------------------------------------------------------------
+
+
+def work_of(groups: int, *, batch_size: int) -> float:
+    """The work of measuring held-out groups, in optimizer steps that take as long.
+
+    Args:
+        groups: Held-out groups.
+        batch_size: Groups of a step.
+    """
+    return groups / (_PASSES_OF_A_STEP * batch_size)
 
 
 def held_out(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation.keyed import seeds_of
+from dpo_lightning.evaluation.keyed import request_seeds
 from dpo_lightning.plugins import SampleRequest
 
 # Ranks that its kernels are made for.
@@ -50,9 +50,7 @@ def sample(request: SampleRequest) -> list[list[int]]:
                     stop_token_ids=list(request.ends),
                     detokenize=False,
                 )
-                for limit, seed in zip(
-                    request.limits, seeds_of(request.seed, request.prompts), strict=True
-                )
+                for limit, seed in zip(request.limits, request_seeds(request), strict=True)
             ],
             lora_request=None if adapter is None else _lora(adapter),
             use_tqdm=False,

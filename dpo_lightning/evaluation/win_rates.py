@@ -117,8 +117,8 @@ def why_withheld(values: Sequence[float | None]) -> str | None:
     if not values or missing <= MOST_MISSING * len(values):
         return None
     return (
-        f"{missing} of {len(values)} answers have no mark, more than {MOST_MISSING:.0%}, so that "
-        "no mean of the others is given"
+        f"{missing} of {len(values)} answers have no mark, more than {MOST_MISSING:.0%}, so no "
+        "mean is reported"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_lightning.errors import UserError
 from dpo_lightning.memory.footprint import AdapterFacts, Footprint, Training, in_gib
 from dpo_lightning.memory.hardware import Hardware
+from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import DeviceKind
 from dpo_lightning.settings.schema import Config
 
@@ -78,6 +79,7 @@ class MemorySettings:
         optimizer: Name of the optimizer.
         adapters: The adapters that are trained; None trains all weights.
         live_reference: True if a frozen copy of the model is held.
+        moving_reference: True if that follows the policy.
         sharded: True if the strategy shares the weights out.
         whole_gradients: True if it then adds up whole gradients until the end of a step; None: by
             the memory.
@@ -91,6 +93,7 @@ class MemorySettings:
     optimizer: str
     adapters: AdapterFacts | None
     live_reference: bool
+    moving_reference: bool
     sharded: bool
     whole_gradients: bool | None
     tokens: int | None
@@ -105,18 +108,31 @@ def memory_settings(config: Config) -> MemorySettings:
     if peft.kind == "lora":
         modules = None if peft.target_modules is None else tuple(peft.target_modules)
         adapters = AdapterFacts(peft.r, modules, peft.dora, peft.quantization == "nf4")
+    moves = config.reference.sync_every is not None
     synced = {"step": True, "micro_batch": False}
     return MemorySettings(
         half_weights=config.model.dtype == "bfloat16",
         optimizer=config.optimizer.name,
         adapters=adapters,
-        live_reference=config.reference.kind == "live",
+        live_reference=config.reference.kind == "live" or moves or _held_for_rounds(config),
+        moving_reference=moves,
         sharded=config.strategy.name == "fsdp",
         whole_gradients=synced.get(config.strategy.sync_gradients),
         tokens=config.data.micro_batch_tokens,
         checkpointing=config.model.gradient_checkpointing,
         max_length=config.data.max_length,
         check=config.trainer.memory_check,
+    )
+
+
+def _held_for_rounds(config: Config) -> bool:
+    """True if rounds bring the start beside the policy, for their reference rows."""
+    return (
+        config.rounds.count > 0
+        and config.rounds.reference == "start"
+        and config.peft.kind == "none"
+        and config.reference.kind != "none"
+        and objective_settings(config.loss).uses_reference
     )
 
 
@@ -155,6 +171,7 @@ def plan_training(
         whole_gradients=settings.whole_gradients if sharded else False,
         tokens=0,
         checkpointing=False,
+        moving_reference=settings.moving_reference,
     )
 
 

@@ -44,6 +44,7 @@ class Training:
             not decided.
         tokens: Of a micro-batch.
         checkpointing: True if activations are computed again in the backward pass.
+        moving_reference: True if the live reference follows the policy.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Training:
     whole_gradients: bool | None
     tokens: int
     checkpointing: bool
+    moving_reference: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Footprint:
     Attributes:
         weights: Of the policy, as it computes, or its shards; adapters too.
         masters: The float32 weights behind rounded ones.
-        reference: A live reference.
+        reference: A live reference, and the float32 values of one that moves.
         gradients: Of what is trained.
         optimizer: The moments.
         gathered: Of a sharded model what is whole for a while; DDP's buckets; 4-bit weights that

@@ -105,13 +105,28 @@ class StepMemory:
         parts = {
             "weights": wide * weights // shards,
             "masters": self._sum(trace, "masters") // shards,
-            "reference": self._sum(trace, "reference") // shards,
+            "reference": (wide * self._sum(trace, "reference") + self._moving(trace, training))
+            // shards,
             "gradients": wide * gradients // shards,
             "optimizer": states // shards,
             "gathered": self._gathered(trace, training, gradients),
             "activations": max(0, activations),
         }
         return Footprint(**parts, device=_of_device(training, sum(parts.values())))
+
+    def _moving(self, trace: StepTrace, training: Training) -> int:
+        """Bytes that a reference takes more for following the policy.
+
+        The float32 values behind weights of 16 bits, and beside adapters the copy of these.
+        """
+        if not training.moving_reference:
+            return 0
+        trained = self._sum(trace, "trained")
+        if training.adapters is None:
+            return 4 * trained if training.masters or training.weight_bytes == 2 else 0
+        # Frozen weights take the type of the computation, but for autocast.
+        half = training.compute_bytes == 2 and not training.autocast
+        return (2 + 4 if half else 4) * trained
 
     def _gathered(self, trace: StepTrace, training: Training, gradients: int) -> int:
         """Bytes that several devices, or 4 bits, take beside their shares; by formula.
@@ -146,7 +161,14 @@ class StepMemory:
     def _trace(self, training: Training) -> StepTrace:
         segments = self._lengths.fill(max(training.tokens, 3))
         # What several devices share changes nothing in what one computes.
-        same = replace(training, shards=1, buckets=False, whole_gradients=None, tokens=0)
+        same = replace(
+            training,
+            shards=1,
+            buckets=False,
+            whole_gradients=None,
+            tokens=0,
+            moving_reference=False,
+        )
         key = (self._name, same, segments, self._path)
         if key not in _traces:
             if len(_traces) >= _TRACED:

@@ -8,6 +8,7 @@ for what it does best: switching adapters, and writing them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from dpo_lightning.models.sharding import put_tensor, run_whole, whole_tensor
 # PEFT's name of the adapter that is trained, which its files do not carry.
 _TRAINED = "default"
 _REFERENCE = "reference"
+_COPY = "moving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,15 @@ class Adapters:
         dropout: Of the trained adapter's input.
         seed: Of new matrices.
         load_base: Loads the base model again.
+        moves: True adds a frozen copy of the trained adapter as it starts, for a reference that
+            moves.
 
     Raises:
         UserError: If an adapter does not fit the model, or would train its head.
+
+    Attributes:
+        reference: The policy as the reference.
+        copy: The policy with that copy in place of the trained adapter; None where there is none.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class Adapters:
         dropout: float,
         seed: int,
         load_base: Callable[[], Any],
+        moves: bool = False,
     ) -> None:
         self.policy = policy
         self._load_base = load_base
@@ -114,24 +123,39 @@ class Adapters:
                 self._peft.add_adapter(_REFERENCE, config)
             self._refuse_head(reference.name)
             self._fill(_REFERENCE, reference)
+        if moves:
+            self._add_copy(name)
         wrapper: Any = self._peft
         self._tuner = wrapper.base_model
         self._tuner.set_adapter(_TRAINED)
-        self.reference = ReferenceView(self)
+        if moves:
+            self._fill_copy()
+        self.reference = ReferenceView(self, _REFERENCE if reference is not None else None)
+        self.copy = ReferenceView(self, _COPY) if moves else None
 
     @property
     def has_stored_reference(self) -> bool:
         """True if the reference is an adapter too, and not the base model alone."""
         return self._has_reference
 
+    @staticmethod
+    def name_of_copy(name: str) -> str:
+        """The name of a trained weight in the copy that moves."""
+        before, _, after = f"{name}.".rpartition(f".{_TRAINED}.")
+        return f"{before}.{_COPY}.{after}".removesuffix(".")
+
     @contextlib.contextmanager
-    def switched(self) -> Iterator[None]:
-        """Context in which the policy is the reference, in eval mode; then it is as it was."""
+    def switched(self, adapter: str | None) -> Iterator[None]:
+        """Context in which the policy is the reference, in eval mode; then it is as it was.
+
+        Args:
+            adapter: Name of the adapter that it then has; None: none.
+        """
         training = [module for module in self.policy.modules() if module.training]
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.policy.eval()
-        if self._has_reference:
-            self._tuner.set_adapter(_REFERENCE, inference_mode=True)
+        if adapter is not None:
+            self._tuner.set_adapter(adapter, inference_mode=True)
         else:
             self._tuner.disable_adapter_layers()
         # PEFT freezes what it turns off. Shards ask in their first pass, which may be this one,
@@ -141,7 +165,7 @@ class Adapters:
         try:
             yield
         finally:
-            if self._has_reference:
+            if adapter is not None:
                 self._tuner.set_adapter(_TRAINED)
             else:
                 self._tuner.enable_adapter_layers()
@@ -230,6 +254,23 @@ class Adapters:
         """Adds the trained adapter into the weights; only the plain model is left."""
         return self._tuner.merge_and_unload(adapter_names=[_TRAINED])
 
+    def _add_copy(self, name: str) -> None:
+        """Puts a second adapter of the trained one's form beside it."""
+        config = copy.deepcopy(self._peft.peft_config[_TRAINED])
+        config.lora_dropout = 0.0
+        # On a rank that is handed its share later PEFT would make it on the CPU.
+        is_meta = next(self.policy.parameters()).is_meta
+        place = torch.device("meta") if is_meta else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), _fitting(name), place:
+            self._peft.add_adapter(_COPY, config)
+
+    @torch.no_grad()
+    def _fill_copy(self) -> None:
+        """Gives that adapter the values with which the trained one starts."""
+        for name, weight in self.policy.named_parameters():
+            if weight.requires_grad:
+                self.policy.get_parameter(self.name_of_copy(name)).copy_(weight)
+
     def _fill(self, adapter: str, file: AdapterFile) -> None:
         """Gives an adapter its stored weights, all of them and none else."""
         own = get_peft_model_state_dict(
@@ -274,12 +315,14 @@ class ReferenceView:
 
     Args:
         adapters: Of the policy.
+        adapter: Name of the one that is the reference; None: the model without any.
     """
 
     training = False
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, adapter: str | None = None) -> None:
         self._adapters = adapters
+        self._adapter = adapter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._adapters.policy, name)
@@ -291,22 +334,22 @@ class ReferenceView:
 
     def run_whole(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function of the policy whose weights are gathered, as ``sharding.run_whole``."""
-        with self._adapters.switched():
+        with self._adapters.switched(self._adapter):
             return run_whole(self._adapters.policy, function, *arguments)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """A forward pass."""
-        with self._adapters.switched():
+        with self._adapters.switched(self._adapter):
             return self._adapters.policy(*arguments, **named)
 
     def base_model(self, *arguments: Any, **named: Any) -> Any:
         """A forward pass of the decoder, without the head."""
-        with self._adapters.switched():
+        with self._adapters.switched(self._adapter):
             return self._adapters.policy.base_model(*arguments, **named)
 
     def generate(self, *arguments: Any, **named: Any) -> Any:
         """Generates, as transformers does."""
-        with self._adapters.switched():
+        with self._adapters.switched(self._adapter):
             return self._adapters.policy.generate(*arguments, **named)
 
     def eval(self) -> ReferenceView:
@@ -350,14 +393,14 @@ def adapter_dropout_off(policy: Any) -> Iterator[None]:
 
 
 def count_parameters(policy: Any) -> tuple[int, int]:
-    """A policy's weights and the trained ones among them, without the reference's adapter.
+    """A policy's weights and the trained ones among them, without the reference's adapters.
 
     Args:
         policy: A model, with or without adapters, its weights in any type.
     """
     total = trained = 0
     for name, parameter in policy.named_parameters():
-        if f".{_REFERENCE}." in name or name.endswith(f".{_REFERENCE}"):
+        if any(f".{own}." in f"{name}." for own in (_REFERENCE, _COPY)):
             continue
         # Of weights in 4 bits two are in a byte.
         state = getattr(parameter, "quant_state", None)

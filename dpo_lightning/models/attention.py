@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from dpo_lightning.data.gathers import Bucket, Bucketed, Sequences, Span, spans_of
 from dpo_lightning.data.packing import GroupBatch
+from dpo_lightning.models.decoding import Decoding
 from dpo_lightning.models.devices import kind_of
 from dpo_lightning.models.kernel import HeadShape, Kernel, any_lengths, as_computed
 from dpo_lightning.models.long_attention import Biases, long_attention
@@ -142,7 +143,7 @@ def group_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    group_plan: AttentionPlan | None = None,
+    group_plan: AttentionPlan | Decoding | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a flat row of groups, with the signature that transformers calls.
@@ -156,7 +157,8 @@ def group_attention(
         dropout: Must be 0: siblings share one prompt, so they would share its dropout mask.
         scaling: Factor of the scores; None is 1/sqrt(d).
         sliding_window: Only positions less than this far back are seen.
-        group_plan: The plan of the micro-batch.
+        group_plan: The plan of the micro-batch, or the keys so far while answers are written: then
+            shapes have rows in place of the 1.
         **kwargs: Arguments unknown to this function must not change the result.
 
     Returns:
@@ -175,10 +177,12 @@ def group_attention(
     ]
     if unknown or dropout:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'}")
-    group_plan.windows.add(sliding_window)
-    group_plan.heads[HeadShape.of(query, key, value)] += 1
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if isinstance(group_plan, Decoding):
+        return group_plan.attend(query, key, value, sliding_window, scaling), None
+    group_plan.windows.add(sliding_window)
+    group_plan.heads[HeadShape.of(query, key, value)] += 1
     query, key, value = as_computed(query, key, value)
     kernel, sequences = group_plan.kernel, group_plan.sequences
     is_taken = kernel is not None and kernel.takes(query, key, value)

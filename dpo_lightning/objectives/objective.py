@@ -120,7 +120,7 @@ class ObjectiveSettings:
             yield "terms: needs at least one loss"
         shown = ",".join(self.terms)
         for option, value in self.options.items():
-            terms = [*self.pairwise.values(), *self.unpaired.values()]
+            terms = self._with_options()
             entries = [e.schema[option] for e in terms if option in e.schema]
             if not entries:
                 yield (
@@ -165,7 +165,7 @@ class ObjectiveSettings:
             if others:
                 yield (
                     f"terms={{{', '.join(self.terms)}}}: {name} is a loss on single responses and "
-                    f"stands alone; use loss={name}, or leave {name} out"
+                    f"stands alone; leave loss.terms.{name} out"
                 )
                 return
             if self.rpo_alpha:
@@ -174,9 +174,11 @@ class ObjectiveSettings:
                     f"a group, which loss={name} does not look for; leave it out"
                 )
 
+    def _with_options(self) -> list[PairwiseLoss | UnpairedLoss]:
+        return [*self.pairwise.values(), *self.unpaired.values()]
+
     def _own(self) -> str:
-        terms = [*self.pairwise.values(), *self.unpaired.values()]
-        own = [key for loss in terms for key in loss.schema]
+        own = [key for loss in self._with_options() for key in loss.schema]
         return f"; it has {', '.join(own)}" if own else ""
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
-Say = Callable[[int], None]
-"""Takes how much is done by now."""
+
+class Say(Protocol):
+    """Takes how much of a phase is done by now."""
+
+    def __call__(self, now: int, note: str = "", /) -> None:
+        """Shows it.
+
+        Args:
+            now: How much is done.
+            note: Some words beside it, such as a rate.
+        """
 
 
 class ShowPhase(Protocol):
@@ -29,4 +38,4 @@ class ShowPhase(Protocol):
 @contextlib.contextmanager
 def unshown(name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Say]:
     """Shows nothing; see :class:`ShowPhase`."""
-    yield lambda now: None
+    yield lambda now, note="": None

@@ -35,6 +35,7 @@ from dpo_lightning.models.scoring import Scorer, ScoringPath
 from dpo_lightning.models.source import ModelSource
 from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.kinds import LiveReference, NoReference, Reference
+from dpo_lightning.reference.moving import Movement
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +67,24 @@ class ReferenceSettings:
         pretrained: Folder or hub id of another reference; None is the policy's start.
         revision: Its revision on the hub.
         needed: True if the loss uses a reference.
+        movement: How it follows the policy, which makes it a live one; None: it stays as it is.
     """
 
     kind: str
     pretrained: str | None
     revision: str | None
     needed: bool
+    movement: Movement | None = None
 
     @property
     def is_used(self) -> bool:
         """False where the loss compares with nothing, or is to."""
         return self.kind != "none" and self.needed
+
+    @property
+    def is_live(self) -> bool:
+        """True if the loss gets it from a model in memory."""
+        return self.is_used and (self.kind == "live" or self.movement is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +100,12 @@ class Models:
         weights: Hash of the policy's first weights.
         reference_weights: Hash of the reference's.
         reference_config: Hash of what its config says of its numbers.
-        make_reference: Makes the frozen reference, ready for the scorer; without one in the loss,
-            the policy as it starts.
+        make_reference: Makes the frozen reference as it starts, ready for the scorer; without one
+            in the loss, the policy as it starts.
         live: True if the reference is to be held in memory, where ``reference`` is not made yet.
         adapters: What is trained, where the policy's own weights are frozen; its reference is then
             in the same model.
+        movement: How the reference of the loss moves away from its start; None: it stays there.
     """
 
     policy: Any
@@ -109,10 +118,23 @@ class Models:
     make_reference: Callable[[], Any]
     live: bool = False
     adapters: Adapters | None = None
+    movement: Movement | None = None
+
+    def live_model(self) -> Any:
+        """The model of a live reference; one that moves beside adapters is a copy of theirs."""
+        if self.movement is not None and self.adapters is not None:
+            return self.adapters.copy
+        return self.make_reference()
+
+    @property
+    def start_in_memory(self) -> bool:
+        """True if the reference as it starts is held anyway, and need not be loaded."""
+        moves_beside = self.movement is not None and self.adapters is not None
+        return isinstance(self.reference, LiveReference) or moves_beside
 
     @contextlib.contextmanager
     def reference_model(self, device: torch.device) -> Iterator[Any]:
-        """The reference's weights on a device, for as long as they are needed."""
+        """The weights of the reference as it starts on a device, as long as they are needed."""
         if isinstance(self.reference, LiveReference):
             yield self.reference.model
         else:
@@ -155,22 +177,22 @@ def load_models(
             return own.reference
         return loader.load_reference(scorer)
 
-    live = wanted.is_used and wanted.kind == "live"
-    reference: Reference | None = None if wanted.is_used else NoReference()
-    if live and from_first is None:
-        reference = LiveReference(make_reference(), scorer)
-    return Models(
+    models = Models(
         policy=policy,
-        reference=reference,
+        reference=None if wanted.is_used else NoReference(),
         scorer=scorer,
         starts_from_reference=wanted.is_used and starts_alike,
         weights=hashes.policy,
         reference_weights=hashes.reference,
         reference_config=hashes.reference_config,
         make_reference=make_reference,
-        live=live,
+        live=wanted.is_live,
         adapters=own,
+        movement=wanted.movement if wanted.is_used else None,
     )
+    if models.live and from_first is None:
+        models = replace(models, reference=LiveReference(models.live_model(), scorer))
+    return models
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +286,7 @@ class _Loader:
             dropout=adapters.dropout,
             seed=self._seed,
             load_base=lambda: _load_policy(self._model, self._seed),
+            moves=self._wanted.is_used and self._wanted.movement is not None,
         )
 
     def load_reference(self, scorer: Scorer) -> Any:

@@ -13,6 +13,8 @@ def why_no_beta_of(config: Config) -> str | None:
     # Here, because it imports torch.
     from dpo_lightning.objectives.betas import BetaPlan
 
+    if config.reference.sync_every is not None:
+        return "the reference moved over the run (reference.sync_every)"
     loss = config.loss
     plan = BetaPlan(
         start=config.beta,

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.rounds import RoundsDataModule
 from dpo_lightning.data.rows import prompt_of_key
 from dpo_lightning.data.splits import digest_of
 from dpo_lightning.data.tokens import TokenGroup
@@ -23,13 +24,22 @@ from dpo_lightning.evaluation.answer_rows import AnswerRows, Keeper
 from dpo_lightning.evaluation.answers import Answering, SampleAnswers
 from dpo_lightning.evaluation.exact import ExactCurve
 from dpo_lightning.evaluation.on_the_way import AnswersOnTheWay, StartEvaluation
-from dpo_lightning.evaluation.rungs import Measure, RungStop, exact_rewards, held_out, judged
+from dpo_lightning.evaluation.rungs import (
+    Measure,
+    RungStop,
+    exact_rewards,
+    held_out,
+    judged,
+    work_of,
+)
 from dpo_lightning.processes.signals import SignalWatch
 from dpo_lightning.run.evaluations import monitored_rows
 from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.placement import Placed
 from dpo_lightning.run.plan import RunPlan, TrainerPlan
 from dpo_lightning.run.prepare import Prepared
+from dpo_lightning.run.rounds.conduct import RoundConductor
+from dpo_lightning.run.rounds.kept import Saving
 from dpo_lightning.settings.metric_names import JUDGE_METRIC
 from dpo_lightning.tracking.loggers import JsonlLogger
 from dpo_lightning.tracking.progress import LogProgress, MetricRows, Progress, Throughput
@@ -52,6 +62,10 @@ from dpo_lightning.training.same_config import SameConfig
 from dpo_lightning.training.strategies import ShardedStrategy
 
 log = logging.getLogger(__name__)
+
+# Steps of a round from which on its end is saved, so that a kill in the next round's drawing costs
+# no step; of shorter ones each would be.
+_SAVED_ROUND = 20
 
 
 class Beginning(Callback):
@@ -89,6 +103,7 @@ class SessionCallbacks:
         rung: Ends the run at a rung of its sweep; None where it has none.
         answers: Draws answers at evaluations; None where it draws none.
         best: Knows the best checkpoint; None where nothing selects one.
+        rounds: Makes the groups of rounds; None where all are given rows.
     """
 
     all: list[Callback]
@@ -97,6 +112,7 @@ class SessionCallbacks:
     rung: RungStop | None
     answers: AnswersOnTheWay | None
     best: BestCheckpoint | None
+    rounds: RoundConductor | None = None
 
 
 def make_session_callbacks(
@@ -129,8 +145,17 @@ def make_session_callbacks(
     own += [ExactResume(), *make_all_callbacks(plan.trainer.callbacks)]
     kept = plan.checkpoints
     folder = plan.folders.checkpoints
+    rounds = _rounds(plan, first.folder, signals=signals, throughput=throughput, resumed=resumed)
+    if rounds is not None:
+        own.append(rounds)
     own.append(
-        Checkpoints(folder, every_n_steps=kept.every_n_steps, keep=kept.keep, last=kept.last)
+        Checkpoints(
+            folder,
+            every_n_steps=kept.every_n_steps,
+            keep=kept.keep,
+            last=kept.last,
+            round_steps=_saved_rounds(plan),
+        )
     )
     own += _progress(plan, throughput)
     if plan.trainer.max_time is not None:
@@ -144,19 +169,52 @@ def make_session_callbacks(
     course = plan.evaluation.course
     if course is not None and course.on_start:
         own.append(StartEvaluation())
-    rung = None
-    if kept.rung is not None:
-        rung = RungStop(
-            plan.folders.run,
-            folder,
-            kept.rung,
-            total_steps=plan.schedule.total_steps,
-            warmup_steps=plan.schedule.warmup_steps,
-            keep=kept.keep,
-        )
+    rung = _rung(plan)
+    if rung is not None:
         own.append(rung)
     own.append(Preemption(signals, folder, keep=kept.keep))
-    return SessionCallbacks(own, samples, curve, rung, answers, best)
+    return SessionCallbacks(own, samples, curve, rung, answers, best, rounds)
+
+
+def _rung(plan: RunPlan) -> RungStop | None:
+    """The end at a rung of the sweep, where the run has one."""
+    kept = plan.checkpoints
+    if kept.rung is None:
+        return None
+    return RungStop(
+        plan.folders.run,
+        plan.folders.checkpoints,
+        kept.rung,
+        total_steps=plan.schedule.total_steps,
+        warmup_steps=plan.schedule.warmup_steps,
+        keep=kept.keep,
+    )
+
+
+def _rounds(
+    plan: RunPlan,
+    folder: RunFolder,
+    *,
+    signals: SignalWatch,
+    throughput: Throughput,
+    resumed: Path | None,
+) -> RoundConductor | None:
+    """The one who makes the groups of rounds, where there are some."""
+    if plan.batches.rounds is None:
+        return None
+    return RoundConductor(
+        plan.batches.rounds,
+        Saving(folder, plan.folders.checkpoints, plan.checkpoints.keep, resumed),
+        signals=signals,
+        throughput=throughput,
+        seed=plan.seed,
+    )
+
+
+def _saved_rounds(plan: RunPlan) -> int | None:
+    """Steps of a round, where each one's end is worth a checkpoint; None: it is not."""
+    steps = plan.schedule.round_steps
+    return steps if steps is not None and steps >= _SAVED_ROUND else None
 
 
 def _progress(plan: RunPlan, throughput: Throughput) -> list[Callback]:
@@ -196,6 +254,8 @@ def _answers(plan: RunPlan, keeper: Keeper) -> AnswersOnTheWay | None:
         seed=plan.seed,
         last_too=selects,
         rows=AnswerRows(plan.folders.run, keeper),
+        # A curve of each round needs it; on the embedded task it is exactly known.
+        always_kl=plan.batches.rounds is not None and not plan.batches.rounds.embedded,
     )
 
 
@@ -326,6 +386,19 @@ def make_measure(
     return held_out(goal.metric, prepared.data.evaluated_groups(), signals)
 
 
+def measuring_work(plan: RunPlan, prepared: Prepared) -> float:
+    """Work of a run's measure at its rung, in optimizer steps; that of answers is not counted.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+    """
+    goal = plan.checkpoints.rung
+    if goal is None or goal.metric in ("controlled/expected_reward", "samples/judge"):
+        return 0.0
+    return work_of(len(prepared.data.evaluated_groups()), batch_size=plan.batches.size)
+
+
 def say_forecast(
     plan: RunPlan, prepared: Prepared, groups: Sequence[TokenGroup], answering: Answering
 ) -> None:
@@ -381,19 +454,24 @@ def module_arguments(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[
     }
 
 
-def make_data_module(plan: RunPlan, prepared: Prepared, placed: Placed) -> PreferenceDataModule:
-    """The data module of prepared groups."""
-    return PreferenceDataModule(
-        train_groups=prepared.data.train,
-        eval_groups=prepared.data.all_evaluated_groups(),
-        held_out=None if plan.evaluation.course is None else plan.evaluation.course.held_out,
-        batch_size=plan.batches.size,
-        micro_batch_tokens=placed.budget.tokens,
-        total_steps=plan.schedule.total_steps,
-        seed=plan.seed,
-        shared=prepared.models.scorer.shared,
-        num_workers=plan.batches.num_workers,
-        equal_counts=plan.batches.equal_counts,
-        gathers=prepared.models.scorer.gathers,
-        pinned=placed.device.type == "cuda",
-    )
+def make_data_module(
+    plan: RunPlan, prepared: Prepared, placed: Placed, rounds: RoundConductor | None = None
+) -> PreferenceDataModule:
+    """The data module of prepared groups, or of rounds of which they are the given rows."""
+    served: dict[str, Any] = {
+        "train_groups": prepared.data.train,
+        "eval_groups": prepared.data.all_evaluated_groups(),
+        "held_out": None if plan.evaluation.course is None else plan.evaluation.course.held_out,
+        "batch_size": plan.batches.size,
+        "micro_batch_tokens": placed.budget.tokens,
+        "total_steps": plan.schedule.total_steps,
+        "seed": plan.seed,
+        "shared": prepared.models.scorer.shared,
+        "num_workers": plan.batches.num_workers,
+        "equal_counts": plan.batches.equal_counts,
+        "gathers": prepared.models.scorer.gathers,
+        "pinned": placed.device.type == "cuda",
+    }
+    if rounds is not None:
+        return RoundsDataModule(rounds, **served)
+    return PreferenceDataModule(**served)

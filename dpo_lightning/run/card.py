@@ -104,6 +104,10 @@ def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     yield "steps", f"{result['step']} of {settings['data']['batch_size']} prompts"
     yield "seed", str(result["seed"])
     yield "reference", _reference(settings["reference"], peft)
+    every = settings["reference"].get("sync_every")  # not in settings of before
+    if every is not None:
+        share = settings["reference"]["sync_alpha"]
+        yield "reference's updates", f"every {every:,} steps, the policy's share {share:g}"
     if peft["kind"] == "none":
         yield "trained", "all weights"
     else:

@@ -92,8 +92,8 @@ def conclude(
         UserError: If no answers could be drawn; the export is written all the same.
     """
     plan, prepared, module = trained.plan, trained.prepared, trained.module
-    # Lightning takes a model off its device when it is done with it.
-    prepared.models.policy.to(trained.device)
+    alone = prepared.models.adapters is None and prepared.ranks is None
+    _make_room(trained, alone=alone)
     evaluation: dict[str, Any] = {"answers": list(answers), "judge": plan.evaluation.judge}
     evaluation |= _by_group(trained)
     failure: UserError | None = None
@@ -105,7 +105,6 @@ def conclude(
     measured = sampled.metrics
     evaluation |= _of_samples(sampled, plan.folders.run)
     # What was drawn is of the policy as it computed; what is exact, and exported, of its weights.
-    alone = prepared.models.adapters is None and prepared.ranks is None
     as_evaluated = not module.restore_weights() and alone
     whole = _whole(prepared, merge=plan.evaluation.merge)
     if whole is None:
@@ -119,14 +118,23 @@ def conclude(
         evaluation |= entries
     evaluation["kl"] = kl_facts(plan, trained.answering, measured)
     record.metrics |= measured
-    record.signs = _signs(
-        trained, metrics | record.metrics, greedy=answers, samples=evaluation["samples"]
-    )
-    _export(trained, policy, adapters, record=record, metrics=metrics | record.metrics)
+    metrics = metrics | record.metrics
+    record.signs = _signs(trained, metrics, greedy=answers, samples=evaluation["samples"])
+    _export(trained, policy, adapters, record=record, metrics=metrics)
     write_json(plan.folders.run / EVALUATION_FILE, evaluation)
     if failure is not None:
         raise failure
     return measured
+
+
+def _make_room(trained: Trained, *, alone: bool) -> None:
+    """Has the policy on the device, and of two references the start."""
+    models = trained.prepared.models
+    # Lightning takes a model off its device when it is done with it.
+    models.policy.to(trained.device)
+    if alone and models.movement is not None:
+        # Answers are measured from the start, which is loaded for them.
+        trained.module.reference.to(torch.device("cpu"))
 
 
 def _of_samples(sampled: Sampled, run: Path) -> dict[str, Any]:

@@ -80,12 +80,13 @@ def plan_evaluations(
     total_steps: int,
     batch_size: int,
     shared: bool,
+    round_steps: int | None = None,
 ) -> EvaluationCourse:
     """Decides the evaluations of a run.
 
     The limit is shared out evenly over evaluations and sets. It is of the mean training row, so
     that neither seed nor order decides the sample. Where no interval is set and it leaves too few
-    rows for ten evaluations there are fewer of them.
+    rows for ten evaluations there are fewer of them. With rounds they are at ends of rounds.
 
     Args:
         evaluation: The settings.
@@ -94,6 +95,7 @@ def plan_evaluations(
         total_steps: Steps of the run.
         batch_size: Groups of a step.
         shared: True if a prompt is computed once for all its responses.
+        round_steps: Steps of a round; None where there are no rounds.
 
     Raises:
         UserError: If an evaluation that was asked for has no rows, or a metric is to select that no
@@ -107,11 +109,12 @@ def plan_evaluations(
     if not any(sizes):
         _refuse_without_rows(evaluation, checkpoint)
         share = None
-    budget = math.inf
-    if share is not None:
-        trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
-        budget = share * trained / len(sets)
-    every, sample = _interval([*sets.values()], evaluation, total_steps, budget, shared=shared)
+    trained = _trained_tokens(data.train, total_steps, batch_size, shared=shared)
+    budget = math.inf if share is None else share * trained / len(sets)
+    intervals = _intervals(evaluation, total_steps, round_steps)
+    every, sample = _interval(
+        [*sets.values()], evaluation, intervals, total_steps, budget, shared=shared
+    )
     if not sample:
         _refuse_without_room(evaluation, share)
     count = _before(evaluation, every, total_steps) if sample else 0
@@ -124,7 +127,7 @@ def plan_evaluations(
         held_out=HeldOut(sizes, names, None if whole else tuple(sample)),
         samples=evaluation.intermediate_samples if count and evaluation.samples else 0,
         selection=selection_of(checkpoint),
-        exact=evaluation.every_n_steps is not None or monitor.startswith("controlled/"),
+        exact=intervals.least == 1 or monitor.startswith("controlled/"),
     )
     if monitor:
         _check_monitor(checkpoint, course)
@@ -185,9 +188,35 @@ def _before(evaluation: EvaluationConfig, every: int, total_steps: int) -> int:
     return (total_steps - 1) // every + evaluation.on_start
 
 
+@dataclass(frozen=True, slots=True)
+class _Intervals:
+    """Steps between two evaluations, to choose from.
+
+    Attributes:
+        possible: The shortest first.
+        least: Rows of each set that are enough for an evaluation.
+    """
+
+    possible: tuple[int, ...]
+    least: int
+
+
+def _intervals(
+    evaluation: EvaluationConfig, total_steps: int, round_steps: int | None
+) -> _Intervals:
+    """Intervals that may be chosen: one that is set, ends of rounds, or any."""
+    if evaluation.every_n_steps is not None:
+        return _Intervals((evaluation.every_n_steps,), 1)
+    unit = round_steps or 1
+    found = dict.fromkeys(unit * math.ceil(total_steps / n / unit) for n in range(10, 0, -1))
+    # What nobody asked for has to be worth an evaluation; ends of rounds are anyway.
+    return _Intervals(tuple(found), _LEAST_ROWS if round_steps is None else 1)
+
+
 def _interval(
     sets: Sequence[Sequence[TokenGroup]],
     evaluation: EvaluationConfig,
+    intervals: _Intervals,
     total_steps: int,
     budget: float,
     *,
@@ -198,6 +227,7 @@ def _interval(
     Args:
         sets: The groups of each set.
         evaluation: The settings.
+        intervals: Those to choose from.
         total_steps: Steps of the run.
         budget: Tokens that all those evaluations may take of each set.
         shared: True if a prompt is computed once for all its responses.
@@ -207,12 +237,11 @@ def _interval(
         last one.
     """
     own = evaluation.every_n_steps
-    possible = [own] if own is not None else [math.ceil(total_steps / n) for n in range(10, 0, -1)]
-    for every in possible:
+    for every in intervals.possible:
         count = _before(evaluation, every, total_steps)
-        least = _LEAST_ROWS if own is None else 1
-        sample = _sample(sets, budget / count, least=least, shared=shared) if count else []
-        if sample:
+        if not count:
+            continue
+        if sample := _sample(sets, budget / count, least=intervals.least, shared=shared):
             return every, sample
     return own or total_steps, []
 

@@ -24,6 +24,7 @@ from dpo_lightning.files import (
     INTERPOLATION_FILE,
     REPORT_FILE,
     RESULT_FILE,
+    ROUNDS_FOLDER,
     SAMPLES_FILE,
     read_json,
     stage,
@@ -50,7 +51,7 @@ _OUTCOME = (
 # Its course, which a run that goes on from a checkpoint continues.
 _COURSE = (
     *("metrics.jsonl", SAMPLES_FILE, RUNGS_FILE, QUARANTINE_FILE),
-    *("csv", "tensorboard", "profile"),
+    *("csv", "tensorboard", "profile", ROUNDS_FOLDER),
 )
 _SETTINGS = "config.yaml"
 # Checkpoints, their manifests, and what a killed process left of one.
@@ -148,9 +149,10 @@ def find_earlier(folder: Path) -> Earlier | None:
 
 def _check_kinds(folder: Path) -> None:
     """Refuses a folder in which what a run writes would meet something of another kind."""
-    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged")
+    folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged", ROUNDS_FOLDER)
     files = (
         RESULT_FILE,
+        ROUNDS_FOLDER,
         REPORT_FILE,
         DIVERGED_FILE,
         "evaluation.json",
@@ -326,7 +328,7 @@ class RunFolder:
         """
         if not self.is_there():
             raise StorageError(
-                f"{self.path}: the run's folder was deleted or moved while the run was at work in "
+                f"{self.path}: the run's folder was deleted or moved while the run was using "
                 "it, so nothing of it could be kept; the run stops"
             )
 
@@ -375,7 +377,7 @@ def hold_run(config: Config, path: Path, *, is_writer: bool) -> Iterator[RunFold
             settle(lock)
         except TakenError as error:
             raise UserError(
-                f"hydra.run.dir={path}: a run is at work there ({error}); wait for its end, stop "
+                f"hydra.run.dir={path}: a run is using it ({error}); wait for its end, stop "
                 "it, or name another folder with hydra.run.dir="
             ) from error
         except OSError as error:
@@ -389,7 +391,7 @@ def hold_run(config: Config, path: Path, *, is_writer: bool) -> Iterator[RunFold
 
 
 def _say_wait(path: Path, who: str) -> None:
-    print(f"{path}: {who} was at work there a moment ago; waiting for a sign of it", flush=True)
+    print(f"{path}: {who} used it a moment ago; waiting for its heartbeat", flush=True)
 
 
 def _lost(path: Path) -> None:

@@ -69,8 +69,8 @@ def check_output(path: Path, opened: Opened, *, flag: str = "--output") -> None:
     folder = opened.run or Path(opened.weights or "")
     if folder.is_dir() and folder.resolve() in path.resolve().parents:
         raise UserError(
-            f"{flag} {path}: the folder of what is evaluated stays as it is; name a file outside "
-            "of it"
+            f"{flag} {path}: nothing is written into the folder of what is evaluated; name a file "
+            "outside of it"
         )
 
 

@@ -13,7 +13,7 @@ from dpo_lightning.models.adapters import count_parameters
 from dpo_lightning.reference.kinds import NoReference
 from dpo_lightning.reference.pair import Models
 from dpo_lightning.run.placement import Placed
-from dpo_lightning.run.plan import Names, RunPlan
+from dpo_lightning.run.plan import RunPlan
 from dpo_lightning.run.prepare import Prepared
 
 
@@ -36,8 +36,9 @@ def header_facts(plan: RunPlan, prepared: Prepared, placed: Placed) -> dict[str,
         "data": f"{names.data}: {_counts(prepared.data)}",
         **_chat(prepared),
         "loss": f"{names.loss}, beta {plan.beta:g}",
-        "reference": _reference(models, names),
+        "reference": _reference(plan, models),
         "steps": _steps(plan),
+        **_rounds(plan),
         **_evaluations(plan),
         "device": f"{devices}, {placed.computation.describe()}, torch {torch.__version__}",
         "attention": models.scorer.attention,
@@ -59,6 +60,23 @@ def _steps(plan: RunPlan) -> str:
         f"{schedule.total_steps:,} {_plural('step', schedule.total_steps)} x {plan.batches.size} "
         f"prompts, learning rate {schedule.learning_rate:g}{reason}, {warmup}"
     )
+
+
+def _rounds(plan: RunPlan) -> dict[str, str]:
+    """The line of the rounds, where there are some."""
+    if plan.batches.rounds is None:
+        return {}
+    settings, rounds = plan.batches.rounds.settings, plan.batches.rounds.plan
+    groups = {"best_worst": "best and worst", "ranking": "rankings", "margin": "pairs by margin"}
+    line = (
+        f"{rounds.count:,} of {rounds.steps:,} {_plural('step', rounds.steps)}, "
+        f"{settings.num_generations} answers a prompt, {groups.get(settings.groups, 'pairs')}"
+    )
+    if settings.noise == "bradley_terry":
+        line += " with drawn labels"
+    if settings.offline_fraction:
+        line += f", {settings.offline_fraction:.0%} of each step given rows"
+    return {"rounds": line}
 
 
 def _plural(word: str, count: int) -> str:
@@ -114,14 +132,19 @@ def _counts(data: PreparedData) -> str:
     return "; ".join(counts)
 
 
-def _reference(models: Models, names: Names) -> str:
+def _reference(plan: RunPlan, models: Models) -> str:
+    names, rounds = plan.names, plan.batches.rounds
     if isinstance(models.reference, NoReference):
         return "none"
+    if rounds is not None and rounds.settings.previous:
+        return "the policy at the start of each round"
     reference, state = names.reference or "initial policy", "frozen"
     if models.adapters is not None and names.reference is None:
         adapter = names.frozen_adapter
         reference = f"adapter {adapter}" if adapter else "base model without the adapter"
-    if models.reference is None:
+    if models.movement is not None:
+        state = models.movement.describe()
+    elif models.reference is None:
         state += ", log-probs cached"
     return f"{reference} ({state})"
 

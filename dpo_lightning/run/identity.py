@@ -21,6 +21,7 @@ from dpo_lightning.settings.judging import judge_label
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.messages import shown
 from dpo_lightning.settings.optimizer_group import optimizer_options
+from dpo_lightning.settings.rounds import round_settings
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.checkpoints.files import changed_settings
 
@@ -107,7 +108,11 @@ def config_hash(resolved: dict[str, Any], hashes: dict[str, str]) -> str:
 
 
 def identity_of(
-    config: Config, hashes: dict[str, str], *, numbers: Mapping[str, Any]
+    config: Config,
+    hashes: dict[str, str],
+    *,
+    numbers: Mapping[str, Any],
+    round_steps: int | None = None,
 ) -> dict[str, Any]:
     """Settings and hashes that a checkpoint to resume from must agree with.
 
@@ -115,7 +120,12 @@ def identity_of(
         config: The settings.
         hashes: Of data, weights and the reference.
         numbers: Entries of the model's config that decide its numbers.
+        round_steps: Steps of a round; None where there are no rounds.
     """
+    rounds = round_settings(config)
+    # More rounds behind those that there were change none of them.
+    facts = {} if rounds is None else asdict(config.rounds) | {"steps": round_steps}
+    facts.pop("count", None)
     peft = asdict(config.peft)
     # Of a stored adapter the content counts, which is in the hash of the weights.
     for name in ("adapter", "revision", "merge"):
@@ -124,6 +134,7 @@ def identity_of(
         "beta": config.beta,
         **{f"loss.{k}": v for k, v in own_loss_settings(asdict(config.loss)).items()},
         "reference.kind": config.reference.kind,
+        **_movement(config),
         **{f"peft.{name}": value for name, value in peft.items()},
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
@@ -134,6 +145,16 @@ def identity_of(
         **{f"config.json.{name}": value for name, value in numbers.items()},
         "reference": hashes["reference"],
         "reference.config": hashes["reference_config"],
+        **{f"rounds.{name}": value for name, value in facts.items()},
+    }
+
+
+def _movement(config: Config) -> dict[str, Any]:
+    """Settings of a reference that moves; null for one that does not, whatever else is set."""
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    return {
+        "reference.sync_every": every,
+        "reference.sync_alpha": None if every is None else alpha,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -33,6 +34,8 @@ from dpo_lightning.models.sharding import is_sharded, shard_model
 from dpo_lightning.reference.cache import ReferenceCache
 from dpo_lightning.reference.fill import Watch, with_reference_logps
 from dpo_lightning.reference.kinds import LiveReference
+from dpo_lightning.reference.moving import MovingReference, make_moving
+from dpo_lightning.reference.pair import Models
 from dpo_lightning.reference.spot_check import check_stored
 from dpo_lightning.run.identity import device_facts, reference_facts
 from dpo_lightning.run.plan import RunPlan
@@ -109,7 +112,7 @@ def _make_budget(
     world_size: int,
 ) -> tuple[Budget, MemoryEstimate]:
     """Chooses the token budget, and estimates the memory that the run takes with it."""
-    groups = [*prepared.data.train, *prepared.data.eval]
+    groups = [*prepared.data.train, *prepared.data.eval, *_longest_drawn(plan, prepared)]
     shared = prepared.models.scorer.shared
     costs = [group.tokens if shared else group.padded_tokens for group in groups]
     lengths = GroupLengths.of(groups, shared=shared)
@@ -128,6 +131,21 @@ def _make_budget(
         devices=world_size,
         float16=plan.hardware.float16,
     )
+
+
+def _longest_drawn(plan: RunPlan, prepared: Prepared) -> list[TokenGroup]:
+    """A group as long as any that a round may draw; none without rounds."""
+    rounds = plan.batches.rounds
+    if rounds is None:
+        return []
+    settings = rounds.settings
+    longest = settings.max_new_tokens if prepared.task is None else MAX_TOKENS
+    prompt = max((group.prompt for group in prepared.data.train), key=len)
+    responses = settings.num_generations if settings.groups == "ranking" else 2
+    positions = max_positions(prepared.source.config) or prepared.source.max_length
+    length = max(1, min(longest, positions - len(prompt)))
+    ids = np.zeros(length, dtype=np.int32)
+    return [TokenGroup(prompt, (ids,) * responses, (1,) * responses, 1.0, "", "")]
 
 
 def choose_answering(
@@ -195,19 +213,20 @@ def with_shards(prepared: Prepared, computation: Computation) -> Prepared:
         # An adapted policy is its own reference, and shared out with it.
         return made if is_sharded(made) else shard(made).requires_grad_(False).eval()
 
-    reference = models.reference
     if models.adapters is not None and computation.weights is not None:
         # As they are gathered they would be rounded to the same, and until then take the double.
         cast_frozen(models.policy, computation.weights)
-    policy = shard(models.policy)
-    if models.live:
-        reference = LiveReference(make_reference(), models.scorer)
-    sharded = replace(models, policy=policy, reference=reference, make_reference=make_reference)
+    sharded = replace(models, policy=shard(models.policy), make_reference=make_reference)
+    if sharded.live:
+        reference = LiveReference(sharded.live_model(), sharded.scorer)
+        sharded = replace(sharded, reference=reference)
     return replace(prepared, models=sharded)
 
 
 def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: Watch) -> Prepared:
     """Models and data with the reference in the type that is computed in, or out of the cache.
+
+    Beside a reference that moves held-out groups alone get log-probabilities, those of the start.
 
     Args:
         plan: The run's.
@@ -218,9 +237,8 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
     models, data, computation = prepared.models, prepared.data, placed.computation
     make_reference = models.make_reference
     models = replace(models, make_reference=lambda: computation.cast(make_reference()))
-    if models.reference is not None:
-        if isinstance(models.reference, LiveReference):
-            computation.cast(models.reference.model)
+    moving = _cast_live(models, computation)
+    if models.reference is not None and moving is None:
         return replace(prepared, models=models)
 
     # A checkpoint is loaded later: by now the policy is what it started as, also on a resume.
@@ -228,13 +246,15 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
 
     @functools.cache
     def load() -> Any:
+        if moving is not None:
+            return moving.model  # as it starts
         # Before its first step the policy is the reference, and its shards are in memory already.
         shared = is_policy and prepared.ranks is not None
         return models.policy if shared else models.make_reference()
 
     parts, reference = with_reference_logps(
         [data.train, data.eval],
-        _cache(plan, prepared, placed),
+        reference_cache(plan, prepared, placed),
         load=load,
         scorer=models.scorer,
         device=placed.device,
@@ -242,12 +262,11 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
         micro_batch_tokens=placed.budget.tokens,
         per_token=plan.learning.objective.desensitises,
         ranks=prepared.ranks,
-        needed=_needed(plan, data),
+        needed=_needed(plan, data, trained=moving is None),
         watch=watch,
         threads=prepared.threads if placed.device.type == "cpu" else None,
     )
-    train, evaluation = parts
-    groups = [*train, *evaluation]
+    groups = [group for part in parts for group in part]
     check_stored(
         [groups[number] for number in reference.read],
         reference.folder,
@@ -257,38 +276,93 @@ def with_reference(plan: RunPlan, prepared: Prepared, placed: Placed, *, watch: 
         precision=placed.context,
         dtype=computation.dtype(prepared.source.dtype),
     )
+    if moving is not None:
+        moving.rows = moving.computed = reference.computed
     return replace(
         prepared,
-        models=replace(models, reference=reference),
-        data=replace(data, train=train, eval=evaluation),
+        models=replace(models, reference=moving or reference),
+        data=replace(data, train=parts[0], eval=parts[1]),
     )
 
 
-def _cache(plan: RunPlan, prepared: Prepared, placed: Placed) -> ReferenceCache:
-    """The stored values of the reference, as it is computed on this device."""
+def _cast_live(models: Models, computation: Computation) -> MovingReference | None:
+    """Casts a live reference; one that moves keeps its float32 values, and is given back."""
+    live = models.reference
+    if not isinstance(live, LiveReference):
+        return None
+    if models.movement is None:
+        computation.cast(live.model)
+        return None
+    return make_moving(
+        live.model,
+        models.scorer,
+        policy=models.policy,
+        adapters=models.adapters,
+        movement=models.movement,
+        cast=computation.cast,
+    )
+
+
+def reference_cache(
+    plan: RunPlan,
+    prepared: Prepared,
+    placed: Placed,
+    *,
+    weights: str | None = None,
+    folder: Path | None = None,
+) -> ReferenceCache:
+    """The stored values of the reference, as it is computed on this device.
+
+    Args:
+        plan: The run's.
+        prepared: Models and data.
+        placed: Their devices.
+        weights: Hash of what the policy has trained, where it is the reference itself; None: the
+            run's reference is meant.
+        folder: Parent of the values' folder; None: the one that all runs share.
+    """
     models = prepared.models
+    trained = "" if weights is None else f" trained to {weights}"
     facts = reference_facts(
-        weights=models.reference_weights,
+        weights=f"{models.reference_weights}{trained}",
         config=models.reference_config,
         dtype=str(prepared.source.dtype),
         precision=placed.computation.name,
         device=device_facts(placed.device, threads=prepared.threads),
         kernel=_kernel(models.scorer, sharded=prepared.ranks is not None),
     )
-    return ReferenceCache(plan.folders.references, facts)
+    return ReferenceCache(folder or plan.folders.references, facts)
 
 
-def _needed(plan: RunPlan, data: PreparedData) -> npt.NDArray[np.bool_]:
-    """True for the groups that a step or an evaluation sees, those of the training first."""
-    seen = rows_of_steps(
-        len(data.train),
-        batch_size=plan.batches.size,
-        steps=plan.schedule.total_steps,
-        seed=plan.seed,
-    )
+def _needed(plan: RunPlan, data: PreparedData, *, trained: bool) -> npt.NDArray[np.bool_]:
+    """True for the groups that a step or an evaluation sees, those of the training first.
+
+    Args:
+        plan: The run's.
+        data: The groups.
+        trained: False leaves those of the steps out.
+    """
+    seen = _seen(plan, len(data.train))
     evaluated = np.zeros(len(data.eval), dtype=bool)
     evaluated[slice(None) if data.evaluated is None else data.evaluated] = True
-    return np.concatenate([seen, evaluated])
+    return np.concatenate([seen & trained, evaluated])
+
+
+def _seen(plan: RunPlan, groups: int) -> npt.NDArray[np.bool_]:
+    """True for the training groups that a step sees, with their values from the beginning."""
+    rounds = plan.batches.rounds
+    if rounds is None:
+        return rows_of_steps(
+            groups,
+            batch_size=plan.batches.size,
+            steps=plan.schedule.total_steps,
+            seed=plan.seed,
+        )
+    seen = np.zeros(groups, dtype=bool)
+    if not rounds.settings.previous:
+        for number in range(1, rounds.plan.count + 1):
+            seen[rounds.plan.given_rows_of(number, groups)] = True
+    return seen
 
 
 def _kernel(scorer: Scorer, *, sharded: bool) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_lightning.data.rounds import RoundPlan
 from dpo_lightning.data.source_names import source_label
 from dpo_lightning.memory.estimate import MemorySettings, memory_settings
 from dpo_lightning.memory.hardware import Hardware
@@ -27,6 +28,7 @@ from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.names import model_label, name_of_trial, run_name
 from dpo_lightning.settings.optimizer_group import optimizer_options
 from dpo_lightning.settings.program import TRIAL
+from dpo_lightning.settings.rounds import RoundSettings, round_settings
 from dpo_lightning.settings.schema import BASE, Config
 from dpo_lightning.tracking.logger_settings import LoggerSettings, logger_settings
 from dpo_lightning.tracking.rungs import Goal, read_goal
@@ -111,6 +113,21 @@ class CheckpointPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundsPlan:
+    """Rounds of a run.
+
+    Attributes:
+        settings: How answers are drawn, and how they become groups.
+        plan: Steps, prompts and groups of each.
+        embedded: True on the embedded task, of which all is exactly known.
+    """
+
+    settings: RoundSettings
+    plan: RoundPlan
+    embedded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """Groups of a step, and how they are made ready.
 
@@ -119,12 +136,14 @@ class BatchPlan:
         num_workers: Processes that make them ready.
         equal_counts: True if all ranks take as many micro-batches.
         overfit: True if a few groups are seen until their loss has fallen.
+        rounds: Rounds whose groups the policy draws; None: all groups are given rows.
     """
 
     size: int
     num_workers: int
     equal_counts: bool
     overfit: bool
+    rounds: RoundsPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +309,7 @@ def make_plan(
             num_workers=config.data.num_workers,
             equal_counts=trainer.sharded,
             overfit=config.data.overfit_groups is not None,
+            rounds=rounds_plan(config, schedule),
         ),
         learning=learning_plan(config, schedule),
         memory=memory_settings(config),
@@ -302,6 +322,28 @@ def make_plan(
         ),
         seed=config.seed,
     )
+
+
+def rounds_plan(config: Config, schedule: Schedule) -> RoundsPlan | None:
+    """The rounds; None where there are none.
+
+    Args:
+        config: The settings.
+        schedule: How many steps there are.
+    """
+    settings, steps = round_settings(config), schedule.round_steps
+    if settings is None or steps is None:
+        return None
+    plan = RoundPlan(
+        count=settings.count,
+        steps=steps,
+        prompts=settings.prompts,
+        groups_per_prompt=settings.groups_per_prompt,
+        batch_size=config.data.batch_size,
+        offline_fraction=settings.offline_fraction,
+        seed=config.seed,
+    )
+    return RoundsPlan(settings, plan, embedded=config.data.train is None)
 
 
 def _evaluation_plan(config: Config, course: EvaluationCourse | None) -> EvaluationPlan:

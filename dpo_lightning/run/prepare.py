@@ -5,7 +5,6 @@ The settings end here and in ``plan``: every class below takes plain values.
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from dpo_lightning.models.source import ModelSource, resolve_model
 from dpo_lightning.models.vocabulary import check_ids
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.processes.phases import ShowPhase, unshown
+from dpo_lightning.reference.moving import Movement
 from dpo_lightning.reference.pair import Models, ReferenceSettings, load_models
 from dpo_lightning.run.adapter_start import adapter_settings
 from dpo_lightning.run.chat import ChatTemplate, choose_template
@@ -53,11 +53,15 @@ from dpo_lightning.run.folder import RunFolder
 from dpo_lightning.run.identity import basis_of, config_hash, identity_of
 from dpo_lightning.run.inputs import QUARANTINE_FILE, SourceRows
 from dpo_lightning.run.record import RunRecord
+from dpo_lightning.run.rounds.asking import RoundMarker
+from dpo_lightning.run.rounds.marking import make_marker
 from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.schema import Config
+from dpo_lightning.training.checkpoints.files import run_of
 from dpo_lightning.training.ranks import Ranks
+from dpo_lightning.training.schedule import make_schedule
 from dpo_lightning.training.traced import traced_optimizer
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,7 @@ class Prepared:
         threads: CPU threads of one operation in the reference pass.
         ranks: The processes that share the models' weights; None where each has its own.
         chat: The chat template; None where no rows go through one.
+        marker: Has the judge mark the answers of rounds; None where there are none, or no judge.
     """
 
     source: ModelSource
@@ -92,6 +97,7 @@ class Prepared:
     threads: int
     ranks: Ranks | None = None
     chat: ChatTemplate | None = None
+    marker: RoundMarker | None = None
 
 
 def prepare(
@@ -136,11 +142,9 @@ def prepare(
     assert data is not None
     data.choose_evaluated(config.evaluation.max_prompts)
     hashes = _hashes(source, models, data)
-    _fill(record, config, source, models, data)
-    record.data["hash"] = hashes["data"]
+    _fill(record, config, source, models, data, hashes)
     record.config_hash = config_hash(resolved, hashes)
-    numbers = config_numbers(source.config)
-    identity = (chat.identity() if chat else {}) | identity_of(config, hashes, numbers=numbers)
+    identity = (chat.identity() if chat else {}) | _identity(config, source, data, hashes)
     return Prepared(
         source=source,
         memory=memory,
@@ -153,7 +157,16 @@ def prepare(
         threads=threads,
         ranks=ranks,
         chat=chat,
+        marker=choose_marker(config, hardware, folder, show=show),
     )
+
+
+def _identity(
+    config: Config, source: ModelSource, data: PreparedData, hashes: dict[str, str]
+) -> dict[str, Any]:
+    schedule = make_schedule(config, groups=len(data.train), bundled=source.bundled)
+    numbers = config_numbers(source.config)
+    return identity_of(config, hashes, numbers=numbers, round_steps=schedule.round_steps)
 
 
 def _checked_memory(config: Config, source: ModelSource, hardware: Hardware) -> StepMemory:
@@ -214,12 +227,17 @@ def outcome_logps(task: ControlledTask, models: Models, ranks: Ranks | None) -> 
 
 
 def _fill(
-    record: RunRecord, config: Config, source: ModelSource, models: Models, data: PreparedData
+    record: RunRecord,
+    config: Config,
+    source: ModelSource,
+    models: Models,
+    data: PreparedData,
+    hashes: dict[str, str],
 ) -> None:
     """The entries of model and data, and what its numbers are of."""
     record.basis = basis_of(config, held_out=digest_of(data.evaluated_groups()))
     parameters, trainable = count_parameters(models.policy)
-    record.data = data.counts()
+    record.data = data.counts() | {"hash": hashes["data"]}
     record.model = {"name": source.name, "parameters": parameters, "trainable": trainable}
 
 
@@ -339,6 +357,7 @@ def _load_models(
             pretrained=reference.pretrained,
             revision=reference.revision,
             needed=objective_settings(config.loss).uses_reference,
+            movement=movement_of(config),
         ),
         seed=config.seed,
         adapters=adapter_settings(config, source),
@@ -347,8 +366,19 @@ def _load_models(
     )
 
 
+def movement_of(config: Config) -> Movement | None:
+    """The way in which the reference follows the policy; None where it stays as it is."""
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    return None if every is None else Movement(every, alpha)
+
+
 def choose_judge(
-    config: Config, hardware: Hardware, *, judges: bool, show: ShowPhase = unshown
+    config: Config,
+    hardware: Hardware,
+    *,
+    judges: bool,
+    may_miss: bool = False,
+    show: ShowPhase = unshown,
 ) -> Judge | None:
     """The judge, before the training: what is wrong with it need not cost one.
 
@@ -356,6 +386,7 @@ def choose_judge(
         config: The settings.
         hardware: Devices; a reward model takes the one that a policy is on.
         judges: False on a rank that leaves it to the first.
+        may_miss: True if it may leave answers without a mark.
         show: Shows how far a download is.
     """
     settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
@@ -368,7 +399,41 @@ def choose_judge(
         fetch_weights(source, None, show)
         return RewardModel(source, device=hardware.beside, batch_size=settings.batch_size)
 
-    return make_judge(settings, reward_model=reward_model)
+    return make_judge(settings, reward_model=reward_model, may_miss=may_miss)
+
+
+def choose_marker(
+    config: Config, hardware: Hardware, folder: RunFolder | None, *, show: ShowPhase = unshown
+) -> RoundMarker | None:
+    """The one who has the judge mark a round's answers; None where there is nobody to ask.
+
+    Args:
+        config: The settings.
+        hardware: Devices; a reward model takes the one that a policy is on.
+        folder: The run's folder, which keeps marks.
+        show: Shows how far a download is.
+    """
+    settings = judge_settings(config, cache=cache_folder(config.reference.cache_dir))
+    if settings is None or not config.rounds.count or folder is None:
+        return None
+    judge = choose_judge(config, hardware, judges=True, may_miss=True, show=show)
+    assert judge is not None
+    return make_marker(
+        judge,
+        settings,
+        folder.path,
+        # Before the first checkpoint there is nothing to resume, and the marks are there.
+        go_on=f"resume=auto hydra.run.dir={folder.path} goes on once the judge answers",
+        resumed=_resumed_folder(config.resume),
+    )
+
+
+def _resumed_folder(resume: str | None) -> Path | None:
+    """The folder of the run that is named to go on from; None for none, or this one's own."""
+    if resume is None or resume == "auto":
+        return None
+    path = Path(resume).expanduser()
+    return run_of(path) if path.suffix == ".ckpt" else path
 
 
 def controlled_groups(config: Config, source: ModelSource) -> PreparedData:
@@ -394,16 +459,19 @@ def controlled_data(
         reference_logps: Log-probabilities of its outcomes under the reference, (8, 4681).
     """
     sizes = config.data.controlled
-    if sizes.form == "unpaired":
-        draw = functools.partial(task.labelled, reference_logps=reference_logps)
-    else:
-        draw = functools.partial(task.groups, reference_logps=reference_logps)
-    population = {"population": True} if sizes.population else {}
     # The evaluation rows are the same for every seed, so that seeds can be compared.
-    data = PreparedData(
-        train=draw(sizes.train_groups, seed=config.seed + 1, **population),
-        eval=draw(sizes.eval_groups, seed=0),
-    )
+    train, evaluation = (sizes.train_groups, config.seed + 1), (sizes.eval_groups, 0)
+    if sizes.form == "unpaired":
+        sides = [
+            task.labelled(count, seed=seed, reference_logps=reference_logps)
+            for count, seed in (train, evaluation)
+        ]
+    else:
+        sides = [
+            task.groups(count, seed=seed, reference_logps=reference_logps, population=population)
+            for (count, seed), population in ((train, sizes.population), (evaluation, False))
+        ]
+    data = PreparedData(train=sides[0], eval=sides[1])
     data.overfit(config.data.overfit_groups)
     _with_mismatched(config, data, max_length=MAX_LENGTH)
     return data

@@ -32,7 +32,7 @@ class RunRecord:
         loss: Name of the loss.
         seed: Of all that is drawn.
         step: Optimizer steps completed.
-        epoch: Passes over the data.
+        epoch: Passes over the data; with rounds the rounds.
         exported_step: Step of the weights in ``model/``, which ``metrics`` of evaluations and
             answers are of; None where nothing was exported.
         selection: ``monitor``, ``best``, ``best_step`` and ``stopped_early``; None where no metric

@@ -127,11 +127,13 @@ def plan_session(
         resolved: The settings as plain values.
     """
     groups, source = len(prepared.data.train), prepared.source
+    schedule = make_schedule(config, groups=groups, bundled=source.bundled)
     course = plan_evaluations(
         config.evaluation,
         config.checkpoint,
         prepared.data,
-        total_steps=make_schedule(config, groups=groups, bundled=source.bundled).total_steps,
+        total_steps=schedule.total_steps,
+        round_steps=schedule.round_steps,
         batch_size=config.data.batch_size,
         shared=prepared.models.scorer.shared,
     )

@@ -91,7 +91,9 @@ class Session:
         record, trainer = self.record, self.trainer
         if trainer is not None:
             record.step = trainer.global_step
-            epoch = steps_per_epoch(len(self.prepared.data.train), self.plan.batches.size)
+            epoch = self.plan.schedule.round_steps or steps_per_epoch(
+                len(self.prepared.data.train), self.plan.batches.size
+            )
             record.epoch = trainer.global_step / epoch
         # What the conclusion measured is of the weights that are exported.
         record.metrics = self.metrics.last | record.metrics
@@ -103,6 +105,11 @@ class Session:
             "seconds": self.throughput.seconds,
             "evaluating_seconds": self.throughput.evaluating_seconds,
         }
+        if self.plan.batches.rounds is not None:
+            record.throughput |= {
+                "drawing_seconds": self.throughput.drawing_seconds,
+                "drawn_tokens_per_second": self.throughput.drawn_tokens_per_second,
+            }
         if trainer is None or trainer.is_global_zero:
             summary = summary_of(self.plan.facts, record.metrics)
             self.where = self.loggers.finish(summary, exit_code=_exit_code(error))

@@ -31,6 +31,7 @@ from dpo_lightning.memory.peaks import (
 )
 from dpo_lightning.processes.phases import ShowPhase, unshown
 from dpo_lightning.reference.fill import Watch
+from dpo_lightning.reference.moving import say_if_still
 from dpo_lightning.run.build import (
     Beginning,
     SessionCallbacks,
@@ -39,6 +40,7 @@ from dpo_lightning.run.build import (
     make_module,
     make_session_callbacks,
     make_trainer,
+    measuring_work,
     say_forecast,
     what_is_pending,
 )
@@ -58,6 +60,7 @@ from dpo_lightning.run.plan import (
 )
 from dpo_lightning.run.prepare import Prepared
 from dpo_lightning.run.record import RunRecord, reference_counts
+from dpo_lightning.run.rounds.work import make_round_work
 from dpo_lightning.run.session_end import (
     conclude_session,
     evaluate_last,
@@ -242,7 +245,7 @@ def _with_models_in_place(session: Session, placed: Placed) -> Prepared:
         models.policy.activation_checkpointing_enable({"use_reentrant": False})
     prepared = with_shards(prepared, placed.computation)
     assert session.trainer is not None
-    if models.reference is None:
+    if models.reference is None or models.movement is not None:
         start_others(session.trainer)
     check = session.supervision.children.check
     if placed.device.type == "cpu":
@@ -269,14 +272,26 @@ def _build(
         measure = make_measure(
             plan, prepared, groups=groups, answering=within, signals=session.supervision.signals
         )
-        callbacks.rung.ask(measure)
+        callbacks.rung.ask(measure, work=measuring_work(plan, prepared))
     pending = what_is_pending(session.trainer, session.supervision.signals)
     module = make_module(plan, prepared, placed, pending_signal=pending)
-    datamodule = make_data_module(plan, prepared, placed)
+    if callbacks.rounds is not None:
+        callbacks.rounds.ask(
+            make_round_work(
+                plan,
+                prepared,
+                placed,
+                answering=answering,
+                check=session.supervision.children.check,
+                show=within.show if session.is_first else unshown,
+            )
+        )
+    datamodule = make_data_module(plan, prepared, placed, callbacks.rounds)
     if session.is_first:
         say_forecast(plan, prepared, groups, answering)
         say_if_over(prepared.data.train, placed.budget, shared=models.scorer.shared)
         say_selection(plan.evaluation.course)
+        say_if_still(prepared.models.movement, total_steps=plan.schedule.total_steps)
     return (
         module,
         datamodule,

@@ -16,7 +16,7 @@ from typing import Any
 
 import dpo_lightning
 from dpo_lightning.errors import DpoLightningError, UserError
-from dpo_lightning.files import METRICS_FILE, REPORT_FILE, RESULT_FILE
+from dpo_lightning.files import RESULT_FILE
 from dpo_lightning.plugins import load_plugins
 from dpo_lightning.processes.child_ranks import (
     ChildRanks,
@@ -228,16 +228,11 @@ class _Supervisor:
 
     def _write_page(self) -> None:
         """Writes the page of a run that left metrics; the run stands without it."""
-        if not (self._folder.takes_result() and (self._run_dir / METRICS_FILE).is_file()):
-            return
-        # Here, because it is of the end alone.
-        from dpo_lightning.run.page.write import write_run_page
+        if self._folder.takes_result():
+            # Here, because it is of the end alone.
+            from dpo_lightning.run.page.write import keep_run_page
 
-        try:
-            write_run_page(self._run_dir)
-        except Exception as error:  # a run of days must not end in an error of its page
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            log.warning("%s: not written: %s", self._run_dir / REPORT_FILE, redact(line))
+            keep_run_page(self._run_dir)
 
     def say(self, outcome: _Outcome) -> None:
         """Logs the error, and has SLURM queue the job again where its time was over."""

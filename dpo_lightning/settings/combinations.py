@@ -27,8 +27,10 @@ from dpo_lightning.settings.logger_group import logger_problems
 from dpo_lightning.settings.loss_group import objective_settings
 from dpo_lightning.settings.messages import loss_hint
 from dpo_lightning.settings.model_folders import found_instead
+from dpo_lightning.settings.moving_reference import moving_reference_problems
 from dpo_lightning.settings.optimizer_group import optimizer_problems
 from dpo_lightning.settings.pruning import pruning_problems
+from dpo_lightning.settings.rounds import rounds_problems
 from dpo_lightning.settings.row_sources import source_problems
 from dpo_lightning.settings.schema import BASE, Config, PeftConfig, StrategyConfig
 from dpo_lightning.settings.selection import sampling_problems, selection_problems
@@ -171,6 +173,7 @@ def _objective(config: Config) -> Iterator[str]:
     yield from (f"loss.{problem}" for problem in objective.problems())
     yield from _use_of_reference(config, objective)
     yield from _controlled(config, objective)
+    yield from moving_reference_problems(config)
     yield from _changing_beta(config, objective)
     if reference.kind == "none" and reference.pretrained is not None:
         yield (
@@ -472,3 +475,4 @@ def inconsistencies(config: Config, *, multirun: bool, explicit_run_dir: bool) -
     yield from pruning_problems(config)
     yield from logger_problems(config.logger)
     yield from generation_problems(config.generation, config.strategy.name, config.plugins)
+    yield from rounds_problems(config)

@@ -5,8 +5,10 @@ from typing import Any
 
 from dpo_lightning.settings.fields import setting
 
-_SCALING = ("loss", "margins", "chosen", "rejected", "log_z")
-_SCALING += ("desirable", "undesirable", "separation", "z0", "delta")
+_SCALING = (
+    *("loss", "margins", "chosen", "rejected", "log_z"),
+    *("desirable", "undesirable", "separation", "z0", "delta"),
+)
 
 
 def scales_with_beta(metric: str) -> bool:
@@ -450,14 +452,15 @@ class SweepConfig:
     prune_metric: str | None = setting(
         None,
         "Metric that rungs compare by. null: the judge's mark (samples/judge) where there is one, "
-        "else eval/fitted_log_loss, the log-loss of held-out margins at a scale of their own; for "
-        "losses on single responses eval/label_gain.",
+        "else the log-loss of held-out margins, eval/fitted_log_loss (of single responses "
+        "eval/label_gain).",
         expected=f"one of {', '.join(PRUNE_METRICS)}",
     )
     budget: float = setting(
         0.36,
         "Steps of the pruned sweep, as a share of the whole grid's, within which trials stay that "
-        "are not significantly worse than the best.",
+        "are not significantly worse than the best. Held-out rows that are evaluated at a rung "
+        "count as the steps that take as long.",
         unit="share",
         above=0,
         most=1,

@@ -16,6 +16,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.settings.judging import hashed_evaluation, model_judge
 from dpo_lightning.settings.loss_group import own_loss_settings
 from dpo_lightning.settings.optimizer_group import own_optimizer_settings
+from dpo_lightning.settings.rounds_section import own_rounds
 from dpo_lightning.settings.schema import Config
 
 # Where a run is written, watched or helped on does not change what it computes.
@@ -31,9 +32,13 @@ def hashed_settings(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in NOT_IN_HASH}
     # What the cache holds is keyed by content; where it stands does not matter.
     reference = {k: v for k, v in kept["reference"].items() if k != "cache_dir"}
+    if reference.get("sync_every") is None:
+        # A reference that stays as it is has no entries of its updates, as runs of before.
+        reference = {k: v for k, v in reference.items() if not k.startswith("sync_")}
     trainer = {k: v for k, v in kept["trainer"].items() if k != "memory_check"}
     own = {"reference": reference, "trainer": trainer}
     own |= _own_generation(kept.pop("generation", None))
+    own |= own_rounds(kept.pop("rounds", None))
     own |= {"loss": own_loss_settings(kept["loss"])}
     own |= {"evaluation": hashed_evaluation(kept["evaluation"])}
     return kept | own | {"optimizer": own_optimizer_settings(kept["optimizer"])}

@@ -52,7 +52,6 @@ _FIXED = none("the code decides it; there is nothing to set")
 _NO_PADDING = none("nothing is padded here, whatever the lengths")
 _WHOLE_DATA = none("every row is seen, and the last step of a pass may be short")
 _LOADER = none("batches are small; data.num_workers=<processes> is the one key of their loading")
-_FOLLOWS = none("the reference stays as it is: one that follows the policy (TR-DPO) is unsupported")
 _LOG_LEVEL = none("libraries are quiet; hydra.verbose=true shows all they say")
 _COMPILE = none("models are not compiled: rows have many lengths")
 _EVAL_PARTS = other("evaluation.max_prompts=<prompts>", "a fixed sample of the held-out rows")
@@ -94,9 +93,11 @@ KEYS: dict[str, Answer] = {
     "precompute_ref_batch_size": none(
         "the reference is computed in blocks of data.micro_batch_tokens"
     ),
-    "sync_ref_model": _FOLLOWS,
-    "ref_model_sync_steps": _FOLLOWS,
-    "ref_model_mixup_alpha": _FOLLOWS,
+    "sync_ref_model": other(
+        "reference.sync_every=<steps>", true="reference.sync_every=512", false=""
+    ),
+    "ref_model_sync_steps": same("reference.sync_every=<steps>"),
+    "ref_model_mixup_alpha": same("reference.sync_alpha=<share>", "of the policy, as there"),
     "reference_dtype": none("the reference has the type of the policy, model.dtype"),
     # the model
     "model_name_or_path": _MODEL,
@@ -269,6 +270,13 @@ KEYS: dict[str, Answer] = {
         true="checkpoint.export=best",
         false="checkpoint.export=last",
     ),
+    # answers to train on, of online trainers
+    "num_generations": same("rounds.num_generations=<answers>", "with rounds.count=<rounds>"),
+    "reward_model_path": same("evaluation.judge=<folder or hub id>", "with rounds.count=<rounds>"),
+    "reward_funcs": other(
+        "plugins=[<module>] evaluation.judge=<module>.<function>", "with rounds.count=<rounds>"
+    ),
+    "missing_eos_penalty": none("a judge that is a function of yours may take it off"),
     # checkpoints and folders
     "save_steps": same("checkpoint.every_n_steps=<steps>"),
     "save_total_limit": same("checkpoint.keep=<number>"),

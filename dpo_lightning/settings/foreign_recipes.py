@@ -25,7 +25,7 @@ from dpo_lightning.settings.foreign_answers import (
 _MIXTURE = other("data.train=<a list of {path: <file>, weight: <share>}>", "in one list")
 _CACHED = none("token ids are cached by the content of rows and tokenizer; nothing to clear")
 _SCORED = none("responses alone are scored, up to their end")
-_NO_VARIANT = none("this variant of LoRA is not here; peft.rslora and peft.dora are")
+_NO_VARIANT = none("this variant of LoRA is unsupported; peft.rslora and peft.dora are the others")
 
 _LLAMA_FACTORY: dict[str, Answer] = {
     "dpo_label_smoothing": same("loss.label_smoothing=<share>"),

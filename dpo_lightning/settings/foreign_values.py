@@ -16,6 +16,8 @@ from dpo_lightning.settings.foreign_answers import Answer
 _SAME_LOSS = {"dpo": "sigmoid"}
 
 _SMOOTHED = "loss=sigmoid loss.label_smoothing=<share of wrong labels>"
+_ROUNDS = "loss=sigmoid rounds.count=<rounds>"
+_REWARDS = "rewards are not optimised by themselves; rounds.count=<rounds> makes pairs of them"
 
 _LOSSES: dict[str, Answer] = {
     "vanilla": Answer("loss=sigmoid"),
@@ -46,6 +48,8 @@ _LOSSES: dict[str, Answer] = {
     "beta_dpo": Answer("loss=sigmoid loss.adaptive_beta=<strength>"),
     "kto_unpaired": Answer("loss=kto"),
     "bco_unpaired": Answer("loss=bco"),
+    "tr_dpo": Answer("loss=sigmoid reference.sync_every=<steps>"),
+    "tr_ipo": Answer("loss=ipo reference.sync_every=<steps>"),
     "nca": Answer("loss=nca_pair"),
     "exo": Answer("loss=exo_pair"),
     "sppo": Answer("loss=sppo_hard"),
@@ -60,8 +64,9 @@ _LOSSES: dict[str, Answer] = {
     "pro": Answer("loss=plackett_luce", "PRO is unsupported; this is similar"),
     "infonca": Answer("loss=softmax", "InfoNCA is unsupported; this is similar"),
     "reward": Answer(why="reward models are not trained here; evaluation.judge= takes one"),
-    "ppo": Answer(why="rewards are not optimised online here"),
-    "grpo": Answer(why="rewards are not optimised online here"),
+    **dict.fromkeys(("online_dpo", "online"), Answer(_ROUNDS, "with rounds.steps=1")),
+    **dict.fromkeys(("iterative_dpo", "iterative"), Answer(_ROUNDS)),
+    **dict.fromkeys(("ppo", "grpo"), Answer(why=_REWARDS)),
 }
 
 _PRECISIONS = {

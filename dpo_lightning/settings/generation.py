@@ -126,7 +126,7 @@ def generation_problems(
         if not is_server and getattr(config, key) != getattr(default, key):
             yield (
                 f"generation.{key} is for a server, and generation.backend={backend}; name its "
-                "address there, or leave it out"
+                f"address there, or leave generation.{key} out"
             )
     if config.options and backend == "hf":
         yield "generation.options is for other backends than hf; leave it out"

@@ -219,9 +219,10 @@ def judge_problems(config: Config) -> Iterator[str]:
         )
         return
     name = judge_named(evaluation)
-    if name is not None and evaluation.samples == 0:
+    if name is not None and evaluation.samples == 0 and not config.rounds.count:
         yield (
-            f"evaluation.judge={name} has nothing to judge with evaluation.samples=0; raise that"
+            f"evaluation.judge={name}: evaluation.samples=0 draws no answers to judge; leave one "
+            "of the two out"
         )
     if name != "endpoint":
         for key in ENDPOINT_KEYS:
@@ -233,7 +234,7 @@ def judge_problems(config: Config) -> Iterator[str]:
                 )
         if name is not None and is_address(name):
             yield (
-                f"evaluation.judge={name}: addresses are not loaded; one that is to be asked is "
+                f"evaluation.judge={name}: addresses are not loaded; to ask a server, use "
                 f"evaluation.judge=endpoint evaluation.judge_url={name}"
             )
         return
@@ -271,8 +272,8 @@ def _template_problems(evaluation: EvaluationConfig) -> Iterator[str]:
     path = Path(name).expanduser()
     if not path.is_file() or path.stat().st_size > _LARGEST_PROMPT:
         yield (
-            f"evaluation.judge_prompt={name}: no such file of text, seen from {Path.cwd()}; leave "
-            "it out for the question of ours"
+            f"evaluation.judge_prompt={name}: no such text file, seen from {Path.cwd()}; leave "
+            "it out for the built-in question"
         )
         return
     found = set(_PLACE.findall(path.read_text(encoding="utf-8", errors="replace")))
@@ -282,7 +283,7 @@ def _template_problems(evaluation: EvaluationConfig) -> Iterator[str]:
         yield (
             f"evaluation.judge_prompt={name}: for evaluation.judge_form={form} it needs "
             f"{', '.join(f'{{{place}}}' for place in PLACES[form])} and no other, and has {there}; "
-            "change the file, or leave it out for the question of ours"
+            "change the file, or leave it out for the built-in question"
         )
 
 

@@ -116,7 +116,8 @@ class ReferenceConfig:
     kind: str = setting(
         "auto",
         "cached computes each row once ever; live is a frozen copy in memory; none trains "
-        "without one; auto is cached where the loss needs a reference.",
+        "without one; auto is cached where the loss needs a reference, and live where that moves "
+        "(reference.sync_every).",
         choices=("auto", "cached", "live", "none"),
     )
     pretrained: str | None = setting(
@@ -129,6 +130,21 @@ class ReferenceConfig:
         "peft.adapter that adapter, frozen.",
     )
     revision: str | None = setting(None, "Branch, tag or commit of either hub id.")
+    sync_every: int | None = setting(
+        None,
+        "Optimizer steps after which the reference takes over a share of the policy's weights "
+        "(TR-DPO), again and again; it is then held in memory. null: it stays as it is.",
+        unit="steps",
+        least=1,
+    )
+    sync_alpha: float = setting(
+        0.6,
+        "Share of the policy in the reference after such an update: alpha * policy + (1 - alpha) * "
+        "reference. 1 replaces it.",
+        unit="share",
+        above=0,
+        most=1,
+    )
     cache_dir: str | None = setting(
         None,
         "Folder of the cached log-probabilities and of the rows' token ids; null: "

@@ -211,6 +211,20 @@ WHOLE_NAMES = {
         "Estimate of log Z by the judge's marks of the reference's answers.", _NATS, ""
     ),
     "samples/log_z_ess": Meaning("Share of these answers that count in it.", "share", "above 0.1"),
+    "rounds/round": Meaning("Number of the round that begins, from 1.", "", ""),
+    "rounds/prompts": Meaning("Prompts that the round asked.", "prompts", ""),
+    "rounds/groups": Meaning(
+        "Groups that its answers made; the others were dropped.", "groups", "most of what was asked"
+    ),
+    "rounds/length": Meaning(
+        "Mean length of its answers.", "tokens", "near that of the round before"
+    ),
+    "rounds/mark": Meaning(
+        "Mean mark of its answers: of the policy as the round began.", "marks", "rises"
+    ),
+    "rounds/mark_spread": Meaning(
+        "Standard deviation of those marks.", "marks", "above 0: equal marks teach nothing"
+    ),
     "partition/self_check": Meaning(
         "Estimate of log Z of the policy over the reference, which is 0.",
         _NATS,

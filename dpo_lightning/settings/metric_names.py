@@ -79,6 +79,13 @@ _WHOLE_NAMES = {
     "samples/judge_missing": SMALLER,
     "samples/log_z": NEITHER,
     "samples/log_z_ess": NEITHER,
+    # Of what a round drew, by the policy as the round began.
+    "rounds/round": NEITHER,
+    "rounds/prompts": NEITHER,
+    "rounds/groups": NEITHER,
+    "rounds/length": NEITHER,
+    "rounds/mark": LARGER,
+    "rounds/mark_spread": NEITHER,
     "partition/self_check": NEITHER,
     "partition/self_check_ess": NEITHER,
     "partition/self_check_tokens": NEITHER,

@@ -37,6 +37,7 @@ from dpo_lightning.settings.material import (
     PeftConfig,
     ReferenceConfig,
 )
+from dpo_lightning.settings.rounds_section import RoundsConfig
 
 __all__ = [
     "BASE",
@@ -135,6 +136,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 

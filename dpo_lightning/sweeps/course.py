@@ -214,7 +214,8 @@ class Course:
         fractions.append(max([at[rung], *(one.step / one.total_steps for one in reports)]))
         # Not by what trials that ran ahead have reported: that depends on who was quick.
         fractions += [max(share, fractions[-1]) for share in at[rung + 1 :]]
-        return Terms(tuple(fractions), self._settings.keep, self._settings.budget)
+        work = max([0.0, *(one.work / one.total_steps for one in reports)])
+        return Terms(tuple(fractions), self._settings.keep, self._settings.budget, work)
 
     def _decide(self) -> dict[str, Any]:
         """The decision of the next rung, as an entry of ``sweep.json``."""
@@ -227,7 +228,7 @@ class Course:
             [self._cell(name, rung) for name in alone],
             terms,
             rung=rung,
-            spent=spent_until(alive, terms.fractions),
+            spent=spent_until(alive, terms.fractions, terms.report),
             trials=len(self._trials),
         )
         ended = [
@@ -343,5 +344,9 @@ def _note(trial: Trial, status: str, error: str | None) -> None:
     if result.get("status") != status or result.get("error") != error:
         facts = {"settings_hash": trial.plan.settings_hash, **trial.plan.facts}
         write_json(path, facts | result | {"status": status, "error": error})
+        # Here, because few trials come to it. The run wrote its page before this was decided.
+        from dpo_lightning.run.page.write import keep_run_page
+
+        keep_run_page(trial.folder)
     trial.metrics = result.get("metrics") or {}
     trial.save()

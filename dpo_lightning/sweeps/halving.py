@@ -3,7 +3,8 @@
 Trials that differ by their seed alone are one *cell*: they stay or go together. Cells are ranked
 inside a *pool*; the best share of it stays, and with the best one its neighbours along beta, which
 may still turn out better, at every rung but the last. A cell that is not significantly worse than
-its pool's best may stay beside them for as long as the steps of the sweep are within its budget.
+its pool's best may stay beside them for as long as the steps of the sweep are within its budget;
+a report at a rung counts as the steps that take as long.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class Terms:
         fractions: Share of a trial's steps at each rung, rising.
         keep: Share of a pool that stays after each.
         budget: Most steps of the sweep, as a share of the whole grid's.
+        report: Work of a trial's report at a rung, as a share of its steps.
     """
 
     fractions: tuple[float, ...]
     keep: float
     budget: float
+    report: float = 0.0
 
     def is_last(self, rung: int) -> bool:
         """True for the rung behind which nothing is pruned any more."""
@@ -74,7 +77,8 @@ class Decision:
         kept: Names of the cells that go on, sorted.
         pruned: Names of those that stop.
         why: The reason for each, in a few words.
-        spent: Steps of the sweep if nothing else stays, as a share of the whole grid's.
+        spent: Steps of the sweep if nothing else stays, reports at rungs counted by their work, as
+            a share of the whole grid's.
     """
 
     kept: tuple[str, ...]
@@ -100,7 +104,7 @@ def decide(
         alone: Cells that nothing is compared with: they stay, and take their steps.
         terms: Terms of the pruning.
         rung: Number of the rung, from 0.
-        spent: Steps that the sweep takes up to this rung, in whole trials.
+        spent: Steps that the sweep takes up to this rung and its reports, in whole trials.
         trials: Trials of the whole grid.
     """
     pools = _pools(cells)
@@ -247,19 +251,23 @@ def _ahead(kept: Iterable[Cell], terms: Terms, *, rung: int) -> float:
             if number > rung:
                 least = 1 if terms.is_last(number) else min(cells, beside)
                 cells = max(terms.quota(cells), least)
-            end = 1.0 if terms.is_last(number) else terms.fractions[number + 1]
-            total += cells * each * (end - terms.fractions[number])
+            end, report = 1.0, 0.0
+            if not terms.is_last(number):
+                end, report = terms.fractions[number + 1], terms.report
+            total += cells * each * (end - terms.fractions[number] + report)
     return total
 
 
-def spent_until(alive: Sequence[int], fractions: Sequence[float]) -> float:
+def spent_until(alive: Sequence[int], fractions: Sequence[float], report: float = 0.0) -> float:
     """Steps that a sweep takes up to a rung, in whole trials.
 
     Args:
         alive: Trials that ran to each rung so far.
         fractions: Share of a trial's steps at each of these.
+        report: Work of a trial's report at a rung, as a share of its steps.
     """
     begun = (0.0, *fractions)
     return sum(
-        count * (end - start) for count, start, end in zip(alive, begun, fractions, strict=False)
+        count * (end - start + report)
+        for count, start, end in zip(alive, begun, fractions, strict=False)
     )

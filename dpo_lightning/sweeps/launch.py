@@ -117,7 +117,7 @@ def _alone_in(sweep_dir: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"hydra.sweep.dir={sweep_dir}: another sweep is at work there; wait for it, or name "
+            f"hydra.sweep.dir={sweep_dir}: another sweep is running there; wait for it, or name "
             "another folder"
         ) from None
     try:

@@ -224,6 +224,10 @@ def judge(trial: Trial, exit_code: int | None, *, stopped: bool, reason: str | N
                 **{k: v for k, v in result.items() if k not in ("status", "error")},
             },
         )
+        # Here, because few trials come to it.
+        from dpo_lightning.run.page.write import keep_run_page
+
+        keep_run_page(trial.folder)
 
 
 def trial_command(program: Sequence[str], arguments: Sequence[str], folder: Path) -> list[str]:

@@ -59,16 +59,24 @@ class Phases:
         if self._console is None:
             yield _Lines(name, unit, done, total, self._say).say
             return
+        width = self._console.width
+        strip = BarColumn(bar_width(width, beside=_BESIDE))
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width(self._console.width, beside=_BESIDE)),
+            strip,
             MofNCompleteColumn(),
-            TextColumn(unit),
+            TextColumn(unit + "{task.fields[note]}"),
             TimeRemainingColumn(compact=True),
         )
         with RichProgress(*columns, console=self._console) as bar:
-            task = bar.add_task(name, total=total, completed=done)
-            yield lambda now: bar.update(task, completed=now)
+            task = bar.add_task(name, total=total, completed=done, note="")
+
+            def say(now: int, note: str = "") -> None:
+                beside = f", {note}" if note else ""
+                strip.bar_width = bar_width(width, beside=_BESIDE + len(beside))
+                bar.update(task, completed=now, note=beside)
+
+            yield say
 
 
 def bar_width(width: int, *, beside: int) -> int:
@@ -102,11 +110,12 @@ class _Lines:
         self._total = total
         self._start = self._said = time.monotonic()
 
-    def say(self, done: int) -> None:
+    def say(self, done: int, note: str = "") -> None:
         """Says a line, if the last one is long ago."""
         now = time.monotonic()
         if now - self._said < _SAY_SECONDS or done in (self._begun, self._total):
             return
         self._said = now
         left = (now - self._start) / (done - self._begun) * (self._total - done)
-        self._write(f"{self._name}: {done} of {self._total} {self._unit}, {left:.0f}s left")
+        beside = f", {note}" if note else ""
+        self._write(f"{self._name}: {done} of {self._total} {self._unit}{beside}, {left:.0f}s left")

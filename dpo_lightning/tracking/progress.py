@@ -31,7 +31,7 @@ _SAY_SECONDS = 30.0
 class Throughput(Callback):
     """Counts pairs, or examples, and real tokens over the wall time of the training loop.
 
-    Data and logging are included; evaluation inside the loop is not.
+    Data and logging are included; evaluation inside the loop is not, nor is the drawing of rounds.
 
     Attributes:
         pairs: Strictly ranked pairs trained on, over all ranks.
@@ -39,6 +39,9 @@ class Throughput(Callback):
         by_example: True if the loss is one on single responses, so that those are the speed.
         tokens: Tokens computed by the policy, over all ranks.
         seconds: Wall time of the loop so far.
+        drawing_seconds: Wall time in which rounds were drawn, marked and filled so far.
+        drawn_tokens: Tokens of their answers, over all ranks,
+        sampling_seconds: and the part of that time in which they were drawn.
     """
 
     def __init__(self) -> None:
@@ -50,14 +53,17 @@ class Throughput(Callback):
         self._end: float | None = None
         self._evaluating = 0.0
         self._evaluation_begin = 0.0
+        self.drawing_seconds = 0.0
+        self.drawn_tokens = 0
+        self.sampling_seconds = 0.0
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training loop so far, without evaluation."""
+        """Wall time of the training loop so far, without evaluation and the drawing of rounds."""
         if self._begin is None:
             return 0.0
         end = time.perf_counter() if self._end is None else self._end
-        return end - self._begin - self._evaluating
+        return end - self._begin - self._evaluating - self.drawing_seconds
 
     @property
     def evaluating_seconds(self) -> float:
@@ -85,6 +91,11 @@ class Throughput(Callback):
     def tokens_per_second(self) -> float:
         """Real tokens per second of the loop."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def drawn_tokens_per_second(self) -> float:
+        """Tokens of rounds' answers per second of their drawing."""
+        return self.drawn_tokens / self.sampling_seconds if self.sampling_seconds else 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock of the loop."""
@@ -164,8 +175,9 @@ class _Numbers(ProgressColumn):
         self.text = ""
 
     def render(self, task: Task) -> Text:
-        """The numbers, of the training alone."""
-        return Text(self.text if task.description == _TRAINING else "", style="italic")
+        """The numbers of the training; of a phase beside it what is said of that."""
+        text = self.text if task.description == _TRAINING else task.fields.get("note", "")
+        return Text(text, style="italic")
 
 
 class Progress(RichProgressBar):
@@ -205,11 +217,11 @@ class Progress(RichProgressBar):
         """
         bar = self.progress
         if bar is None:
-            yield lambda now: None
+            yield lambda now, note="": None
             return
         task = bar.add_task(name, total=total, completed=done)
         try:
-            yield lambda now: bar.update(task, completed=now, refresh=True)
+            yield lambda now, note="": bar.update(task, completed=now, note=note, refresh=True)
         finally:
             # Lightning finds its own tasks by their places, so that none is taken out.
             bar.update(task, visible=False, refresh=True)

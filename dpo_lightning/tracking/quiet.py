@@ -59,6 +59,7 @@ QUIET_LOGGERS = {
     "httpcore": "the same in more words",
     "httpx2": "the same, of a newer client of the hub",
     "httpcore2": "the same in more words",
+    "matplotlib.font_manager": "that it listed the machine's fonts, at the first run of all",
     "torch.utils._pytree": "torchao registers enums in a way that torch calls old",
 }
 """Loggers that say errors alone, and the reason."""

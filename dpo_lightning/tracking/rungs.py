@@ -68,6 +68,7 @@ class RungReport:
         metric: The metric.
         value: Its mean.
         values: Its value for each held-out item, in an order that all trials share.
+        work: Work of measuring them, in optimizer steps that take as long.
     """
 
     rung: int
@@ -76,6 +77,7 @@ class RungReport:
     metric: str
     value: float
     values: tuple[float, ...]
+    work: float = 0.0
 
 
 def write_goal(folder: Path, goal: Goal | None) -> None:
@@ -122,8 +124,15 @@ def read_reports(folder: Path, metric: str) -> dict[int, RungReport]:
                 metric=metric,
                 value=float(row["value"]),
                 values=tuple(map(float, values)),
+                work=_work(row.get("work")),
             )
     return found
+
+
+def _work(value: Any) -> float:
+    """The work of a report; one of an earlier version says none."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return max(0.0, float(value)) if is_number else 0.0
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from dpo_lightning.objectives.by_example import anchor_sums, judge_examples
 from dpo_lightning.objectives.comparison import Comparison, Logps, compare_responses
 from dpo_lightning.objectives.objective import ObjectiveSettings
 from dpo_lightning.reference.kinds import Reference
+from dpo_lightning.reference.moving import MovingReference
 from dpo_lightning.reference.same_model import check_same_model
 from dpo_lightning.training.anchors import follow_mean, mismatched_logratios, mismatched_mean
 from dpo_lightning.training.batch_logps import batch_logps
@@ -40,6 +41,9 @@ from dpo_lightning.training.outcome import Outcome, agree, of_all_ranks
 from dpo_lightning.training.step_settings import StepSettings
 
 log = logging.getLogger(__name__)
+
+# What a checkpoint holds of a reference that moves.
+_MOVED = "reference"
 
 
 class DPOModule(EvaluatingModule):
@@ -131,6 +135,18 @@ class DPOModule(EvaluatingModule):
         """Evaluation may run without a fit."""
         self.reference.to(self.device)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the reference where it has moved away from its start."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.reference, MovingReference):
+            checkpoint[_MOVED] = self.reference.state(keep=self.trainer.is_global_zero)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the reference as it had moved."""
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(checkpoint.get(_MOVED))
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over the groups of a step.
 
@@ -162,6 +178,8 @@ class DPOModule(EvaluatingModule):
             self._skip_or_stop(scored, sums[0], grad_norm, total_weight=self._weight_of(batch))
             self._take_back(average)
         optimizer.zero_grad()
+        if isinstance(self.reference, MovingReference):
+            self.reference.follow(self._trained, step=self.global_step)
         scheduler: Any = self.lr_schedulers()
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()

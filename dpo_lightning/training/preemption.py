@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -68,8 +68,30 @@ class Preemption(Callback):
         self._signals.notice()
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
-        path = checkpoint_path(self._folder, trainer.global_step)
-        if not is_saved(trainer, path):
-            save_now(trainer, path, keep=self._keep)
-        self._signals.notice()
-        raise Stopped(signum, f"resume={path} resumes after step {trainer.global_step}")
+        save_and_stop(trainer, signum, signals=self._signals, folder=self._folder, keep=self._keep)
+
+
+def save_and_stop(
+    trainer: pl.Trainer, signum: int, *, signals: SignalWatch, folder: Path, keep: int
+) -> NoReturn:
+    """Saves the step that was taken last and ends the run; all ranks call it together.
+
+    Args:
+        trainer: The trainer.
+        signum: The signal that they agreed on.
+        signals: Those that stop the run.
+        folder: The run's ``checkpoints`` folder.
+        keep: Number of checkpoints that stay.
+
+    Raises:
+        Stopped: Always.
+    """
+    step = trainer.global_step
+    if not step:
+        signals.notice()
+        raise Stopped(signum)
+    path = checkpoint_path(folder, step)
+    if not is_saved(trainer, path):
+        save_now(trainer, path, keep=keep)
+    signals.notice()
+    raise Stopped(signum, f"resume={path} resumes after step {step}")

@@ -143,7 +143,7 @@ def test_what_makes_no_sense_is_refused_by_name(run, capsys, words: list[str], s
 
 def test_the_answer_is_not_written_into_what_is_evaluated(run, capsys):
     said = refusal(capsys, run.folder, "--output", run.folder / "x.json")
-    assert "the folder of what is evaluated stays as it is" in said
+    assert "nothing is written into the folder of what is evaluated" in said
     assert "name one policy" in refusal(capsys)
     assert "name two policies or more" in refusal(capsys, run.folder, command=compare_main)
     assert "no such folder" in refusal(capsys, "none")

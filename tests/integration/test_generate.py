@@ -96,7 +96,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(run, prompts, tmp_
     assert "give at least 0.005" in refusal(
         capsys, run.folder, prompts, "--output", new, "--at-beta=0.001"
     )
-    assert "stays as it is" in refusal(
+    assert "nothing is written into the run's folder" in refusal(
         capsys, run.folder, prompts, "--output", run.folder / "a.jsonl"
     )
     assert "reads .json files" in refusal(

@@ -1,12 +1,9 @@
 """The command ``inspect`` beside the run that it speaks of, and on real files."""
 
 import json
-import shutil
 
 import pytest
 
-from dpo_lightning.run.inspect.command import main
-from tests.support.browser import open_browser
 from tests.support.inspected import files_below, inspect_json
 from tests.support.runs import TINY, run_train
 
@@ -98,29 +95,3 @@ def test_real_files_are_named_with_their_dirt(
         assert rows["forms"] == {"ranks": rows["read"]}
     assert files_below(shared / "data") == before
     assert list(tmp_path.iterdir()) == []
-
-
-CUT_OFF = """[...document.querySelectorAll("body *")].filter((e) =>
-    e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline"
-    && e.clientWidth > 0).map((e) => `${e.tagName}.${e.className}`)"""
-
-
-# The browser takes seconds to start.
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-def test_a_browser_shows_the_page_at_any_width(tmp_path, monkeypatch, tiny_model):
-    monkeypatch.chdir(tmp_path)
-    long = {"prompt": "w" * 60, "chosen": "<b>bold</b>" + "v" * 40, "rejected": "u\x1b[2J"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(long) + "\n")
-    words = [f"model.pretrained={tiny_model}", "data.train=rows.jsonl", "data.eval_fraction=0"]
-    assert main([*words, "--html", "rows.html"]) == 0
-    with open_browser(tmp_path / "user") as browser:
-        for width in (390, 1280):
-            for dark in (False, True):
-                browser.open(tmp_path / "rows.html", width=width, dark=dark)
-                assert browser.run("document.documentElement.scrollWidth") == width
-                assert browser.run(CUT_OFF) == []
-                paper = browser.run("getComputedStyle(document.body).backgroundColor")
-                assert paper == ("rgb(17, 24, 39)" if dark else "rgb(255, 255, 255)")
-        assert "<b>bold</b>" in browser.run("document.body.innerText").replace("\n", "")
-        assert browser.said == []

@@ -146,7 +146,7 @@ def test_a_sweep_through_submitit_with_all_that_may_happen_to_a_job(place):
     done = end(process, place)
     check_all_finished(done, place, ["beta-0.1", "beta-0.2", "beta-0.3"])
     assert "beta-0.1  failed, will be retried" in done.stdout
-    assert "ended before the trial had" in done.stdout
+    assert "ended before the trial did" in done.stdout
     assert list((done.folder / ".submitit").glob("*_log.out"))
     # The same command does nothing more.
     again = sweep(place, *GRID, "hydra/launcher=slurm", "hydra.launcher.cluster=local")

@@ -1,6 +1,7 @@
 """The published recipes of ``conf/experiment/recipes``: each as far as it goes without its GPUs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,12 @@ def test_a_recipe_says_its_sources_and_that_it_was_not_run(name: str) -> None:
     assert "arXiv" in comment
     assert f"experiment=recipes/{name}`" in comment
     assert text.startswith("# @package _global_\n")
+    # The file that the settings are of, as it was at a commit; and whose figures these are.
+    settings, figures = comment.split("Settings: ")[1].split("Figures to reach")
+    assert re.match(r"[\w-]+/[\w-]+, \S+\.(yaml|sh) at [0-9a-f]{7}\b", settings)
+    figures = figures.split("Different here")[0]
+    assert re.search(r"\d\.\d", figures)
+    assert re.search(r"README of [\w-]+/[\w-]+ at [0-9a-f]{7}|model cards?\b", figures)
 
 
 @pytest.mark.slow  # reads and tokenizes two hundred rows with a model

@@ -52,9 +52,11 @@ def test_mismatched_responses_are_of_the_cache(kto: Run, tmp_path, cache):
     assert again.values("eval/loss") == kto.values("eval/loss")
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_numbers_of_the_run(kto: Run, capsys):
     from dpo_lightning.run.evaluate.command import main
 
+    capsys.readouterr()
     assert main([str(kto.folder), "--json", "evaluation.samples=0"]) == 0
     found = json.loads(capsys.readouterr().out)
     for name in ("eval/loss", "eval/label_gain", "eval/logratios/separation", "eval/kto/z0"):
@@ -87,6 +89,7 @@ def test_evaluate_has_the_shift_of_the_training(tmp_path, cache, capsys):
     settings = (*UNPAIRED, "loss=bco", "optimizer.lr=0.01", "trainer.max_steps=3", cache)
     run = run_train(tmp_path / "run", *settings)
     assert run.result["metrics"]["eval/bco/delta"] != 0
+    capsys.readouterr()
     assert main([str(run.folder), "--json", "evaluation.samples=0"]) == 0
     found = json.loads(capsys.readouterr().out)["metrics"]
     for name in ("eval/loss", "eval/bco/delta"):

@@ -274,4 +274,4 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path):
     with FileLock(tmp_path / "sweep" / ".lock"):
         refused = sweep(tmp_path, "beta=0.1", *SMALL)
     assert refused.code == 2
-    assert "another sweep is at work there" in refused.stderr
+    assert "another sweep is running there" in refused.stderr

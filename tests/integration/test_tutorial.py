@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -10,18 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.page_blocks import blocks
 from tests.support.runs import ROOT
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 
 OWN_MODEL = PAGE.index("## With a model of yours")
 """From here on the page is about a model that is downloaded; tests of pages compose it."""
-
-
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Kind and lines of each block of the page, in its order; those in lists too."""
-    found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```", text, flags=re.S | re.M)
-    return [(kind, re.sub(rf"^{indent}", "", body, flags=re.M)) for indent, kind, body in found]
 
 
 def typed(folder: Path, lines: str) -> str:
@@ -51,12 +45,11 @@ def typed(folder: Path, lines: str) -> str:
 @pytest.mark.timeout(3000)
 def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
     said = ""
-    for kind, body in blocks(PAGE[:OWN_MODEL]):
-        if kind == "python":
-            name = body.partition("\n")[0].removeprefix("# ")
-            (tmp_path / name).write_text(body)
-        elif kind == "sh":
-            said += typed(tmp_path, body)
+    for block in blocks(PAGE[:OWN_MODEL]):
+        if block.file:
+            (tmp_path / block.file).write_text(block.body)
+        elif block.kind == "sh":
+            said += typed(tmp_path, block.body)
     first, second = (
         json.loads((tmp_path / "outputs/runs" / name / "result.json").read_text())
         for name in ("first", "second")
@@ -76,17 +69,12 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
     assert said.rstrip().endswith(answer["response"].strip())
 
 
-def test_blocks_are_read_in_order_and_out_of_lists():
-    text = "```sh\na\n```\n\n- b:\n\n  ```sh\n  c\n    d\n  ```\n\n```text\ne\n```\n"
-    assert blocks(text) == [("sh", "a\n"), ("sh", "c\n  d\n"), ("text", "e\n")]
-
-
 def test_each_snippet_names_its_file_and_is_run():
     """A name that no line types would be a file that a reader makes for nothing."""
-    snippets = [body for kind, body in blocks(PAGE) if kind == "python"]
-    lines = "".join(body for kind, body in blocks(PAGE) if kind == "sh")
+    snippets = [block for block in blocks(PAGE) if block.kind == "python"]
+    lines = "".join(block.body for block in blocks(PAGE) if block.kind == "sh")
     assert len(snippets) == 3
-    for body in snippets:
-        name = body.partition("\n")[0].removeprefix("# ")
-        compile(body, name, "exec")
-        assert f"python {name}\n" in lines
+    for block in snippets:
+        assert block.file
+        compile(block.body, block.file, "exec")
+        assert f"python {block.file}\n" in lines

@@ -1,5 +1,6 @@
 """Chromium without a display, spoken to over two pipes: pages opened and measured."""
 
+import base64
 import json
 import os
 import shlex
@@ -32,6 +33,7 @@ class Browser:
     session: str | None = None
     said: list[str] = field(default_factory=list)
     _number: int = 0
+    _rest: bytes = b""
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Calls a method of the DevTools protocol and waits for its answer."""
@@ -48,10 +50,11 @@ class Browser:
                 return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        text = b""
-        while (byte := self.receive.read(1)) not in (b"\0", b""):
-            text += byte
-        assert text, "the browser ended"
+        while b"\0" not in self._rest:
+            more = self.receive.read1()
+            assert more, "the browser ended"
+            self._rest += more
+        text, _, self._rest = self._rest.partition(b"\0")
         answer = json.loads(text)
         parameters = answer.get("params", {})
         if answer.get("method") == "Runtime.exceptionThrown":
@@ -62,17 +65,35 @@ class Browser:
             self.said.append(str(parameters["args"]))
         return answer
 
-    def open(self, page: Path, *, width: int, dark: bool) -> None:
-        """Opens a file at a width, in the light or the dark scheme, and waits until it is there."""
+    def open(self, page: Path | str, *, width: int, dark: bool) -> None:
+        """Opens a file or an address and waits until it is there.
+
+        Args:
+            page: The file, or an address.
+            width: Width of the window.
+            dark: True for the dark scheme.
+        """
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=1, mobile=False,
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url=address)
         while self.run("document.readyState") != "complete":
             time.sleep(0.02)
+
+    def picture(self, path: Path) -> None:
+        """Writes the whole page, as it is shown, into a PNG.
+
+        Args:
+            path: The file.
+        """
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(taken["data"]))
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""

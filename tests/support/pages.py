@@ -40,7 +40,8 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     # What a user would bring.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    shutil.copy(folder / "pairs.jsonl", folder / "rows.jsonl")
+    for name in ("rows.jsonl", "duels.jsonl"):
+        shutil.copy(folder / "pairs.jsonl", folder / name)
     for key, _, value in (word.partition("=") for word in words):
         # A model that an earlier command of the page made; a hub id is left alone.
         if key in ("model.config", "model.pretrained") and value in ("small", MADE_BEFORE):
@@ -55,6 +56,8 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     run = folder / "outputs" / "runs" / "mine" / "checkpoints"
     run.mkdir(parents=True)
     (run / "step-000010.ckpt").write_bytes(b"")
+    (run.parent / "rounds").mkdir()
+    shutil.copy(folder / "pairs.jsonl", run.parent / "rounds" / "3.jsonl")
     sweep = folder / "outputs" / "sweeps" / "2026-01-01_00-00-00"
     sweep.mkdir(parents=True)
     (sweep / "multirun.yaml").touch()

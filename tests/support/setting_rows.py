@@ -33,6 +33,7 @@ OWN = "data.train=rows.jsonl model.pretrained=model"
 LORA = "peft.kind=lora"
 NF4 = f"{LORA} peft.quantization=nf4"
 SFT = "loss.name=sft"
+SYNC = "reference.sync_every=64"
 HUB = "data.train=org/rows model.pretrained=model"
 
 SOURCES = [
@@ -159,10 +160,10 @@ MODELS = [
     ),
     Row(
         f"{OWN} evaluation.judge=org/model evaluation.samples=0",
-        "nothing to judge with evaluation.samples=0",
+        "evaluation.samples=0 draws no answers to judge",
         f"{OWN} evaluation.judge=org/model evaluation.samples=1",
     ),
-    Row("evaluation.judge=org/m evaluation.samples=0", "raise that", "evaluation.samples=0"),
+    Row("evaluation.judge=org/m evaluation.samples=0", "leave one of", "evaluation.samples=0"),
     Row("evaluation.judge=./nope", "evaluation.judge=./nope", "evaluation.judge=model"),
     Row(
         "evaluation.judge=a/b/c",
@@ -182,7 +183,7 @@ JUDGES = [
     ),
     Row(
         "evaluation.judge=https://host/v1",
-        "addresses are not loaded; one that is to be asked is evaluation.judge=endpoint",
+        "addresses are not loaded; to ask a server, use evaluation.judge=endpoint",
         ENDPOINT,
     ),
     Row(
@@ -220,7 +221,7 @@ JUDGES = [
     ),
     Row(
         f"{ENDPOINT} evaluation.judge_prompt=nope.txt",
-        "evaluation.judge_prompt=nope.txt: no such file of text",
+        "evaluation.judge_prompt=nope.txt: no such text file",
         ENDPOINT,
     ),
     Row(
@@ -255,6 +256,46 @@ OBJECTIVES = [
         "loss.f_divergence=reverse_kl reference.kind=none",
     ),
     Row(
+        "reference.sync_alpha=0.3",
+        "reference.sync_alpha=0.3: the reference stays as it is; add reference.sync_every=",
+        f"{SYNC} reference.sync_alpha=0.3",
+    ),
+    Row(
+        f"{SYNC} {SFT}",
+        "reference.sync_every=64: loss=sft uses no reference; leave it out",
+        f"{SYNC} loss.name=ipo",
+    ),
+    Row(
+        f"{SYNC} reference.kind=none",
+        "reference.sync_every=64 with reference=none: there is nothing to move",
+        f"{SYNC} reference.kind=auto",
+    ),
+    Row(
+        f"{SYNC} reference.kind=cached",
+        "reference.sync_every=64 with reference=cached: cached log-probs are of the reference as",
+        f"{SYNC} reference.kind=live",
+    ),
+    Row(
+        "reference.sync_every=1 reference.sync_alpha=1",
+        "the reference would be the policy in each step, so that each log-ratio is 0, the loss",
+        "reference.sync_every=2 reference.sync_alpha=1",
+    ),
+    Row(
+        "reference.sync_every=1 reference.sync_alpha=1.0",
+        "nothing keeps the policy near any reference; use reference.sync_every=512",
+        "reference.sync_every=1 reference.sync_alpha=0.99",
+    ),
+    Row(
+        f"{LORA} {SYNC} reference.pretrained=a/b",
+        "moves a copy of the trained adapter, and reference.pretrained=a/b is another start",
+        f"{SYNC} reference.pretrained=a/b",
+    ),
+    Row(
+        f"{LORA} {SYNC} reference.adapter=a/b",
+        "and reference.adapter=a/b is another start; leave reference.adapter out",
+        f"{LORA} {SYNC} peft.adapter=a/b",
+    ),
+    Row(
         "loss.name=softmax data.controlled.population=true",
         "data.controlled.population=true weighs pairs, which loss=softmax does not compare",
         "loss.name=sigmoid data.controlled.population=true",
@@ -286,7 +327,7 @@ OBJECTIVES = [
     ),
     Row(
         "loss.terms.kto=1 loss.terms.sigmoid=0.5",
-        "kto is a loss on single responses and stands alone; use loss=kto, or leave kto out",
+        "kto is a loss on single responses and stands alone; leave loss.terms.kto out",
         "loss.terms.kto=0.5",
     ),
     Row(
@@ -635,6 +676,84 @@ SELECTION = [
     ),
 ]
 
+ROUNDS = [
+    Row(
+        "rounds.num_generations=8",
+        "rounds.num_generations=8: rounds.count=0 draws nothing; add rounds.count=3",
+        "rounds.num_generations=8 rounds.count=3",
+    ),
+    Row(
+        f"{OWN} rounds.count=3",
+        "rounds.count=3 needs a judge that marks the answers",
+        f"{OWN} rounds.count=3 evaluation.judge=org/m",
+    ),
+    Row(
+        f"{OWN} rounds.count=3 rounds.groups=ranking {ENDPOINT}",
+        "evaluation.judge_form=pairs compares two answers",
+        f"{OWN} rounds.count=3 rounds.groups=ranking {ENDPOINT} evaluation.judge_form=marks",
+    ),
+    Row(
+        "rounds.count=3 trainer.max_steps=2",
+        "rounds.count=3: trainer.max_steps=2 has no step for each round",
+        "rounds.count=3 trainer.max_steps=3",
+    ),
+    Row(
+        "rounds.count=3 rounds.steps=4 trainer.max_steps=10",
+        "are 12 steps; leave trainer.max_steps out",
+        "rounds.count=3 rounds.steps=4 trainer.max_steps=12",
+    ),
+    Row(
+        "rounds.count=3 rounds.steps=4 trainer.max_epochs=1",
+        "trainer.max_epochs=1: rounds.count=3 x rounds.steps=4 say how long the run is",
+        "rounds.count=3 trainer.max_epochs=1",
+    ),
+    Row(
+        "rounds.count=3 rounds.reference=previous reference.kind=live",
+        "rounds.reference=previous: its log-probabilities are computed by the policy itself",
+        "rounds.count=3 rounds.reference=previous reference.kind=cached",
+    ),
+    Row(
+        f"rounds.count=3 rounds.reference=previous {SFT}",
+        "rounds.reference=previous: loss=sft with reference=auto uses no reference",
+        f"rounds.count=3 {SFT}",
+    ),
+    Row(
+        "rounds.count=3 strategy.name=fsdp",
+        "rounds.count=3: strategy=fsdp shares the weights out",
+        "rounds.count=3 strategy.name=ddp",
+    ),
+    Row(
+        "rounds.count=3 generation.backend=http://localhost:8000/v1 generation.model=m",
+        "answers with weights that it has loaded",
+        "rounds.count=3 generation.backend=vllm",
+    ),
+    Row(
+        "rounds.count=3 data.overfit_groups=8",
+        "data.overfit_groups=8 trains on a few given rows",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 data.controlled.population=true",
+        "data.controlled.population=true weighs the given pairs",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 reference.sync_every=8",
+        "reference.sync_every=8 moves the reference by steps",
+        "rounds.count=3 rounds.reference=previous",
+    ),
+    Row(
+        "rounds.count=3 loss.name=kto",
+        "loss=kto learns from labels of single responses",
+        "rounds.count=3",
+    ),
+    Row(
+        "rounds.count=3 sweep.prune=halving",
+        "sweep.prune=halving compares trials on the way",
+        "sweep.prune=halving",
+    ),
+]
+
 ROWS = [
-    *(*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION),
+    *(*SOURCES, *MODELS, *JUDGES, *OBJECTIVES, *ADAPTERS, *DEVICES, *PRUNING, *SELECTION, *ROUNDS),
 ]

@@ -193,7 +193,7 @@ def test_the_environment_of_the_tests_has_the_pinned_trl_alone():
         ("fuzz", "hypothesis and not long and not launchers and not faults"),
         ("coverage", "not long and not launchers and not faults"),
         ("test-faults", "faults"),
-        ("test-long", "long"),
+        ("test-long", "long and not docs"),
         ("test-launchers", "launchers"),
     ],
 )

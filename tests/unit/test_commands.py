@@ -89,7 +89,7 @@ def test_a_command_is_given_the_words_behind_its_name(monkeypatch, name: str):
         (["compare", "none"], 2, "", "error: none: name two policies or more"),
         (["interpolate", "none"], 2, "", "error: run=none: no such folder"),
         (["judge", "--help"], 0, "usage: python -m dpo_lightning judge --answers FILE|RUN", ""),
-        (["judge"], 2, "", "error: --answers: no answers are named"),
+        (["judge"], 2, "", "error: --answers is missing"),
         (["judge", "--answers", "none", "evaluation.judge=org/m"], 2, "", "error: --answers=none"),
         (["doctor", "--help"], 0, "usage: python -m dpo_lightning doctor [--json]", ""),
         (["doctor", "--jsn"], 2, "", "error: --jsn: `python -m dpo_lightning doctor` takes --json"),

@@ -204,6 +204,7 @@ PAGES = (
     *("docs/scaling.md", "docs/memory.md", "docs/data.md", "docs/frontier.md"),
     *("docs/evaluate.md", "docs/judges.md", "docs/loggers.md", "docs/sharing.md"),
     *("docs/running.md", "docs/embedded_task.md", "docs/tutorial.md"),
+    *("docs/gpus.md", "docs/slurm_and_ray.md"),
     *(f"docs/coming_from/{name}.md" for name in ("trl", "original")),
     *(f"docs/coming_from/{name}.md" for name in ("llama_factory", "alignment_handbook")),
     *("docs/selection.md", "docs/answers.md", "docs/python.md", "docs/troubleshooting.md"),

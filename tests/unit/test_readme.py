@@ -30,6 +30,36 @@ def test_the_readme_fits_on_three_screens_and_its_badges_are_true():
     ]
 
 
+TERMS = {
+    "DPO": r"\[Direct Preference Optimization\]\(https://\S+\) \(DPO\)",
+    "policy": r"the \*policy\*",
+    "β": r"strength \*\*β\*\* of the tie to",
+    "reference": r"the \*reference\*, which is",
+    "embedded task": r"\[embedded task\]\(",
+    "KL": r"\*\*KL\*\* divergence from",
+    "nats": r"\*nats\* per answer \(",
+    "frontier": r"points of all β are the \*\*frontier\*\*",
+    "partition function": r"\*\*partition function\*\* Z\(x\) sums over",
+    "pick": r"The \*\*pick\*\* is the β that",
+    "held-out": r"\*held-out\* rows, which no",
+    "undecided": r"cannot tell, it says \*undecided\*",
+    "group": r"A row is a \*\*group\*\*: a",
+}
+"""Terms of the first screens, and the words that define or link each."""
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_defined_or_linked_where_it_is_used_first(term: str):
+    """Text alone counts: neither commands nor the words that stand for a picture."""
+    text = re.sub(r"^```.*?^```|`[^`]*`|!\[[^]]*\]\([^)]*\)", "", README, flags=re.S | re.M)
+    text = " ".join(text.split())
+    first = re.search(rf"(?<!\w){term}", text)
+    defined = re.search(TERMS[term], text)
+    assert first is not None
+    assert defined is not None
+    assert defined.start() <= first.start() < defined.end()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_are_there(page: str):
     """Files, and headings in them, as they are named on the page."""

@@ -114,13 +114,18 @@ def evaluate(
 
 
 def _on_one_device(config: Config) -> Config:
-    """The settings for one process, whatever the run was trained on."""
+    """The settings for one process that draws no rounds, whatever the run was trained on."""
     devices = config.trainer.devices
     one = devices[:1] if isinstance(devices, list) else 1
     trainer = replace(
         config.trainer, devices=one, num_nodes=1, profiler=None, enable_progress_bar=False
     )
-    return replace(config, trainer=trainer, strategy=replace(config.strategy, name="auto"))
+    return replace(
+        config,
+        trainer=trainer,
+        strategy=replace(config.strategy, name="auto"),
+        rounds=replace(config.rounds, count=0),
+    )
 
 
 def _beta_of(opened: Opened, beta: BetaPlan) -> float:

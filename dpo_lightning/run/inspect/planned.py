@@ -222,6 +222,7 @@ def _evaluations(
             config.checkpoint,
             data,
             total_steps=schedule.total_steps,
+            round_steps=schedule.round_steps,
             batch_size=config.data.batch_size,
             shared=shared,
         )
@@ -270,12 +271,17 @@ def _reference_tokens(
     data: PreparedData,
     shared: bool,
 ) -> int:
-    """Tokens of the reference: of each step with a live one, else of each group that is seen."""
+    """Tokens of the reference: of each step with a live one, else of each group that is seen.
+
+    Beside one that moves held-out groups are computed once all the same.
+    """
     if not learning.objective.uses_reference or config.reference.kind == "none":
         return 0
-    if config.reference.kind == "live":
+    evaluated = _costs([laid_out(g) for g in data.all_evaluated_groups()], shared=shared)
+    moves = config.reference.sync_every is not None
+    if moves or config.reference.kind == "live":
         costs = _computed(data.train, _costs(data.train, shared=shared))
-        return _tokens(config, schedule, costs)
+        return _tokens(config, schedule, costs) + (sum(evaluated) if moves else 0)
     costs = _costs([laid_out(group) for group in data.train], shared=shared)
     seen = rows_of_steps(
         len(costs),
@@ -283,5 +289,4 @@ def _reference_tokens(
         steps=schedule.total_steps,
         seed=config.seed,
     )
-    evaluated = _costs([laid_out(g) for g in data.all_evaluated_groups()], shared=shared)
     return sum(cost for cost, used in zip(costs, seen, strict=True) if used) + sum(evaluated)

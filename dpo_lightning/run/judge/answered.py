@@ -88,7 +88,7 @@ def read_answers(path: Path, *, flag: str) -> Answered:
         cut_off.append(cut)
         unread |= dict.fromkeys(name for name in row if name not in _FIELDS)
     if not prompts:
-        raise UserError(f"{flag}={path}: no answer in it; a line is one")
+        raise UserError(f"{flag}={path}: it has no answers; each line is one")
     notes = (f"{path}: not read: {', '.join(unread)}",) if unread else ()
     return Answered(prompts, texts, cut_off, notes)
 
@@ -138,8 +138,8 @@ def answers_of_run(folder: Path) -> tuple[Answered, Answered | None]:
     samples = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if not samples:
         raise UserError(
-            f"--answers={folder}: the run drew no answers, or its {EVALUATION_FILE} is gone; a run "
-            "draws evaluation.samples= of them"
+            f"--answers={folder}: the run drew no answers, or its {EVALUATION_FILE} is gone; "
+            "evaluation.samples= draws them"
         )
     # What the row had, where the text of a chat template is not that.
     asked: list[Any] = [row.get("question", row.get("prompt")) for row in samples]

@@ -90,12 +90,10 @@ def _told() -> Any:
 
 def _judge(words: Words) -> dict[str, Any]:
     if words.names:
-        raise UserError(f"{words.names[0]}: answers are named behind --answers")
+        raise UserError(f"{words.names[0]}: put the answers behind --answers")
     answers, against = words.one("--answers"), words.one("--against")
     if answers is None:
-        raise UserError(
-            "--answers: no answers are named; give a file of JSON lines, or a run's folder"
-        )
+        raise UserError("--answers is missing: give a file of JSON lines, or a run's folder")
     return _judged(
         Path(answers).expanduser(),
         None if against is None else Path(against).expanduser(),

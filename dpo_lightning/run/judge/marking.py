@@ -41,7 +41,7 @@ def mark_answers(
         judged = judge.compare(own.prompts, own.texts, other.texts, show=show)
     found = judged.wins if judged.marks is None else judged.marks
     if not known(found):
-        why = judged.facts.get("last_error", "all of its replies were nonsense")
+        why = judged.facts.get("last_error", "none of its replies could be read")
         raise UserError(f"the judge gave no verdict on {len(found)} answers: {why}")
     return judged, other
 
@@ -112,13 +112,13 @@ def keep_in_run(folder: Path, label: str, judged: Judged, owners: Sequence[str])
     evaluation = present_evaluation(read_json(folder / EVALUATION_FILE))
     result = present_result(read_json(folder / RESULT_FILE))
     if result.get("status") != "finished":
-        return f"{folder}: the run has not finished, so that the marks are shown and not kept"
+        return f"{folder}: the run has not finished, so the marks are shown but not saved"
     rows = evaluation["samples"]
     has = any(row.get(name) is not None for row in rows for name in ("win", "judge"))
     if has and evaluation.get("judge") != label:
         return (
-            f"{folder}: it has marks of another judge, {evaluation.get('judge')}, which stay; "
-            "these are shown and not kept"
+            f"{folder}: it has marks of another judge, {evaluation.get('judge')}; these are "
+            "shown but not saved"
         )
     put_verdicts(rows, judged)
     evaluation.pop("judge_failed", None)

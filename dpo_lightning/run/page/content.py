@@ -82,6 +82,11 @@ class RunContent:
     times: Sequence[tuple[str, str]]
     versions: Sequence[tuple[str, str]]
 
+    @property
+    def is_fault(self) -> bool:
+        """True if the run ended by an error; a trial that its sweep pruned did not."""
+        return self.error is not None and self.status != "pruned"
+
 
 def make_content(folder: Path) -> RunContent:
     """The content of a run's page.
@@ -95,11 +100,12 @@ def make_content(folder: Path) -> RunContent:
     error = result.get("error")
     said = [row.get("says") for row in as_rows(result.get("signs"))]
     metrics = sorted(as_mapping(result.get("metrics")).items())
+    settings = _settings(folder / _CONFIG_FILE)
     return RunContent(
         title=clean(folder.resolve().name),
         status=_words(result.get("status")),
         error=clean(error) if isinstance(error, str) else None,
-        facts=_facts(result, data),
+        facts=[*_facts(result, data), *_course(result, settings)],
         signs=[clean(text) for text in said if isinstance(text, str)],
         panels=_panels(_rows(folder / METRICS_FILE)),
         metrics=[(clean(name), number_text(number(value), 4)) for name, value in metrics],
@@ -109,7 +115,7 @@ def make_content(folder: Path) -> RunContent:
             for reason, value in as_mapping(data.get("dropped")).items()
             if (count := number(value))
         ],
-        settings=_changed(folder / _CONFIG_FILE),
+        settings=_changed(settings),
         command=_words(result.get("command")),
         checkpoints=sorted(clean(path.name) for path in folder.glob("checkpoints/step-*.ckpt")),
         exported=_exported(folder, result),
@@ -144,6 +150,21 @@ def _facts(result: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     return facts
 
 
+def _course(result: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Devices, where a step was shared, and the checkpoint that the run went on from."""
+    facts = []
+    trainer = as_mapping(settings.get("trainer"))
+    devices, nodes = number(trainer.get("devices")), number(trainer.get("num_nodes"))
+    if devices is not None and (count := devices * (nodes or 1)) > 1:
+        facts.append(f"{count:,.0f} devices")
+    resumed = as_mapping(result.get("resumed"))
+    if (step := number(resumed.get("step"))) is not None:
+        changed = [clean(key) for key in as_mapping(resumed.get("changed"))]
+        behind = f", with another {', '.join(changed)}" if changed else ""
+        facts.append(f"resumed at step {step:,.0f}{behind}")
+    return facts
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics; a torn line is what a killed run leaves."""
     try:
@@ -155,12 +176,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     drawn = []
+    taken = [step for row in rows if (step := number(row.get("step"))) is not None]
+    # All panels have the same steps below each other, also where there is one evaluation.
+    steps = (min(taken), max(taken)) if taken else None
     for title, training, evaluation in _PANELS:
         curves = []
         for kind, names in (("training", training), ("evaluation", evaluation)):
             found = [points for name in names if (points := _series(rows, name))]
             curves += [Curve(kind, found[0])] if found else []
-        svg = panel(title, curves)
+        svg = panel(title, curves, steps=steps)
         drawn += [] if svg is None else [svg]
     return drawn
 
@@ -217,11 +241,15 @@ def _prompt(
     return cut(row.get("prompt"), keep_end=True), kept
 
 
-def _changed(path: Path) -> list[tuple[str, str, str]]:
-    """Settings that differ from the defaults; empty where the file cannot be read."""
-    settings: Mapping[str, Any] = {}
+def _settings(path: Path) -> Mapping[str, Any]:
+    """The run's settings; empty where the file cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        settings = as_mapping(yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER))
+        return as_mapping(yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER))
+    return {}
+
+
+def _changed(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Settings that differ from the defaults."""
     defaults = dict(_flat(asdict(Config())))
     return [
         (clean(key), _value(value), _value(defaults[key]) if key in defaults else MISSING)

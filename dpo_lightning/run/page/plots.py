@@ -23,7 +23,8 @@ SERIES = {
 }
 """The colours of both kinds of curves."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 30, 34
+# Room on the right for half of the last step's number.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 28, 30, 34
 _DOTS = 30
 
 
@@ -74,19 +75,22 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [place * step for place in range(first, last + 1)]
 
 
-def panel(title: str, curves: Sequence[Curve]) -> str | None:
+def panel(
+    title: str, curves: Sequence[Curve], *, steps: tuple[float, float] | None = None
+) -> str | None:
     """One panel with its curves; None where none has a point.
 
     Args:
         title: Name of what is drawn, with its unit.
         curves: The curves.
+        steps: First and last step of the axis; None takes those of the points.
     """
     drawn = [Curve(own.kind, averaged(own.points)) for own in curves if own.points]
     if not drawn:
         return None
     xs = [x for own in drawn for x, _ in own.points]
     ys = [y for own in drawn for _, y in own.points]
-    across, up = _span(min(xs), max(xs), whole=True), _span(min(ys), max(ys))
+    across, up = _span(*(steps or (min(xs), max(xs))), whole=True), _span(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = _LEFT + (x - across[0]) / (across[1] - across[0]) * (WIDTH - _LEFT - _RIGHT)
@@ -98,7 +102,8 @@ def panel(title: str, curves: Sequence[Curve]) -> str | None:
         down = place(across[0], y)[1]
         parts.append(_line(_LEFT, down, WIDTH - _RIGHT, down, "figure-grid"))
         parts.append(_text(_LEFT - 6, down + 4, _tick(y), "figure-soft", anchor="end"))
-    for x in ticks(*across):
+    # There is no half of a step.
+    for x in filter(float.is_integer, map(float, ticks(*across))):
         right = place(x, up[0])[0]
         parts.append(_text(right, HEIGHT - _BOTTOM + 15, _tick(x), "figure-soft"))
     base = HEIGHT - _BOTTOM
@@ -147,7 +152,7 @@ def _line(x: float, y: float, to_x: float, to_y: float, name: str) -> str:
 
 
 def _text(
-    x: float, y: float, text: str, name: str, *, size: int = 11, anchor: str = "middle"
+    x: float, y: float, text: str, name: str, *, size: int = 12, anchor: str = "middle"
 ) -> str:
     style = f"fill: var(--{name}); font-size: {size}px; text-anchor: {anchor}"
     return f'<text x="{x:.1f}" y="{y:.1f}" style="{style}">{escape(text)}</text>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dpo_lightning.errors import UserError
@@ -10,7 +11,10 @@ from dpo_lightning.run.page.colours import variables
 from dpo_lightning.run.page.content import make_content
 from dpo_lightning.run.page.environment import page_environment, sort_script
 from dpo_lightning.run.page.plots import SERIES
+from dpo_lightning.settings.credentials import redact
 from dpo_lightning.settings.program import typed
+
+log = logging.getLogger(__name__)
 
 
 def write_run_page(folder: Path) -> Path:
@@ -46,3 +50,18 @@ def write_run_page(folder: Path) -> Path:
     )
     write_whole(folder / REPORT_FILE, page.encode("utf-8", "replace"), lasting=False)
     return folder / REPORT_FILE
+
+
+def keep_run_page(folder: Path) -> None:
+    """Writes the page of a run that left metrics; one that cannot be written is a line of the log.
+
+    Args:
+        folder: The run's folder.
+    """
+    if not (folder / METRICS_FILE).is_file():
+        return
+    try:
+        write_run_page(folder)
+    except Exception as error:  # a run of days must not end in an error of its page
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("%s: not written: %s", folder / REPORT_FILE, redact(line))

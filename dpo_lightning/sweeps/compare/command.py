@@ -117,7 +117,7 @@ def compare(subjects: Sequence[Subject]) -> dict[str, Any]:
     metrics, notes = metrics_to_compare(subjects)
     found, more = differences(subjects, metrics)
     if not found:
-        said = " ".join([*notes, *more]) or "They have no values of single rows in common."
+        said = " ".join([*notes, *more]) or "No metric has values by row in both."
         names = " and ".join(own.name for own in subjects)
         raise UserError(f"{names}: there is nothing to compare. {said}")
     notes = [_method(len(subjects)), *notes, *more]

@@ -46,8 +46,8 @@ def check_comparable(subjects: Sequence[Subject]) -> None:
         differing = list(_differing(one, other, keys))
         if differing:
             raise UserError(
-                f"{one.name} and {other.name} are not compared: {'; '.join(differing)}; evaluate "
-                "both on the same rows and limits by typing these here, beside data.eval="
+                f"{one.name} and {other.name} are not compared: {'; '.join(differing)}; type the "
+                "same values here, beside data.eval=, to evaluate both alike"
             )
         if one.rows != other.rows:
             raise UserError(f"{one.name} and {other.name} are not compared: {_rows(one, other)}")
@@ -70,13 +70,13 @@ def _rows(one: Subject, other: Subject) -> str:
     common = (one.rows & other.rows).total()
     totals = [own.rows.total() for own in (one, other)]
     said = (
-        f"their held-out rows differ, {common:,} are common to both of {totals[0]:,} and "
-        f"{totals[1]:,}"
+        f"their held-out rows differ: {totals[0]:,} and {totals[1]:,}, of which {common:,} are the "
+        "same"
     )
     differing = list(_differing(one, other, _ROWS))
     if differing:
         said += f" ({'; '.join(differing)})"
-    return f"{said}; data.eval=<file or hub id> evaluates both on the same"
+    return f"{said}; data.eval=<file or hub id> evaluates both on the same rows"
 
 
 def metrics_to_compare(subjects: Sequence[Subject]) -> tuple[list[str], list[str]]:
@@ -106,19 +106,21 @@ def metrics_to_compare(subjects: Sequence[Subject]) -> tuple[list[str], list[str
             f"They scale with β, which is {told}.",
         )
     elif len({str(_loss(own)) for own in subjects}) > 1:
-        leave_out(["eval/loss"], "The losses are not the same.")
+        leave_out(["eval/loss"], "The losses differ.")
     if len({own.reference for own in subjects}) > 1:
         leave_out(
             [name for name in common if name.startswith(_OF_REFERENCE)],
-            "They are against the reference, which is not the same.",
+            "They are measured against the reference, and the references differ.",
         )
-        notes.append("Accuracies are each against the policy's own reference.")
+        notes.append("Each accuracy is against the policy's own reference.")
     if len({str(_judge(own)) for own in subjects}) > 1:
-        leave_out(JUDGED, "The judges are not the same.")
+        leave_out(JUDGED, "The judges differ.")
     cut = [own for own in subjects if (own.cut_off or 0.0) > MOST_CUT_OFF]
     if cut and any(name.startswith("samples/") for name in left):
         shares = ", ".join(f"{own.cut_off:.0%} of {own.label}'s" for own in cut)
-        notes.append(f"Answers were cut off at the limit: {shares}; samples/* are of beginnings.")
+        notes.append(
+            f"Answers were cut off at the limit: {shares}; samples/* cover only their beginnings."
+        )
     return list(left), notes
 
 

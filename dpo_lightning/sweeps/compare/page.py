@@ -77,7 +77,10 @@ def comparison_page(found: Mapping[str, Any], subjects: Sequence[Subject]) -> st
         [own["label"], own["name"], number_text(own["beta"]), own["loss"] or "–"]
         for own in found["runs"]
     ]
-    heads = ("metric", "a", "value", "b", "value", "b − a", "95% interval", "p", "items")
+    heads = (
+        *("metric", "a", "value of a", "b", "value of b", "b − a"),
+        *("95% interval", "p", "items"),
+    )
     template = page_environment("sweeps/report/templates").get_template("compare.html")
     page: str = template.render(
         title=clean(" · ".join(own.label for own in subjects)),

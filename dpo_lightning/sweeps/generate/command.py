@@ -103,11 +103,11 @@ def generate(request: Request) -> dict[str, Any]:
     if not request.overwrite:
         refuse_existing([t for t, is_kept in zip(targets.own, kept, strict=True) if not is_kept])
     for name, status in targets.skipped:
-        _say(f"{name}: the trial is {status}, so that it has no policy; left out")
+        _say(f"{name}: skipped: the trial is {status} and has no policy")
     entries = []
     for target, lam, own, is_kept in zip(targets.own, places, facts, kept, strict=True):
         if is_kept:
-            _say(f"{target.generator}: its answers are there, drawn in the same way; kept")
+            _say(f"{target.generator}: skipped: the same answers are there already")
             entries.append(_entry(target, {"kept": True}))
             continue
         counts = _answer(request, target, questions, lam, own)
@@ -178,8 +178,8 @@ def _answer(
     cut = sum(answer.cut_off for answer in found)
     if cut and not target.subject.speaks_of_weather:
         _say(
-            f"{target.generator}: {cut} of {len(found)} answers were cut off at a limit; "
-            "--max-new-tokens lets them go on"
+            f"{target.generator}: {cut} of {len(found)} answers were cut off at the limit; "
+            "raise --max-new-tokens"
         )
     counts = {
         "answers": len(found),

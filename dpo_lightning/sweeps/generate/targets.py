@@ -126,14 +126,18 @@ def _of_sweep(request: Request, folder: Path) -> Targets:
     trials = read_sweep(folder).trials
     place = request.output or _place(request) / folder.absolute().name
     if place.exists() and not place.is_dir():
-        raise UserError(f"--output {place}: of a sweep it is a folder, with one file a trial")
+        raise UserError(
+            f"--output {place}: for a sweep it must be a folder: one file for each trial"
+        )
     if folder.resolve() in place.resolve().parents or folder.resolve() == place.resolve():
         raise UserError(
-            f"--output {place}: the sweep's folder stays as it is; name one outside of it"
+            f"--output {place}: nothing is written into the sweep's folder; name one outside of it"
         )
     done = [trial for trial in trials if trial.finished]
     if not done:
-        raise UserError(f"run={folder}: no trial of it has finished; sweep.resume={folder} does")
+        raise UserError(
+            f"run={folder}: no trial of it has finished; sweep.resume={folder} finishes them"
+        )
     own = tuple(
         _target(
             request,
@@ -169,7 +173,7 @@ def _target(request: Request, name: str, generator: str, path: Path) -> Target:
 def _check_outside(path: Path, run: Path) -> None:
     if run.resolve() in path.resolve().parents:
         raise UserError(
-            f"--output {path}: the run's folder stays as it is; name a file outside of it"
+            f"--output {path}: nothing is written into the run's folder; name a file outside of it"
         )
 
 

@@ -254,7 +254,7 @@ class LocalProcesses:
             try:
                 stop_other(trial.folder)
             except Taken as error:
-                raise UserError(f"{trial.folder}: {error}; end it first") from error
+                raise UserError(f"{trial.folder}: {error}; stop it first") from error
             os.close(_lock(trial.folder))
         return None
 
@@ -325,7 +325,7 @@ def _lock(folder: Path) -> int:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{folder}: a process of an earlier sweep is still at work there; end it "
+                        f"{folder}: a process of an earlier sweep is still running there; stop it "
                         "first"
                     ) from None
                 time.sleep(_POLL_SECONDS)

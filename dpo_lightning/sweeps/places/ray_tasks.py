@@ -322,4 +322,4 @@ class _RayAttempt:
         deadline = time.monotonic() + 10
         while (ending := self.ending()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        return ending or Ending(None, "it did not end when it was asked to", final=True)
+        return ending or Ending(None, "it did not stop when asked to", final=True)

@@ -274,7 +274,7 @@ def _submit(executor: Any, function: TrialJob) -> Any:
         return executor.submit(function)
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
-        raise UserError(f"hydra/launcher=slurm: sbatch does not take the job: {said}") from error
+        raise UserError(f"hydra/launcher=slurm: sbatch refused the job: {said}") from error
     finally:
         if before is None:
             os.environ.pop("PYTHONPATH", None)
@@ -342,9 +342,9 @@ class _SlurmAttempt:
     def _reason(self, state: str) -> str:
         where = f"see {self._job.task(0).paths.stderr}"
         if not self._on_slurm:
-            return f"its job {self._job.job_id} ended before the trial had; {where}"
+            return f"its job {self._job.job_id} ended before the trial did; {where}"
         if state == "GONE":
-            return f"SLURM knows nothing of its job {self._job.job_id} any more; {where}"
+            return f"SLURM no longer knows its job {self._job.job_id}; {where}"
         hint = _HINTS.get(state.partition(" ")[0], "")
         return f"SLURM: job {self._job.job_id} is {state}{hint}; {where}"
 
@@ -361,4 +361,4 @@ class _SlurmAttempt:
             while not self._job.done() and time.monotonic() < deadline:
                 time.sleep(0.1)
         self._jobs.forget(self._job)
-        return self._said() or Ending(None, "it did not end when it was asked to", final=True)
+        return self._said() or Ending(None, "it did not stop when asked to", final=True)

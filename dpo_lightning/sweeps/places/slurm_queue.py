@@ -93,7 +93,7 @@ def find_number(folder: Path) -> str | None:
         if jobs is None and now >= begin + _SILENCE_SECONDS:
             raise UserError(
                 f"hydra/launcher=slurm: squeue does not answer, and {folder.name} may be in the "
-                "queue already; type the command again when it does"
+                "queue already; run the command again when it answers"
             )
         if not has_said:
             log.warning("%s may have been submitted already: looking for its job", folder.name)

@@ -182,7 +182,7 @@ class SlurmSite:
         require_extra("submitit", "slurm", "hydra/launcher=slurm")
         if self.cluster == "slurm" and not all(map(shutil.which, ("sbatch", "srun"))):
             raise UserError(
-                "hydra/launcher=slurm: there is no sbatch here; type it on a login node, or try it "
+                "hydra/launcher=slurm: there is no sbatch here; run it on a login node, or try it "
                 "out with hydra.launcher.cluster=local"
             )
 

@@ -190,8 +190,8 @@ class WarmStarts:
         if not self._is_said:
             self._is_said = True
             log.warning(
-                "the process that trials are forked from cannot be used (%s): each imports "
-                "everything itself from now on, which takes some seconds more",
+                "the process that trials are forked from cannot be used (%s): from now on each "
+                "trial imports everything itself, which takes some seconds longer",
                 why,
             )
 

@@ -14,6 +14,7 @@ from dpo_lightning.sweeps.report.answers import Answers, answers_of
 from dpo_lightning.sweeps.report.one_policy import PolicyFrontier, policy_frontiers
 from dpo_lightning.sweeps.report.pooling import EXACT_KL, METRICS, Configuration
 from dpo_lightning.sweeps.report.read import Sweep, TrialResult
+from dpo_lightning.sweeps.report.rounds import round_tables
 from dpo_lightning.sweeps.report.sections import (
     Advice,
     TextTable,
@@ -147,7 +148,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
             for rank, c in enumerate(analysis.configurations, start=1)
         ),
         comparison=None if analysis.comparison is None else analysis.comparison.sentence,
-        tables=tables_of(analysis),
+        tables=(*tables_of(analysis), *round_tables(analysis)),
         advice=advice_of(analysis),
         answers=answers_of(analysis),
         trials=trial_rows(sweep),

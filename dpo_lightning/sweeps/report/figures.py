@@ -17,6 +17,7 @@ from dpo_lightning.sweeps.report.analysis import Analysis
 from dpo_lightning.sweeps.report.labels import Label, place_labels
 from dpo_lightning.sweeps.report.one_policy import draw_policies
 from dpo_lightning.sweeps.report.pooling import METRICS, Configuration
+from dpo_lightning.sweeps.report.rounds import draw_rounds
 from dpo_lightning.sweeps.report.text import error_text
 from dpo_lightning.sweeps.report.theme import STYLE, colours_of, inline_svg, png
 
@@ -108,6 +109,7 @@ def _draw_optimum(axes: Axes, analysis: Analysis, drawn: Sequence[Configuration]
             clip_on=False,
         )  # fmt: skip
     draw_policies(axes, analysis)
+    draw_rounds(axes, analysis)
     axes.set_ylim(low, high)
     right = _right(drawn)
     # Room for the point of the reference; an estimate of a small KL may be below 0.

@@ -53,9 +53,9 @@ class TrialMarks:
         """Facts of what was not matched, a sentence each."""
         notes = []
         if self.unmatched:
-            notes.append(f"{self.file} has rows of no trial here: {_listed(self.unmatched)}.")
+            notes.append(f"{self.file} has rows that match no trial: {_listed(self.unmatched)}.")
         if self.without:
-            notes.append(f"{self.file} has no row of these trials: {_listed(self.without)}.")
+            notes.append(f"{self.file} has no row for these trials: {_listed(self.without)}.")
         return notes
 
     def table(self, sweep: Sweep) -> TextTable:
@@ -177,8 +177,8 @@ def _name_column(heads: Sequence[str], path: Path) -> int:
     if lower[:1] == [""]:
         return 0
     raise UserError(
-        f"--marks {path}: no column says whose a row is; it needs one of {', '.join(_NAMES)}, or a "
-        "first one without a name"
+        f"--marks {path}: no column names the model of a row; it needs one of {', '.join(_NAMES)}, "
+        "or a first one without a name"
     )
 
 

@@ -133,7 +133,8 @@ def objective_name(trial: TrialResult) -> str:
     for line in trial.settings:
         key, value = override_key(line), override_value(line)
         of_loss = key.startswith("loss.") and number_in(line) is None
-        if of_loss or key in ("reference", "reference.kind"):
+        of_reference = key in ("reference", "reference.kind") or key.startswith("reference.sync_")
+        if of_loss or of_reference:
             more.append(f"{key.removeprefix('loss.')} {value}")
     return ", ".join([trial.loss or "unknown", *sorted(more)])
 

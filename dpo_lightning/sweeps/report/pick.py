@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from dpo_lightning.sweeps.report.comparable import MOST_CUT_OFF, cut_off
 from dpo_lightning.sweeps.report.intervals import Evidence, LossBounds, against_best
@@ -23,6 +25,12 @@ from dpo_lightning.sweeps.report.pooling import (
 # Of a share; of a metric on another scale a part of what the best has gained.
 _MARGIN = 0.02
 _MARGIN_OF_GAIN = 0.01
+
+# A guess of how many items would decide: up to so many times what there is, to a part in a hundred,
+# from fewer draws than a bound that is shown.
+_MOST_TIMES = 1e6
+_CLOSE = 0.01
+_DRAWS_OF_A_GUESS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +154,10 @@ def decide(
     if margin is None:
         margin = _own_margin(metric, evidence.means[bounds.best], reference_value)
     candidates = _candidates(taking, bounds, margin, [kls[i] for i in places])
-    alone = sum(c.eligible for c in candidates) == 1 or rule.kl_budget is not None
-    undecided = alone and any(c.may_be_best for c in candidates[1:])
-    if rule.kl_budget is not None:
-        undecided = undecided and not all(c.eligible for c in candidates if c.may_be_best)
-    rows, seeds = _needed(evidence, bounds, margin) if undecided else (None, None)
+    within = rule.kl_budget is not None
+    undecided = _is_undecided(bounds, margin, within_budget=within)
+    rows = _rows_needed(evidence, margin, within_budget=within) if undecided else None
+    seeds = _seeds_needed(evidence, bounds, margin) if undecided and rows is None else None
     return PickDecision(
         pick=best if rule.kl_budget is not None else _closest(candidates),
         best=best,
@@ -241,40 +248,71 @@ def _closest(candidates: Sequence[PickCandidate]) -> Configuration:
     return candidates[min(known)[2] if known else 0].configuration
 
 
-def _needed(evidence: Evidence, bounds: LossBounds, margin: float) -> tuple[int | None, int | None]:
-    """About how many items, else how many seeds, would decide.
+def _is_undecided(bounds: LossBounds, margin: float, *, within_budget: bool) -> bool:
+    """True if the best may not be it, and nothing else can be vouched for.
 
-    That is: another qualifies, or all others are surely worse, by the losses as observed. The
-    variance over items falls with their number, that over seeds does not.
+    Args:
+        bounds: Of all that take part.
+        margin: Loss that does not matter.
+        within_budget: True if the best is picked, and none beside it.
     """
+    others = np.arange(len(bounds.loss)) != bounds.best
+    eligible = bounds.upper <= margin
+    rivals = others & bounds.may_be_best
+    if within_budget:
+        return bool((rivals & ~eligible).any())
+    return bool(rivals.any() and not (others & eligible).any())
+
+
+def _rows_needed(evidence: Evidence, margin: float, *, within_budget: bool) -> int | None:
+    """About how many items would decide, by the losses as observed; None if no number would.
+
+    The bounds are asked again as they would be of so many items. The variance over items falls
+    with their number, that over seeds does not.
+    """
+    items = evidence.items
+    if items is None:
+        return None
+
+    def decides(times: float) -> bool:
+        more = replace(
+            evidence,
+            item_covariance=evidence.item_covariance / times,
+            floor=evidence.floor / times**2,
+        )
+        bounds = against_best(more, draws=_DRAWS_OF_A_GUESS)
+        return not _is_undecided(bounds, margin, within_budget=within_budget)
+
+    low, high = 0.0, math.log(_MOST_TIMES)
+    if not decides(_MOST_TIMES):
+        return None
+    while high - low > _CLOSE:
+        middle = (low + high) / 2
+        low, high = (low, middle) if decides(math.exp(middle)) else (middle, high)
+    return _rounded(items * math.exp(high))
+
+
+def _seeds_needed(evidence: Evidence, bounds: LossBounds, margin: float) -> int | None:
+    """About how many seeds would decide, by the losses as observed; None if no number would.
+
+    That is: another qualifies, or all others are surely worse.
+    """
+    if evidence.seeds < 2:
+        return None
     others = [i for i in range(len(bounds.loss)) if i != bounds.best]
-    gaps = {i: margin - float(bounds.loss[i]) for i in others}
-    qualify = [(i, gap) for i, gap in gaps.items() if gap > 0]
-    worse = [(i, float(bounds.loss[i])) for i in others if bounds.may_be_best[i]]
-    rows, seeds = math.inf, math.inf
-    for needs, combine in ((qualify, min), (worse, max)):
-        found = [_count(evidence, bounds, i, gap) for i, gap in needs]
-        if found:
-            rows = min(rows, combine(r for r, _ in found))
-            seeds = min(seeds, combine(s for _, s in found))
-    if math.isfinite(rows):
-        return _rounded(rows), None
-    return None, _rounded(seeds) if math.isfinite(seeds) else None
+    qualify = [margin - float(bounds.loss[i]) for i in others]
+    worse = [float(bounds.loss[i]) if bounds.may_be_best[i] else math.inf for i in others]
 
+    def count(i: int, gap: float) -> float:
+        """Seeds at which as many standard errors as the bounds allow are no more than a gap."""
+        variance = float(bounds.item_variance[i] + bounds.seed_variance[i])
+        return evidence.seeds * variance * (bounds.quantile / gap) ** 2 if gap > 0 else math.inf
 
-def _count(evidence: Evidence, bounds: LossBounds, i: int, gap: float) -> tuple[float, float]:
-    """Items, and seeds, at which so many standard errors are no more than a gap."""
-    if gap <= 0:
-        return math.inf, math.inf
-    allowed = (gap / bounds.quantile) ** 2
-    of_items, of_seeds = float(bounds.item_variance[i]), float(bounds.seed_variance[i])
-    rows = math.inf
-    if evidence.items is not None and allowed > of_seeds:
-        rows = evidence.items * of_items / (allowed - of_seeds)
-    seeds = math.inf
-    if evidence.seeds > 1:
-        seeds = evidence.seeds * (of_items + of_seeds) / allowed
-    return rows, seeds
+    least = min(
+        min(map(count, others, qualify)),
+        max(map(count, others, worse)),
+    )
+    return _rounded(max(least, evidence.seeds + 1)) if math.isfinite(least) else None
 
 
 def _rounded(count: float) -> int:

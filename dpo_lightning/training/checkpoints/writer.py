@@ -393,13 +393,23 @@ class Checkpoints(Callback):
         every_n_steps: Steps between two checkpoints; None writes none while training.
         keep: Number of checkpoints that stay while training.
         last: True if the end of the training is saved.
+        round_steps: Steps of a round, at whose ends it saves too while training; None: it does not.
     """
 
-    def __init__(self, folder: Path, *, every_n_steps: int | None, keep: int, last: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_n_steps: int | None,
+        keep: int,
+        last: bool,
+        round_steps: int | None = None,
+    ) -> None:
         self._folder = folder
         self._every = every_n_steps
         self._keep = keep
         self._last = last
+        self._round_steps = round_steps
         # What a killed process left, once there is a step: until then the folder stays as it was.
         self._cleared = False
         self._start: int | None = None
@@ -420,10 +430,17 @@ class Checkpoints(Callback):
         if trainer.is_global_zero and not self._cleared:
             checkpoints.remove_leftovers(self._folder)
         self._cleared = True
-        if self._every is None or trainer.global_step % self._every:
+        if not self._is_due(trainer.global_step):
             return
         path = checkpoint_path(self._folder, trainer.global_step)
         save_now(trainer, path, keep=self._keep, waits=False)
+
+    def _is_due(self, step: int) -> bool:
+        if self._every is None:
+            return False
+        return step % self._every == 0 or (
+            self._round_steps is not None and step % self._round_steps == 0
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, unless it was saved on the way; waits for what is being written."""

@@ -66,6 +66,17 @@ def test_a_prompts_seed_is_its_own_however_many_there_are():
     assert first == noise_seed(3, np.array(one))
 
 
+def test_seeds_that_are_given_are_taken(monkeypatch):
+    """By vLLM; a server is given the 31 bits that each takes."""
+    asked = install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = request([[7], [7]], seeds=[11, 2**40 + 12])
+    checked_answers(Backend("vllm"), find_sampler(Backend("vllm")), wanted)
+    assert [p.seed for p in asked.requests[0][1]] == [11, 2**40 + 12]
+    _, sent = served(lambda *_: (200, choice("?", "stop", token_ids=[5, END])), wanted)
+    assert sorted(body["seed"] for body in sent.bodies) == [11, 12]
+
+
 # vLLM --------------------------------------------------------------------------------------------
 
 

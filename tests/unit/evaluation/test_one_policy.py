@@ -112,7 +112,7 @@ def test_one_that_rests_on_few_has_no_value_and_says_why():
     point, why = weighted_point(answers_of(logps, torch.ones(2, 32).double()), 2.0, BETA)
     assert "reward" not in point
     assert "kl" not in point
-    assert why == f"its answers are worth {point['ess']:.1f} a prompt, and 14 are needed"
+    assert why == f"its effective sample is {point['ess']:.1f} answers a prompt, below 14"
 
 
 def test_one_whose_weights_have_a_heavy_tail_says_so(monkeypatch):

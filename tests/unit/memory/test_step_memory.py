@@ -158,6 +158,41 @@ def test_a_live_reference_is_the_weights_once_more(llama):
     assert found.reference == found.weights
 
 
+@pytest.mark.parametrize(
+    ("changes", "bytes_of_one"),
+    [
+        # The model once more; its weights are the values.
+        ({}, 4),
+        # Under autocast too.
+        ({"compute_bytes": 2, "autocast": True}, 4),
+        # Rounded weights and the float32 values behind them.
+        ({"compute_bytes": 2, "masters": True}, 2 + 4),
+        ({"compute_bytes": 2, "weight_bytes": 2}, 2 + 4),
+    ],
+)
+def test_a_moving_reference_has_float32_values(llama, changes, bytes_of_one: int):
+    """Of n weights each; buffers of some bytes are beside them."""
+    how = training(live_reference=True, moving_reference=True, **changes)
+    found = llama.footprint(how)
+    assert found.reference == pytest.approx(bytes_of_one * llama.parameters, abs=256)
+    still = llama.footprint(training(live_reference=True, **changes))
+    assert found.reference - still.reference in (0, 4 * llama.parameters)
+    assert (found.weights, found.activations) == (still.weights, still.activations)
+
+
+def test_a_moving_reference_of_shards_is_their_share(llama):
+    """Four devices with float32 shards: a weight each of the four bytes, whatever is gathered."""
+    how = training(live_reference=True, moving_reference=True, compute_bytes=2, shards=4)
+    assert llama.footprint(how).reference == pytest.approx(llama.parameters, abs=256)
+
+
+@pytest.mark.parametrize(("half", "bytes_of_one"), [({}, 4), ({"compute_bytes": 2}, 2 + 4)])
+def test_a_copy_of_an_adapter_moves_beside_it(llama, half, bytes_of_one: int):
+    """The base is the policy's own; of 16 bits the copy has its float32 values behind it."""
+    how = training(adapters=AdapterFacts(8), live_reference=True, moving_reference=True, **half)
+    assert llama.footprint(how).reference == bytes_of_one * llama.trained(how)
+
+
 def test_what_several_devices_share_and_add(llama):
     """FSDP2 gathers two layers and what is outside; DDP has the gradients twice."""
     alone = llama.footprint(training())

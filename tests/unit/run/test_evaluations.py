@@ -30,6 +30,7 @@ def plan(
     sets: dict[str, int] | None = None,
     checkpoint: CheckpointConfig | None = None,
     tokens: tuple[int, int] = (10, 10),
+    round_steps: int | None = None,
     **evaluation,
 ) -> EvaluationCourse:
     data = PreparedData(groups(train, "train", tokens[0]), groups(held_out, "eval", tokens[1]))
@@ -39,9 +40,33 @@ def plan(
         checkpoint or CheckpointConfig(),
         data,
         total_steps=steps,
+        round_steps=round_steps,
         batch_size=40,
         shared=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "round_steps", "every"),
+    [(99, 33, 33), (100, 2, 10), (1001, 7, 105), (100, 1, 10), (100, 100, 100)],
+)
+def test_with_rounds_evaluations_are_at_their_ends(steps: int, round_steps: int, every: int):
+    """A tenth of 1,001 steps is 101, and the next end of a round of seven is after 105."""
+    course = plan(steps=steps, round_steps=round_steps)
+    assert course.every == every
+    assert course.exact
+    assert course.every % round_steps == 0
+
+
+def test_with_rounds_few_rows_are_enough_for_an_evaluation():
+    """5% of 120 rows are six, two for each of three rounds but the last: three before it."""
+    assert plan(train=120, steps=3, round_steps=None).before_last == 0
+    course = plan(train=120, steps=3, round_steps=1)
+    assert (course.every, course.before_last, course.rows) == (1, 2, 3)
+
+
+def test_an_interval_that_is_set_is_kept_with_rounds():
+    assert plan(steps=99, round_steps=33, every_n_steps=10).every == 10
 
 
 def test_ten_evaluations_of_which_nine_see_a_twentieth():

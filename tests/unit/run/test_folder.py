@@ -48,7 +48,7 @@ def held(folder: Path, **settings: object) -> Iterator[RunFolder]:
 def test_a_second_run_is_told_who_is_at_work_and_since_when(tmp_path):
     with held(tmp_path):
         owner = json.loads((tmp_path / OWNER_FILE).read_text())
-        with pytest.raises(UserError, match="a run is at work there") as refused, held(tmp_path):
+        with pytest.raises(UserError, match="a run is using it") as refused, held(tmp_path):
             pass
     for word in (f"process {os.getpid()}", owner["host"], owner["started"], "hydra.run.dir="):
         assert word in str(refused.value)

@@ -86,6 +86,9 @@ def test_evaluations_are_those_of_the_run_and_of_all_sets(words, capsys, tmp_pat
     assert (told["rows"], told["rows_at_the_end"]) == (2, 2)
     assert told["sets"] == {"first": 1, "second": 1}
     assert told["says"] == "every 2 steps on all 2 rows, all at the end"
+    # One that moves reads each step's rows, and the held-out ones once.
+    moving = inspect_json(capsys, *words, "reference.sync_every=1")["time"]
+    assert moving["reference_tokens"] == moving["tokens"] + 8 + 7
     assert main(words) == 0
     assert told["says"] in capsys.readouterr().out
     # A limit that leaves no row is what a run would stop for.

@@ -153,7 +153,7 @@ def test_a_line_that_is_no_answer_is_named(capsys, text, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "--answers: no answers are named"),
+        ((), "--answers is missing"),
         (("--answers", "a.jsonl"), "evaluation.judge=null sets no judge"),
         (("--answers", "no.jsonl", *OWN), "--answers=no.jsonl: No such file"),
         (("--answers", "a.jsonl", "beta=1", *OWN), "beta: `"),

@@ -1,16 +1,14 @@
-"""A run's page: its curves, its content, the command that writes it, and the page in a browser."""
+"""A run's page: its curves, its content, the command that writes it."""
 
 import json
 import re
-import shutil
 
 import pytest
 
 from dpo_lightning.run.page.content import make_content
 from dpo_lightning.run.page.plots import Curve, averaged, panel, ticks
-from dpo_lightning.run.page.write import write_run_page
+from dpo_lightning.run.page.write import keep_run_page, write_run_page
 from dpo_lightning.sweeps.report.write import main, write_report
-from tests.support.browser import open_browser
 from tests.support.sweep_folders import write_trial
 
 HOSTILE = '<b>"β" </title>'
@@ -55,6 +53,15 @@ def test_a_panel_without_a_point_is_none_and_a_level_curve_has_a_height():
     assert "nan" not in panel("loss", [Curve("training", [(1, 0.5), (2, 0.5)])])
 
 
+def test_the_axis_of_steps_has_whole_numbers_and_is_the_runs():
+    """One evaluation at step 3 of a run of 1 to 4: a panel of its own would have half steps."""
+    svg = panel("KL", [Curve("evaluation", [(3, 0.5)])], steps=(1, 4))
+    assert svg is not None
+    numbers = re.findall(r'text-anchor: middle">([^<]*)<', svg)
+    assert numbers == ["1", "2", "3", "4", "step"]
+    assert panel("KL", [Curve("evaluation", [(3, 0.5)])]).count("middle") == 4  # 2, 3, 4, step
+
+
 def test_the_page_has_what_the_files_say(run):
     found = make_content(run)
     assert found.signs == ["the policy hardly moved"]
@@ -86,22 +93,72 @@ def test_report_writes_the_page_of_a_run_and_a_sweep_links_to_it(run, capsys):
     assert main([str(run)]) == 2
 
 
-CUT_OFF = """[...document.querySelectorAll("body *")].filter(
-  (e) => !e.closest("svg") && e.clientWidth && e.getBoundingClientRect().right > innerWidth + 1
-).map((e) => `${e.tagName}.${e.className}`)"""
+def changed(run, **entries):
+    """The run's page with other entries of ``result.json``."""
+    path = run / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return write_run_page(run).read_text()
 
 
-# The browser takes seconds to start.
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-def test_a_browser_shows_the_whole_page_at_any_width(run, tmp_path):
-    page = write_run_page(run)
-    with open_browser(tmp_path / "user") as browser:
-        for width in (390, 1280):
-            for dark in (False, True):
-                browser.open(page, width=width, dark=dark)
-                assert browser.run("document.documentElement.scrollWidth") == width
-                assert browser.run(CUT_OFF) == []
-                paper = browser.run("getComputedStyle(document.body).backgroundColor")
-                assert paper == ("rgb(17, 24, 39)" if dark else "rgb(255, 255, 255)")
-        assert browser.said == []
+@pytest.mark.parametrize(
+    ("status", "error", "is_fault"),
+    [
+        ("finished", None, False),
+        ("diverged", "step 7: the loss is nan", True),
+        ("failed", "rows.jsonl:3: no prompt", True),
+        ("stopped", "interrupted", True),
+        ("paused", None, False),
+        ("pruned", "pruned at step 2 of 16, rank 5 of 8 by eval/loss", False),
+    ],
+)
+def test_the_page_says_how_a_run_ended(run, status, error, is_fault):
+    page = changed(run, status=status, error=error)
+    assert f">{status}</span>" in page
+    assert ('<span class="bad">' in page, '<p class="bad">' in page) == (is_fault, is_fault)
+    assert (error is None) or f">{error}</p>" in page
+
+
+def test_a_resumed_run_says_where_and_draws_each_step_once(run):
+    """Steps 2 and 3 were taken twice: the mean of the curve is of the later values alone."""
+    assert "resumed" not in write_run_page(run).read_text()
+    steps = [(1, 0.7), (2, 0.9), (3, 0.9), (2, 0.6), (3, 0.5)]
+    lines = [json.dumps({"step": step, "train/loss": loss}) for step, loss in steps]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    again = {"from": "outputs/runs/x/checkpoints/step-000001.ckpt", "step": 1}
+    page = changed(run, resumed=again | {"changed": {}})
+    assert "<span>· resumed at step 1</span>" in page
+    assert re.findall(r"training, step (\d): ([\d.]+)", page) == [
+        *(("1", "0.700"), ("2", "0.600"), ("3", "0.500")),
+    ]
+    page = changed(run, resumed=again | {"changed": {"optimizer.lr": [1, 2]}})
+    assert "<span>· resumed at step 1, with another optimizer.lr</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [("{devices: 2}", "2 devices"), ("{devices: 4, num_nodes: 2}", "8 devices"), ("{}", None)],
+)
+def test_a_run_of_several_ranks_says_how_many(run, trainer, said):
+    (run / "config.yaml").write_text(f"beta: 0.3\ntrainer: {trainer}\n")
+    facts = make_content(run).facts
+    assert [fact for fact in facts if "devices" in fact] == ([said] if said else [])
+
+
+def test_a_run_without_metrics_has_no_page_and_one_that_fails_is_a_line(run, caplog, monkeypatch):
+    def fail(folder):
+        raise OSError(f"no room for {'hf_' + 'a1B' * 11}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_lightning.run.page.write.make_content", fail)
+        keep_run_page(run)
+    [line] = caplog.messages
+    assert line.startswith(f"{run / 'report.html'}: not written: OSError: no room for ")
+    assert "a1Ba1B" not in line
+    assert not (run / "report.html").exists()
+    keep_run_page(run)
+    assert (run / "report.html").is_file()
+    (run / "report.html").unlink()
+    (run / "metrics.jsonl").unlink()
+    keep_run_page(run)
+    assert not (run / "report.html").exists()
+    assert len(caplog.messages) == 1

@@ -35,7 +35,7 @@ def source(*groups):
 
 
 def told(loss, train, evaluation=None, **sets):
-    """What is said against rows with a loss; None where it takes them."""
+    """The reason against rows with a loss; None where it takes them."""
     rows = SourceRows(source(*train), evaluation and source(*evaluation), sets)
     settings = loss if isinstance(loss, LossConfig) else LossConfig(name=loss)
     return refusal(lambda: check_labels(rows, settings))

@@ -44,7 +44,7 @@ def clauses() -> dict[str, re.Pattern[str]]:
     """Patterns of the clauses' words, by the place where each clause stands."""
     folder = ROOT / "dpo_lightning" / "settings"
     checks = ast.parse((folder / "combinations.py").read_text())
-    names = ("pruning.py", "judging.py", "selection.py")
+    names = ("pruning.py", "judging.py", "selection.py", "moving_reference.py", "rounds.py")
     others = [node for name in names for node in ast.walk(ast.parse((folder / name).read_text()))]
     found = {}
     for node in (*ast.walk(checks), *others):

@@ -36,6 +36,7 @@ def hash_of(**changes: Any) -> str:
         ("optimizer__lr", 1e-5),
         ("peft__kind", "lora"),
         ("reference__pretrained", "org/model"),
+        ("reference__sync_every", 64),
         ("trainer__max_steps", 3),
         ("evaluation__samples", 3),
         ("plugins", ["mine"]),
@@ -57,6 +58,8 @@ def test_what_changes_the_numbers_changes_the_hash(key: str, value: Any) -> None
         ("sweep__prune", "halving"),
         ("reference__cache_dir", "/elsewhere"),
         ("trainer__memory_check", "off"),
+        # The share of an update that there is none of.
+        ("reference__sync_alpha", 0.3),
         # An option of losses that are not used.
         ("loss__gamma", 2.0),
         # An endpoint that nobody asks.

@@ -31,6 +31,7 @@ FILLS = {
     **{"reference.pretrained": "org/other", "peft.adapter": "adapter", "data.eval": "a.json"},
     **{"reference.adapter": "adapter", "loss.beta_end": "0.05", "hydra.run.dir": "r"},
     **{"evaluation.judge_url": "http://localhost/v1", "evaluation.judge_model": "m"},
+    **{"evaluation.judge": "org/m"},
 }
 """Files and numbers of the reader, for what a message leaves open."""
 

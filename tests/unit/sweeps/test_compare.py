@@ -182,9 +182,9 @@ def test_other_rows_are_refused_with_the_settings_that_made_them():
     one = subject("a", [1, 0, 1], data__eval="x.jsonl", data__split_seed=0)
     other = subject("b", [1, 0], data__eval="y.jsonl", data__split_seed=0)
     assert refusal(one, other) == (
-        "runs/a and runs/b are not compared: their held-out rows differ, 2 are common to both of "
-        "3 and 2 (data.eval is x.jsonl in a and y.jsonl in b); data.eval=<file or hub id> "
-        "evaluates both on the same"
+        "runs/a and runs/b are not compared: their held-out rows differ: 3 and 2, of which 2 "
+        "are the same (data.eval is x.jsonl in a and y.jsonl in b); data.eval=<file or hub id> "
+        "evaluates both on the same rows"
     )
     # Each pair of several is looked at.
     assert "runs/b" in refusal(subject("a", [1, 0, 1]), subject("c", [1, 1, 1]), other)
@@ -216,7 +216,7 @@ def test_other_losses_and_references_are_left_out_and_said():
     metrics, notes = metrics_to_compare([one, with_metrics("b", 0.1, loss={"name": "ipo"})])
     assert LOSS not in metrics
     assert "eval/logratios/margins" in metrics
-    assert notes == [f"Not compared: {LOSS}. The losses are not the same."]
+    assert notes == [f"Not compared: {LOSS}. The losses differ."]
     other = with_metrics("b", 0.1, loss={"name": "sigmoid"}, reference__pretrained="r")
     metrics, notes = metrics_to_compare([one, other])
     assert metrics == [ACCURACY]

@@ -212,6 +212,26 @@ def test_a_trial_killed_after_its_report_is_at_its_rung(tmp_path):
     assert read_json(first.folder / "result.json")["status"] == "paused"
 
 
+def test_the_page_of_a_pruned_trial_says_so(tmp_path):
+    """Each wrote its page at its rung, before anybody knew who goes on."""
+    trials = place_trials(GRID, tmp_path)
+    course = make_course(tmp_path, trials)
+    course.begin()
+    for trial in trials:
+        trial.folder.mkdir()
+        (trial.folder / "metrics.jsonl").write_text('{"step": 2, "train/loss": 0.6}\n')
+        course.goal(trial)
+        report(trial.folder, 0, SCORES[trial.folder.name])
+        write_json(trial.folder / "result.json", {"status": "paused", "error": None})
+        trial.status, trial.exit_code = "paused", 0
+        course.ended(trial)
+    course.released()
+    page = (tmp_path / "beta-6.4" / "report.html").read_text()
+    assert ">pruned</span>" in page
+    assert "pruned at step 2 of 16, rank 8 of 8 by eval/rewards/accuracies" in page
+    assert not (tmp_path / "beta-0.4" / "report.html").exists()  # goes on, and is not written twice
+
+
 # rungs.jsonl --------------------------------------------------------------------------------------
 
 

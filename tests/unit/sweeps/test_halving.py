@@ -80,6 +80,34 @@ def test_what_is_not_significantly_worse_stays_within_the_budget():
     assert found.pruned == ("1 d",)
 
 
+def test_a_report_counts_as_the_steps_that_take_as_long():
+    """The same four; a report takes a tenth of a trial: 4 (1/2 + 1/10) + 2 / 2 = 3.4, 0.85 of four.
+
+    A third trial makes 0.975, as nothing is reported behind the last rung.
+    """
+    best, second = cell(1, 5, 5, 5, 5, rate="a"), cell(1, 5, 4.9, 5, 4.9, rate="b")
+    third, fourth = cell(1, 3.9, 5.9, 3.9, 5.9, rate="c"), cell(1, 0, 0.01, 0, 0.01, rate="d")
+    for budget, kept, spent in ((0.97, 2, 0.85), (0.98, 3, 0.975)):
+        terms = Terms((0.5,), 0.5, budget, report=0.1)
+        before = spent_until([4], terms.fractions, terms.report)
+        found = ask([best, second, third, fourth], terms, spent=before)
+        assert len(found.kept) == kept
+        assert found.spent == pytest.approx(spent)
+
+
+def test_reports_to_come_count_too():
+    """Eight cells to 1/8 with reports of 1/16, then four, two and one, each best at the edge.
+
+    8 (1/8 + 1/16) + 4 (1/8 + 1/16) + 3 (1/4 + 1/16) + 1/2 = 1.5 + 0.75 + 0.9375 + 0.5, where three
+    may have to stay at the second rung: the best may have a neighbour on either side.
+    """
+    cells = [cell(beta, beta, beta + 0.001) for beta in (1, 2, 3, 4, 5, 6, 7, 8)]
+    terms = Terms(DEFAULT.fractions, 0.5, 0.01, report=1 / 16)
+    found = ask(cells, terms, spent=spent_until([8], terms.fractions, 1 / 16), trials=8)
+    assert found.kept == ("5 1e-3", "6 1e-3", "7 1e-3", "8 1e-3")
+    assert found.spent == pytest.approx(3.6875 / 8)
+
+
 def test_every_loss_and_beta_keeps_its_best_rate():
     """Pools of loss and β, three rates in each: one of three stays, by its own pool's rank."""
     cells = [

@@ -64,7 +64,7 @@ def test_a_named_column_says_whose_a_row_is(folder, head):
         (["name,a", "gpt,1"], "none of its 1 rows (gpt) is a trial's"),
         (["name,a", "beta-1,1", "beta-1,2"], "leaderboard.csv:3: beta-1 is there twice"),
         (["name,a", "beta-1,1,2"], "leaderboard.csv:2: 3 cells under 2 heads"),
-        (["score,a", "1,2"], "no column says whose a row is"),
+        (["score,a", "1,2"], "no column names the model of a row"),
         (["name,a", '"beta-1'], "cannot be read as CSV"),
     ],
 )

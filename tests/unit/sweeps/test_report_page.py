@@ -1,4 +1,4 @@
-"""The report's page: title, links, tables, CSV, curves and labels, and the page in a browser."""
+"""The report's page: title, links, tables, CSV, curves and labels."""
 
 import base64
 import csv
@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import struct
 
 import numpy as np
@@ -28,7 +27,6 @@ from dpo_lightning.sweeps.report.labels import Label, extent, place_labels
 from dpo_lightning.sweeps.report.read import read_sweep
 from dpo_lightning.sweeps.report.theme import STYLE, colours_of
 from dpo_lightning.sweeps.report.write import write_report
-from tests.support.browser import open_browser
 from tests.support.properties import examples
 from tests.support.sweep_folders import curve, scored, scored_metrics, write_trial
 
@@ -327,42 +325,3 @@ def test_seeds_are_averaged_over_the_steps_that_they_share():
     assert values.tolist() == [[2.0, 3.0], [4.0, 5.0]]
     assert pooled([([], [])]) is None
     assert band([([], [])]) is None
-
-
-# In a browser ------------------------------------------------------------------------------------
-
-CUT_OFF = """[...document.querySelectorAll("body *")].filter(
-  (e) => !e.closest("svg") && e.clientWidth && e.getBoundingClientRect().right > innerWidth + 1
-).map((e) => `${e.tagName}.${e.className}`)"""
-PLOT = 'getComputedStyle([...document.querySelectorAll(".figure svg")].find(s => s.clientWidth))'
-ROWS = '[...document.querySelectorAll("table.sortable")[0].tBodies[0].rows]'
-COLUMN = ROWS + '.map((row) => row.cells[1].innerText.split("\\n")[0])'
-
-
-# The browser takes seconds to start; what it is shown is proven by the quick tests above.
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-def test_a_browser_shows_the_whole_page_at_any_width_in_both_schemes(sweep, tmp_path):
-    for beta in (0.05, 0.1, 1.0):
-        for seed in (1, 2):
-            trial(sweep, beta, seed=seed, reward=6 - beta - seed / 9, kl=0.3 / beta)
-    write_trial(sweep, "x", "beta=2", status="failed", error=f"{HOSTILE} " + "y" * 300)
-    pick = write_report(sweep)["pick"]["label"]
-    backgrounds = []
-    with open_browser(tmp_path / "user") as browser:
-        for width in (390, 1280):
-            for dark in (False, True):
-                browser.open(sweep / "report.html", width=width, dark=dark)
-                assert browser.run("document.documentElement.scrollWidth") == width
-                assert browser.run(CUT_OFF) == []
-                narrow = browser.run('document.querySelector(".phone").clientWidth > 0')
-                assert narrow == (width == 390)
-                backgrounds.append(browser.run("getComputedStyle(document.body).backgroundColor"))
-                ink = browser.run(f'{PLOT}.getPropertyValue("--figure-text")')
-                assert ink == ("#e5e7eb" if dark else "#1f2937")
-        assert backgrounds == ["rgb(255, 255, 255)", "rgb(17, 24, 39)"] * 2
-        assert browser.run(COLUMN)[0] == pick
-        for order in (["β 0.05", "β 0.1", "β 1.0"], ["β 1.0", "β 0.1", "β 0.05"]):
-            browser.run('document.querySelectorAll("table.sortable th")[1].firstChild.click()')
-            assert browser.run(COLUMN) == order
-        assert browser.said == []

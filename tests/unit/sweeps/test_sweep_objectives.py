@@ -112,9 +112,11 @@ def test_a_best_cell_inside_its_grid_is_at_no_edge(tmp_path):
 
 
 def test_what_makes_a_loss_another_one_is_an_objective_of_its_own(tmp_path):
-    for more in ("reference=none", "reference=auto", "loss.f_divergence=js_divergence"):
+    for more in ("reference=none", "reference=auto", "loss.f_divergence=js_divergence",
+                 "reference.sync_every=64", "reference.sync_every=null"):  # fmt: skip
         cell(tmp_path, "sigmoid", 0.1, 3.0, 1.0, more)
     names = [o.name for o in analyse(read_sweep(tmp_path)).objectives.rows]
     assert sorted(names) == [
         "sigmoid, f_divergence js_divergence", "sigmoid, reference auto", "sigmoid, reference none",
+        "sigmoid, reference.sync_every 64", "sigmoid, reference.sync_every null",
     ]  # fmt: skip

@@ -220,7 +220,7 @@ def lose(slurm: Path, state: str) -> None:
             "is TIMEOUT; give it more with hydra.launcher.timeout_min=",
             marks=pytest.mark.slow,
         ),
-        ("FAILED", "nobody", "SLURM knows nothing of its job 1000 any more"),
+        ("FAILED", "nobody", "SLURM no longer knows its job 1000"),
     ],
 )
 def test_a_job_that_vanishes_is_a_failed_row_with_the_reason(
@@ -263,7 +263,7 @@ def test_a_job_that_never_starts_and_is_cancelled_is_no_hang(tmp_path, slurm):
 
 def test_what_sbatch_refuses_is_one_line(tmp_path, slurm):
     (slurm / "refuse").touch()
-    with pytest.raises(UserError, match=r"sbatch does not take the job: .*Invalid account"):
+    with pytest.raises(UserError, match=r"sbatch refused the job: .*Invalid account"):
         run(tmp_path, [plan("a", GOOD)])
     # Nothing is in the queue: nothing is looked for, and the trial has its folder.
     (slurm / "refuse").unlink()

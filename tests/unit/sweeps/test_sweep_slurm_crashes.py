@@ -159,7 +159,7 @@ def test_ctrl_c_while_a_job_is_submitted_cancels_it(tmp_path, slurm):
 @pytest.mark.slow
 def test_a_job_whose_submission_is_said_to_have_failed_is_cancelled(tmp_path, slurm):
     (slurm / "sbatch").write_text("times_out")
-    with pytest.raises(UserError, match=r"sbatch does not take the job: .*Socket timed out"):
+    with pytest.raises(UserError, match=r"sbatch refused the job: .*Socket timed out"):
         run(tmp_path, [plan("a", PATIENT)])
     assert jobs() == {"1000": "CANCELLED by 1000"}
     until(lambda: alive(tmp_path / "sweep") == [])

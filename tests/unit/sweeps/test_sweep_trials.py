@@ -99,6 +99,7 @@ def test_an_attempt_is_judged_by_its_exit_and_its_result(
     trial.folder.mkdir()
     if said is not None:
         write_result(trial.folder, status=said, error=None, settings_hash="1" * 32, step=7)
+    (trial.folder / "metrics.jsonl").write_text('{"step": 7, "train/loss": 0.6}\n')
     judge(trial, exit_code, stopped=stopped)
     assert (trial.status, trial.exit_code) == (status, exit_code)
     assert trial.error is None if error is None else error in trial.error
@@ -107,6 +108,8 @@ def test_an_attempt_is_judged_by_its_exit_and_its_result(
     assert result["status"] == status
     assert result["step"] == (0 if said is None else 7)
     assert result["settings_hash"] == "1" * 32
+    if said != status:  # a process that was killed wrote no page
+        assert f">{status}</span>" in (trial.folder / "report.html").read_text()
     if said is None:
         assert (result["beta"], result["loss"], result["seed"]) == (0.1, "sigmoid", 1)
 

@@ -64,6 +64,26 @@ def test_a_phase_is_one_line(width):
     assert all("999999 responses" in line and len(line) <= width for line in lines)
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_rate_stands_beside_a_phase_on_its_one_line(width):
+    console = terminal(width)
+    with Phases(console)("sampling", total=99_999, unit="answers") as say:
+        say(12_345, "12,345 tokens/s")
+    lines = console_lines(shown(console))
+    assert all(len(line) <= width for line in lines)
+    assert "12345/99999 answers, 12,345 tokens/s" in lines[-1]
+
+
+def test_a_rate_stands_in_the_line_of_a_log(monkeypatch, caplog):
+    """31 s for 5 of 10: as many are left."""
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), Phases(None)("sampling", total=10, unit="answers") as say:
+        now[0] = 31.0
+        say(5, "7 tokens/s")
+    assert caplog.messages == ["sampling: 5 of 10 answers, 7 tokens/s, 31s left"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_the_training_is_one_line_with_loss_and_accuracy(width, monkeypatch):
     """At 60 columns the loss and the accuracy still stand there whole."""
@@ -108,7 +128,7 @@ def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch
     """8 of 32 answers; the line goes, with an error too, and the training's own bar stays."""
 
     def interrupted(say):
-        say(8)
+        say(8, "90 tokens/s")
         raise KeyboardInterrupt
 
     console = terminal(width)
@@ -127,7 +147,7 @@ def test_a_phase_inside_the_training_has_a_line_below_its_bar(width, monkeypatch
         ]  # fmt: skip
     lines = console_lines(shown(console))
     assert {line.split()[0] for line in lines} == {"training", "sampling"}
-    assert any("8/32" in line for line in lines)
+    assert any("8/32" in line and "90 tokens/s"[: width // 10] in line for line in lines)
     assert max(map(len, lines)) <= width
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,3 +312,27 @@ def test_the_old_one_goes_after_the_new_one_is_whole(tmp_path, monkeypatch):
     trainer.log.clear()
     callback.on_train_end(trainer, None)
     assert trainer.log == ["broadcast"]  # its step was saved on the way
+
+
+@pytest.mark.parametrize(
+    ("every", "round_steps", "saved"),
+    [
+        (4, None, [4, 8]),
+        (4, 3, [3, 4, 6, 8, 9]),
+        (None, 3, []),  # whoever wants none on the way has none
+    ],
+)
+def test_ends_of_rounds_are_saved_too(tmp_path, monkeypatch, every, round_steps, saved):
+    found = []
+    monkeypatch.setattr(
+        "dpo_lightning.training.checkpoints.writer.save_now",
+        lambda trainer, path, **_: found.append(int(path.stem[5:])),
+    )
+    callback = Checkpoints(
+        tmp_path, every_n_steps=every, keep=1, last=True, round_steps=round_steps
+    )
+    for step in range(1, 10):
+        strategy = SimpleNamespace(checkpoint_io=None)
+        trainer = SimpleNamespace(global_step=step, is_global_zero=True, strategy=strategy)
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert found == saved

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dpo_lightning.errors import UserError
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.schedule import Schedule, make_schedule
 
@@ -97,3 +98,23 @@ def test_a_default_learning_rate_has_its_reason(settings: dict, rate: float, rea
     found = schedule(**settings)
     assert found.learning_rate == pytest.approx(rate)
     assert found.learning_rate_of == reason or found.learning_rate_of == f"{reason}, to overfit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "total"),
+    [
+        ({"rounds__count": 3, "trainer__max_steps": 14}, 4, 12),  # 14 / 3 rounded down
+        ({"rounds__count": 3, "rounds__steps": 7}, 7, 21),  # whatever a pass has
+        ({"rounds__count": 3}, 3, 9),  # a pass of ten steps
+        ({"rounds__count": 2, "trainer__max_epochs": 3}, 15, 30),
+        ({}, None, 10),
+    ],
+)
+def test_steps_of_rounds(settings, steps, total):
+    found = schedule(groups=100, **settings)
+    assert (found.round_steps, found.total_steps) == (steps, total)
+
+
+def test_more_rounds_than_steps_are_refused():
+    with pytest.raises(UserError, match=r"rounds.count=11: a pass over the rows has 10 steps"):
+        schedule(groups=100, rounds__count=11)

@@ -306,8 +306,8 @@ def _on_two(rank: int, folder, name: str, how: dict) -> dict:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("kto", {}),
-        ("bco", {"micro_batch_tokens": 10}),
+        pytest.param("kto", {}, marks=pytest.mark.slow),
+        pytest.param("bco", {"micro_batch_tokens": 10}, marks=pytest.mark.slow),
         ("kto", {"micro_batch_tokens": 10, "equal_counts": True}),
     ],
     ids=["kto", "bco in micro-batches", "kto with fillers"],

@@ -1,0 +1,1 @@
+"""The rounds of a run: answers are drawn, marked, made into groups and trained on."""

@@ -1,0 +1,188 @@
+"""Steps, prompts and groups of rounds, and the data module that serves them."""
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from dpo_lightning.data.packing import epoch_order
+from dpo_lightning.data.rounds import RoundGroups, RoundPlan, RoundsDataModule
+from dpo_lightning.data.tokens import TokenGroup
+from tests.support.groups import ids
+
+PLAN = RoundPlan(
+    count=3,
+    steps=4,
+    prompts=None,
+    groups_per_prompt=2,
+    batch_size=6,
+    offline_fraction=0.25,
+    seed=5,
+)
+
+
+def test_steps_are_of_rounds_from_one():
+    """Three rounds of four steps: steps 0-3, 4-7 and 8-11."""
+    assert PLAN.total_steps == 12
+    assert [PLAN.round_at(step) for step in (0, 3, 4, 11)] == [1, 1, 2, 3]
+    assert [PLAN.first_step(round) for round in (1, 2, 3)] == [0, 4, 8]
+
+
+def test_the_share_of_given_rows_holds_over_the_steps():
+    """A quarter of six is one and a half: steps have one and two in turn, and six of four steps."""
+    counts = [PLAN.given_before(step + 1) - PLAN.given_before(step) for step in range(8)]
+    assert counts == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert all(
+        len(PLAN.given_rows(step, 50)) + len(PLAN.drawn_groups(step, 50)) == 6 for step in range(12)
+    )
+
+
+def test_a_share_that_floats_cannot_have_is_not_one_row_short():
+    """0.29 of 100 is 29, and 28.999999999999996 in floats."""
+    plan = replace(PLAN, batch_size=100, offline_fraction=0.29)
+    assert 0.29 * 100 < 29
+    assert plan.given_before(1) == 29
+
+
+def test_given_rows_come_in_the_order_of_a_run_without_rounds():
+    """Of ten rows the first pass is that of seed 5; then a second pass begins."""
+    rows = [row for step in range(12) for row in PLAN.given_rows(step, 10)]
+    orders = epoch_order(10, seed=5, epoch=0) + epoch_order(10, seed=5, epoch=1)
+    assert rows == orders[:18]
+    assert PLAN.given_rows_of(2, 10) == sorted({*orders[6:12]})
+
+
+def test_a_round_asks_as_many_prompts_as_its_steps_have_groups_for():
+    """Four steps of six groups, six of them given: 18 drawn, of 2 a prompt, are 9 prompts."""
+    assert len(PLAN.choose_prompts(1, 100)) == 9
+    assert len(PLAN.choose_prompts(1, 5)) == 5
+    assert len(replace(PLAN, prompts=7).choose_prompts(1, 100)) == 7
+    # An odd number is rounded up.
+    assert len(replace(PLAN, offline_fraction=0.3, steps=1).choose_prompts(1, 100)) == 3
+
+
+def test_rounds_walk_over_all_prompts_before_one_comes_again():
+    """Nine prompts a round of 27: all of them in three rounds, each once, in the seed's order."""
+    rounds = [PLAN.choose_prompts(round, 27) for round in (1, 2, 3, 4)]
+    assert rounds[0] + rounds[1] + rounds[2] == epoch_order(27, seed=5, epoch=0)
+    assert rounds[3] == epoch_order(27, seed=5, epoch=1)[:9]
+    assert replace(PLAN, seed=6).choose_prompts(1, 27) != rounds[0]
+
+
+def test_no_prompt_is_twice_in_a_round_that_meets_the_end_of_a_pass():
+    """Nine of ten: the second round has the last one of the first pass, and eight others."""
+    for round in range(1, 30):
+        chosen = PLAN.choose_prompts(round, 10)
+        assert len({*chosen}) == len(chosen) == 9
+    assert PLAN.choose_prompts(2, 10)[0] == epoch_order(10, seed=5, epoch=0)[9]
+
+
+def test_the_groups_of_a_round_are_all_seen_before_one_is_seen_again():
+    """Eighteen of 18 once each; of 9 twice each; rounds have orders of their own."""
+    for drawn, times in ((18, 1), (9, 2)):
+        seen = Counter(n for step in range(4) for n in PLAN.drawn_groups(step, drawn))
+        assert set(seen.values()) == {times}
+        assert len(seen) == drawn
+    first, second = ([n for s in steps for n in PLAN.drawn_groups(s, 18)] for steps in
+                     (range(4), range(4, 8)))  # fmt: skip
+    assert first != second
+
+
+def test_without_given_rows_a_step_is_drawn_whole():
+    plan = replace(PLAN, offline_fraction=0.0)
+    assert plan.given_rows_of(1, 10) == []
+    assert len(plan.drawn_groups(0, 30)) == 6
+
+
+# The data module -------------------------------------------------------------------------------
+
+
+def made(prompt: int, chosen: int, source: str) -> TokenGroup:
+    return TokenGroup(ids(prompt), (ids(chosen), ids(2)), (1, 2), 1.0, source, "q")
+
+
+class Feed:
+    """Rounds whose groups say which round drew them; notes when each is asked for."""
+
+    def __init__(self, plan: RoundPlan) -> None:
+        self.plan = plan
+        self.begun: list[int] = []
+
+    def begin(self, round: int) -> RoundGroups:
+        self.begun.append(round)
+        drawn = [made(3, 10 * round + n, f"r{round}") for n in range(9)]
+        given = [made(4, 5, "given") for _ in range(10)]
+        return RoundGroups(drawn, given)
+
+
+def module_of(feed: Feed, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0):
+    module = RoundsDataModule(
+        feed,
+        train_groups=[],
+        eval_groups=[],
+        batch_size=6,
+        micro_batch_tokens=64,
+        total_steps=feed.plan.total_steps,
+        seed=5,
+        shared=True,
+        num_workers=workers,
+    )
+    module.trainer = SimpleNamespace(global_step=start, global_rank=rank, world_size=world_size)
+    return module
+
+
+def sources(module, batch) -> list[str]:
+    rows = [row for micro in batch.counted for row in micro.rows]
+    return sorted(module.train_groups[row].source for row in rows)
+
+
+def test_a_round_begins_when_its_first_step_is_asked_for_and_not_before():
+    feed = Feed(PLAN)
+    module = module_of(feed)
+    loader = module.train_dataloader()
+    assert len(loader) == 12
+    steps = iter(loader)
+    assert feed.begun == []
+    for step in range(12):
+        batch = next(steps)
+        assert feed.begun == list(range(1, PLAN.round_at(step) + 1))
+        round = f"r{PLAN.round_at(step)}"
+        given = len(PLAN.given_rows(step, 10))
+        assert sources(module, batch) == ["given"] * given + [round] * (6 - given)
+    assert list(steps) == []
+
+
+def test_a_resumed_run_begins_inside_a_round():
+    feed = Feed(PLAN)
+    batches = list(module_of(feed, start=6).train_dataloader())
+    assert feed.begun == [2, 3]
+    assert len(batches) == 6
+    whole = list(module_of(Feed(PLAN)).train_dataloader())[6:]
+    assert [[m.rows for m in b.counted] for b in batches] == [
+        [m.rows for m in b.counted] for b in whole
+    ]
+
+
+def test_ranks_share_a_step_out():
+    """Two ranks have the six groups of each step between them, none twice."""
+    parts = [list(module_of(Feed(PLAN), rank=r, world_size=2).train_dataloader()) for r in (0, 1)]
+    for step, both in enumerate(zip(*parts, strict=True)):
+        rows = [row for batch in both for micro in batch.counted for row in micro.rows]
+        given = PLAN.given_rows(step, 10)
+        assert sorted(rows) == sorted([*PLAN.drawn_groups(step, 9), *(9 + row for row in given)])
+
+
+@pytest.mark.slow
+def test_workers_have_the_groups_of_the_round():
+    feed = Feed(PLAN)
+    module = module_of(feed, workers=2)
+    for step, batch in enumerate(module.train_dataloader()):
+        assert feed.begun[-1] == PLAN.round_at(step), "a worker ran ahead of the round"
+        round = PLAN.round_at(step)
+        tokens = {int(t) for micro in batch.counted for t in micro.targets if t >= 10}
+        assert tokens <= {10 * round + n for n in range(9)}
+
+
+def test_an_epoch_is_a_round():
+    assert module_of(Feed(PLAN)).steps_per_epoch == 4
