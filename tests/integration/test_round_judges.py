@@ -9,10 +9,8 @@ import pytest
 
 from dpo_lightning.run.rounds import marking
 from dpo_lightning.run.rounds.asking import Patience
-from tests.support.judge_server import Act, JudgeServer, judge_server, marks_length, prefers_longer
+from tests.support.judge_server import Act, JudgeServer, judge_server, marks_length
 from tests.support.runs import Run, run_train
-
-MARKS = "evaluation.judge_form=marks"
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +26,7 @@ def train(folder: Path, server: JudgeServer, model: Path, rows: Path, *more: str
         "rounds.count=2", "rounds.steps=2", "rounds.prompts=8", "rounds.num_generations=4",
         "rounds.max_new_tokens=4", "checkpoint.every_n_steps=2", "evaluation.samples=0",
         "evaluation.judge=endpoint", f"evaluation.judge_url={server.url}",
-        "evaluation.judge_model=m", "evaluation.judge_retries=0",
+        "evaluation.judge_model=m", "evaluation.judge_form=marks", "evaluation.judge_retries=0",
         "evaluation.judge_concurrency=2", "evaluation.judge_timeout=0.5", *more,
     )  # fmt: skip
 
@@ -55,11 +53,11 @@ def test_a_judge_that_fails_stalls_and_talks_nonsense_ends_the_run_no_differentl
         return bad.get(number) or marks_length(number, question)
 
     with judge_server(marks_length) as server:
-        whole = train(tmp_path / "whole", server, tiny_model, pairs_file, MARKS)
+        whole = train(tmp_path / "whole", server, tiny_model, pairs_file)
         asked = {*server.questions}
     (tmp_path / "cache").rename(tmp_path / "before")
     with judge_server(act) as server:
-        run = train(tmp_path / "run", server, tiny_model, pairs_file, MARKS)
+        run = train(tmp_path / "run", server, tiny_model, pairs_file)
         assert {*server.questions} == asked
         assert len(server.seen) == len(asked) + len(bad)
     assert run.code == whole.code == 0
@@ -76,7 +74,7 @@ def test_a_judge_that_stays_away_stops_the_run_which_goes_on_later(
 ):
     """Answers that were marked before are not asked for again."""
     with judge_server(marks_length) as server:
-        whole = train(tmp_path / "whole", server, tiny_model, pairs_file, MARKS)
+        whole = train(tmp_path / "whole", server, tiny_model, pairs_file)
         asked = len({*server.questions})
     (tmp_path / "cache").rename(tmp_path / "before")
     capfd.readouterr()
@@ -86,7 +84,7 @@ def test_a_judge_that_stays_away_stops_the_run_which_goes_on_later(
         return marks_length(number, question) if number < down else Act("down", status=503)
 
     with judge_server(act) as server:
-        run = train(tmp_path / "run", server, tiny_model, pairs_file, MARKS)
+        run = train(tmp_path / "run", server, tiny_model, pairs_file)
         assert run.code == 2
         said = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
         assert len(said) == 1
@@ -94,24 +92,9 @@ def test_a_judge_that_stays_away_stops_the_run_which_goes_on_later(
         assert "resume=" in said[0]
         url, down = server.url, 10**9
         before = len(server.seen)
-        again = train(tmp_path / "run", server, tiny_model, pairs_file, MARKS, "resume=auto")
+        again = train(tmp_path / "run", server, tiny_model, pairs_file, "resume=auto")
         assert len(server.seen) - before == asked - {1: 5, 2: asked - 5}[round]
         assert server.url == url
     assert again.code == 0
     assert round_rows(again) == round_rows(whole)
     assert again.result["metrics"]["train/loss"] == whole.result["metrics"]["train/loss"]
-
-
-@pytest.mark.slow  # trains a small policy
-def test_a_judge_that_compares_labels_the_pairs_of_a_round(tmp_path, tiny_model, pairs_file):
-    """The longer answer is chosen. Its verdicts are no marks, so that there is no mean of them."""
-    with judge_server(prefers_longer) as server:
-        run = train(tmp_path / "run", server, tiny_model, pairs_file, "evaluation.judge_form=pairs")
-    assert run.code == 0
-    rows = round_rows(run)
-    assert rows
-    for row in rows:
-        assert len(row["chosen"].strip()) > len(row["rejected"].strip())
-        assert row["marks"] == [1.0, 0.0]
-    assert run.values("rounds/groups")
-    assert not any("rounds/mark" in row for row in run.rows)
