@@ -208,5 +208,6 @@ def test_a_training_is_made_smaller_and_nothing_else():
         *("train", "rounds.count=2", "rounds.steps=8"),
         *(word for word in added if word != "trainer.max_steps=16"),
     ]
+    assert "evaluation.every_n_steps=8" in smaller(["train", "checkpoint.monitor=eval/loss"])
     assert "logger=none" not in smaller(["train", "logger=wandb"])
     assert smaller(["evaluate", "x"]) == ["evaluate", "x"]

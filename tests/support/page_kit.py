@@ -22,6 +22,10 @@ minutes and nobody's account of wandb is needed: the one place where what is run
 there. A run that is resumed has settings already, `debug=` and `trainer.max_epochs=` say themselves
 how long it is."""
 
+MONITORED = {"evaluation.every_n_steps": "8"}
+"""The same for a training that selects checkpoints: so short a one has evaluations on the way only
+where their interval is set."""
+
 FEWER = {
     "rounds.count=16": "rounds.count=4",
     "rounds.count=64": "rounds.count=2",
@@ -66,7 +70,8 @@ def smaller(words: Sequence[str]) -> list[str]:
     if words[:1] != ["train"]:
         return list(words)
     keys = {word.partition("=")[0].lstrip("+~") for word in words}
-    added = {key: value for key, value in SMALLER.items() if key not in keys}
+    monitored = MONITORED if "checkpoint.monitor" in keys else {}
+    added = {key: value for key, value in (SMALLER | monitored).items() if key not in keys}
     if keys & {*_OWN_LENGTH}:
         added.pop("trainer.max_steps", None)
     experiments = [word for word in words if word.startswith("experiment=")]
