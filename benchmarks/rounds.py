@@ -106,6 +106,7 @@ def cell(place: Path, kind: str, beta: float, seeds: Sequence[int]) -> dict[str,
         for rounds in ROUNDS
     }
     one, several = runs[ROUNDS[0]], runs[ROUNDS[1]]
+    first = one[0][-1]
     falls = [
         statistics.fmean(run[number]["kl_policy_optimum"] for run in several)
         for number in range(ROUNDS[1])
@@ -124,8 +125,8 @@ def cell(place: Path, kind: str, beta: float, seeds: Sequence[int]) -> dict[str,
             rounds: [[run[-1]["kl_policy_reference"], run[-1]["expected_reward"]] for run in found]
             for rounds, found in runs.items()
         },
-        "optimum": [one[-1]["kl_optimum_reference"], one[-1]["optimal_reward"]],
-        "reference_reward": one[-1]["reference_reward"],
+        "optimum": [first["kl_optimum_reference"], first["optimal_reward"]],
+        "reference_reward": first["reference_reward"],
     }
 
 
@@ -150,7 +151,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot([0], [cells[0]["reference_reward"]], "X", color="#6b7280", label="reference")
         axes.set_xlabel("KL(policy ‖ reference), nats per response")
         axes.set_ylabel("expected reward")
-        axes.set_xlim(-0.3, 1.1 * max(kl for own in cells for kl, _ in [own["optimum"]]))
+        axes.set_xlim(-0.3, 1.1 * max(own["optimum"][0] for own in cells))
         axes.legend(loc="lower right")
         figure.savefig(path, metadata={"Software": None})
 
