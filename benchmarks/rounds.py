@@ -160,6 +160,7 @@ def main() -> int:
     """Trains what is missing, writes the figures and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--runs", type=Path, default=Path("outputs/bench-rounds"))
     parser.add_argument("--picture", type=Path, default=None, help="where the picture goes, a PNG")
@@ -172,7 +173,7 @@ def main() -> int:
         "frontier": [],
         "cells": [],
     }
-    for kind, beta in itertools.product(KINDS, BETAS):
+    for kind, beta in itertools.product(arguments.kinds, BETAS):
         result["cells"].append(cell(arguments.runs, kind, beta, seeds))
         print(json.dumps(result["cells"][-1]), flush=True)
     result["frontier"] = frontier()

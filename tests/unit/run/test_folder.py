@@ -308,14 +308,3 @@ def test_a_folder_that_goes_while_the_run_is_at_work_ends_it(tmp_path, capfd, mo
     assert run_train(tmp_path / "run", *TINY, "trainer.max_steps=3").code == 2
     assert "deleted or moved" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_the_rounds_of_an_earlier_run_are_a_folder(earlier):
-    """A run that was killed goes on beside its rounds; a file in their place is refused."""
-    (earlier / "result.json").unlink()
-    (earlier / "rounds").mkdir()
-    assert not nothing_to_do(Config(), earlier)
-    (earlier / "rounds").rmdir()
-    (earlier / "rounds").write_text("x")
-    with pytest.raises(UserError, match=r"rounds is a file, and a run writes a folder there"):
-        nothing_to_do(Config(), earlier)
