@@ -101,7 +101,7 @@ def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     yield "β", f"{result['beta']:g}"
     yield "learning rate", f"{settings['optimizer']['lr']:g}, {settings['optimizer']['schedule']}"
     yield "optimizer", f"`{settings['optimizer']['name']}`"
-    yield "steps", f"{result['step']} of {settings['data']['batch_size']} prompts"
+    yield "steps", f"{result['step']} x {settings['data']['batch_size']} prompts"
     yield "seed", str(result["seed"])
     yield "reference", _reference(settings["reference"], peft)
     every = settings["reference"].get("sync_every")  # not in settings of before

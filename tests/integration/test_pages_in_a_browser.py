@@ -202,3 +202,5 @@ def test_each_page_of_the_site(browser: Browser, site: tuple[Path, str]):
     parts = {"within": ".md-content, .md-footer", "scrollers": "pre, .md-typeset__scrollwrap"}
     found = {page: faults_of_views(browser, f"{address}/{page}", **parts) for page in pages}
     assert {page: faults for page, faults in found.items() if faults} == {}
+    # The last view was a dark one.
+    assert browser.run("document.body.dataset.mdColorScheme") == "slate"

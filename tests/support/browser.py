@@ -80,6 +80,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         address = page if isinstance(page, str) else page.resolve().as_uri()
+        if isinstance(page, str):
+            # A site keeps the scheme of the first visit.
+            origin = "/".join(page.split("/")[:3])
+            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.call("Page.navigate", url=address)
         while self.run("document.readyState") != "complete":
             time.sleep(0.02)

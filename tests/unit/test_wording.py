@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow  # parses every file of the package
 
 AGREED = {
     "of 32 groups": ("prompts, learning rate", "run/header.py"),
+    "groups ({}), {} warm-up": ("{} x {} prompts ({}), learning rate", "run/inspect/content.py"),
     "of warm-up": ("warm-up {}", "run/header.py"),
     "the policy's start, frozen, cached": ("initial policy", "run/header.py"),
     "are computed once and kept": (

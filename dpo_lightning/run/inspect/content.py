@@ -252,8 +252,8 @@ def _plan(found: Mapping[str, Any]) -> Iterator[Fact]:
     epochs = epochs.removesuffix("s") if epochs == "1 epochs" else epochs
     yield Fact(
         "steps",
-        f"{plan['steps']:,} of {plan['batch_size']:,} groups ({epochs}), "
-        f"{plan['warmup_steps']:,} warm-up, learning rate {plan['learning_rate']:g}",
+        f"{plan['steps']:,} x {plan['batch_size']:,} prompts ({epochs}), learning rate "
+        f"{plan['learning_rate']:g}, warm-up steps: {plan['warmup_steps']:,}",
     )
     if plan["evaluations"] is not None:
         yield Fact("evaluation", plan["evaluations"]["says"])

@@ -107,7 +107,7 @@ def generate(request: Request) -> dict[str, Any]:
     entries = []
     for target, lam, own, is_kept in zip(targets.own, places, facts, kept, strict=True):
         if is_kept:
-            _say(f"{target.generator}: skipped: the same answers are there already")
+            _say(f"{target.generator}: skipped: the same answers exist")
             entries.append(_entry(target, {"kept": True}))
             continue
         counts = _answer(request, target, questions, lam, own)

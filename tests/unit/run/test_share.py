@@ -151,7 +151,7 @@ def test_a_card_says_what_was_trained_on_and_shows_no_folder_of_this_machine():
     card = model_card(facts("/home/me/models/tiny"), adapter=True)
     for row in (
         *("| loss | `ipo` |", "| β | 0.25 |", "| learning rate | 5e-06, cosine |"),
-        *("| steps | 12 of 16 prompts |", "| seed | 7 |", "| reference | the initial policy |"),
+        *("| steps | 12 x 16 prompts |", "| seed | 7 |", "| reference | the initial policy |"),
         *("| trained | LoRA of rank 2, alpha 4 |", "| rows | `rows.jsonl`, `owner/rows` |"),
         *("| hash of the rows' tokens | `c0ffee` |", "| training groups | 1,100 |"),
         *("| held-out groups | 90 |", "| dropped | 6 `identical_responses` |"),
