@@ -211,7 +211,7 @@ class Arms:
 
 
 def z_score(logps: Any, tokens: Any) -> float:
-    """Distance of log p of drawn tokens is from its expectation, in standard errors.
+    """Distance of log p of drawn tokens from its expectation, in standard errors.
 
     Args:
         logps: Log-probabilities that they were drawn with, (..., V).

@@ -150,7 +150,7 @@ def _of_row(row: Row, labels: Sequence[str]) -> str | None:
     if len(filled) > 1:
         problem = f"found beside {show(filled[0])}, and only one can be the rating"
         raise RowError(filled[1], f"{problem}; name it with 'data.columns={{label: {filled[0]}}}'")
-    return (filled or there or [None])[0]
+    return next(iter(filled or there), None)
 
 
 def _last_answer(roles: Sequence[str]) -> int:

@@ -108,7 +108,7 @@ def draw_batch(
     *,
     precision: Precision = contextlib.nullcontext,
 ) -> list[list[Ids]]:
-    """RoundDraws the answers to the prompts of one batch.
+    """Draws the answers to the prompts of one batch.
 
     A sharded model is drawn from by all ranks together, with the same arguments.
 
@@ -148,7 +148,7 @@ def draw_answers(
     drawer: BackendDrawer | None = None,
     who: str = "policy",
 ) -> Iterator[DrawnBatch]:
-    """RoundDraws the answers to prompts, and gives those of each batch as soon as they are there.
+    """Draws the answers to prompts, and gives those of each batch as soon as they are there.
 
     Args:
         model: A transformers causal language model.

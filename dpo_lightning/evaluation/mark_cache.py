@@ -163,9 +163,10 @@ class KeptMarks:
             log.warning("marks are not kept: %s: %s", where, error.strerror)
 
     def _own_file(self) -> Path:
+        # Each time: what an earlier run left may be cleared away as this one takes its first step.
+        for folder in (self._folder.parent, self._folder):
+            folder.mkdir(exist_ok=True)
         if self._path is None:
-            for folder in (self._folder.parent, self._folder):
-                folder.mkdir(exist_ok=True)
             numbers = [int(path.stem) for path in _files(self._folder)]
             self._path = self._folder / f"{1 + max(numbers, default=0)}.jsonl"
         return self._path

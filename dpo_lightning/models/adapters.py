@@ -256,7 +256,7 @@ class Adapters:
 
     def _add_copy(self, name: str) -> None:
         """Puts a second adapter of the trained one's form beside it."""
-        config = copy.deepcopy(self._peft.peft_config[_TRAINED])
+        config: Any = copy.deepcopy(self._peft.peft_config[_TRAINED])
         config.lora_dropout = 0.0
         # On a rank that is handed its share later PEFT would make it on the CPU.
         is_meta = next(self.policy.parameters()).is_meta

@@ -286,4 +286,5 @@ def say_if_still(movement: Movement | None, *, total_steps: int) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's shard, or the tensor where it is whole."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()

@@ -57,7 +57,8 @@ def api_page(package: Path = PACKAGE) -> str:
     contents, parts = [], []
     for module in MODULES:
         source = _source(package, module)
-        own, elsewhere = [], []
+        own: list[tuple[Definition, str]] = []
+        elsewhere: list[tuple[Definition, str]] = []
         for name in _exported(source):
             place, found = find_definition(package, module, name)
             home = homes.setdefault((place, name), module)

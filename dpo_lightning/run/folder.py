@@ -152,7 +152,6 @@ def _check_kinds(folder: Path) -> None:
     folders = (CHECKPOINTS, ".hydra", "csv", "tensorboard", "model", "model-merged", ROUNDS_FOLDER)
     files = (
         RESULT_FILE,
-        ROUNDS_FOLDER,
         REPORT_FILE,
         DIVERGED_FILE,
         "evaluation.json",

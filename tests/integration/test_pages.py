@@ -39,6 +39,7 @@ NOT_RUN = {
 ALL_NOT_RUN = 16
 
 _LORA = "dpo-lightning train model=qwen3-0.6b data.train=pairs.jsonl peft=lora"
+_JUDGED = "plugins=[my_scorers] evaluation.judge=my_scorers.brevity"
 _MINE = f"{_LORA} hydra.run.dir=outputs/runs/mine"
 _DATED = "outputs/runs/2026-01-01_00-00-00_mine"
 
@@ -50,9 +51,10 @@ BEFORE = {
         printf 'name,win_rate\\nbeta-0.1,40.5\\nbeta-0.3,50.5\\n' > answers/leaderboard.csv
     """,
     "docs/judges.md": f"""
-        {_LORA} plugins=[my_scorers] evaluation.judge=my_scorers.brevity hydra.run.dir={_DATED}
+        {_LORA} {_JUDGED} hydra.run.dir={_DATED}
         dpo-lightning generate {_DATED} prompts.jsonl --output answers.jsonl
     """,
+    "docs/rounds.md": f"{_MINE} {_JUDGED} rounds.count=3",
     "docs/running.md": f"""
         {_LORA} hydra.run.dir={_DATED}
         {_LORA} beta=0.1 hydra.run.dir=outputs/runs/one
@@ -202,5 +204,10 @@ def test_a_training_is_made_smaller_and_nothing_else():
         assert smaller(["train", own]) == ["train", own, *of_rows]
     assert "trainer.max_steps=16" not in smaller(["train", "resume=x"])
     assert "trainer.max_steps=16" not in smaller(["train", "trainer.max_steps=3"])
+    assert smaller(["train", "rounds.count=64", "rounds.steps=8"]) == [
+        *("train", "rounds.count=2", "rounds.steps=8"),
+        *(word for word in added if word != "trainer.max_steps=16"),
+    ]
+    assert "evaluation.every_n_steps=8" in smaller(["train", "checkpoint.monitor=eval/loss"])
     assert "logger=none" not in smaller(["train", "logger=wandb"])
     assert smaller(["evaluate", "x"]) == ["evaluate", "x"]

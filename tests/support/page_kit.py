@@ -22,7 +22,21 @@ minutes and nobody's account of wandb is needed: the one place where what is run
 there. A run that is resumed has settings already, `debug=` and `trainer.max_epochs=` say themselves
 how long it is."""
 
-_OWN_LENGTH = ("resume", "debug", "trainer.max_epochs")
+MONITORED = {"evaluation.every_n_steps": "8"}
+"""The same for a training that selects checkpoints: so short a one has evaluations on the way only
+where their interval is set."""
+
+FEWER = {
+    "rounds.count=16": "rounds.count=4",
+    "rounds.count=64": "rounds.count=2",
+    "reference.sync_every=64": "reference.sync_every=4",
+    "reference.sync_every=128": "reference.sync_every=8",
+    "reference.sync_every=null,64": "reference.sync_every=null,4",
+}
+"""Words of the pages that have no meaning within so few steps, or take minutes, and those that
+take their place."""
+
+_OWN_LENGTH = ("resume", "debug", "trainer.max_epochs", "rounds.steps")
 _OF_THE_TASK = ("experiment=frontier", "experiment=closed_form")
 
 LLAMAS = (
@@ -48,7 +62,7 @@ _ROWS = 120
 
 
 def smaller(words: Sequence[str]) -> list[str]:
-    """Words of a command with :data:`SMALLER`, where it trains.
+    """Words of a command with :data:`SMALLER` and :data:`FEWER`, where it trains.
 
     Args:
         words: The command and its words, as they are typed.
@@ -56,13 +70,15 @@ def smaller(words: Sequence[str]) -> list[str]:
     if words[:1] != ["train"]:
         return list(words)
     keys = {word.partition("=")[0].lstrip("+~") for word in words}
-    added = {key: value for key, value in SMALLER.items() if key not in keys}
+    monitored = MONITORED if "checkpoint.monitor" in keys else {}
+    added = {key: value for key, value in (SMALLER | monitored).items() if key not in keys}
     if keys & {*_OWN_LENGTH}:
         added.pop("trainer.max_steps", None)
     experiments = [word for word in words if word.startswith("experiment=")]
     if keys & {"data", "data.train"} or {*experiments} - {*_OF_THE_TASK}:
         added.pop("data.controlled.train_groups", None)
-    return [*words, *(f"{key}={value}" for key, value in added.items())]
+    changed = [FEWER.get(word, word) for word in words]
+    return [*changed, *(f"{key}={value}" for key, value in added.items())]
 
 
 def make_models(folder: Path) -> None:
@@ -121,6 +137,7 @@ def lay_out(folder: Path, models: Path) -> None:
             for own in pairs
         ],
     )
+    _rated(folder)
     for name, splits in DATA_SETS.items():
         for split in splits:
             _write(folder / name / f"{split}.jsonl", [conversation(split, n) for n in range(40)])
@@ -128,6 +145,29 @@ def lay_out(folder: Path, models: Path) -> None:
     (folder / "my_scorers.py").write_text(
         "def brevity(prompts, answers):\n    return [-len(answer) for answer in answers]\n"
     )
+
+
+def _rated(folder: Path) -> None:
+    """Answers that people rated, one by one: by thumbs, by stars, in conversations."""
+    alone = [(pair(number), number % 3 > 0) for number in range(_ROWS)]
+    found = [
+        {"prompt": own["prompt"], "response": own["chosen" if good else "rejected"], "label": good}
+        for own, good in alone
+    ]
+    _write(folder / "thumbs.jsonl", found)
+    stars = [row | {"rating": 5 if row["label"] else 2} for row in found]
+    rows = [{key: row[key] for key in ("prompt", "response", "rating")} for row in stars]
+    _write(folder / "rated.jsonl", rows)
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"], "rating": row["rating"]},
+            ]
+        }
+        for row in stars
+    ]
+    _write(folder / "chats.jsonl", chats)
 
 
 def _answers(folder: Path) -> None:

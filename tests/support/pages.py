@@ -40,8 +40,8 @@ def check_command_of_page(words: list[str], folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     # What a user would bring.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    for name in ("rows.jsonl", "duels.jsonl"):
-        shutil.copy(folder / "pairs.jsonl", folder / name)
+    for name in ("rows", "duels", "thumbs", "chats", "rated"):
+        shutil.copy(folder / "pairs.jsonl", folder / f"{name}.jsonl")
     for key, _, value in (word.partition("=") for word in words):
         # A model that an earlier command of the page made; a hub id is left alone.
         if key in ("model.config", "model.pretrained") and value in ("small", MADE_BEFORE):

@@ -1,5 +1,6 @@
 """The site has each page of docs/ once, and nothing of it is fetched from elsewhere."""
 
+import re
 import tomllib
 from collections.abc import Iterator
 from typing import Any
@@ -32,3 +33,15 @@ def test_a_long_page_begins_with_its_contents():
         if len(path.read_text().split()) > 1000 and "](#" not in path.read_text()[:3000]
     ]
     assert without == []
+
+
+def test_links_to_pages_stay_inside_the_site():
+    """The site's builder stops at a page that it does not have."""
+    docs = ROOT / "docs"
+    outside = [
+        f"{path.name}: {target}"
+        for path in sorted(docs.rglob("*.md"))
+        for target in re.findall(r"\]\((?!https?://)([^)#]+\.md)", path.read_text())
+        if docs not in (path.parent / target).resolve().parents
+    ]
+    assert outside == []

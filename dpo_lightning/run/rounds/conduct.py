@@ -76,6 +76,7 @@ class RoundWork:
         filling: How reference rows are made.
         check: Raises if another rank is gone.
         show: Shows how far long phases are.
+        gives_marks: False where the judge compares two answers.
     """
 
     given: Sequence[TokenGroup]
@@ -88,6 +89,7 @@ class RoundWork:
     filling: Filling
     check: Callable[[], None]
     show: ShowPhase
+    gives_marks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +349,7 @@ class RoundConductor(Callback):
             dropped=dropped,
         )
         self._saving.folder.when_begun(lambda: self._write(found, facts))
-        metrics = round_metrics(round, marked, found)
+        metrics = round_metrics(round, marked, found, gives_marks=work.gives_marks)
         folder = self._saving.folder.path
         return _ReadyRound([own.group for own in found], policy, folder, metrics)
 

@@ -121,7 +121,7 @@ class Drawing:
         tokenizer: Its tokenizer.
         batch_tokens: Most tokens of a batch.
         precision: The context to compute in.
-        drawer: RoundDraws by another backend; None: the policy does itself.
+        drawer: Draws by another backend; None: the policy does itself.
         show: Shows how far it is.
     """
 
@@ -145,7 +145,7 @@ def draw_round(
     agreed: Callable[[Sequence[int]], None],
     pending: Callable[[], int],
 ) -> tuple[Answers, int]:
-    """RoundDraws what is missing of a round's answers; every rank gets all of them.
+    """Draws what is missing of a round's answers; every rank gets all of them.
 
     Ranks take whole batches in turn, and meet after each, so that none is lost with a rank.
 

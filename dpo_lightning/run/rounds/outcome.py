@@ -33,7 +33,11 @@ def trained_hash(policy: Any) -> str:
 
 
 def round_metrics(
-    round: int, marked: Sequence[MarkedPrompt], groups: Sequence[MarkedGroup]
+    round: int,
+    marked: Sequence[MarkedPrompt],
+    groups: Sequence[MarkedGroup],
+    *,
+    gives_marks: bool = True,
 ) -> dict[str, float]:
     """Metrics of a round: of the policy that drew its answers.
 
@@ -41,6 +45,7 @@ def round_metrics(
         round: Its number, from 1.
         marked: Its prompts with their answers and marks.
         groups: Its groups.
+        gives_marks: False of a judge that compares, whose verdicts have the same mean always.
     """
     marks = [mark for own in marked for mark in own.marks if mark is not None]
     lengths = [len(ids) for own in marked for ids in own.answers]
@@ -50,7 +55,7 @@ def round_metrics(
         "rounds/groups": float(len(groups)),
         "rounds/length": statistics.fmean(lengths),
     }
-    if marks:
+    if marks and gives_marks:
         found["rounds/mark"] = statistics.fmean(marks)
         found["rounds/mark_spread"] = statistics.pstdev(marks)
     return found

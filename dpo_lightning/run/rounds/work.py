@@ -72,6 +72,7 @@ def make_round_work(
         ),
         text=answering.text,
         mark=mark,
+        gives_marks=marker is None or marker.gives_marks,
         judge=TRUE_REWARD if marker is None else str(plan.evaluation.judge),
         filling=_filling(plan, prepared, placed),
         check=check,

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,8 +126,6 @@ def test_the_columns_of_the_row_go_to_each_of_its_answers(tmp_path):
 
 def test_a_log_as_cells_and_as_a_table(tmp_path):
     """Of a table every turn has every key: a null there is no rating."""
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
     turns = [user("q") | {"rating": None}, assistant("a") | {"rating": 1}]
     pq.write_table(pa.table({"messages": [turns]}), tmp_path / "a.parquet")
     assert shown(read(tmp_path / "a.parquet")) == [("u:q", "a:a", True)]

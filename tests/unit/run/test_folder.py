@@ -202,6 +202,20 @@ def test_a_folder_where_a_file_is_written_is_said_at_the_start(earlier):
         nothing_to_do(Config(resume="auto"), earlier)
 
 
+def test_the_rounds_of_an_earlier_run_are_no_hindrance_and_go_with_it(earlier):
+    (earlier / "rounds").mkdir()
+    (earlier / "rounds" / "1.jsonl").write_text("x")
+    (earlier / "result.json").write_text('{"status": "stopped", "step": 7}')
+    for overwrite, resumed, stays in (
+        (False, True, True),
+        (True, True, True),
+        (True, False, False),
+    ):
+        with held(earlier, overwrite=overwrite) as folder:
+            folder.begin(resumed=resumed)
+        assert (earlier / "rounds" / "1.jsonl").exists() == stays
+
+
 def test_a_folder_that_is_deleted_is_found_out(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

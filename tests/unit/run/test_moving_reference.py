@@ -8,13 +8,12 @@ import pytest
 from dpo_lightning.errors import UserError
 from dpo_lightning.reference.moving import Movement
 from dpo_lightning.run.beta_path import place_of, why_no_beta_of
-from dpo_lightning.run.card import model_card
+from dpo_lightning.run.card import CardFacts, model_card
 from dpo_lightning.run.header import _reference
 from dpo_lightning.run.identity import identity_of
 from dpo_lightning.run.prepare import movement_of
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.checkpoints.files import changed_settings
-from tests.unit.run.test_share import facts
 
 HASHES = dict.fromkeys(("data", "weights", "reference", "reference_config"), "")
 
@@ -58,14 +57,31 @@ def test_a_policy_of_a_moved_reference_is_no_optimum_of_another_beta():
         place_of(0.05, config_of(64), trained=True, flag="--at-beta=")
 
 
-def test_the_card_has_the_updates():
-    about = facts("owner/tiny")
-    assert "updates" not in model_card(about, adapter=True).text
-    about.settings["reference"].update(sync_every=None, sync_alpha=0.6)
-    assert "updates" not in model_card(about, adapter=True).text
-    about.settings["reference"].update(sync_every=1024)
-    said = "| reference's updates | every 1,024 steps, the policy's share 0.6 |"
-    assert said in model_card(about, adapter=True).text
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ({}, False),  # a run of before
+        ({"sync_every": None, "sync_alpha": 0.6}, False),
+        ({"sync_every": 1024, "sync_alpha": 0.6}, True),
+    ],
+)
+def test_the_card_has_the_updates(reference: dict[str, Any], said: bool):
+    result = {
+        **{"beta": 0.25, "loss": "ipo", "seed": 7, "step": 12, "command": "train", "metrics": {}},
+        "data": {"train_groups": 11, "eval_groups": 9, "dropped": {}},
+        "model": {"name": "tiny", "parameters": 2000, "trainable": 300},
+    }
+    settings = {
+        "model": {"pretrained": None},
+        "data": {"train": None, "batch_size": 16},
+        "peft": {"kind": "none", "adapter": None, "dora": False},
+        "reference": {"kind": "auto", "pretrained": None, "adapter": None} | reference,
+        "optimizer": {"name": "adamw", "lr": 5e-6, "schedule": "cosine"},
+    }
+    text = model_card(CardFacts("run", result, settings), adapter=False).text
+    row = "| reference's updates | every 1,024 steps, the policy's share 0.6 |"
+    assert (row in text) is said
+    assert ("updates" in text) is said
 
 
 @pytest.mark.parametrize(

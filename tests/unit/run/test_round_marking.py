@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -189,6 +190,15 @@ def test_a_run_that_goes_on_in_another_folder_knows_the_marks_of_the_first(tmp_p
         )  # fmt: skip
         assert marked(own).made == made
     assert not (tmp_path / "two" / "rounds").exists()
+
+
+def test_marks_are_kept_on_where_an_earlier_run_is_cleared_away(tmp_path, caplog):
+    kept = KeptMarks(tmp_path / "rounds" / ".marks", {})
+    kept.add(1, {"k": 1.0})
+    shutil.rmtree(tmp_path / "rounds")
+    kept.add(2, {"l": 2.0})
+    assert KeptMarks(tmp_path / "rounds" / ".marks", {}).before(3) == {"l": 2.0}
+    assert caplog.records == []
 
 
 def test_the_folder_of_a_run_that_is_gone_is_not_made_again(tmp_path, caplog):

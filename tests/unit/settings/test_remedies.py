@@ -37,7 +37,7 @@ FILLS = {
 
 IN_WORDS = (
     *("name a f", "name the f", "name a checkpoint", "a hub id has the form", "no such f"),
-    *("rows are read from files that", "the folder has no ", "a template itself has", "raise that"),
+    *("rows are read from files that", "the folder has no ", "a template itself has", "raise it"),
     *("must be ", "needs a", "expected .jsonl", "name it once", "name layers of the decoder"),
     "pip install",
 )

@@ -308,7 +308,8 @@ def _on_two(rank: int, folder, name: str, how: dict) -> dict:
     [
         pytest.param("kto", {}, marks=pytest.mark.slow),
         pytest.param("bco", {"micro_batch_tokens": 10}, marks=pytest.mark.slow),
-        ("kto", {"micro_batch_tokens": 10, "equal_counts": True}),
+        # Three mismatched responses in micro-batches of one: a rank measures one of them in vain.
+        ("kto", {"micro_batch_tokens": 5, "equal_counts": True}),
     ],
     ids=["kto", "bco in micro-batches", "kto with fillers"],
 )
