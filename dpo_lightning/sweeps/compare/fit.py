@@ -27,7 +27,11 @@ _ROWS = (
     *("model.pretrained", "model.config", "model.tokenizer"),
 )
 _OF_REFERENCE = (
-    *(SAMPLED_KL, "eval/logratios/", "eval/fitted_log_loss", "eval/loss", LABEL_GAIN),
+    SAMPLED_KL,
+    "eval/logratios/",
+    "eval/fitted_log_loss",
+    "eval/loss",
+    LABEL_GAIN,
 )
 
 
