@@ -106,6 +106,7 @@ def cell(place: Path, kind: str, beta: float, seeds: Sequence[int]) -> dict[str,
         for rounds in ROUNDS
     }
     one, several = runs[ROUNDS[0]], runs[ROUNDS[1]]
+    first = one[0][-1]
     falls = [
         statistics.fmean(run[number]["kl_policy_optimum"] for run in several)
         for number in range(ROUNDS[1])
@@ -124,8 +125,8 @@ def cell(place: Path, kind: str, beta: float, seeds: Sequence[int]) -> dict[str,
             rounds: [[run[-1]["kl_policy_reference"], run[-1]["expected_reward"]] for run in found]
             for rounds, found in runs.items()
         },
-        "optimum": [one[-1]["kl_optimum_reference"], one[-1]["optimal_reward"]],
-        "reference_reward": one[-1]["reference_reward"],
+        "optimum": [first["kl_optimum_reference"], first["optimal_reward"]],
+        "reference_reward": first["reference_reward"],
     }
 
 
@@ -150,7 +151,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.plot([0], [cells[0]["reference_reward"]], "X", color="#6b7280", label="reference")
         axes.set_xlabel("KL(policy ‖ reference), nats per response")
         axes.set_ylabel("expected reward")
-        axes.set_xlim(-0.3, 1.1 * max(kl for own in cells for kl, _ in [own["optimum"]]))
+        axes.set_xlim(-0.3, 1.1 * max(own["optimum"][0] for own in cells))
         axes.legend(loc="lower right")
         figure.savefig(path, metadata={"Software": None})
 
@@ -159,6 +160,7 @@ def main() -> int:
     """Trains what is missing, writes the figures and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--runs", type=Path, default=Path("outputs/bench-rounds"))
     parser.add_argument("--picture", type=Path, default=None, help="where the picture goes, a PNG")
@@ -171,7 +173,7 @@ def main() -> int:
         "frontier": [],
         "cells": [],
     }
-    for kind, beta in itertools.product(KINDS, BETAS):
+    for kind, beta in itertools.product(arguments.kinds, BETAS):
         result["cells"].append(cell(arguments.runs, kind, beta, seeds))
         print(json.dumps(result["cells"][-1]), flush=True)
     result["frontier"] = frontier()

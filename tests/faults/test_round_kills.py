@@ -17,23 +17,24 @@ pytestmark = pytest.mark.faults
 
 TASK = (
     *("data.controlled.train_groups=96", "data.controlled.eval_groups=40", "data.batch_size=16"),
-    *("rounds.count=3", "rounds.steps=4", "rounds.offline_fraction=0.25", "optimizer.lr=0.01"),
+    *("rounds.count=5", "rounds.steps=4", "rounds.offline_fraction=0.25", "optimizer.lr=0.01"),
     *("checkpoint.every_n_steps=3", "checkpoint.keep=2", "data.micro_batch_tokens=64"),
     *("evaluation.samples=2", "evaluation.partition_samples=0", "trainer.log_every_n_steps=2"),
     *("evaluation.judge=sunny", "trainer.callbacks=[die_after_a_step]"),
     *("plugins=[tests.support.round_crash]", "trainer.accelerator=cpu", "trainer.threads=1"),
 )
-# About as often as each of them comes in a run.
+# The latest time of each at which a run is killed: it comes about a round further.
 TIMES = {
-    "before a batch": 20,
-    "after a batch": 20,
-    "in a mark": 5,
-    "between the files": 3,
-    "in the rows": 3,
-    "before values": 9,
-    "after values": 9,
-    "after a step": 12,
+    "before a batch": 12,
+    "after a batch": 12,
+    "in a mark": 3,
+    "between the files": 2,
+    "in the rows": 2,
+    "before values": 2,
+    "after values": 2,
+    "after a step": 3,
 }
+KILLS = 10
 
 
 def drive(folder: Path, *words: str, crash: str = "") -> subprocess.CompletedProcess[str]:
@@ -67,7 +68,7 @@ def test_ten_kills(tmp_path, reference):
     moments = random.Random(seed)
     folder = tmp_path / "two" / "run"
     killed = []
-    for _ in range(10):
+    for _ in range(KILLS):
         point = moments.choice(POINTS)
         crash = f"{point}:{moments.randint(1, TIMES[point])}"
         done = drive(folder, word, "resume=auto", crash=crash)
@@ -76,7 +77,8 @@ def test_ten_kills(tmp_path, reference):
         killed.append(done.returncode == -9)
         if not done.returncode:  # such a moment did not come any more
             break
-    assert sum(killed) >= 2
+    # A run may come to its end before the tenth: a time may not come any more.
+    assert sum(killed) >= KILLS // 2
     done = drive(folder, word, "resume=auto")
     assert done.returncode == 0, done.stderr
     one, two = Run(0, tmp_path / "one" / "run"), Run(0, folder)

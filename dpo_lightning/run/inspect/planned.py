@@ -279,11 +279,10 @@ def _reference_tokens(
         return 0
     held_out = data.all_evaluated_groups()
     evaluated = _computed(held_out, _costs(held_out, shared=shared))
+    costs = _computed(data.train, _costs(data.train, shared=shared))
     moves = config.reference.sync_every is not None
     if moves or config.reference.kind == "live":
-        costs = _computed(data.train, _costs(data.train, shared=shared))
         return _tokens(config, schedule, costs) + (sum(evaluated) if moves else 0)
-    costs = _computed(data.train, _costs(data.train, shared=shared))
     seen = rows_of_steps(
         len(costs),
         batch_size=config.data.batch_size,
