@@ -73,11 +73,11 @@ def test_a_token_is_that_of_the_race_written_out():
 def test_a_little_rounding_seldom_changes_a_token():
     """Scores moved by 1e-6 or so: a race has another winner about once in a million draws."""
     draw = torch.Generator().manual_seed(2)
-    scores = torch.randn(1, 4096, generator=draw).expand(20_000, -1)
-    moved = scores + 1e-6 * torch.randn(1, 4096, generator=draw)
-    keys = torch.arange(20_000)
+    scores = torch.randn(1, 2048, generator=draw).expand(5_000, -1)
+    moved = scores + 1e-6 * torch.randn(1, 2048, generator=draw)
+    keys = torch.arange(5_000)
     one, other = (draw_tokens(s, keys, 0, temperature=1.0)[0] for s in (scores, moved))
-    assert (one != other).sum() <= 2
+    assert (one != other).sum() <= 1
 
 
 def test_what_has_no_probability_is_not_drawn_and_what_is_no_distribution_is_said():
