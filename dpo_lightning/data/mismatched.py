@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from dpo_lightning.data.splits import PreparedData
 from dpo_lightning.data.tokens import Mismatched, TokenGroup
@@ -114,24 +115,61 @@ def mismatched_group(group: TokenGroup) -> TokenGroup:
     )
 
 
-def laid_out(group: TokenGroup) -> TokenGroup:
-    """A group whose mismatched response is one more of its responses, for the reference pass."""
-    if group.mismatched is None:
-        return group
-    return replace(group, responses=(*group.responses, group.mismatched.ids))
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """Groups for a reference pass: mismatched responses are groups of their own, before the others.
 
+    So the others are computed and kept as they are for a loss that measures no such responses.
 
-def taken_apart(group: TokenGroup) -> TokenGroup:
-    """The group that was laid out; the last log-probability is the mismatched response's."""
-    if group.mismatched is None:
-        return group
-    logps, of_tokens = group.reference_logps, group.reference_token_logps
-    return replace(
-        group,
-        responses=group.responses[:-1],
-        reference_logps=None if logps is None else logps[:-1],
-        reference_token_logps=None if of_tokens is None else of_tokens[:-1],
-        mismatched=replace(
-            group.mismatched, reference_logp=None if logps is None else float(logps[-1])
-        ),
-    )
+    Attributes:
+        parts: Lists of groups: those of mismatched responses, then the given ones.
+        wanted: True for the groups that are used, part after part.
+        rows: Numbers of the given groups that have a mismatched response.
+    """
+
+    parts: Sequence[Sequence[TokenGroup]]
+    wanted: npt.NDArray[np.bool_]
+    rows: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Sequence[TokenGroup]], needed: npt.NDArray[np.bool_] | None
+    ) -> LaidOut:
+        """Lays groups out.
+
+        Args:
+            parts: Lists of groups.
+            needed: True for the groups that are used, part after part; None: all are.
+        """
+        groups = [group for part in parts for group in part]
+        wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
+        rows = [i for i, group in enumerate(groups) if group.mismatched is not None]
+        apart = [[mismatched_group(g) for g in part if g.mismatched is not None] for part in parts]
+        chosen = np.concatenate([wanted[np.array(rows, dtype=np.int64)], wanted])
+        return cls([*(apart if rows else []), *parts], chosen, rows)
+
+    @property
+    def groups(self) -> list[TokenGroup]:
+        """All groups, part after part."""
+        return [group for part in self.parts for group in part]
+
+    @property
+    def first(self) -> int:
+        """Number of the first of the given groups."""
+        return len(self.rows)
+
+    def put_together(self, filled: Sequence[TokenGroup]) -> list[list[TokenGroup]]:
+        """The given parts, whose groups have what was found of their mismatched responses too.
+
+        Args:
+            filled: All groups with what the reference gives them.
+        """
+        own = [*filled[self.first :]]
+        for number, row in enumerate(self.rows):
+            mismatched, found = own[row].mismatched, filled[number].reference_logps
+            assert mismatched is not None
+            logp = None if found is None else float(found[0])
+            own[row] = replace(own[row], mismatched=replace(mismatched, reference_logp=logp))
+        given = self.parts[len(self.parts) // 2 :] if self.rows else self.parts
+        rest = iter(own)
+        return [[next(rest) for _ in part] for part in given]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_lightning.data.mismatched import laid_out, taken_apart
+from dpo_lightning.data.mismatched import LaidOut
 from dpo_lightning.data.packing import collate_groups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import UserError
@@ -111,35 +111,37 @@ def with_reference_logps(
     Raises:
         UserError: If the reference gives a response no finite log-probability.
     """
-    parts = [[laid_out(group) for group in part] for part in parts]
-    groups = [group for part in parts for group in part]
-    wanted = np.ones(len(groups), dtype=bool) if needed is None else needed
+    laid = LaidOut.of(parts, needed)
     plan = plan_blocks(
-        Responses.of(*parts), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
+        Responses.of(*laid.parts), shared=scorer.shared, micro_batch_tokens=micro_batch_tokens
     )
     own = cache.of_tokens() if per_token else cache
     computing = _Computing(plan, load, scorer, device, precision, per_token, ranks, watch)
     with _threads(threads):
-        values, computed = _read_or_compute(plan, own, plan.needed(wanted), computing)
-    filled = iter(_with_values(groups, wanted, plan, values, per_token=per_token))
-    reference = _reference(np.flatnonzero(wanted), plan, computed, own)
+        values, computed = _read_or_compute(plan, own, plan.needed(laid.wanted), computing)
+    filled = [*_with_values(laid.groups, laid.wanted, plan, values, per_token=per_token)]
+    reference = _reference(laid, plan, computed, own)
     if not computing.is_first:
         reference.computed = 0  # the first one counts for all
-    return [[taken_apart(next(filled)) for _ in part] for part in parts], reference
+    return laid.put_together(filled), reference
 
 
 def _reference(
-    used: npt.NDArray[np.int64], plan: BlockPlan, computed: Sequence[int], cache: ReferenceCache
+    laid: LaidOut, plan: BlockPlan, computed: Sequence[int], cache: ReferenceCache
 ) -> CachedReference:
-    """The reference of groups by number, of which some blocks were computed here.
+    """The reference of the wanted groups, of which some blocks were computed here.
 
     A row is counted where its first response was computed: over any number of processes once.
     """
+    used = laid.first + np.flatnonzero(laid.wanted[laid.first :])
     is_here = np.zeros(len(plan.blocks), dtype=bool)
     is_here[computed] = True
     here = is_here[plan.block_of[plan.responses.which[plan.responses.first[used]]]]
     return CachedReference(
-        rows=len(used), computed=int(here.sum()), read=used[~here].tolist(), folder=cache.path
+        rows=len(used),
+        computed=int(here.sum()),
+        read=(used[~here] - laid.first).tolist(),
+        folder=cache.path,
     )
 
 

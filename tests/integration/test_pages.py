@@ -73,6 +73,8 @@ import torch
 beta = 0.1
 pc, pr, rc, rr = torch.tensor([[-4.0], [-9.0], [-5.0], [-8.0]])
 nc, nr = torch.tensor([3]), torch.tensor([4])
+p, r, z0 = torch.tensor([-5.0, -9.0]), torch.tensor([-6.0, -7.0]), 1.0
+thumbs_up = torch.tensor([True, False])
 s, group, rank = torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2])
 """,
 }

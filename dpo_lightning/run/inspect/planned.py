@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.data.datamodule import groups_in_order, rows_of_steps, steps_per_epoch
-from dpo_lightning.data.mismatched import laid_out, mismatched_group
+from dpo_lightning.data.mismatched import mismatched_group
 from dpo_lightning.data.packing import plan_step
 from dpo_lightning.data.refused import Refuse
 from dpo_lightning.data.splits import PreparedData
@@ -277,12 +277,12 @@ def _reference_tokens(
     """
     if not learning.objective.uses_reference or config.reference.kind == "none":
         return 0
-    evaluated = _costs([laid_out(g) for g in data.all_evaluated_groups()], shared=shared)
+    held_out = data.all_evaluated_groups()
+    evaluated = _computed(held_out, _costs(held_out, shared=shared))
+    costs = _computed(data.train, _costs(data.train, shared=shared))
     moves = config.reference.sync_every is not None
     if moves or config.reference.kind == "live":
-        costs = _computed(data.train, _costs(data.train, shared=shared))
         return _tokens(config, schedule, costs) + (sum(evaluated) if moves else 0)
-    costs = _costs([laid_out(group) for group in data.train], shared=shared)
     seen = rows_of_steps(
         len(costs),
         batch_size=config.data.batch_size,

@@ -26,8 +26,13 @@ _ROWS = (
     "data.controlled.form",
     *("model.pretrained", "model.config", "model.tokenizer"),
 )
-_OF_REFERENCE = (SAMPLED_KL, "eval/logratios/", "eval/fitted_log_loss", "eval/loss")
-_OF_REFERENCE += (LABEL_GAIN,)
+_OF_REFERENCE = (
+    SAMPLED_KL,
+    "eval/logratios/",
+    "eval/fitted_log_loss",
+    "eval/loss",
+    LABEL_GAIN,
+)
 
 
 def check_comparable(subjects: Sequence[Subject]) -> None:

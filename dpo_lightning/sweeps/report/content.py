@@ -77,6 +77,7 @@ class ReportContent:
         folder: Name of the sweep's folder.
         counts: Number of trials of each status.
         pick: The pick's label, None without one.
+        mark: Words beside the pick.
         reason: Reason why it was picked.
         metric: Metric of the ranking, in words.
         columns: Heads of the table behind rank and settings.
@@ -99,6 +100,7 @@ class ReportContent:
     folder: str
     counts: str
     pick: str | None
+    mark: str
     reason: str
     metric: str
     columns: tuple[str, ...]
@@ -133,6 +135,7 @@ def make_content(sweep: Sweep, analysis: Analysis) -> ReportContent:
         folder=clean(sweep.folder.resolve().name),
         counts=f"{len(sweep.trials)} trial{'s' * (len(sweep.trials) > 1)}: {', '.join(counts)}",
         pick=None if pick is None else pick.label,
+        mark=analysis.decision.mark,
         reason=reason,
         metric="nothing" if analysis.metric is None else METRICS[analysis.metric],
         columns=columns,

@@ -151,7 +151,7 @@ def _draw_points(
     if pick is not None and pick in drawn and pick.kl is not None and pick.value is not None:
         axes.plot(
             pick.kl.mean, pick.value.mean, "o", ms=16, mfc="none", mec=MARK, mew=1.8,
-            label="recommended", zorder=4.2,
+            label=analysis.decision.mark, zorder=4.2,
         )  # fmt: skip
     return tips
 

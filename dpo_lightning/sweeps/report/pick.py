@@ -113,6 +113,11 @@ class PickDecision:
     seeds_needed: int | None = None
 
     @property
+    def mark(self) -> str:
+        """Words beside the pick: nothing undecided is recommended."""
+        return "best so far" if self.undecided else "recommended"
+
+    @property
     def eligible(self) -> tuple[PickCandidate, ...]:
         """Those that may be picked."""
         return tuple(c for c in self.candidates if c.eligible)

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from dpo_lightning.data.mismatched import (
     ONE_GROUP,
     ONE_PROMPT,
+    LaidOut,
     add_mismatched,
-    laid_out,
     mismatched_group,
     pair_up,
-    taken_apart,
 )
 from dpo_lightning.data.packing import collate_groups, make_step_batch
 from dpo_lightning.data.splits import PreparedData
@@ -114,23 +113,35 @@ def test_each_set_is_paired_within_itself():
     assert all(int(own.mismatched.ids[0]) < 50 for own in data.train)
 
 
-def test_the_reference_sees_it_as_one_more_response():
-    own = pair_up(rows(), max_length=8)[0]
-    laid = laid_out(own)
-    assert [r.tolist() for r in laid.responses] == [
-        own.responses[0].tolist(),
-        own.mismatched.ids.tolist(),
+def test_the_reference_sees_it_as_a_group_of_its_own():
+    """Before the groups, which stay as they are; values go back to where they are from."""
+    paired, plain = pair_up(rows(2), max_length=8), [group(8, 9, 7), group(1, 2, 3)]
+    parts = [[plain[0], *paired], [plain[1]]]
+    needed = np.array([True, False, True, True])
+    laid = LaidOut.of(parts, needed)
+    assert laid.parts[2:] == parts
+    assert [len(part) for part in laid.parts] == [2, 0, 3, 1]
+    assert laid.wanted.tolist() == [False, True, *needed.tolist()]
+    assert (laid.first, laid.rows) == (2, [1, 2])
+    filled = [
+        replace(own, reference_logps=np.arange(len(own.responses), dtype=np.float32) - number)
+        if wanted
+        else own
+        for number, (own, wanted) in enumerate(zip(laid.groups, laid.wanted, strict=True))
     ]
-    filled = replace(laid, reference_logps=np.array([-3.0, -7.5], dtype=np.float32))
-    back = taken_apart(filled)
-    assert [r.tolist() for r in back.responses] == [own.responses[0].tolist()]
-    assert back.reference_logps.tolist() == [-3.0]
-    assert back.mismatched.reference_logp == -7.5
-    # Of a group that was not asked for nothing is known.
-    assert taken_apart(laid).mismatched.reference_logp is None
-    plain = group(1, 2, 3)
-    assert laid_out(plain) is plain
-    assert taken_apart(plain) is plain
+    train, held_out = laid.put_together(filled)
+    assert [own.reference_logps is None for own in train] == [False, True, False]
+    assert train[1].mismatched.reference_logp is None
+    assert train[2].mismatched.reference_logp == -1.0
+    assert train[2].reference_logps.tolist() == [-4.0]
+    assert held_out[0].reference_logps.tolist() == [-5.0, -4.0]
+
+
+def test_without_mismatched_responses_nothing_is_laid_out():
+    plain = [group(8, 9, 7)]
+    laid = LaidOut.of([plain, []], None)
+    assert (laid.parts, laid.wanted.tolist(), laid.first) == ([plain, []], [True], 0)
+    assert laid.put_together(plain) == [plain, []]
 
 
 def test_alone_it_is_a_group_of_which_nothing_is_compared():

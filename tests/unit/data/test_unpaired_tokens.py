@@ -148,6 +148,9 @@ def test_labels_are_found_again_on_disk(tmp_path):
         ]
     turned = [replace(groups[1], label=True), groups[2]]
     assert [g.label for g in tokens(tmp_path, tokenizer, turned).groups] == [True, True]
+    # Without a label the same texts are nothing to learn from, and with one they are.
+    assert tokens(tmp_path, tokenizer, [replace(groups[1], label=None)]).groups == []
+    assert [g.label for g in tokens(tmp_path, tokenizer, [groups[1]]).groups] == [False]
 
 
 # The layout ---------------------------------------------------------------------------------------

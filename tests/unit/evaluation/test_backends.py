@@ -182,8 +182,8 @@ def test_what_fails_is_asked_again_and_what_cannot_be_is_said(monkeypatch):
         ((401, b"no: very-secret-value"), "generation.key_variable="),
         ((404, b"no such model"), "generation.model="),
         ((500, b"broken"), "it answers 500 (broken)"),
-        ((200, b"<html>"), "none of a server of completions"),
-        ((200, {"choices": []}), "none of a server of completions"),
+        ((200, b"<html>"), "not one of a completions server"),
+        ((200, {"choices": []}), "not one of a completions server"),
     ):
         with pytest.raises(UserError) as caught:
             served(lambda body, number, reply=reply: reply, request([[7]]), key_variable="MY_KEY")
@@ -212,9 +212,9 @@ def test_a_plugins_sampler_answers_and_is_cut_at_ends_and_limits(plugin):
     ("answers", "said"),
     [
         ([[5]], "1 answers to 2 prompts"),
-        ([[5], []], "one or more"),
-        ([[5], [10**6]], "tokenizer's"),
-        ([[5], [-1]], "tokenizer's"),
+        ([[5], []], "at least one"),
+        ([[5], [10**6]], "each from 0 to"),
+        ([[5], [-1]], "each from 0 to"),
         ([[5], 3], "TypeError"),
     ],
 )

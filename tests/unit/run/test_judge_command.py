@@ -108,7 +108,7 @@ def test_a_judge_without_a_verdict_is_an_error(capsys):
     marks = "evaluation.judge_form=marks"
     with judge_server(lambda n, q: Act("who knows")) as server:
         assert main(["--answers", own, *endpoint(server.url, marks)]) == 2
-    assert "the judge gave no verdict on 2 answers: all of its replies" in capsys.readouterr().err
+    assert "the judge gave no verdict on 2 answers: none of its replies" in capsys.readouterr().err
     with judge_server(lambda n, q: Act("no such model", status=404)) as server:
         assert main(["--answers", own, *endpoint(server.url, marks)]) == 2
     assert "404 (no such model); check evaluation.judge_url=" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_above_a_tenth_of_nonsense_the_mark_is_withheld_and_said(capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "a.jsonl: no answer in it"),
+        ("", "a.jsonl: it has no answers"),
         ("{}\n", "a.jsonl:1: prompt has to be a text"),
         ('{"prompt": "p"}\n', "a.jsonl:1: response has to be a text"),
         ('\n{"prompt": "p", "response": "r"}\nx\n', "a.jsonl:3: no JSON object"),
@@ -224,7 +224,10 @@ def test_marks_of_another_judge_stay(capsys):
     before = (folder / "evaluation.json").read_bytes(), (folder / "result.json").read_bytes()
     found = judged(capsys, "--answers", "run")
     assert found["kept_in"] is None
-    assert "it has marks of another judge, somebody, which stay" in found["notes"][-1]
+    assert (
+        "it has marks of another judge, somebody; these are shown but not saved"
+        in found["notes"][-1]
+    )
     after = (folder / "evaluation.json").read_bytes(), (folder / "result.json").read_bytes()
     assert after == before
 

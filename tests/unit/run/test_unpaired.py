@@ -150,6 +150,7 @@ def test_another_turn_of_a_conversation_leaks():
     first = '[["user", "q"]]'
     found = leaks([token(True, key=later)], [token(False, key=first, number=2)])
     assert found.count == 1
+    assert leaks([token(True, key=first)], [token(False, key=later, number=2)]).count == 1
     assert leaks([token_group(later)], [token_group(first)]).count == 0
 
 

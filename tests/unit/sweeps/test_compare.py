@@ -220,7 +220,7 @@ def test_other_losses_and_references_are_left_out_and_said():
     other = with_metrics("b", 0.1, loss={"name": "sigmoid"}, reference__pretrained="r")
     metrics, notes = metrics_to_compare([one, other])
     assert metrics == [ACCURACY]
-    assert "against the reference, which is not the same" in notes[0]
+    assert "against the reference, and the references differ" in notes[0]
 
 
 def test_labels_tell_policies_apart():

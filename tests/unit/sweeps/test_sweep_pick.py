@@ -86,7 +86,11 @@ def test_not_significant_is_not_equal(tmp_path):
     report = write_report(tmp_path)
     assert (report["pick"]["label"], report["pick"]["undecided"]) == ("β 0.1", True)
     for name in ("report.html", "report.md"):
-        assert "Undecided" in (tmp_path / name).read_text()
+        text = (tmp_path / name).read_text()
+        assert "Undecided" in text
+        # What is undecided is recommended nowhere.
+        assert "ecommended" not in text
+        assert "est so far" in text
 
 
 def test_what_would_decide_is_more_than_there_is(tmp_path):
