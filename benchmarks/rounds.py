@@ -147,7 +147,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 [statistics.fmean(column) for column in zip(*own["points"][rounds], strict=True)]
                 for own in cells
             ]
-            axes.plot(*zip(*sorted(means), strict=True), f"{marker}-", color=colour, label=label)
+            axes.plot(*zip(*means, strict=True), marker, ms=8, color=colour, label=label)
+            for own, (kl, reward) in zip(cells, means, strict=True):
+                # Beside each other the two of a beta keep their names apart.
+                offset = (8, -12) if marker == "o" else (-40, 2)
+                axes.annotate(
+                    f"β {own['beta']:g}", (kl, reward), offset, textcoords="offset points"
+                )
         axes.plot([0], [cells[0]["reference_reward"]], "X", color="#6b7280", label="reference")
         axes.set_xlabel("KL(policy ‖ reference), nats per response")
         axes.set_ylabel("expected reward")
