@@ -53,7 +53,7 @@ test: $(READY) ## run the tests but the slow ones: make test ARGS="-k attention"
 test-slow: $(READY) ## run the slow tests, and those of the pages, alone
 	@$(BIN)/python $(PYTEST) -m "$(SLOW)" $(ARGS)
 
-test-docs: $(READY) ## run each command and snippet of the README and of docs/; a quarter of an hour
+test-docs: $(READY) ## run each command and snippet of the README and of docs/; many minutes
 	@$(BIN)/python $(PYTEST) --dist worksteal -m docs $(ARGS)
 
 test-all: $(READY) ## run both

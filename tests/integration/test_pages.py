@@ -116,7 +116,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Long as all of them take a quarter of an hour on two cores.
+# Long as all of them take many minutes.
 @pytest.mark.docs
 @pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(text_of(page))])
