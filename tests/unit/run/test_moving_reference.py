@@ -94,5 +94,8 @@ def test_the_card_has_the_updates(reference: dict[str, Any], said: bool):
 )
 def test_the_header_has_the_updates(movement: Movement | None, line: str):
     models: Any = SimpleNamespace(reference=object(), adapters=None, movement=movement)
-    names: Any = SimpleNamespace(reference=None, frozen_adapter=None)
-    assert _reference(models, names) == line
+    plan: Any = SimpleNamespace(
+        names=SimpleNamespace(reference=None, frozen_adapter=None),
+        batches=SimpleNamespace(rounds=None),
+    )
+    assert _reference(plan, models) == line
