@@ -7,6 +7,7 @@ folder, and hand what they were given to this process, which has it forked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -143,7 +144,8 @@ class Terminal:
         with connection:
             body, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 3)
             code = self._run(json.loads(body), descriptors)
-            connection.send(str(code).encode())
+            with contextlib.suppress(OSError):  # whoever asked was killed
+                connection.send(str(code).encode())
 
     def _run(self, asked: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         given, out, err = descriptors
@@ -164,5 +166,6 @@ class Terminal:
             if fork.lost:
                 return 1
             time.sleep(0.01)
-        assert fork.returncode is not None
+        if fork.returncode is None:  # the warm process ended before it
+            return 1
         return fork.returncode if fork.returncode >= 0 else 128 - fork.returncode
