@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.unit.test_benchmarks import RESULTS, ROOT, load
+from tests.support.benches import RESULTS, load
+from tests.support.runs import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
     tiny += [run("here", 1, 20, 4)]
     runs = [run("grid here", 0, 200, 1), run("grid there", 0, 225, 1), run("pruned", 0, 90, 1)]
     more = {"trl": [{"round": 0, "run_seconds": 135.0}], "rows": 2048, "steps": 256}
-    more |= {"pairs": 8, "precision": "32-true"}
+    more |= {"pairs": 8, "precision": "32-true", "shape": "short"}
     report = {
         "tiny": part(tiny),
         "large": part(runs, **more, model={"layers": 8, "hidden": 384}),
@@ -170,3 +170,17 @@ def test_a_toy_does_not_overwrite_what_was_measured(bench, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--toy"])
     with pytest.raises(SystemExit, match="name another folder"):
         bench.main()
+
+
+def test_an_arm_that_is_timed_again_takes_the_place_of_its_own_figures_alone(bench):
+    work = {name: 1 for name in ("betas", "rows", "evaluated", "pairs", "steps")}
+    work |= {"precision": "32-true", "shape": "short", "model": {"layers": 8}}
+    work |= {"machine": {"cpu": "a cpu"}, "load": 0.1}
+    kept = work | {"runs": [run("grid here", 0, 9, 1), run("pruned", 0, 5, 1)], "trl": [1]}
+    found = work | {"runs": [run("pruned", 0, 4, 1)]}
+    merged = bench.merged(kept, found, "pruned")
+    assert merged["runs"] == [run("grid here", 0, 9, 1), run("pruned", 0, 4, 1)]
+    assert (merged["trl"], merged["again"]["arm"]) == ([1], "pruned")
+    for other in ({"shape": "lognormal"}, {"machine": {"cpu": "another"}}):
+        with pytest.raises(SystemExit, match="--again: the kept figures"):
+            bench.merged(kept, found | other, "pruned")

@@ -1,24 +1,13 @@
 """Summaries of the benchmark's records, and the completeness of the records that are kept."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 
 import pytest
 
+from tests.support.benches import RESULTS, load
 from tests.support.runs import ROOT
-
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_single_responses_alone_have_no_pair():
     assert batch.input_ids.tolist() == [1, 5, 0]
 
 
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(25))
 @given(
     st.integers(1, 3), st.integers(1, 20), st.booleans(), st.lists(st.integers(1, 3), max_size=6)
 )

@@ -329,7 +329,7 @@ def test_without_samples_nothing_is_said(policy, reference, scorer, tokenizer):
     ("cut", "positions", "said"),
     [
         (2, None, None),
-        (3, None, "evaluation.max_new_tokens=4: 3 of 4 answers were cut off there, so that"),
+        (3, None, "evaluation.max_new_tokens=4: 3 of 4 answers were cut off there, so KL"),
         (
             3,
             16,

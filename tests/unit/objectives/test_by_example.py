@@ -218,7 +218,7 @@ def test_labels_of_one_kind_have_nothing_to_gain():
     assert same.tolist() == pytest.approx([0] * 3)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 @given(
     st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=2, max_size=30),
     st.floats(0.01, 100),
