@@ -422,6 +422,7 @@ def test_every_group_has_its_default_in_the_list() -> None:
     assert groups <= listed
 
 
+@pytest.mark.slow  # a whole sweep
 def test_a_sweep_runs_each_trial_in_a_folder_named_by_what_differs(
     place: Path, recorder: Recorder
 ) -> None:

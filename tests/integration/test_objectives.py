@@ -116,6 +116,7 @@ ADAPTIVE = (
 )
 
 
+@pytest.mark.slow  # three runs
 def test_an_adapted_beta_follows_the_margins_and_a_resume_goes_on(tmp_path, cache):
     """M_0 starts at 0: beta_t = 0.1 (1 + 0.6 (M_t - M_0)), M_0 <- (M_0 + M_t) / 2."""
     whole = run_train(tmp_path / "whole", *ADAPTIVE, "trainer.max_steps=4", cache)
@@ -302,6 +303,7 @@ def test_a_wrong_use_of_a_plugin_is_one_line(elsewhere, arguments, parts):
         assert part in last
 
 
+@pytest.mark.slow  # starts a process
 def test_a_plugin_named_by_an_experiment_file(elsewhere):
     """A loss is one function and, where its defaults are not wanted, one file."""
     for name, text in {

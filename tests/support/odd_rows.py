@@ -82,7 +82,9 @@ many = st.integers(2, 4).flatmap(
         },
     )
 )
-labels = st.sampled_from([True, False, None, 1, 0, -1, 2.5, "up", "down", "maybe", "", {}])
+labels: st.SearchStrategy[Any] = st.sampled_from(
+    [True, False, None, 1, 0, -1, 2.5, "up", "down", "maybe", "", {}]
+)
 alone = st.fixed_dictionaries(
     {"prompt": texts, "response": texts},
     optional={"label": labels, "weight": numbers, "target_margin": numbers},

@@ -203,6 +203,7 @@ def test_an_estimate_needs_no_weights_and_no_gpu():
     assert not found.fits
 
 
+@pytest.mark.slow  # starts processes
 def test_the_command_prints_a_table_and_the_refusal(tmp_path, capsys):
     model, rows = tmp_path / "config.json", tmp_path / "pairs.jsonl"
     model.write_text(json.dumps({"model_type": "llama"} | config_of("8B").to_diff_dict()))

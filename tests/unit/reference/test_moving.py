@@ -520,6 +520,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert relative(found["reference"][name], value) <= 1e-4, name
 
 
+@pytest.mark.slow  # two ranks
 def test_two_ranks_with_whole_models_equal_one(tmp_path):
     one, other = on_ranks(_whole_on_two, tmp_path, tmp_path)
     expected = alone(tmp_path / "one", "full")
