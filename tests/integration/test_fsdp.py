@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from tests.support.ranks import launch
 from tests.support.runs import Run, run_train
 
-pytestmark = pytest.mark.slow
+# Two sharded ranks take half a minute.
+pytestmark = pytest.mark.long
 
 # Steps of four groups, the last of one; budgets that make several micro-batches, and ranks with
 # fewer of them than others or none; five evaluation groups for two ranks.
@@ -69,7 +70,6 @@ def test_checkpoints_have_one_format(one, two):
             torch.testing.assert_close(other["state"][number][name], value, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_more_ranks(one, tmp_path):
     """The order of the groups is kept: each later step has the loss of the undisturbed run."""
     resume = f"resume={one.folder}/checkpoints/step-000002.ckpt"
@@ -86,7 +86,6 @@ def test_a_run_goes_on_with_fewer_ranks(one, two, tmp_path):
     assert_same_weights(one, run)
 
 
-@pytest.mark.long
 def test_another_model_in_every_other_way(tiny_model, pairs_file, tmp_path):
     """A live reference, activations computed again, gradients reduced in every micro-batch."""
     task = [

@@ -133,7 +133,7 @@ def test_a_sweep_gives_a_file_a_trial_and_keeps_what_is_there(run, tmp_path, cap
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["skipped"] == [{"trial": "beta-2", "status": "diverged"}]
-    assert "beta-2: the trial is diverged" in said.err
+    assert "beta-2: skipped: the trial is diverged" in said.err
     assert f"judge     for f in {out}/beta-0.5.json {out}/beta-1.json; do alpaca_eval" in said.err
     assert f"--precomputed_leaderboard {out}/leaderboard.csv" in found["judge"][0]
     assert f"report {sweep} --marks {out}/leaderboard.csv" in said.err

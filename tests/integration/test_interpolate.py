@@ -99,7 +99,7 @@ def test_points_are_those_of_the_exact_policies(run, capsys):
     assert [len(p.get("samples", ())) for p in found["points"]] == [4, 4, 0, 4, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_repeats_and_is_said_in_the_report_of_its_sweep(run, capsys):
     first = ask(capsys, run.folder, "--lambdas=0.5,1")
     assert ask(capsys, run.folder, "--lambdas", "0.5,1") == first

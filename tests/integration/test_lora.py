@@ -163,7 +163,7 @@ def test_a_live_and_a_cached_reference_are_the_same_run(train, tiny_model):
     assert not list(tiny_model.glob("adapter*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cache_is_that_of_the_base_weights(tmp_path, tiny_model, pairs_file):
     common = (
         *(f"model.pretrained={tiny_model}", f"data.train={pairs_file}", "data.batch_size=8"),
@@ -181,7 +181,7 @@ def test_the_cache_is_that_of_the_base_weights(tmp_path, tiny_model, pairs_file)
         assert full.values("train/loss") == lora.values("train/loss")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_of_supervised_training_is_start_and_reference(train, tmp_path):
     """ln 2 against what the policy starts as; against the base only when that is asked for."""
     sft = train("loss=sft")

@@ -351,7 +351,7 @@ def test_adding_a_loss_inside_as_contributing_says(tmp_path):
     assert Run(0, tmp_path / "run").values("train/loss") == pytest.approx([4.0], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_closed_form_in_short(tmp_path, cache):
     """The population loss alone leads to the optimum: a policy that is a table all the way.
 

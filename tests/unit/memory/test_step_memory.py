@@ -300,7 +300,7 @@ def test_numbers_of_gib():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_of_the_page_is_traced():
     page = (ROOT / "docs" / "memory.md").read_text()
     assert "\n".join(table()) in page
