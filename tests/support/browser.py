@@ -81,6 +81,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         address = page if isinstance(page, str) else page.resolve().as_uri()
         if isinstance(page, str):
+            # A site remembers the scheme of an earlier view.
+            origin = "/".join(page.split("/")[:3])
+            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
+        if isinstance(page, str):
             # A site keeps the scheme of the first visit.
             origin = "/".join(page.split("/")[:3])
             self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
