@@ -15,7 +15,12 @@ from torch import Tensor
 
 from dpo_lightning.objectives.divergences import link
 from dpo_lightning.objectives.losses import PairLogps
-from dpo_lightning.objectives.registry import PAIRWISE_LOSSES, PairwiseLoss, Value
+from dpo_lightning.objectives.registry import (
+    PAIRWISE_LOSSES,
+    PairwiseLoss,
+    Value,
+    check_options,
+)
 
 __all__ = ["PAIRWISE_LOSSES", "PairLogps", "PairwiseLoss", "pairwise_loss"]
 
@@ -108,12 +113,7 @@ def _known(name: str, options: Mapping[str, Value]) -> PairwiseLoss:
     if name not in PAIRWISE_LOSSES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(PAIRWISE_LOSSES)}")
     loss = PAIRWISE_LOSSES[name]
-    for option, value in options.items():
-        if option not in loss.schema:
-            choices = ", ".join(loss.options) or "none"
-            raise ValueError(f"loss {name!r} has no option {option!r}: its options are {choices}")
-        if not loss.schema[option].accepts(value):
-            raise ValueError(f"{option} is {value!r}: needs {loss.schema[option].expected()}")
+    check_options(name, loss, options)
     return loss
 
 

@@ -186,8 +186,8 @@ def register_loss(
         taken = name in LISTWISE_LOSSES or name in UNPAIRED_LOSSES
         if taken or (known is not None and not is_same(known.fn, function)):
             raise ValueError(f"loss {name!r} is registered already: choose another name")
-        schema = dict(_options(name, function))
-        _check_kinds(name, schema)
+        entry = _entry(name, function)
+        _check_kinds(name, entry["schema"])
         PAIRWISE_LOSSES[name] = PairwiseLoss(
             fn=function,
             uses_reference=reference != "unused",
@@ -195,10 +195,8 @@ def register_loss(
             uses_rejected=uses_rejected,
             on_margin=on_margin,
             couples=couples,
-            options={option: entry.default for option, entry in schema.items()},
-            schema=schema,
             paper=paper,
-            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+            **entry,
         )
         return function
 
@@ -217,18 +215,43 @@ def register_unpaired(
     """
 
     def register(function: _Function) -> _Function:
-        schema = dict(_options(name, function))
         UNPAIRED_ENTRIES[name] = UnpairedLoss(
-            fn=function,
-            anchor=anchor,
-            options={option: entry.default for option, entry in schema.items()},
-            schema=schema,
-            paper=paper,
-            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+            fn=function, anchor=anchor, paper=paper, **_entry(name, function)
         )
         return function
 
     return register
+
+
+def _entry(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of a loss that are read off its function."""
+    schema = dict(_options(name, function))
+    return {
+        "options": {option: entry.default for option, entry in schema.items()},
+        "schema": schema,
+        "summary": (inspect.getdoc(function) or "").partition("\n")[0],
+    }
+
+
+def check_options(
+    name: str, loss: PairwiseLoss | UnpairedLoss, options: Mapping[str, Value]
+) -> None:
+    """Makes sure that a loss takes these options.
+
+    Args:
+        name: Its name.
+        loss: Its entry.
+        options: Values by name.
+
+    Raises:
+        ValueError: If it has no such option, or a value is out of range.
+    """
+    for option, value in options.items():
+        if option not in loss.schema:
+            choices = ", ".join(loss.options) or "none"
+            raise ValueError(f"loss {name!r} has no option {option!r}: its options are {choices}")
+        if not loss.schema[option].accepts(value):
+            raise ValueError(f"{option} is {value!r}: needs {loss.schema[option].expected()}")
 
 
 def losses_with_options() -> dict[str, PairwiseLoss | UnpairedLoss]:

@@ -18,6 +18,7 @@ from dpo_lightning.objectives.registry import (
     UNPAIRED_LOSSES,
     UnpairedLoss,
     Value,
+    check_options,
     register_unpaired,
 )
 
@@ -233,10 +234,5 @@ def _known(name: str, options: Mapping[str, Value]) -> UnpairedLoss:
     if name not in UNPAIRED_ENTRIES:
         raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(UNPAIRED_LOSSES)}")
     loss = UNPAIRED_ENTRIES[name]
-    for option, value in options.items():
-        if option not in loss.schema:
-            choices = ", ".join(loss.options)
-            raise ValueError(f"loss {name!r} has no option {option!r}: its options are {choices}")
-        if not loss.schema[option].accepts(value):
-            raise ValueError(f"{option} is {value!r}: needs {loss.schema[option].expected()}")
+    check_options(name, loss, options)
     return loss

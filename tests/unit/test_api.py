@@ -364,11 +364,14 @@ def test_a_changed_state_is_seen(monkeypatch, tmp_path):
 
     import torch
 
+    # There may be no logger of this name yet, and one may have its level already.
+    logger = logging.getLogger("lightning")
+    monkeypatch.setattr(logger, "level", logging.INFO)
     before = state()
     monkeypatch.setenv("MINE", "1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x"])
-    logging.getLogger("lightning").setLevel(logging.CRITICAL)
+    monkeypatch.setattr(logger, "level", logging.CRITICAL)
     with warnings.catch_warnings(), torch.random.fork_rng(), (tmp_path / "f").open("w"):
         warnings.simplefilter("ignore")
         random.random()
