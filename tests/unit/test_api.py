@@ -379,4 +379,3 @@ def test_a_changed_state_is_seen(monkeypatch, tmp_path):
         found = changed(before)
     names = {"environment", "folder", "words", "filters", "random", "torch", "files", "loggers"}
     assert names <= found.keys()
-    logging.getLogger("lightning").setLevel(before["loggers"].get("lightning", (0,))[0])
