@@ -139,21 +139,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         axes.plot(*zip(*result["frontier"], strict=True), color="#1f2937", lw=1.6,
                   label="closed-form optimum")  # fmt: skip
-        named = {"1": "one round: answers of the reference", "3": "three rounds"}
-        for (rounds, label), colour, marker in zip(
-            named.items(), ("#dc6803", "#2563eb"), "so", strict=True
-        ):
-            means = [
+        ends = {
+            rounds: [
                 [statistics.fmean(column) for column in zip(*own["points"][rounds], strict=True)]
                 for own in cells
             ]
-            axes.plot(*zip(*means, strict=True), marker, ms=8, color=colour, label=label)
-            for own, (kl, reward) in zip(cells, means, strict=True):
-                # Beside each other the two of a beta keep their names apart.
-                offset = (8, -12) if marker == "o" else (-40, 2)
-                axes.annotate(
-                    f"β {own['beta']:g}", (kl, reward), offset, textcoords="offset points"
-                )
+            for rounds in ("1", "3")
+        }
+        for own, one, several in zip(cells, *ends.values(), strict=True):
+            axes.plot(*zip(one, several, strict=True), ":", color="#9ca3af", lw=1, zorder=1)
+            # Below and to the right of both there is no curve.
+            axes.annotate(f"β {own['beta']:g}", one, (8, -12), textcoords="offset points")
+        axes.plot(*zip(*ends["1"], strict=True), "s", ms=8, color="#dc6803",
+                  label="one round: answers of the reference")  # fmt: skip
+        axes.plot(*zip(*ends["3"], strict=True), "o", ms=8, color="#2563eb", label="three rounds")
         axes.plot([0], [cells[0]["reference_reward"]], "X", color="#6b7280", label="reference")
         axes.set_xlabel("KL(policy ‖ reference), nats per response")
         axes.set_ylabel("expected reward")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.controlled import MAX_LENGTH, ControlledTask
+from dpo_lightning.data.density import add_density_weights
 from dpo_lightning.data.labels import imbalance
 from dpo_lightning.data.mismatched import add_mismatched
 from dpo_lightning.data.records import write_quarantine
@@ -58,6 +59,7 @@ from dpo_lightning.run.rounds.marking import make_marker
 from dpo_lightning.settings.folders import cache_folder
 from dpo_lightning.settings.judging import judge_settings
 from dpo_lightning.settings.loss_group import objective_settings
+from dpo_lightning.settings.material import DataConfig
 from dpo_lightning.settings.schema import Config
 from dpo_lightning.training.checkpoints.files import run_of
 from dpo_lightning.training.ranks import Ranks
@@ -312,7 +314,7 @@ def prepare_groups(
         show=show,
     )
     data.overfit(config.data.overfit_groups)
-    _with_mismatched(config, data, max_length=source.max_length)
+    _suit_loss(config, data, max_length=source.max_length)
     name = f"{source.key}={source.source}"
     groups = [*data.train, *data.eval]
     check_ids(groups, source.config, source.tokenizer, name=name, source=source.source)
@@ -321,6 +323,15 @@ def prepare_groups(
     for note in data.notes:
         log.info(note)
     return data, chat
+
+
+def all_evaluated(data: DataConfig) -> DataConfig:
+    """The section for rows that are evaluated, all and as they are, instead of trained on.
+
+    Args:
+        data: The section of a run.
+    """
+    return replace(data, eval_fraction=0.0, overfit_groups=None, density_ratio=None)
 
 
 def _of_loss(
@@ -473,11 +484,15 @@ def controlled_data(
         ]
     data = PreparedData(train=sides[0], eval=sides[1])
     data.overfit(config.data.overfit_groups)
-    _with_mismatched(config, data, max_length=MAX_LENGTH)
+    _suit_loss(config, data, max_length=MAX_LENGTH)
+    for note in data.notes:
+        log.info(note)
     return data
 
 
-def _with_mismatched(config: Config, data: PreparedData, *, max_length: int) -> None:
-    """Gives the groups responses to other prompts, where the loss measures those."""
+def _suit_loss(config: Config, data: PreparedData, *, max_length: int) -> None:
+    """Gives the groups what a loss on single responses needs of all of them."""
     if objective_settings(config.loss).anchor == "mismatched":
         add_mismatched(data, max_length=max_length, batch_size=config.data.batch_size)
+    if config.data.density_ratio is not None:
+        add_density_weights(data, config.data.density_ratio)

@@ -173,6 +173,7 @@ def _objective(config: Config) -> Iterator[str]:
     yield from (f"loss.{problem}" for problem in objective.problems())
     yield from _use_of_reference(config, objective)
     yield from _controlled(config, objective)
+    yield from _labels(config, objective)
     yield from moving_reference_problems(config)
     yield from _changing_beta(config, objective)
     if reference.kind == "none" and reference.pretrained is not None:
@@ -212,6 +213,17 @@ def _controlled(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
         yield (
             "data.controlled.form=unpaired: rows have one response and a label, and "
             f"loss={','.join(objective.terms)} compares two; use data.controlled.form=pairs, or "
+            f"loss={' or '.join(UNPAIRED_LOSSES)}"
+        )
+
+
+def _labels(config: Config, objective: ObjectiveSettings) -> Iterator[str]:
+    """Faults between the loss and settings of labelled rows."""
+    bounds = config.data.density_ratio
+    if bounds is not None and not objective.is_unpaired:
+        yield (
+            f"data.density_ratio={bounds[0]:g},{bounds[1]:g} weighs single responses, and "
+            f"loss={','.join(objective.terms)} compares two; leave it out, or use "
             f"loss={' or '.join(UNPAIRED_LOSSES)}"
         )
 

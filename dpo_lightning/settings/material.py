@@ -221,6 +221,14 @@ class DataConfig:
         "undesirable. null: labels are true and false, or 1 and 0 or -1.",
         unit="rating",
     )
+    density_ratio: list[float] | None = setting(
+        None,
+        "Least and largest weight of undesirable answers by their prompts, such as [0.5,10]: each "
+        "weighs as many times more as its prompt is likelier among desirable ones; null: prompts "
+        "do not count.",
+        expected="two numbers, the first above 0 and at most 1, the second at least 1, such as "
+        "[0.5,10]",
+    )
     ignore_fields: list[str] = setting(
         [],
         "Columns of rows, and keys of messages as messages.<key>, that are left out: neither named "

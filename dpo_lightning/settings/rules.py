@@ -59,6 +59,10 @@ def _valid_columns(value: dict[str, Any]) -> bool:
     )
 
 
+def _valid_bounds(value: list[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= 1 <= value[1] < math.inf
+
+
 def _valid_rungs(value: list[float]) -> bool:
     return len(value) > 0 and value == sorted(set(value)) and all(0 < at < 1 for at in value)
 
@@ -66,6 +70,7 @@ def _valid_rungs(value: list[float]) -> bool:
 # Rules that bounds and choices cannot state; the schema's ``expected`` describes each.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "data.columns": _valid_columns,
+    "data.density_ratio": _valid_bounds,
     "data.eval": _valid_eval,
     "data.format": lambda value: value in NAMES or value in READERS,
     "data.ignore_fields": all,

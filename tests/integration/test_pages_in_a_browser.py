@@ -200,7 +200,11 @@ def test_each_page_of_the_site(browser: Browser, site: tuple[Path, str]):
     pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
     assert len(pages) >= len(list((ROOT / "docs").rglob("*.md")))
     parts = {"within": ".md-content, .md-footer", "scrollers": "pre, .md-typeset__scrollwrap"}
-    found = {page: faults_of_views(browser, f"{address}/{page}", **parts) for page in pages}
-    assert {page: faults for page, faults in found.items() if faults} == {}
-    # The last view was a dark one.
-    assert browser.run("document.body.dataset.mdColorScheme") == "slate"
+    found = {}
+    for page in pages:
+        for view in views(browser, f"{address}/{page}"):
+            found[page, view] = faults_of(browser, **parts)
+            shown = browser.run("document.body.dataset.mdColorScheme")
+            if shown != ("slate" if view.endswith("dark") else "default"):
+                found[page, view].append(f"scheme {shown}")
+    assert {where: faults for where, faults in found.items() if faults} == {}

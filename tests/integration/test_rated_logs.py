@@ -87,3 +87,17 @@ def test_a_loss_that_compares_stops_before_anything_is_written(tiny_model, log, 
     said = capsys.readouterr().err
     assert f"{log}:1[3] has one response and a label (55 of 55 rows), and loss=sigmoid" in said
     assert "use loss=kto" in said
+
+
+def test_a_run_is_weighed_by_its_prompts_and_other_rows_are_not(tiny_model, log, tmp_path, capsys):
+    """First questions have good answers and second ones bad: a prompt tells the label."""
+    words = [f"model.pretrained={tiny_model}", f"data.train={log}", "data.threshold=4", "loss=bco"]
+    run = run_train(tmp_path / "run", *words, *STEPS, "data.density_ratio=[0.5,4]")
+    assert run.code == 0, run.result["error"]
+    said = "".join(capsys.readouterr())
+    assert "data.density_ratio: undesirable rows weigh 0.5 to " in said
+    assert evaluate([str(run.folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["eval/loss"] == pytest.approx(run.values("eval/loss")[-1], abs=1e-6)
+    assert evaluate([str(run.folder), f"data.eval={log}", "--json"]) == 0
+    assert "undesirable rows weigh" not in "".join(capsys.readouterr())

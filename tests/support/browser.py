@@ -16,6 +16,7 @@ from typing import Any
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
+    "--disable-features=BackForwardCache "
     "--remote-debugging-pipe"
 )
 
@@ -73,6 +74,8 @@ class Browser:
             width: Width of the window.
             dark: True for the dark scheme.
         """
+        # What an earlier view wrote or was told must not reach this one.
+        self.call("Page.navigate", url="about:blank")
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=1, mobile=False,
@@ -80,14 +83,6 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         address = page if isinstance(page, str) else page.resolve().as_uri()
-        if isinstance(page, str):
-            # A site remembers the scheme of an earlier view.
-            origin = "/".join(page.split("/")[:3])
-            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
-        if isinstance(page, str):
-            # A site keeps the scheme of the first visit.
-            origin = "/".join(page.split("/")[:3])
-            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.call("Page.navigate", url=address)
         while self.run("document.readyState") != "complete":
             time.sleep(0.02)
@@ -133,6 +128,9 @@ def open_browser(folder: Path) -> Iterator[Browser]:
             browser.session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log"):
                 browser.call(f"{domain}.enable")
+            # A site remembers the scheme of an earlier view; a file may have no such memory.
+            forget = "try { localStorage.clear() } catch {}"
+            browser.call("Page.addScriptToEvaluateOnNewDocument", source=forget)
             yield browser
         finally:
             process.kill()

@@ -321,6 +321,11 @@ OBJECTIVES = [
         f"{OWN} loss.name=kto data.controlled.form=pairs",
     ),
     Row(
+        "data.density_ratio=[0.5,10]",
+        "data.density_ratio=0.5,10 weighs single responses, and loss=sigmoid compares two",
+        "loss.name=bco data.density_ratio=[0.5,10]",
+    ),
+    Row(
         "loss.name=kto reference.kind=none",
         "reference=none: loss=kto compares each response with the reference",
         "loss.name=kto reference.kind=live",

@@ -39,6 +39,7 @@ from dpo_lightning.run.placement import Placed, choose_answering, place, with_re
 from dpo_lightning.run.plan import RunPlan, choose_folders, make_plan, trainer_plan
 from dpo_lightning.run.prepare import (
     Prepared,
+    all_evaluated,
     choose_judge,
     controlled_data,
     prepare_groups,
@@ -164,7 +165,7 @@ def _prepare(
     )
     tokens = choose_folders(config, Path.cwd()).tokens
     if rows is not None and rows_named:
-        whole = replace(config, data=replace(config.data, eval_fraction=0.0, overfit_groups=None))
+        whole = replace(config, data=all_evaluated(config.data))
         data, chat = prepare_groups(whole, rows, source, tokens, key="data.eval", show=show)
         data.train, data.eval = [], data.train
     elif rows is not None:

@@ -37,6 +37,7 @@ from dpo_lightning.run.interpolate.drawing import Drawer, Questions
 from dpo_lightning.run.loaded import load_opened
 from dpo_lightning.run.opened import Opened
 from dpo_lightning.run.prepare import (
+    all_evaluated,
     choose_judge,
     prepare_groups,
     resolve_source,
@@ -228,7 +229,7 @@ def _questions(
         task = ControlledTask()
         ids = [row.numpy().astype("int32") for row in task.prompt_ids]
         return Questions(ids, list(PROMPTS), task, None)
-    whole = replace(config, data=replace(config.data, eval_fraction=0.0, overfit_groups=None))
+    whole = replace(config, data=all_evaluated(config.data))
     data, _ = prepare_groups(
         whole if rows_named else config,
         rows,
