@@ -8,12 +8,11 @@ prompts. The ratio is the odds of a classifier that takes both kinds for equally
 
 The paper's classifier reads embeddings of another model. This one reads the tokens of a prompt,
 so that nothing has to be loaded: a logistic regression on their counts, rare ones above frequent
-ones (tf-idf). A row's ratio comes from a classifier that has not seen the row.
+ones (tf-idf). A training row's ratio comes from a classifier that has not seen the row.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_lightning.data.groups import conversation_of
-from dpo_lightning.data.splits import PreparedData
+from dpo_lightning.data.held_out import lot_of
+from dpo_lightning.data.splits import PreparedData, group_id
 from dpo_lightning.data.tokens import TokenGroup
 
 _Floats = npt.NDArray[np.float64]
@@ -54,35 +54,30 @@ def add_density_weights(data: PreparedData, bounds: Sequence[float]) -> None:
             "data.density_ratio: the training rows have no labels of both kinds, so none is weighed"
         )
         return
-    ordered = sorted(labelled, key=_digest)[:_MOST_ROWS]
+    ordered = sorted(labelled, key=lambda group: (group_id(group), group.weight))[:_MOST_ROWS]
     matching = _Matching.fit(ordered, (bounds[0], bounds[1]))
-    ratios = matching.held_apart(data.train)
+    ratios = matching.held_apart(_undesirable(data.train))
     data.train = _weighed(data.train, ratios)
-    data.eval = _weighed(data.eval, matching.of_others(data.eval))
-    found = ratios[[group.label is False for group in data.train]]
-    at_bound = np.isin(found, bounds).mean()
+    data.eval = _weighed(data.eval, matching.of_others(_undesirable(data.eval)))
     data.notes.append(
-        f"data.density_ratio: undesirable rows weigh {found.min():.3g} to {found.max():.3g} by "
-        f"their prompts, {found.mean():.3g} in the mean; {at_bound:.0%} are at a bound"
+        f"data.density_ratio: undesirable rows weigh {ratios.min():.3g} to {ratios.max():.3g} by "
+        f"their prompts, {ratios.mean():.3g} in the mean; {np.isin(ratios, bounds).mean():.0%} are "
+        "at a bound"
     )
+
+
+def _undesirable(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """The responses that are weighed."""
+    return [group for group in groups if group.label is False]
 
 
 def _weighed(groups: Sequence[TokenGroup], ratios: _Floats) -> list[TokenGroup]:
     """The groups, of which the undesirable ones have their weight times their ratio."""
+    rest = iter(ratios.tolist())
     return [
-        replace(group, weight=group.weight * float(ratio)) if group.label is False else group
-        for group, ratio in zip(groups, ratios, strict=True)
+        replace(group, weight=group.weight * next(rest)) if group.label is False else group
+        for group in groups
     ]
-
-
-def _digest(group: TokenGroup) -> bytes:
-    """A hash of a labelled response, by which rows have an order of their own."""
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in (group.prompt, *group.responses):
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-    digest.update(repr((group.label, group.weight)).encode())
-    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +137,8 @@ class _Matching:
 
 def _folds(groups: Sequence[TokenGroup], by_rows: bool) -> npt.NDArray[np.int64]:
     """The part that each group is in, 0 to 4, (n,)."""
-    return np.array([_key(group, by_rows)[0] % _FOLDS for group in groups], dtype=np.int64)
-
-
-def _key(group: TokenGroup, by_rows: bool) -> bytes:
-    """A hash of what stays in one part."""
-    if by_rows:
-        return _digest(group)
-    text = conversation_of(group.prompt_key).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=8).digest()
+    keys = [group_id(group) if by_rows else conversation_of(group.prompt_key) for group in groups]
+    return np.array([lot_of(key) % _FOLDS for key in keys], dtype=np.int64)
 
 
 def _features(groups: Sequence[TokenGroup], rarity: _Floats) -> Any:
