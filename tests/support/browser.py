@@ -16,7 +16,6 @@ from typing import Any
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
-    "--disable-features=BackForwardCache "
     "--remote-debugging-pipe"
 )
 
