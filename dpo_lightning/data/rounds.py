@@ -93,9 +93,37 @@ class RoundPlan:
     def _prompts(self, round: int) -> int:
         if self.prompts is not None:
             return self.prompts
+        return max(1, -(-self.wanted(round) // self.groups_per_prompt))
+
+    def wanted(self, round: int) -> int:
+        """Drawn groups that a round's steps have room for."""
         first = self.first_step(round)
-        needed = self.drawn_before(first + self.steps) - self.drawn_before(first)
-        return max(1, -(-needed // self.groups_per_prompt))
+        return self.drawn_before(first + self.steps) - self.drawn_before(first)
+
+    def used(self, round: int, *, drawn: int, prompts: int) -> int:
+        """Drawn groups that a round's steps have, those that come again counted again.
+
+        A group that was dropped leaves its place empty, as two equal answers would move nothing:
+        if those that are left took its place they would come many times, and a policy that hardly
+        errs any more would learn the noise of a few labels. Only if the prompts are too few for
+        the steps do groups come again, as often as the prompts would have to; and no step is
+        without one.
+
+        Args:
+            round: The round.
+            drawn: Its groups, at least 1.
+            prompts: Prompts that were answered.
+
+        Example:
+            >>> plan = RoundPlan(1, 4, None, 2, 6, 0.0, 1)  # room for 24, of 12 prompts
+            >>> [plan.used(1, drawn=drawn, prompts=12) for drawn in (24, 15, 3)]
+            [24, 15, 4]
+            >>> plan.used(1, drawn=5, prompts=3)  # 5 of 6, each of which has 4 places
+            20
+        """
+        wanted = self.wanted(round)
+        places = min(wanted, prompts * self.groups_per_prompt)
+        return min(wanted, max(drawn * wanted // places, self.steps))
 
     def given_rows(self, step: int, given: int) -> list[int]:
         """Numbers of the given rows of a step.
@@ -118,16 +146,21 @@ class RoundPlan:
         steps = range(first, first + self.steps)
         return sorted({row for step in steps for row in self.given_rows(step, given)})
 
-    def drawn_groups(self, step: int, drawn: int) -> list[int]:
+    def drawn_groups(self, step: int, drawn: int, prompts: int) -> list[int]:
         """Numbers of a step's groups among those that its round drew.
 
         Args:
             step: The step.
             drawn: Groups of the round, at least 1.
+            prompts: Prompts that were answered in it.
         """
         round = self.round_at(step)
-        before = self.drawn_before(self.first_step(round))
-        places = range(self.drawn_before(step) - before, self.drawn_before(step + 1) - before)
+        used, number = self.used(round, drawn=drawn, prompts=prompts), step - self.first_step(round)
+        if used == self.wanted(round):
+            before = self.drawn_before(self.first_step(round))
+            places = range(self.drawn_before(step) - before, self.drawn_before(step + 1) - before)
+        else:
+            places = range(used * number // self.steps, used * (number + 1) // self.steps)
         return [_in_order(drawn, self.seed, place, round) for place in places]
 
 
@@ -152,10 +185,12 @@ class RoundGroups:
     Attributes:
         drawn: Those of the policy's answers.
         given: All given rows; those that the round's steps have are ready.
+        prompts: Prompts that were answered.
     """
 
     drawn: Sequence[TokenGroup]
     given: Sequence[TokenGroup]
+    prompts: int
 
 
 class Rounds(Protocol):
@@ -210,9 +245,7 @@ class RoundsDataModule(PreferenceDataModule):
             end = min(plan.first_step(round + 1), self.total_steps)
             groups = self._rounds.begin(round)
             self.train_groups = [*groups.drawn, *groups.given]
-            steps = _StepsOfRound(
-                plan, self.train_groups, drawn=len(groups.drawn), share=self._my_share()
-            )
+            steps = _StepsOfRound(plan, groups, share=self._my_share())
             # Its workers' seeds are no draw of the run's: a resume makes one more.
             loader = self._loader(steps, range(step, end), generator=torch.Generator())
             yield from loader
@@ -236,17 +269,16 @@ class _RoundByRound:
 class _StepsOfRound(Dataset[StepBatch]):
     """Item s is one rank's part of step s of the run: a function of the round's groups and s."""
 
-    def __init__(
-        self, plan: RoundPlan, groups: Sequence[TokenGroup], *, drawn: int, share: dict[str, Any]
-    ) -> None:
+    def __init__(self, plan: RoundPlan, groups: RoundGroups, *, share: dict[str, Any]) -> None:
         self._plan = plan
-        self._groups = groups
-        self._drawn = drawn
+        self._groups = [*groups.drawn, *groups.given]
+        self._drawn = len(groups.drawn)
+        self._prompts = groups.prompts
         self._share = share
 
     def __getitem__(self, step: int) -> StepBatch:
         given = self._plan.given_rows(step, len(self._groups) - self._drawn)
-        rows = self._plan.drawn_groups(step, self._drawn)
+        rows = self._plan.drawn_groups(step, self._drawn, self._prompts)
         return make_step_batch(
             self._groups, [*rows, *(self._drawn + row for row in given)], **self._share
         )

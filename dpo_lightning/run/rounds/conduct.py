@@ -223,7 +223,7 @@ class RoundConductor(Callback):
             moment = Moment(round, ready.policy, ready.folder, moved)
             rows = self._plan.given_rows_of(round, len(work.given))
             watch = Watch(self._check_alone, work.show)
-            groups = fill_round(
+            drawn, given = fill_round(
                 work.filling, ready.groups, work.given, rows, moment=moment, watch=watch
             )
         finally:
@@ -232,7 +232,10 @@ class RoundConductor(Callback):
         if trainer.is_global_zero and ready.metrics:
             for logger in trainer.loggers:
                 logger.log_metrics(ready.metrics, step=trainer.global_step)
-        return groups
+        return RoundGroups(drawn, given, len(self._asked(round)))
+
+    def _asked(self, round: int) -> list[int]:
+        return self._plan.choose_prompts(round, len(self._usable))
 
     def _trained_on(self, round: int) -> _ReadyRound:
         """The rows of a round of which a checkpoint has taken steps already."""
@@ -264,8 +267,7 @@ class RoundConductor(Callback):
         assert self._work is not None
         work, ranks = self._work, self._ranks
         policy = ranks.from_first(lambda: trained_hash(work.draws.policy))
-        numbers = self._plan.choose_prompts(round, len(self._usable))
-        asked = [self._usable[number] for number in numbers]
+        asked = [self._usable[number] for number in self._asked(round)]
         prompts = [group.prompt for group in asked]
         draws = RoundDraws(
             num_generations=self._settings.num_generations,
@@ -334,7 +336,7 @@ class RoundConductor(Callback):
             seed=self._seed,
             round=round,
         )
-        say_round(round, asked, found, dropped)
+        say_round(round, asked, found, dropped, plan=self._plan)
         facts = RoundFacts(
             round=round,
             step=self._ranks.trainer.global_step,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dpo_lightning.data.rounds import RoundGroups
 from dpo_lightning.data.tokens import TokenGroup
 from dpo_lightning.errors import CorruptArtifactError
 from dpo_lightning.files import ROUNDS_FOLDER
@@ -116,8 +115,8 @@ def fill_round(
     *,
     moment: Moment,
     watch: Watch,
-) -> RoundGroups:
-    """The groups of a round with their reference log-probabilities.
+) -> tuple[Sequence[TokenGroup], Sequence[TokenGroup]]:
+    """A round's drawn groups and all given rows, with their reference log-probabilities.
 
     Args:
         filling: How.
@@ -131,12 +130,12 @@ def fill_round(
         CorruptArtifactError: If values of the policy as it was are gone.
     """
     if not isinstance(filling.reference, CachedReference):
-        return RoundGroups(drawn, given)
+        return drawn, given
     if not filling.previous:
         with_values, found = _filled(filling, [drawn], filling.cache(None, None), None, watch)
         filling.start.park()
         _count(filling.reference, found)
-        return RoundGroups(with_values[0], given)
+        return with_values[0], given
     own = [given[row] for row in rows]
     cache = filling.cache(moment.policy, moment.folder / ROUNDS_FOLDER / OWN)
     parts, found = _filled(filling, [drawn, own], cache, moment, watch)
@@ -144,7 +143,7 @@ def fill_round(
     filled = [*given]
     for row, group in zip(rows, parts[1], strict=True):
         filled[row] = group
-    return RoundGroups(parts[0], filled)
+    return parts[0], filled
 
 
 def _filled(

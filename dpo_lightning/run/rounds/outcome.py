@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.data.marked import WHY_DROPPED, MarkedGroup, MarkedPrompt
+from dpo_lightning.data.rounds import RoundPlan
 from dpo_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,9 +63,14 @@ def round_metrics(
 
 
 def say_round(
-    round: int, asked: Sequence[Any], groups: Sequence[MarkedGroup], dropped: dict[str, int]
+    round: int,
+    asked: Sequence[Any],
+    groups: Sequence[MarkedGroup],
+    dropped: dict[str, int],
+    *,
+    plan: RoundPlan,
 ) -> None:
-    """Says what a round came to.
+    """Says what a round came to, and what its steps have of it.
 
     Raises:
         UserError: If nothing is left of it.
@@ -75,7 +81,12 @@ def say_round(
             f"round {round}: the answers to {len(asked)} prompts made no group ({lost}); a higher "
             "rounds.temperature, more rounds.prompts or a lower rounds.min_margin make some"
         )
-    log.info(
-        "round %d: %d groups of the answers to %d prompts%s",
-        *(round, len(groups), len(asked), f"; dropped: {lost}" if lost else ""),
-    )
+    text = f"{len(groups)} groups of the answers to {len(asked)} prompts"
+    text += f"; dropped: {lost}" if lost else ""
+    used = plan.used(round, drawn=len(groups), prompts=len(asked))
+    if used < plan.wanted(round):
+        room = plan.wanted(round) / plan.steps
+        text += f"; a step has about {used / plan.steps:.3g} of them, and room for {room:.3g}"
+    if used > len(groups):
+        text += f"; each is seen about {used / len(groups):.3g} times"
+    log.info("round %d: %s", round, text)

@@ -34,7 +34,8 @@ def test_the_share_of_given_rows_holds_over_the_steps():
     counts = [PLAN.given_before(step + 1) - PLAN.given_before(step) for step in range(8)]
     assert counts == [1, 2, 1, 2, 1, 2, 1, 2]
     assert all(
-        len(PLAN.given_rows(step, 50)) + len(PLAN.drawn_groups(step, 50)) == 6 for step in range(12)
+        len(PLAN.given_rows(step, 50)) + len(PLAN.drawn_groups(step, 50, 25)) == 6
+        for step in range(12)
     )
 
 
@@ -78,21 +79,63 @@ def test_no_prompt_is_twice_in_a_round_that_meets_the_end_of_a_pass():
     assert PLAN.choose_prompts(2, 10)[0] == epoch_order(10, seed=5, epoch=0)[9]
 
 
+def numbers(plan: RoundPlan, drawn: int, prompts: int, *, round: int = 1) -> list[list[int]]:
+    """Drawn groups of each step of a round."""
+    first = plan.first_step(round)
+    return [plan.drawn_groups(first + n, drawn, prompts) for n in range(plan.steps)]
+
+
 def test_the_groups_of_a_round_are_all_seen_before_one_is_seen_again():
-    """Eighteen of 18 once each; of 9 twice each; rounds have orders of their own."""
-    for drawn, times in ((18, 1), (9, 2)):
-        seen = Counter(n for step in range(4) for n in PLAN.drawn_groups(step, drawn))
-        assert set(seen.values()) == {times}
-        assert len(seen) == drawn
-    first, second = ([n for s in steps for n in PLAN.drawn_groups(s, 18)] for steps in
-                     (range(4), range(4, 8)))  # fmt: skip
-    assert first != second
+    """Nine prompts make 18, once each; five prompts make 10 for 18 places: eight come twice.
+
+    Rounds have orders of their own.
+    """
+    for drawn, prompts, times in ((18, 9, [1] * 18), (10, 5, [1, 1, *[2] * 8])):
+        seen = Counter(n for step in numbers(PLAN, drawn, prompts) for n in step)
+        assert sorted(seen.values()) == times
+    assert numbers(PLAN, 18, 9) != numbers(PLAN, 18, 9, round=2)
+
+
+def test_a_dropped_group_leaves_its_place_empty():
+    """Four steps of six, 12 prompts of two groups each; of 24 groups 15, 9 and 4 are left.
+
+    15 over four steps: after each of them 3, 7, 11 and 15 are done. None comes twice.
+    """
+    plan = replace(PLAN, offline_fraction=0.0)
+    for drawn, sizes in ((15, [3, 4, 4, 4]), (9, [2, 2, 2, 3]), (4, [1] * 4)):
+        found = numbers(plan, drawn, 12)
+        assert [len(step) for step in found] == sizes
+        assert sorted(n for step in found for n in step) == list(range(drawn))
+
+
+def test_no_step_is_without_a_group():
+    """Three groups for four steps: one each, one of them twice. So it is beside given rows."""
+    for share in (0.0, 0.25):
+        plan = replace(PLAN, offline_fraction=share)
+        found = numbers(plan, 3, 12)
+        assert [len(step) for step in found] == [1] * 4
+        assert {n for step in found for n in step} == {0, 1, 2}
+
+
+def test_groups_come_as_often_as_their_prompts_have_to():
+    """Six places for each of two prompts' two groups: four are seen six times, and so are three."""
+    plan = replace(PLAN, offline_fraction=0.0)
+    assert Counter(n for step in numbers(plan, 4, 2) for n in step) == dict.fromkeys(range(4), 6)
+    assert plan.used(1, drawn=3, prompts=2) == 18
+    assert Counter(n for step in numbers(plan, 3, 2) for n in step) == dict.fromkeys(range(3), 6)
+
+
+def test_more_prompts_than_the_steps_have_room_for_fill_up_what_is_dropped():
+    """Twenty prompts make 40 for 24 places: 30 that are left fill every step, 20 do not."""
+    plan = replace(PLAN, offline_fraction=0.0, prompts=20)
+    assert [len(step) for step in numbers(plan, 30, 20)] == [6] * 4
+    assert [len(step) for step in numbers(plan, 20, 20)] == [5] * 4
 
 
 def test_without_given_rows_a_step_is_drawn_whole():
     plan = replace(PLAN, offline_fraction=0.0)
     assert plan.given_rows_of(1, 10) == []
-    assert len(plan.drawn_groups(0, 30)) == 6
+    assert len(plan.drawn_groups(0, 30, 15)) == 6
 
 
 # The data module -------------------------------------------------------------------------------
@@ -111,9 +154,9 @@ class Feed:
 
     def begin(self, round: int) -> RoundGroups:
         self.begun.append(round)
-        drawn = [made(3, 10 * round + n, f"r{round}") for n in range(9)]
+        drawn = [made(3, 10 * round + n, f"r{round}") for n in range(10)]
         given = [made(4, 5, "given") for _ in range(10)]
-        return RoundGroups(drawn, given)
+        return RoundGroups(drawn, given, 5)
 
 
 def module_of(feed: Feed, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0):
@@ -170,7 +213,9 @@ def test_ranks_share_a_step_out():
     for step, both in enumerate(zip(*parts, strict=True)):
         rows = [row for batch in both for micro in batch.counted for row in micro.rows]
         given = PLAN.given_rows(step, 10)
-        assert sorted(rows) == sorted([*PLAN.drawn_groups(step, 9), *(9 + row for row in given)])
+        assert sorted(rows) == sorted(
+            [*PLAN.drawn_groups(step, 10, 5), *(10 + row for row in given)]
+        )
 
 
 @pytest.mark.slow
@@ -181,7 +226,7 @@ def test_workers_have_the_groups_of_the_round():
         assert feed.begun[-1] == PLAN.round_at(step), "a worker ran ahead of the round"
         round = PLAN.round_at(step)
         tokens = {int(t) for micro in batch.counted for t in micro.targets if t >= 10}
-        assert tokens <= {10 * round + n for n in range(9)}
+        assert tokens <= {10 * round + n for n in range(10)}
 
 
 def test_an_epoch_is_a_round():

@@ -17,6 +17,7 @@ from dpo_lightning.run.rounds import conduct
 from dpo_lightning.run.rounds.conduct import Paused, RoundConductor, RoundWork
 from dpo_lightning.run.rounds.files import read_round, rows_path
 from dpo_lightning.run.rounds.kept import Saving
+from dpo_lightning.run.rounds.outcome import say_round
 from dpo_lightning.settings.rounds import RoundSettings
 from dpo_lightning.tracking.progress import Throughput
 from tests.support.groups import ids
@@ -131,7 +132,7 @@ def drawn(monkeypatch) -> list[int]:
 
     def fill_round(filling, groups, given, rows, *, moment, watch):
         torch.rand(2)
-        return RoundGroups(groups, given)
+        return groups, given
 
     monkeypatch.setattr(conduct, "draw_round", draw_round)
     monkeypatch.setattr(conduct, "fill_round", fill_round)
@@ -268,6 +269,27 @@ def test_a_round_without_a_group_ends_the_run(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="round 1: the answers to 2 prompts made no group"):
         Scene(tmp_path / "run").begin(1)
+
+
+def test_a_round_says_what_its_steps_have(caplog):
+    """Room for 12 of two steps of six: 9 are 4.5 a step; one is in both; of all 12 nothing is said.
+
+    Two of four groups of two prompts, for 12 places: each has three, and comes three times.
+    """
+    plan = replace(PLAN, count=1, steps=2, batch_size=6, groups_per_prompt=2, offline_fraction=0.0)
+
+    def said(groups: int, prompts: int) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            say_round(1, [None] * prompts, [None] * groups, {}, plan=plan)
+        return caplog.messages[-1].partition("prompts")[2]
+
+    assert said(12, 6) == ""
+    assert said(9, 6) == "; a step has about 4.5 of them, and room for 6"
+    once = "; a step has about 1 of them, and room for 6; each is seen about 2 times"
+    assert said(1, 6) == once
+    assert said(2, 2) == "; a step has about 3 of them, and room for 6; each is seen about 3 times"
+    assert said(4, 2) == "; each is seen about 3 times"
 
 
 def test_prompts_without_room_for_an_answer_are_not_asked(tmp_path):
