@@ -106,24 +106,23 @@ class RoundPlan:
         A group that was dropped leaves its place empty, as two equal answers would move nothing:
         if those that are left took its place they would come many times, and a policy that hardly
         errs any more would learn the noise of a few labels. Only if the prompts are too few for
-        the steps do groups come again, as often as the prompts would have to; and no step is
-        without one.
+        the steps do groups come again, as often as the prompts would have to.
 
         Args:
             round: The round.
-            drawn: Its groups, at least 1.
+            drawn: Its groups.
             prompts: Prompts that were answered.
 
         Example:
             >>> plan = RoundPlan(1, 4, None, 2, 6, 0.0, 1)  # room for 24, of 12 prompts
-            >>> [plan.used(1, drawn=drawn, prompts=12) for drawn in (24, 15, 3)]
-            [24, 15, 4]
+            >>> [plan.used(1, drawn=drawn, prompts=12) for drawn in (24, 15, 0)]
+            [24, 15, 0]
             >>> plan.used(1, drawn=5, prompts=3)  # 5 of 6, each of which has 4 places
             20
         """
         wanted = self.wanted(round)
         places = min(wanted, prompts * self.groups_per_prompt)
-        return min(wanted, max(drawn * wanted // places, self.steps))
+        return min(wanted, drawn * wanted // places)
 
     def given_rows(self, step: int, given: int) -> list[int]:
         """Numbers of the given rows of a step.
@@ -151,7 +150,7 @@ class RoundPlan:
 
         Args:
             step: The step.
-            drawn: Groups of the round, at least 1.
+            drawn: Groups of the round.
             prompts: Prompts that were answered in it.
         """
         round = self.round_at(step)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.faults
 
 TASK = (
     *("data.controlled.train_groups=96", "data.controlled.eval_groups=40", "data.batch_size=16"),
-    *("rounds.count=5", "rounds.steps=4", "rounds.offline_fraction=0.25", "optimizer.lr=0.01"),
+    *("rounds.count=5", "rounds.steps=4", "rounds.offline_fraction=0.25", "optimizer.lr=0.003"),
     *("checkpoint.every_n_steps=3", "checkpoint.keep=2", "data.micro_batch_tokens=64"),
     *("evaluation.samples=2", "evaluation.partition_samples=0", "trainer.log_every_n_steps=2"),
     *("evaluation.judge=sunny", "trainer.callbacks=[die_after_a_step]"),

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_lightning import assets
 from dpo_lightning.data.rounds import RoundPlan
+from dpo_lightning.run.rounds import conduct
 from tests.support.ranks import launch
 from tests.support.recovery import assert_same_end, checkpoint
 from tests.support.runs import TINY, Run, run_train
@@ -215,6 +216,33 @@ def test_no_group_left_is_said_in_one_line(tmp_path, capfd):
     run = run_train(tmp_path / "run", *ROUNDS, "rounds.groups=margin", "rounds.min_margin=1000")
     assert run.code == 2
     assert "round 1: the answers to" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["start", "previous"])
+def test_a_round_of_equal_answers_moves_nothing(tmp_path, monkeypatch, reference):
+    """The second round has no group: its steps have no loss and no gradient, and the third goes on.
+
+    So it is with a binary judge and few prompts a round, where all answers may be right.
+    """
+
+    def mark_groups(marked, *, round, **how):
+        groups, dropped = marked_groups(marked, round=round, **how)
+        return ([] if round == 2 else groups), dropped
+
+    marked_groups = conduct.mark_groups
+    monkeypatch.setattr(conduct, "mark_groups", mark_groups)
+    words = (*ROUNDS, f"rounds.reference={reference}")
+    run = run_train(tmp_path / "run", *words)
+    assert run.code == 0
+    loss, norm = at(run, "train/loss"), at(run, "train/grad_norm")
+    assert [step for step, value in loss.items() if value is None] == [5, 6, 7, 8]
+    assert {norm[step] for step in (5, 6, 7, 8)} == {0.0}
+    assert min(norm[step] for step in (4, 9)) > 0
+    assert rows_of(run, 2) == []
+    assert len(rows_of(run, 3)) > 20
+    resumed = run_train(tmp_path / "resumed", *words, f"resume={checkpoint(run, 6)}")
+    assert_same_end(resumed, run, after=6)
 
 
 @pytest.mark.slow

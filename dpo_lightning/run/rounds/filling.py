@@ -129,7 +129,8 @@ def fill_round(
     Raises:
         CorruptArtifactError: If values of the policy as it was are gone.
     """
-    if not isinstance(filling.reference, CachedReference):
+    wanted = drawn or (filling.previous and rows)
+    if not wanted or not isinstance(filling.reference, CachedReference):
         return drawn, given
     if not filling.previous:
         with_values, found = _filled(filling, [drawn], filling.cache(None, None), None, watch)

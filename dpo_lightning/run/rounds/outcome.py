@@ -73,9 +73,17 @@ def say_round(
     """Says what a round came to, and what its steps have of it.
 
     Raises:
-        UserError: If nothing is left of it.
+        UserError: If nothing is left of the first one; what makes none later, as where all answers
+            to a few prompts are as good, moves nothing.
     """
     lost = ", ".join(f"{count} {WHY_DROPPED[name]}" for name, count in dropped.items())
+    if not groups and round > 1:
+        log.warning(
+            "round %d: the answers to %d prompts made no group (%s), so that its steps move "
+            "nothing by them; a higher rounds.temperature or more rounds.prompts make some",
+            *(round, len(asked), lost),
+        )
+        return
     if not groups:
         raise UserError(
             f"round {round}: the answers to {len(asked)} prompts made no group ({lost}); a higher "

@@ -263,18 +263,26 @@ def test_a_signal_while_marks_are_made_saves_and_stops(tmp_path, monkeypatch):
     assert not rows_path(scene.folder.path, 2).exists()
 
 
-def test_a_round_without_a_group_ends_the_run(tmp_path, monkeypatch):
+def test_a_first_round_without_a_group_ends_the_run_and_a_later_one_moves_nothing(
+    tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(
         conduct, "draw_round", lambda drawing, prompts, draws, **_: ([[ids(9)] * 2] * 2, 4)
     )
+    scene = Scene(tmp_path / "run")
     with pytest.raises(UserError, match="round 1: the answers to 2 prompts made no group"):
-        Scene(tmp_path / "run").begin(1)
+        scene.begin(1)
+    assert list(scene.begin(2).drawn) == []
+    assert "round 2: the answers to 2 prompts made no group" in caplog.text
+    assert read_round(scene.folder.path, 2).groups == []
+    # A resume in the midst of it reads that there are none.
+    assert list(scene.begin(2, step=5).drawn) == []
 
 
 def test_a_round_says_what_its_steps_have(caplog):
-    """Room for 12 of two steps of six: 9 are 4.5 a step; one is in both; of all 12 nothing is said.
+    """Room for 12 in two steps: 9 are 4.5 a step, and of all 12 nothing is said.
 
-    Two of four groups of two prompts, for 12 places: each has three, and comes three times.
+    Two of the four groups of two prompts, for 12 places: each has three.
     """
     plan = replace(PLAN, count=1, steps=2, batch_size=6, groups_per_prompt=2, offline_fraction=0.0)
 
@@ -286,8 +294,6 @@ def test_a_round_says_what_its_steps_have(caplog):
 
     assert said(12, 6) == ""
     assert said(9, 6) == "; a step has about 4.5 of them, and room for 6"
-    once = "; a step has about 1 of them, and room for 6; each is seen about 2 times"
-    assert said(1, 6) == once
     assert said(2, 2) == "; a step has about 3 of them, and room for 6; each is seen about 3 times"
     assert said(4, 2) == "; each is seen about 3 times"
 
