@@ -32,7 +32,9 @@ from workload import SHAPES, SIZES, Workload, make_rows
 HERE = Path(__file__).resolve().parent
 BETAS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TINY = ("trainer.max_steps=20",)
-PRUNED = ("sweep.prune=halving", "sweep.prune_within=[]")
+# Pruned sweeps: with the default rungs, and with one, after which two of eight trials go on.
+PRUNED = {"pruned": ("sweep.prune=halving", "sweep.prune_within=[]")}
+PRUNED["one rung"] = (*PRUNED["pruned"], "sweep.prune_at=[0.125]", "sweep.prune_keep=0.25")
 # Steps of TRL that are timed, after those in which caches and allocators fill.
 STEADY, WARM = 200, 8
 
@@ -188,7 +190,7 @@ def take_turns(
                 f"{part:6} round {turn + 1}  {arm:14} {spent.wall:8.1f} s  {spent.cpu:8.1f} CPU-s",
                 flush=True,
             )
-        whole = [losses(work / f"{part}-{arm}-{turn}") for arm in arms if arm != "pruned"]
+        whole = [losses(work / f"{part}-{arm}-{turn}") for arm in arms if arm not in PRUNED]
         if any(one != whole[0] for one in whole[1:]):
             print(f"{part}: the losses differ, so the work may differ too", flush=True)
     return records
@@ -224,9 +226,9 @@ def large(
     threads: int,
     precision: str = "bf16-mixed",
     shape: str = "lognormal",
-    again: str | None = None,
+    again: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Eight β of one model: our whole grid, our pruned sweep, and TRL one run after the other.
+    """Eight β of one model: our whole grid, our pruned sweeps, and TRL one run after the other.
 
     Args:
         trees: The code of each name.
@@ -236,7 +238,7 @@ def large(
         threads: Of TRL.
         precision: Of both sides.
         shape: Lengths of the rows.
-        again: The arm that is timed alone, beside kept figures; None: all of them, and TRL.
+        again: Arms that are timed alone, beside kept figures; none: all of them, and TRL.
     """
     workload = Workload.make(work / "workload", SIZES[scale.size], SHAPES[shape], rows=scale.rows)
     evaluation = work / "evaluation.jsonl"
@@ -254,17 +256,17 @@ def large(
     arms: dict[str, tuple[Path, Sequence[str]]] = {
         f"grid {name}": (tree, settings) for name, tree in trees.items()
     }
-    if knows(trees["here"], PRUNED, work):
-        arms["pruned"] = (trees["here"], (*settings, *PRUNED))
+    if knows(trees["here"], PRUNED["pruned"], work):
+        arms |= {name: (trees["here"], (*settings, *own)) for name, own in PRUNED.items()}
     else:
-        print(f"this checkout does not know {PRUNED[0]}: the whole grid alone", flush=True)
-    if again is not None:
-        arms = {again: arms[again]}
+        print(f"this checkout does not know {PRUNED['pruned'][0]}: the whole grid alone")
+    if again:
+        arms = {name: arms[name] for name in again}
     records = take_turns(arms, work, rounds=rounds, part="large", betas=scale.betas)
     facts: dict[str, Any] = {"betas": scale.betas, "rows": scale.rows, "evaluated": scale.evaluated}
     facts |= {"pairs": scale.pairs, "steps": steps, "precision": precision, "shape": shape}
     facts |= {"model": SIZES[scale.size].describe(), "runs": records}
-    if again is not None:
+    if again:
         return facts
     options = workload.options() | {
         "evaluation": evaluation, "cache": work / "datasets-cache", "precision": precision,
@@ -282,8 +284,8 @@ def large(
     return facts | {"trl": theirs}
 
 
-def merged(kept: dict[str, Any], found: dict[str, Any], arm: str) -> dict[str, Any]:
-    """Kept figures of the large part with those of one arm, timed again, in place of its own.
+def merged(kept: dict[str, Any], found: dict[str, Any], arms: Sequence[str]) -> dict[str, Any]:
+    """Kept figures of the large part with those of arms that were timed again in their place.
 
     Raises:
         SystemExit: If the two are not of the same work on the same machine.
@@ -293,8 +295,8 @@ def merged(kept: dict[str, Any], found: dict[str, Any], arm: str) -> dict[str, A
             raise SystemExit(f"--again: the kept figures have another {name}: {kept.get(name)}")
     if found["machine"]["cpu"] != kept["machine"]["cpu"]:
         raise SystemExit("--again: the kept figures are of another machine")
-    runs = [run for run in kept["runs"] if run["arm"] != arm]
-    again = {"arm": arm, "machine": found["machine"], "load": found["load"]}
+    runs = [run for run in kept["runs"] if run["arm"] not in arms]
+    again = {"arms": [*arms], "machine": found["machine"], "load": found["load"]}
     return kept | {"runs": [*runs, *found["runs"]], "again": again}
 
 
@@ -314,8 +316,9 @@ def main() -> None:
         help="lengths of the large part's rows: short halves them, and the time that it takes",
     )  # fmt: skip
     parser.add_argument(
-        "--again", choices=("pruned",), help="times this arm of the large part alone, once more"
-    )
+        "--again", nargs="+", choices=("grid here", *PRUNED), default=(),
+        help="times these arms of the large part alone, once more",
+    )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="tries the program out; needs --out")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
@@ -357,7 +360,7 @@ def main() -> None:
                 precision=arguments.precision, shape=arguments.shape, again=arguments.again,
             )  # fmt: skip
             found = head | found
-            if arguments.again is not None:
+            if arguments.again:
                 found = merged(report["large"], found, arguments.again)
             report["large"] = found
             write(arguments.out, report, readme)

@@ -45,11 +45,12 @@ def ratios(report: dict[str, Any]) -> dict[str, list[float | None]]:
         found["whole grid over TRL tuned, one β after the other"] = ratio(grid, trl)
         if there := seconds_of(part["runs"], "grid there"):
             found["whole grid over the older commit's"] = ratio(grid, there)
-        if pruned := seconds_of(part["runs"], "pruned"):
-            whole = there or grid
-            name = "the older commit's whole grid" if there else "our whole grid"
-            found[f"pruned over {name}"] = ratio(pruned, whole)
-            found["pruned over TRL tuned, one β after the other"] = ratio(pruned, trl)
+        for arm in ("pruned", "one rung"):
+            if own := seconds_of(part["runs"], arm):
+                whole = there or grid
+                name = "the older commit's whole grid" if there else "our whole grid"
+                found[f"{arm} over {name}"] = ratio(own, whole)
+                found[f"{arm} over TRL tuned, one β after the other"] = ratio(own, trl)
     return found
 
 
@@ -81,6 +82,9 @@ def _part(found: dict[str, Any]) -> list[str]:
     where = f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores"
     if found["load"] > QUIET:
         where += f", beside other work, load {found['load']:.0f}"
+    if "again" in found:
+        again = found["again"]
+        where += f"; {' and '.join(again['arms'])} {again['machine']['date']}"
     if found["against"]:
         where += f", there is {found['against'][:12]}"
     lines = [f"{len(found['betas'])} β, {what} ({where}):", ""]

@@ -59,6 +59,7 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
     tiny = [run("there", 1, 40, 8), run("here", 0, 10, 2), run("there", 0, 20, 4)]
     tiny += [run("here", 1, 20, 4)]
     runs = [run("grid here", 0, 200, 1), run("grid there", 0, 225, 1), run("pruned", 0, 90, 1)]
+    runs.append(run("one rung", 0, 45, 1))
     more = {"trl": [{"round": 0, "run_seconds": 135.0}], "rows": 2048, "steps": 256}
     more |= {"pairs": 8, "precision": "32-true", "shape": "short"}
     report = {
@@ -74,6 +75,8 @@ def test_the_ratios_are_of_paired_rounds_and_of_eight_runs(bench):
             "whole grid over the older commit's": 200 / 225,
             "pruned over the older commit's whole grid": 0.4,
             "pruned over TRL tuned, one β after the other": 1 / 12,
+            "one rung over the older commit's whole grid": 0.2,
+            "one rung over TRL tuned, one β after the other": 1 / 24,
         }
     )
     table = bench.results.table(report)
@@ -90,7 +93,7 @@ def test_the_pruned_sweep_is_an_arm_where_the_checkout_knows_it(
 
     def sweep(tree, folder, settings, *, betas):
         assert betas == (0.1, 0.2)
-        swept.append((folder.name, tree.name, set(bench.PRUNED) <= set(settings)))
+        swept.append((folder.name, tree.name, set(bench.PRUNED["pruned"]) <= set(settings)))
         return bench.Spent(1.0, 2.0)
 
     def arm(name, out, *, options):
@@ -107,11 +110,11 @@ def test_the_pruned_sweep_is_an_arm_where_the_checkout_knows_it(
     names = [name for name, *_ in swept]
     grids = ["large-grid here-0", "large-grid there-0"]
     if known:
-        assert names[:3] == [*grids, "large-pruned-0"]
-        assert names[3] == "large-pruned-1"  # the other way round
+        assert names[:4] == [*grids, "large-pruned-0", "large-one rung-0"]
+        assert names[4:6] == ["large-one rung-1", "large-pruned-1"]  # the other way round
     else:
         assert names == [*grids, "large-grid there-1", "large-grid here-1"]
-    assert [tree for name, tree, pruned in swept if pruned] == ["here", "here"] * known
+    assert [tree for name, tree, pruned in swept if pruned] == ["here"] * 4 * known
     # The steps that are timed and those before them; all rows have their reference computed.
     assert asked["steps"] == 1 + bench.WARM + 4
     assert len(asked["ordered"].read_text().splitlines()) == 64
@@ -172,15 +175,15 @@ def test_a_toy_does_not_overwrite_what_was_measured(bench, monkeypatch):
         bench.main()
 
 
-def test_an_arm_that_is_timed_again_takes_the_place_of_its_own_figures_alone(bench):
+def test_arms_that_are_timed_again_take_the_place_of_their_own_figures_alone(bench):
     work = {name: 1 for name in ("betas", "rows", "evaluated", "pairs", "steps")}
     work |= {"precision": "32-true", "shape": "short", "model": {"layers": 8}}
     work |= {"machine": {"cpu": "a cpu"}, "load": 0.1}
     kept = work | {"runs": [run("grid here", 0, 9, 1), run("pruned", 0, 5, 1)], "trl": [1]}
     found = work | {"runs": [run("pruned", 0, 4, 1)]}
-    merged = bench.merged(kept, found, "pruned")
+    merged = bench.merged(kept, found, ["pruned"])
     assert merged["runs"] == [run("grid here", 0, 9, 1), run("pruned", 0, 4, 1)]
-    assert (merged["trl"], merged["again"]["arm"]) == ([1], "pruned")
+    assert (merged["trl"], merged["again"]["arms"]) == ([1], ["pruned"])
     for other in ({"shape": "lognormal"}, {"machine": {"cpu": "another"}}):
         with pytest.raises(SystemExit, match="--again: the kept figures"):
-            bench.merged(kept, found | other, "pruned")
+            bench.merged(kept, found | other, ["pruned"])
