@@ -159,7 +159,8 @@ class RoundPlan:
             before = self.drawn_before(self.first_step(round))
             places = range(self.drawn_before(step) - before, self.drawn_before(step + 1) - before)
         else:
-            places = range(used * number // self.steps, used * (number + 1) // self.steps)
+            # Rounded up, so that the first step has one if any has.
+            places = range(*(-(-used * n // self.steps) for n in (number, number + 1)))
         return [_in_order(drawn, self.seed, place, round) for place in places]
 
 

@@ -99,12 +99,12 @@ def test_the_groups_of_a_round_are_all_seen_before_one_is_seen_again():
 def test_a_dropped_group_leaves_its_place_empty():
     """Four steps of six, 12 prompts of two groups each; of 24 groups 15, 9, 3 and none are left.
 
-    15 over four steps: after each of them 3, 7, 11 and 15 are done. None comes twice.
+    15 over four steps: after each of them 4, 8, 12 and 15 are done. None comes twice.
     """
     plan = replace(PLAN, offline_fraction=0.0)
     for drawn, sizes in (
-        *((15, [3, 4, 4, 4]), (9, [2, 2, 2, 3])),
-        *((3, [0, 1, 1, 1]), (0, [0] * 4)),
+        *((15, [4, 4, 4, 3]), (9, [3, 2, 2, 2])),
+        *((3, [1, 1, 1, 0]), (0, [0] * 4)),
     ):
         found = numbers(plan, drawn, 12)
         assert [len(step) for step in found] == sizes
