@@ -39,8 +39,7 @@ KINDS = {
 COMMON = (
     *("evaluation.samples=0", "evaluation.partition_samples=0", "logger=none"),
     *("trainer.accelerator=cpu", "trainer.threads=1", "trainer.enable_progress_bar=false"),
-    *("checkpoint.every_n_steps=null", "checkpoint.last=false"),
-    *("data.controlled.eval_groups=64", "optimizer.betas=[0.9,0.95]"),
+    *("checkpoint.every_n_steps=null", "checkpoint.last=false", "data.controlled.eval_groups=64"),
     *("plugins=[rounds]", "trainer.callbacks=[round_probe]"),
 )
 RESULTS = Path(__file__).parent / "results" / "rounds.json"

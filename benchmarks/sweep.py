@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 BETAS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 TINY = ("trainer.max_steps=20",)
 # Pruned sweeps: with the default rungs, and with one, after which two of eight trials go on.
-PRUNED = {"pruned": ("sweep.prune=halving", "sweep.prune_within=[]")}
+PRUNED: dict[str, tuple[str, ...]] = {"pruned": ("sweep.prune=halving", "sweep.prune_within=[]")}
 PRUNED["one rung"] = (*PRUNED["pruned"], "sweep.prune_at=[0.125]", "sweep.prune_keep=0.25")
 # Steps of TRL that are timed, after those in which caches and allocators fill.
 STEADY, WARM = 200, 8

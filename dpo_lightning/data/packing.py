@@ -118,7 +118,8 @@ class StepBatch(Movable):
     Attributes:
         micro_batches: At least one, unless the rank has no groups in this step; the last
             ``fillers`` of them hold a group that is not to count.
-        total_weight: Sum of the weights of all the step's groups, over all ranks.
+        total_weight: Sum of the weights of all the step's groups, over all ranks, and 1 for each
+            place that is left empty: the number that its loss and gradient are divided by.
         pairs: Strictly ranked pairs of the step, over all ranks.
         tokens: Tokens that the step computes, over all ranks; none is padding.
         fillers: Micro-batches that are there for the other ranks, which have as many.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,10 +103,11 @@ class RoundPlan:
     def used(self, round: int, *, drawn: int, prompts: int) -> int:
         """Drawn groups that a round's steps have, those that come again counted again.
 
-        A group that was dropped leaves its place empty, as two equal answers would move nothing:
-        if those that are left took its place they would come many times, and a policy that hardly
-        errs any more would learn the noise of a few labels. Only if the prompts are too few for
-        the steps do groups come again, as often as the prompts would have to.
+        A group that was dropped leaves its place empty, which counts in the mean of its step as two
+        equal answers do, that compare nothing. If those that are left took its place they would
+        come many times, and a policy that hardly errs any more would learn the noise of a few
+        labels. Only if the prompts are too few for the steps do groups come again, as often as the
+        prompts would have to.
 
         Args:
             round: The round.
@@ -279,6 +280,8 @@ class _StepsOfRound(Dataset[StepBatch]):
     def __getitem__(self, step: int) -> StepBatch:
         given = self._plan.given_rows(step, len(self._groups) - self._drawn)
         rows = self._plan.drawn_groups(step, self._drawn, self._prompts)
-        return make_step_batch(
+        batch = make_step_batch(
             self._groups, [*rows, *(self._drawn + row for row in given)], **self._share
         )
+        empty = max(0, self._plan.batch_size - len(rows) - len(given))
+        return replace(batch, total_weight=batch.total_weight + empty)

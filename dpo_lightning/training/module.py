@@ -232,9 +232,8 @@ class DPOModule(EvaluatingModule):
 
     def _backward(self, batch: StepBatch) -> tuple[Tensor, list[Scored]]:
         """Backward passes of a step; its sums, and what was scored for them."""
-        # Data-parallel strategies average gradients over ranks; the step's loss is one mean. A
-        # step of a round may have no group at all.
-        scale = self.trainer.world_size / (self._weight_of(batch) or 1.0)
+        # Data-parallel strategies average gradients over ranks; the step's loss is one mean.
+        scale = self.trainer.world_size / self._weight_of(batch)
         sums = self._no_sums()
         anchor = self._anchor(batch)
         scored: list[Scored] = []

@@ -142,15 +142,15 @@ def made(prompt: int, chosen: int, source: str) -> TokenGroup:
 class Feed:
     """Rounds whose groups say which round drew them; notes when each is asked for."""
 
-    def __init__(self, plan: RoundPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: RoundPlan, prompts: int = 5) -> None:
+        self.plan, self.prompts = plan, prompts
         self.begun: list[int] = []
 
     def begin(self, round: int) -> RoundGroups:
         self.begun.append(round)
         drawn = [made(3, 10 * round + n, f"r{round}") for n in range(10)]
         given = [made(4, 5, "given") for _ in range(10)]
-        return RoundGroups(drawn, given, 5)
+        return RoundGroups(drawn, given, self.prompts)
 
 
 def module_of(feed: Feed, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0):
@@ -199,6 +199,17 @@ def test_a_resumed_run_begins_inside_a_round():
     assert [[m.rows for m in b.counted] for b in batches] == [
         [m.rows for m in b.counted] for b in whole
     ]
+
+
+def test_a_place_that_is_empty_counts_in_the_mean_of_its_step():
+    """Nine prompts made ten groups, for 18 places: a step has four of six, and counts as six.
+
+    Where five prompts made the ten, they come again and no place is empty.
+    """
+    for prompts, left in ((9, 4), (5, 6)):
+        batches = list(module_of(Feed(PLAN, prompts)).train_dataloader())
+        assert {sum(len(micro.rows) for micro in batch.counted) for batch in batches} == {left}
+        assert {batch.total_weight for batch in batches} == {6.0}
 
 
 def test_ranks_share_a_step_out():
