@@ -119,7 +119,7 @@ bench-sampling: $(BENCH)/.ready ## tokens a second of eight answers to a prompt,
 bench-sweep: $(BENCH)/.ready ## time whole sweeps beside TRL, or beside a commit: make bench-sweep ARGS="--against HEAD~1"
 	@$(BENCH)/bin/python benchmarks/sweep.py $(ARGS)
 
-bench-rounds: $(READY) ## train with and without on-policy rounds on the embedded task, exactly measured; an hour
+bench-rounds: $(READY) ## train with and without on-policy rounds on the embedded task, exactly measured; twenty minutes
 	@PYTHONPATH=benchmarks $(BIN)/python benchmarks/rounds.py --picture docs/rounds.png $(ARGS)
 
 # Local version tags, GPU wheels and the project itself stay out, so that one file serves every machine.
