@@ -85,10 +85,11 @@ def moment(folder: Path, *, round: int = 2, moved: bool = False) -> Moment:
 
 def test_a_round_has_values_of_the_start(tmp_path, groups):
     filling = filling_of(tmp_path, moved_policy(), previous=False)
-    found = fill_round(filling, groups[:4], groups[4:], [], moment=moment(tmp_path), watch=WATCH)
-    for group in found.drawn:
+    now = moment(tmp_path)
+    drawn, given = fill_round(filling, groups[:4], groups[4:], [], moment=now, watch=WATCH)
+    for group in drawn:
         assert group.reference_logps == pytest.approx(plain_logps(bundled(), group), abs=1e-4)
-    assert [group.reference_logps for group in found.given] == [None, None]
+    assert [group.reference_logps for group in given] == [None, None]
     assert (filling.reference.rows, filling.reference.computed) == (14, 8)
 
 
@@ -96,12 +97,13 @@ def test_a_round_has_values_of_the_policy_that_drew_it(tmp_path, groups):
     """The given rows that its steps have too, and no others."""
     policy = moved_policy()
     filling = filling_of(tmp_path, policy, previous=True)
-    found = fill_round(filling, groups[:4], groups[4:], [1], moment=moment(tmp_path), watch=WATCH)
-    for group in (*found.drawn, found.given[1]):
+    now = moment(tmp_path)
+    drawn, given = fill_round(filling, groups[:4], groups[4:], [1], moment=now, watch=WATCH)
+    for group in (*drawn, given[1]):
         expected = plain_logps(moved_policy(), group)
         assert group.reference_logps == pytest.approx(expected, abs=1e-4)
         assert group.reference_logps != pytest.approx(plain_logps(bundled(), group), abs=1e-2)
-    assert found.given[0].reference_logps is None
+    assert given[0].reference_logps is None
     assert [path.name for path in (tmp_path / "rounds").iterdir()] == [".reference"]
 
 
@@ -109,11 +111,12 @@ def test_a_resumed_round_has_the_values_that_were_kept(tmp_path, groups):
     """By then the policy has moved on, and would give others."""
     policy = moved_policy()
     filling = filling_of(tmp_path, policy, previous=True)
-    first = fill_round(filling, groups, [], [], moment=moment(tmp_path), watch=WATCH)
+    first, _ = fill_round(filling, groups, [], [], moment=moment(tmp_path), watch=WATCH)
     with torch.no_grad():
         policy.get_output_embeddings().weight.mul_(1.1)
-    again = fill_round(filling, groups, [], [], moment=moment(tmp_path, moved=True), watch=WATCH)
-    for one, other in zip(first.drawn, again.drawn, strict=True):
+    later = moment(tmp_path, moved=True)
+    again, _ = fill_round(filling, groups, [], [], moment=later, watch=WATCH)
+    for one, other in zip(first, again, strict=True):
         assert np.array_equal(one.reference_logps, other.reference_logps)
 
 
@@ -130,8 +133,8 @@ def test_the_policy_of_the_first_round_is_the_start(tmp_path):
 
 def test_without_a_cached_reference_there_is_nothing_to_fill(tmp_path, groups):
     filling = filling_of(tmp_path, moved_policy(), previous=False, reference=NoReference())
-    found = fill_round(filling, groups, [], [], moment=moment(tmp_path), watch=WATCH)
-    assert found.drawn is groups
+    drawn, _ = fill_round(filling, groups, [], [], moment=moment(tmp_path), watch=WATCH)
+    assert drawn is groups
     assert list(tmp_path.iterdir()) == []
 
 
