@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 BENCH := .venv-bench
 LAUNCHERS := .venv-launchers
 SITE := .venv-docs
-INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what it loads, once; pip would compile all files of torch and transformers.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 SLOW := (slow or docs) and not long and not launchers and not faults
 EVERY := not long and not launchers and not faults

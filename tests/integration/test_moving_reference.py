@@ -24,10 +24,8 @@ WAYS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", ["full", *(pytest.param(way, marks=pytest.mark.long) for way in ("lora", "half"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["full", "lora", "half"])
 def test_a_resumed_run_equals_an_undisturbed_one(way: str, tmp_path):
     """From a step between two updates: rows, checkpoints, export and answers, bit for bit."""
     settings = (*LONG, *WAYS[way], "evaluation.samples=6")

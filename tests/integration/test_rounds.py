@@ -172,8 +172,13 @@ def test_a_live_reference_gives_the_same_training(whole, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [6, 8])
-@pytest.mark.parametrize("reference", ["start", "previous"])
+@pytest.mark.parametrize(
+    ("step", "reference"),
+    [
+        *((8, "start"), (6, "previous")),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((6, "start"), (8, "previous"))),
+    ],
+)
 def test_a_resumed_run_ends_like_an_undisturbed_one(whole, tmp_path, step, reference):
     """Step 6 is inside a round, whose rows are read; at 8 a round begins, and is drawn again."""
     words = (*ROUNDS, f"rounds.reference={reference}")
@@ -219,7 +224,7 @@ def test_no_group_left_is_said_in_one_line(tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["start", "previous"])
+@pytest.mark.parametrize("reference", ["start", pytest.param("previous", marks=pytest.mark.long)])
 def test_a_round_of_equal_answers_moves_nothing(tmp_path, monkeypatch, reference):
     """The second round has no group: its steps have no loss and no gradient, and the third goes on.
 

@@ -217,7 +217,7 @@ def test_micro_batches_do_not_change_the_step(tmp_path, micro: int):
         assert split.values(name) == pytest.approx(whole.values(name), rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
     """Two passes of six steps, stopped at 4, at the pass's end (6) and in the second pass (9)."""
     long = [*TINY, "trainer.max_epochs=2", "checkpoint.every_n_steps=1", "checkpoint.keep=20"]
@@ -321,7 +321,7 @@ def test_gradient_checkpointing_is_on_while_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("signal_name", "code"), [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)]
+    ("signal_name", "code"), [pytest.param("SIGINT", 130, marks=pytest.mark.long), ("SIGTERM", 143)]
 )
 def test_a_signal_stops_with_its_code(tmp_path, signal_name: str, code: int):
     arguments = ("logger=none", f"hydra.run.dir={tmp_path / 'run'}")

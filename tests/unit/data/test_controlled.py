@@ -387,7 +387,7 @@ def test_the_maker_makes_the_shipped_model_again(task, reference_logps, tmp_path
     assert learned < 0.002
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_maker_is_a_command(tmp_path):
     command = [sys.executable, "-m", "dpo_lightning.assets.make_tiny_llama"]
     done = subprocess.run(

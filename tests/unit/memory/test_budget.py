@@ -182,7 +182,7 @@ def test_groups_over_the_budget_are_said_once(caplog):
 
 @pytest.mark.parametrize(
     ("prompt", "response"),
-    [(96, 48), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(64, 128), (256, 64)])],
+    [(96, 48), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in [(64, 128), (256, 64)])],
 )
 def test_a_step_computes_what_the_model_of_it_says(prompt: int, response: int):
     """FLOPs of a pair, forward and backward, within 5% of 3 (2 N T + 2 H (C + R) + attention).

@@ -40,7 +40,7 @@ def llama() -> StepMemory:
 @pytest.mark.parametrize(
     ("architecture", "way"),
     [
-        pytest.param(name, way, marks=[] if (name, way) in QUICK else [pytest.mark.slow])
+        pytest.param(name, way, marks=[] if (name, way) in QUICK else [pytest.mark.long])
         for name in ARCHITECTURES
         for way in WAYS
     ],
@@ -63,7 +63,7 @@ WITH_AUTOCAST = {"compute_bytes": 2, "autocast": True}
 @pytest.mark.parametrize(
     "architecture",
     [
-        name if name == "llama" else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "llama" else pytest.param(name, marks=pytest.mark.long)
         for name in ARCHITECTURES
     ],
 )

@@ -62,7 +62,7 @@ def waits_once(step) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "precision"),
-    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in ALL],
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.long]) for case in ALL],
 )
 def test_a_step_goes_through_the_kernel_in_half_precision_and_waits_once(
     taken, architecture, precision
