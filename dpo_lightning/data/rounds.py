@@ -123,7 +123,7 @@ class RoundPlan:
         """
         wanted = self.wanted(round)
         places = min(wanted, prompts * self.groups_per_prompt)
-        return min(wanted, drawn * wanted // places)
+        return min(wanted, drawn * wanted // max(1, places))
 
     def given_rows(self, step: int, given: int) -> list[int]:
         """Numbers of the given rows of a step.
@@ -155,13 +155,11 @@ class RoundPlan:
             prompts: Prompts that were answered in it.
         """
         round = self.round_at(step)
-        used, number = self.used(round, drawn=drawn, prompts=prompts), step - self.first_step(round)
-        if used == self.wanted(round):
-            before = self.drawn_before(self.first_step(round))
-            places = range(self.drawn_before(step) - before, self.drawn_before(step + 1) - before)
-        else:
-            # Rounded up, so that the first step has one if any has.
-            places = range(*(-(-used * n // self.steps) for n in (number, number + 1)))
+        used, wanted = self.used(round, drawn=drawn, prompts=prompts), self.wanted(round)
+        first = self.drawn_before(self.first_step(round))
+        # Each step has its share of them, rounded up: the first with room has one if any has.
+        rooms = (self.drawn_before(number) - first for number in (step, step + 1))
+        places = range(*(-(-used * room // max(1, wanted)) for room in rooms))
         return [_in_order(drawn, self.seed, place, round) for place in places]
 
 
@@ -283,5 +281,5 @@ class _StepsOfRound(Dataset[StepBatch]):
         batch = make_step_batch(
             self._groups, [*rows, *(self._drawn + row for row in given)], **self._share
         )
-        empty = max(0, self._plan.batch_size - len(rows) - len(given))
+        empty = self._plan.batch_size - len(rows) - len(given)
         return replace(batch, total_weight=batch.total_weight + empty)

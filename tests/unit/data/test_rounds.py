@@ -5,11 +5,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpo_lightning.data.packing import epoch_order
 from dpo_lightning.data.rounds import RoundGroups, RoundPlan, RoundsDataModule
 from dpo_lightning.data.tokens import TokenGroup
 from tests.support.groups import ids
+from tests.support.properties import examples
 
 PLAN = RoundPlan(
     count=3,
@@ -124,6 +127,36 @@ def test_more_prompts_than_the_steps_have_room_for_fill_up_what_is_dropped():
     plan = replace(PLAN, offline_fraction=0.0, prompts=20)
     assert [len(step) for step in numbers(plan, 30, 20)] == [6] * 4
     assert [len(step) for step in numbers(plan, 20, 20)] == [5] * 4
+
+
+def test_a_round_may_have_no_room_for_what_it_draws():
+    """Half of one group a step, and one step a round: every other round has the given row alone."""
+    plan = replace(PLAN, batch_size=1, steps=1, offline_fraction=0.5)
+    for drawn in (0, 2):
+        steps = [plan.drawn_groups(step, drawn, 1) for step in range(3)]
+        assert [len(step) for step in steps] == [min(drawn, 1), 0, min(drawn, 1)]
+    assert [plan.used(round, drawn=2, prompts=1) for round in (1, 2, 3)] == [1, 0, 1]
+
+
+@settings(max_examples=examples(100))
+@given(st.data())
+def test_no_step_has_more_groups_than_room_and_all_that_are_used_come(data):
+    plan = RoundPlan(
+        count=3,
+        steps=data.draw(st.integers(1, 9)),
+        prompts=None,
+        groups_per_prompt=data.draw(st.integers(1, 4)),
+        batch_size=data.draw(st.integers(1, 9)),
+        offline_fraction=data.draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9])),
+        seed=1,
+    )
+    round, prompts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    drawn = data.draw(st.integers(0, prompts * plan.groups_per_prompt))
+    steps = numbers(plan, drawn, prompts, round=round)
+    assert sum(len(step) for step in steps) == plan.used(round, drawn=drawn, prompts=prompts)
+    first = plan.first_step(round)
+    for number, step in enumerate(steps, start=first):
+        assert len(step) <= plan.drawn_before(number + 1) - plan.drawn_before(number)
 
 
 def test_without_given_rows_a_step_is_drawn_whole():
